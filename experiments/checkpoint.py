@@ -1,0 +1,155 @@
+"""Checkpoints: one train state and its clock, saved by orbax in the background, restored onto any mesh.
+
+A checkpoint's number is `examples_seen`. Orbax notices a missing or cut file, not a flipped bit in an array, so each
+checkpoint also carries a fingerprint of every array, taken on the device.
+"""
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from crescendo.experiments.errors import UserError
+from crescendo.experiments.state import Clock, TrainState
+
+
+def _bits(array) -> jax.Array:
+    """The array's bytes as a flat uint32 or narrower vector."""
+    width = jnp.dtype(array.dtype).itemsize * 8
+    unsigned = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}[width]
+    if array.dtype == jnp.bool_:
+        return array.astype(jnp.uint8).ravel()
+    return jax.lax.bitcast_convert_type(array, unsigned).ravel()
+
+
+@jax.jit
+def fingerprints(tree: Any) -> Any:
+    """One uint32 an array: `sum_i bits_i (2 i + 1) mod 2^32`. Any single changed entry changes it.
+
+    An odd factor is invertible modulo 2^32, so a change of one entry can't be lost; the factor differs between
+    entries, so a swap shows too. It doesn't depend on how the array is laid out over devices.
+    """
+
+    def one(array):
+        bits = _bits(array).astype(jnp.uint32)
+        return jnp.sum(bits * (2 * jax.lax.iota(jnp.uint32, bits.size) + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(one, tree)
+
+
+@dataclasses.dataclass
+class EveryExamples:
+    """Keeps the first checkpoint at or after each multiple of `interval_examples` (an orbax preservation policy)."""
+
+    interval_examples: int
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """One answer a checkpoint, oldest first."""
+        del context
+        interval = [checkpoint.step // self.interval_examples for checkpoint in checkpoints]
+        return [i == 0 or now > interval[i - 1] for i, now in enumerate(interval)]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      folder: where they are; made when it isn't there.
+      keep_last: how many of the newest to keep.
+      keep_every_examples: also keep one every so many examples, for ever; None: none.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int = 2, keep_every_examples: int | None = None):
+        policies: list = [checkpoint_managers.LatestN(keep_last)]
+        if keep_every_examples is not None:
+            policies.append(EveryExamples(keep_every_examples))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self.folder = folder
+
+    def save(self, state: TrainState, clock: Clock) -> None:
+        """Starts saving; returns when the arrays have been copied to the host. One save is under way at a time."""
+        prints = [int(x) for x in jax.device_get(jax.tree.leaves(fingerprints(state)))]
+        meta = {"clock": dataclasses.asdict(clock), "fingerprints": prints}
+        with self._save_errors():
+            self._manager.save(
+                clock.examples_seen,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
+            )
+
+    def restore(self, abstract: TrainState, report: Callable[[str], None]) -> tuple[TrainState, Clock] | None:
+        """The newest whole checkpoint, or None where there is none; a damaged one is reported, and set aside.
+
+        Args:
+          abstract: shapes, dtypes and shardings wanted.
+          report: called with a line about each damaged checkpoint.
+
+        Raises:
+          UserError: when there are checkpoints and all are damaged.
+        """
+        damaged: list[int] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                # Readers on other threads print their own tracebacks about a damaged file; the line below says it all.
+                with contextlib.redirect_stderr(io.StringIO()):
+                    restored = self._manager.restore(
+                        step,
+                        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()),
+                    )
+            except Exception as error:
+                problem = str(error).splitlines()[0][:120]
+            else:
+                state, meta = restored["state"], restored["meta"]
+                found = [int(x) for x in jax.device_get(jax.tree.leaves(fingerprints(state)))]
+                if found == meta["fingerprints"]:
+                    self._set_aside(damaged)
+                    return state, Clock(**meta["clock"])
+                problem = "its arrays are not the ones that were saved"
+            report(f"checkpoint {self.folder / str(step)} is damaged ({problem}); trying the one before it")
+            damaged.append(step)
+        if damaged:
+            raise UserError(
+                f"every checkpoint in {self.folder} is damaged ({', '.join(map(str, damaged))}): "
+                "move the folder away to start anew"
+            )
+        return None
+
+    def _set_aside(self, damaged: list[int]) -> None:
+        """Moves damaged checkpoints out of the way, so that the run can save there again."""
+        for step in damaged:
+            (self.folder / str(step)).rename(self.folder.parent / f"damaged_checkpoint_{step}")
+        if damaged:
+            self._manager.reload()
+
+    def wait(self) -> None:
+        """Until the save under way is on disk; raises what went wrong with it."""
+        with self._save_errors():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the folder."""
+        with self._save_errors():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _save_errors(self) -> Iterator[None]:
+        """What fails while saving is the disk; orbax and tensorstore raise it as many types."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"cannot save a checkpoint in {self.folder}: {reason}; make room, and the same command goes on from "
+                "the last one saved"
+            ) from error

@@ -1,0 +1,24 @@
+"""What every command shares: one-line errors with exit code 2."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from crescendo.experiments.errors import UserError
+from crescendo.experiments.interruption import Interrupted
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Calls `main()`; a `UserError` becomes one line on standard error and exit code 2."""
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stopped:
+        print(stopped)
+    except BrokenPipeError:
+        # The reader went away; a second complaint at interpreter exit is prevented by closing its end here.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

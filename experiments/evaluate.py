@@ -1,0 +1,53 @@
+"""The loss on held-out rows."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from crescendo import parallel
+from crescendo.models import ModelConfig
+from crescendo.models.loss import next_token_loss
+
+
+def make_evaluation(
+    config: ModelConfig,
+    rows,
+    mesh: Mesh,
+    *,
+    evaluation_examples: int,
+    microbatch_examples: int,
+    attention: str | None = None,
+) -> Callable[[dict], float]:
+    """`parameters -> nats a token` over the first `evaluation_examples` rows: always the same ones.
+
+    Args:
+      config: of the model.
+      rows: an indexable source of packed rows; all of it where it has fewer rows.
+      mesh: as the training's.
+      evaluation_examples: how many rows.
+      microbatch_examples: how many at a time; the last group is filled up with padding.
+      attention: as in `make_step`.
+    """
+    count = min(evaluation_examples, len(rows))
+    groups = -(-count // microbatch_examples)
+    padding = groups * microbatch_examples - count
+
+    def cut(x):
+        return np.pad(x, ((0, padding), (0, 0))).reshape(groups, microbatch_examples, -1)
+
+    batch = {name: cut(x) for name, x in rows.take(range(count)).items()}
+    batch = jax.device_put(batch, parallel.batch_sharding(mesh, leading=1))
+
+    def total(parameters, batch):
+        def one(carry, rows):
+            loss_sum, weight = next_token_loss(config, parameters, rows, implementation=attention)
+            return (carry[0] + loss_sum, carry[1] + weight), None
+
+        (loss_sum, weight), _ = jax.lax.scan(one, (jnp.float32(0), jnp.float32(0)), batch)
+        return loss_sum / weight
+
+    compiled = jax.jit(total, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return lambda parameters: float(jax.device_get(compiled(parameters, batch)))

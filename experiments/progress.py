@@ -1,0 +1,159 @@
+"""The line that shows how a run goes, and the running means and short numbers in it."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console, ConsoleOptions
+from rich.live import Live
+from rich.text import Text
+
+
+class ProgressLine:
+    """Shows how a run goes: a live line on a terminal; elsewhere a plain line now and then, and the last one.
+
+    Batch-size changes and warnings are printed above it to stay. The loss and tokens/s are means over the last 1% of
+    the run. What doesn't fit the terminal's width is left out, least important first.
+
+    Args:
+      total_examples: where the run ends.
+      label: the run's name.
+      console: where to print; standard output if None.
+      plain_seconds: the time between two plain lines.
+      clock: seconds, for the time between two lines.
+    """
+
+    def __init__(
+        self,
+        total_examples: int,
+        label: str,
+        console: Console | None = None,
+        *,
+        plain_seconds: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._total_examples, self._label, self._clock = total_examples, label, clock
+        self._console = console or Console()
+        # Drawn only when a record comes: a drawing thread would compete with the loop that dispatches steps.
+        terminal = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._live = Live(console=self._console, auto_refresh=False) if terminal else None
+        self._interval_seconds = 0.25 if self._live else plain_seconds
+        self._shown_at = -math.inf
+        self._train: Mapping[str, Any] | None = None
+        self._validation_loss: float | None = None
+        self._unshown = False
+        self._loss, self._tokens_per_second = RunningMean(total_examples / 100), RunningMean(total_examples / 100)
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        if record["kind"] == "train":
+            self._train, self._unshown = record, True
+            self._loss.add(record["loss"], record["batch_size"])
+            self._tokens_per_second.add(record["tokens_per_second"], record["batch_size"])
+        elif record["kind"] == "validation":
+            self._validation_loss, self._unshown = record["loss"], True
+        elif record["kind"] == "batch_size":
+            self._say(record, f"batch size {record['from']:,} → {record['to']:,} ({record['reason']})", "cyan")
+        elif record["kind"] == "warning":
+            self._say(record, f"warning: {record['message']}", "yellow")
+        now = self._clock()
+        if self._train is not None and self._unshown and now - self._shown_at >= self._interval_seconds:
+            self._shown_at = now
+            self._show()
+
+    def close(self) -> None:
+        if self._unshown and self._train is not None:
+            self._show()
+        if self._live:
+            self._live.stop()
+
+    def _show(self) -> None:
+        self._unshown = False
+        if self._live:
+            self._live.start()
+            self._live.update(self, refresh=True)
+        else:
+            self._console.print(Text("  ".join(self._parts())), soft_wrap=True)
+
+    def _say(self, record: Mapping[str, Any], message: str, style: str) -> None:
+        at = f"step {record['step']:,} ({record['examples_seen'] / self._total_examples:.0%})"
+        self._console.print(Text(f"{self._label}  {at}  {message}", style=style), soft_wrap=True)
+
+    def _parts(self) -> list[str]:
+        """The line's parts, the most important first."""
+        record = self._train
+        assert record is not None
+        seen, tokens_per_second = record["examples_seen"], self._tokens_per_second.value
+        left_tokens = (self._total_examples - seen) * record["tokens_seen"] / seen
+        left = f"{_duration(left_tokens / tokens_per_second)} left" if tokens_per_second > 0 else ""
+        parts = [
+            self._label,
+            f"{seen / self._total_examples:4.0%}",
+            left if left_tokens > 0 else f"in {_duration(record['seconds'])}",
+            f"loss {self._loss.value:.3f}",
+            f"{compact(tokens_per_second)} tok/s",
+            f"batch {record['batch_size']:,}",
+            f"lr {record['learning_rate']:.2e}",
+            "" if record.get("mfu") is None else f"MFU {record['mfu']:.1%}",
+            "" if self._validation_loss is None else f"val {self._validation_loss:.3f}",
+            f"step {record['step']:,}",
+        ]
+        return [part for part in parts if part]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        parts = self._parts()
+        while len(parts) > 2 and len("  ".join(parts)) > options.max_width:
+            parts.pop()
+        label, *rest = parts
+        line = Text(no_wrap=True, overflow="ellipsis").append(label, "bold")
+        bar = min(24, options.max_width - len("  ".join(parts)) - 2)
+        if bar >= 8:
+            assert self._train is not None
+            filled = min(bar, round(bar * self._train["examples_seen"] / self._total_examples))
+            line.append("  ").append("━" * filled, "cyan").append("━" * (bar - filled), "bright_black")
+        yield line.append("".join("  " + part for part in rest))
+
+
+class RunningMean:
+    """Exponential mean, unbiased from the first value; what is not finite is left out.
+
+    A value's weight falls by a factor e over `window` units of weight that come after it, so the mean doesn't depend on
+    how the same stretch of data is cut into batches.
+
+    >>> mean = RunningMean(window=100.0)
+    >>> mean.add(3.0, weight=8)
+    3.0
+    >>> mean.add(float("nan"), weight=8)
+    3.0
+    """
+
+    def __init__(self, window: float):
+        self._window, self._sum, self._weight = window, 0.0, 0.0
+
+    def add(self, value: float, weight: float) -> float:
+        if math.isfinite(value):
+            keep = math.exp(-weight / self._window)
+            self._sum = keep * self._sum + (1 - keep) * value
+            self._weight = keep * self._weight + (1 - keep)
+        return self.value
+
+    @property
+    def value(self) -> float:
+        return self._sum / self._weight if self._weight else math.nan
+
+
+def compact(value: float) -> str:
+    """A number in three digits: 15,623 is `15.6k`, 4e9 is `4B`."""
+    for unit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * unit:
+            return f"{value / unit:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 3,723 is `1:02:03`."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,367 @@
+"""Tables and plots that compare runs: a table on the terminal, `report.html` and PNG plots in a folder.
+
+The first run is the baseline. Runs whose names end in `-seedN` or `seed=N` and are otherwise alike form one arm, shown
+as the mean of its seeds and their standard deviation.
+"""
+
+import argparse
+import base64
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from crescendo.experiments import plots
+from crescendo.experiments.cli import run_command
+from crescendo.experiments.metrics import Run, file_access, read_run
+from crescendo.experiments.progress import compact
+
+_COLUMNS = {  # the page's heading: the terminal's, short enough for 80 columns
+    "run": "run",
+    "validation loss": "val\nloss",
+    "against baseline": "vs\nfirst",
+    "optimizer steps": "steps",
+    "steps saved": "steps\nsaved",
+    "examples": "examples",
+    "tokens": "tokens",
+    "seconds": "seconds",
+    "tokens/s": "tokens\n/s",
+    "peak batch size": "peak\nbatch",
+}
+_MAX_EVENTS = 20
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the comparison: a run, or the mean over the runs that differ in their seed alone.
+
+    Attributes:
+      name: the run's name, without the seed if there are several.
+      runs: the runs.
+      validation_loss: the last one, in nats per token; None before the first.
+      validation_spread: its sample standard deviation over seeds; None for a single run.
+      loss_difference: to the baseline's; positive is worse. None for the baseline, or where a loss is missing.
+      steps: optimizer steps.
+      steps_saved: 1 - steps / the baseline's steps; None for the baseline, or where the two saw different amounts of
+        data (by more than 1% and more than a batch), since their steps can't be compared then.
+      examples: drawn so far.
+      tokens: seen so far.
+      seconds: of training.
+      tokens_per_second: over the whole run; None before the first step.
+      peak_batch_size: in examples; None before the first step.
+      done: the fraction of the planned examples that was seen.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+    validation_loss: float | None
+    validation_spread: float | None
+    steps: float
+    examples: float
+    tokens: float
+    seconds: float
+    tokens_per_second: float | None
+    peak_batch_size: int | None
+    done: float
+    loss_difference: float | None = None
+    steps_saved: float | None = None
+
+
+def compare(runs: Sequence[Run]) -> list[Arm]:
+    """The runs' arms in order of their first run, with the differences to the first arm."""
+    baseline, *others = [_arm(name, group) for name, group in _group_seeds(_distinct(runs))]
+    return [baseline, *(_relative(arm, baseline) for arm in others)]
+
+
+def comparison_table(runs: Sequence[Path]) -> Table:
+    """The comparison of run folders for the terminal; the first one is the baseline.
+
+    Raises:
+      UserError: if a folder is not a run's.
+    """
+    return _terminal_table(compare([read_run(run) for run in runs]))
+
+
+def write_report(runs: Sequence[Path], out: Path, title: str = "Training runs compared") -> Path:
+    """Writes `report.html`, which needs no other file and no network, and the plots as PNG files.
+
+    Args:
+      runs: run folders; the first one is the baseline.
+      out: the folder to write into; made if it doesn't exist.
+      title: the page's title.
+
+    Returns:
+      The path of `report.html`.
+
+    Raises:
+      UserError: if a folder is not a run's or `out` can't be written.
+    """
+    return _write(compare([read_run(run) for run in runs]), out, title)
+
+
+def headline(arms: Sequence[Arm]) -> str:
+    """The main result in a sentence: the best arm against the baseline."""
+    baseline = arms[0]
+    differences = ((arm.loss_difference, arm) for arm in arms[1:])
+    rivals = {difference: arm for difference, arm in differences if difference is not None and np.isfinite(difference)}
+    if not rivals:
+        loss = "no validation loss yet" if baseline.validation_loss is None else f"{_loss(baseline)} nats"
+        return f"{baseline.name}: {loss} after {baseline.steps:,.0f} steps and {compact(baseline.tokens)} tokens"
+    best = rivals[min(rivals)]
+    if best.steps_saved is None:
+        return (
+            f"{best.name}: {_loss(best)} nats after {compact(best.tokens)} tokens, "
+            f"{baseline.name}: {_loss(baseline)} after {compact(baseline.tokens)}"
+        )
+    percent = round(100 * best.steps_saved)
+    fewer = f"{percent}% fewer than" if percent > 0 else f"{-percent}% more than" if percent < 0 else "as many as"
+    return f"{best.name}: {_loss(best)} nats in {best.steps:,.0f} steps, {fewer} {baseline.name} ({_loss(baseline)})"
+
+
+def _distinct(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with the folder added to names that occur more than once."""
+    names = [run.name for run in runs]
+    return [
+        replace(run, info={**run.info, "name": f"{run.name} ({run.folder})"}) if names.count(run.name) > 1 else run
+        for run in runs
+    ]
+
+
+def _group_seeds(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """Arms by name: the runs that share a name up to the seed; a lone run keeps its whole name."""
+    groups: dict[tuple[str, bool], list[Run]] = {}
+    for run in runs:
+        seed = re.fullmatch(r"(.+?)[-_ ,./]*seed[-_=]?\d+", run.name)
+        groups.setdefault((seed[1], True) if seed else (run.name, False), []).append(run)
+    return [(name if len(group) > 1 else group[0].name, group) for (name, _), group in groups.items()]
+
+
+def _arm(name: str, runs: Sequence[Run]) -> Arm:
+    """The means over an arm's runs; a run without a step counts as zero steps."""
+    losses = [run.validation["loss"][-1] for run in runs if len(run.validation["loss"])]
+    trained = [run.train for run in runs if len(run.train["step"])]
+    seconds, tokens, examples, steps = (
+        sum(train[column][-1].item() for train in trained)
+        for column in ("seconds", "tokens_seen", "examples_seen", "step")
+    )
+    with np.errstate(invalid="ignore"):  # the spread of losses that are not finite is NaN
+        spread = float(np.std(losses, ddof=1)) if len(losses) > 1 else None
+    return Arm(
+        name=name,
+        runs=tuple(runs),
+        validation_loss=float(np.mean(losses)) if losses else None,
+        validation_spread=spread,
+        steps=steps / len(runs),
+        examples=examples / len(runs),
+        tokens=tokens / len(runs),
+        seconds=seconds / len(runs),
+        tokens_per_second=tokens / seconds if seconds > 0 else None,
+        peak_batch_size=max((int(train["batch_size"].max()) for train in trained), default=None),
+        done=examples / sum(run.info["total_examples"] for run in runs),
+    )
+
+
+def _relative(arm: Arm, baseline: Arm) -> Arm:
+    """The arm with its differences to the baseline."""
+    difference = saved = None
+    if arm.validation_loss is not None and baseline.validation_loss is not None:
+        difference = arm.validation_loss - baseline.validation_loss
+    slack = max(0.01 * baseline.examples, arm.peak_batch_size or 0, baseline.peak_batch_size or 0)
+    if baseline.steps and arm.steps and abs(arm.examples - baseline.examples) <= slack:
+        saved = 1 - arm.steps / baseline.steps
+    return replace(arm, loss_difference=difference, steps_saved=saved)
+
+
+def _cells(arm: Arm, baseline: Arm) -> list[str]:
+    """The arm's row, a cell for each of `_COLUMNS`."""
+    return [
+        arm.name,
+        _loss(arm),
+        "" if arm is baseline else _number(arm.loss_difference, "+.3f"),
+        _number(arm.steps, ",.0f"),
+        "" if arm is baseline else _number(arm.steps_saved, ".1%"),
+        _number(arm.examples, ",.0f"),
+        compact(arm.tokens),
+        _number(arm.seconds, ",.0f" if arm.seconds >= 100 else ".1f"),
+        "–" if arm.tokens_per_second is None else compact(arm.tokens_per_second),
+        _number(arm.peak_batch_size, ",d"),
+    ]
+
+
+def _note(arm: Arm) -> str:
+    """What a reader must know of the arm beside its name: its seeds, and whether it has ended."""
+    seeds = f"{len(arm.runs)} seeds" if len(arm.runs) > 1 else ""
+    done = f"{arm.done:.0%} done" if arm.done < 1 else ""
+    return ", ".join(filter(None, [seeds, done]))
+
+
+def _number(value: float | None, spec: str) -> str:
+    """The value in a format, with a true minus sign; a dash where there is none."""
+    return "–" if value is None else format(value, spec).replace("-", "−")
+
+
+def _loss(arm: Arm) -> str:
+    """The arm's validation loss, with its spread over seeds."""
+    spread = "" if arm.validation_spread is None else f" ± {arm.validation_spread:.3f}"
+    return _number(arm.validation_loss, ".3f") + spread
+
+
+def _terminal_table(arms: Sequence[Arm]) -> Table:
+    """The comparison in 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, header_style="bold")
+    name, *numbers = _COLUMNS.values()
+    table.add_column(name, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for arm in arms:
+        name, loss, *numbers = _cells(arm, arms[0])
+        note = _note(arm)
+        table.add_row(Text(f"{name} ({note})" if note else name), loss.replace(" ± ", "\n±"), *numbers)
+    return table
+
+
+class _Line(NamedTuple):
+    """One setting of every run."""
+
+    name: str
+    values: list[str]
+    differs: bool
+
+
+def _lines(settings: Sequence[Mapping[str, str]]) -> list[_Line]:
+    """The runs' settings side by side, those that differ first."""
+    names = dict.fromkeys(name for each in settings for name in each)
+    rows = [(name, [each.get(name, "–") for each in settings]) for name in names]
+    lines = [_Line(name, values, len(set(values)) > 1) for name, values in rows]
+    return sorted(lines, key=lambda line: not line.differs)
+
+
+def _bindings(config: str) -> dict[str, str]:
+    """The bindings and macros of an operative gin config; lines that are indented continue the one before."""
+    bindings: dict[str, str] = {}
+    for line in config.splitlines():
+        name, equals, value = line.partition("=")
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        if equals and not line[0].isspace():
+            bindings[name.strip()] = value.strip().removesuffix("\\").strip()
+        elif bindings:
+            last = next(reversed(bindings))
+            bindings[last] = f"{bindings[last]} {line.strip()}".strip()
+    return bindings
+
+
+def _facts(info: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """The entries of `run.json` but the name, as text; nested ones as `outer.inner`."""
+    facts: dict[str, str] = {}
+    for key, value in info.items():
+        if isinstance(value, dict):
+            facts |= _facts(value, f"{prefix}{key}.")
+        elif isinstance(value, str):
+            facts[prefix + key] = value
+        elif isinstance(value, int) and not isinstance(value, bool):
+            facts[prefix + key] = f"{value:,}"
+        elif isinstance(value, float):
+            facts[prefix + key] = f"{value:,.6g}"
+        else:
+            facts[prefix + key] = "–" if value is None else json.dumps(value)
+    facts.pop("name", None)
+    return facts
+
+
+def _events(run: Run) -> list[str]:
+    """The run's batch-size changes and warnings, a sentence each."""
+    sentences = []
+    for record in run.events:
+        at = f"{record['examples_seen'] / run.info['total_examples']:.0%}"
+        if record["kind"] == "batch_size":
+            change = f"batch size {record['from']:,} → {record['to']:,}"
+            sentences.append(f"{at}: {change} at step {record['step']:,} ({record['reason']})")
+        elif record["kind"] == "warning":
+            sentences.append(f"{at}: {record['message']} (step {record['step']:,})")
+    more = len(sentences) - _MAX_EVENTS
+    return sentences if more <= 0 else [*sentences[:_MAX_EVENTS], f"and {more:,} more"]
+
+
+def _eventful(arm: Arm) -> list[tuple[str, Run]]:
+    """The runs whose events to show: one for all seeds where these are alike."""
+    alike = all(_events(run) == _events(arm.runs[0]) for run in arm.runs)
+    return [(arm.name, arm.runs[0])] if alike else [(run.name, run) for run in arm.runs]
+
+
+def _write(arms: Sequence[Arm], out: Path, title: str) -> Path:
+    """Writes the page and the plots."""
+    curves = [(arm.name, arm.runs) for arm in arms]
+    runs = [(run, index) for index, arm in enumerate(arms) for run in arm.runs]
+    page = out / "report.html"
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = templates.get_template("report.html").render(
+        title=title,
+        headline=headline(arms),
+        written=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        columns=list(_COLUMNS),
+        rows=[(_note(arm), _cells(arm, arms[0])) for arm in arms],
+        colors=plots.COLORS,
+        charts=[
+            (
+                chart.title,
+                *(_data_uri(plots.render(chart, curves, theme=theme, file_format="svg")) for theme in plots.COLORS),
+            )
+            for chart in plots.CHARTS
+        ],
+        runs=[(run.name, index) for run, index in runs],
+        events=[(name, index, _events(run)) for index, arm in enumerate(arms) for name, run in _eventful(arm)],
+        tables=[
+            ("Configuration", _lines([_bindings(run.config) for run, _ in runs])),
+            ("Machine and versions", _lines([_facts(run.info) for run, _ in runs])),
+        ],
+    )
+    with file_access("write", out):
+        out.mkdir(parents=True, exist_ok=True)
+        for chart in plots.CHARTS:
+            (out / f"{chart.name}.png").write_bytes(plots.render(chart, curves, theme="light", file_format="png"))
+        page.write_text(html, encoding="utf-8")
+    return page
+
+
+def _data_uri(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the comparison of run folders and writes its report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m crescendo.experiments.report",
+        description="Compare training runs: a table here, report.html and PNG plots in a folder. "
+        "The first run is the baseline; runs whose names end in -seedN are averaged.",
+        epilog="example: python -m crescendo.experiments.report runs/constant-2 runs/warmup --out report",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="where to write (default: report in the first RUN)")
+    parser.add_argument("--title", default="Training runs compared", help="the page's title (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    arms = compare([read_run(run) for run in arguments.runs])
+    console = Console()
+    console.print(_terminal_table(arms))
+    page = _write(arms, arguments.out or arguments.runs[0] / "report", arguments.title)
+    console.print(Text(f"\n{headline(arms)}\n{page}"), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

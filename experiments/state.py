@@ -1,0 +1,175 @@
+"""What a run is at one moment, and the one compiled step that moves it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from crescendo import models, parallel
+from crescendo.models import ModelConfig
+from crescendo.models.loss import next_token_loss
+from crescendo.optim.batch_size import BatchStats, current_batch_size, current_learning_rate_factor
+from crescendo.parallel.accumulate import squared_norm
+
+Tree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The arrays of a run. With the clock (`Clock`) they are all that a checkpoint holds.
+
+    Attributes:
+      parameters: float32 arrays in nested dicts.
+      opt_state: the optimizer's, the schedule's and the batch-size policy's state.
+      skipped_steps: int32, updates left out because the loss or a gradient was not finite.
+      skipped_in_a_row: int32, how many of them were the latest ones.
+    """
+
+    parameters: Tree
+    opt_state: Tree
+    skipped_steps: Any
+    skipped_in_a_row: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """The host's integers of a run: nothing here waits for the device.
+
+    Attributes:
+      examples_seen: global examples drawn so far; the data position and the argument of every schedule.
+      steps: optimizer steps so far.
+      batch_size: examples in the next batch.
+      seconds: training time so far, over all resumes.
+    """
+
+    examples_seen: int = 0
+    steps: int = 0
+    batch_size: int = 0
+    seconds: float = 0.0
+
+
+def initial_state(config: ModelConfig, optimizer: optax.GradientTransformationExtraArgs, seed: int) -> TrainState:
+    """A fresh state; pure, so that it can be jitted with output shardings or traced for its shapes."""
+    parameters = models.initialize(config, jax.random.key(seed))
+    return TrainState(parameters, optimizer.init(parameters), jnp.int32(0), jnp.int32(0))
+
+
+def state_shardings(config: ModelConfig, optimizer, mesh: Mesh, strategy: str = "fsdp") -> TrainState:
+    """The sharding of every array: optimizer arrays shaped like a parameter are laid out like it."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    of_parameters = parallel.shard(models.logical_axes(config), mesh, strategy)
+    state = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
+    of_opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda array, parameter, sharding: sharding if array.shape == parameter.shape else replicated,
+        state.opt_state,
+        state.parameters,
+        of_parameters,
+        transform_non_params=lambda _: replicated,
+    )
+    return TrainState(of_parameters, of_opt_state, replicated, replicated)
+
+
+def abstract_state(config: ModelConfig, optimizer, shardings: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of a state: what restoring and compiling need."""
+    shapes = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def describe_arrays(config: ModelConfig, optimizer) -> dict[str, str]:
+    """Every array of a state by its path, as `float32[3, 128]`: what a checkpoint must match to be restored."""
+    state = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
+    return {
+        jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}"
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def abstract_batch(mesh: Mesh, plan: parallel.BatchPlan, sequence_length: int) -> dict:
+    """The input of one step: `rows` of shape `[k_max, microbatch, T]`, their `count`, and the clock."""
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    shape = (plan.max_microbatches, plan.microbatch_examples, sequence_length)
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=parallel.batch_sharding(mesh, leading=1))
+    names = ("tokens", "labels", "segment_ids", "positions")
+    return {"rows": dict.fromkeys(names, rows), "microbatches": scalar, "examples_seen": scalar}
+
+
+def make_step(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    max_gradient_norm: float | None,
+    attention: str | None = None,
+) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    """`(state, batch) -> (state, metrics)`: gradients over the microbatches, then one optimizer update.
+
+    A step whose loss or gradient norm is not finite leaves parameters and optimizer as they were, and is counted.
+    The statistics that adapt the batch size go to the transforms as extra arguments; norms are taken before clipping.
+
+    Args:
+      config: of the model, decided for the platform.
+      optimizer: a chain that ends in `adaptive_batch_size`.
+      max_gradient_norm: the mean gradient is scaled down to this l2 norm where it is longer; None: never.
+      attention: the implementation that `jax.nn.dot_product_attention` takes.
+    """
+
+    def loss_fn(parameters, rows):
+        return next_token_loss(config, parameters, rows, z_loss=config.z_loss, implementation=attention)
+
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        count, rows = batch["microbatches"], batch["rows"]
+        total = parallel.accumulate(loss_fn, state.parameters, rows, count)
+        weight = jnp.maximum(total.weight, 1.0)
+        loss = total.loss_sum / weight
+        gradients = jax.tree.map(lambda g: g / weight, total.gradients)
+        squared = squared_norm(gradients)
+        norm = jnp.sqrt(squared)
+        stats = BatchStats(
+            examples_seen=batch["examples_seen"],
+            batch_size=count * rows["tokens"].shape[1],
+            loss=loss,
+            squared_norm=squared,
+            microbatch_squared_norms=total.squared_norms,
+            microbatches=count,
+        )
+        if max_gradient_norm is not None:
+            shrink = jnp.minimum(1.0, max_gradient_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
+            gradients = jax.tree.map(lambda g: g * shrink, gradients)
+        updates, opt_state = optimizer.update(
+            gradients,
+            state.opt_state,
+            state.parameters,
+            examples_seen=batch["examples_seen"],
+            batch_stats=stats,
+            value=loss,
+        )
+        parameters = optax.apply_updates(state.parameters, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        parameters, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (parameters, opt_state),
+            (state.parameters, state.opt_state),
+        )
+        bad = 1 - finite.astype(jnp.int32)
+        state = TrainState(parameters, opt_state, state.skipped_steps + bad, (state.skipped_in_a_row + 1) * bad)
+        metrics = {
+            "loss": loss,
+            "gradient_norm": norm,
+            "learning_rate": _learning_rate(opt_state) * current_learning_rate_factor(opt_state),
+            "next_batch_size": current_batch_size(opt_state),
+            "skipped_steps": state.skipped_steps,
+            "skipped_in_a_row": state.skipped_in_a_row,
+        }
+        return state, metrics
+
+    return step
+
+
+def _learning_rate(opt_state):
+    rate = optax.tree_utils.tree_get(opt_state, "learning_rate")
+    return jnp.float32(jnp.nan) if rate is None else jnp.asarray(rate, jnp.float32)

@@ -1,0 +1,289 @@
+"""The training loop: `python -m crescendo.experiments.train --config debug.gin`.
+
+Step n is dispatched before the metrics of step n - 1 are read, and the batch-size decision lags by one step by
+definition: the size decided by step n is that of step n + 2. So the device never idles for the host, and a resumed
+run decides the same.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import optax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from crescendo import parallel
+from crescendo.experiments import configurables, hardware, run_folder
+from crescendo.experiments.checkpoint import Checkpoints
+from crescendo.experiments.cli import run_command
+from crescendo.experiments.compile import CompilationCounter, compile_step, use_compilation_cache
+from crescendo.experiments.data import Stream, TextData
+from crescendo.experiments.errors import UserError
+from crescendo.experiments.evaluate import make_evaluation
+from crescendo.experiments.feed import Feed
+from crescendo.experiments.interruption import Interrupted, Interruption
+from crescendo.experiments.metrics import file_access, read_run, run_observers
+from crescendo.experiments.recorder import Recorder
+from crescendo.experiments.state import Clock, describe_arrays, initial_state
+from crescendo.models import ModelConfig
+from crescendo.optim.batch_size import BatchSizePolicy, adaptive_batch_size, constant, current_batch_size
+
+# The vocabulary is rounded up to this, so that the output matmul fills the hardware's tiles.
+VOCAB_MULTIPLE = 128
+
+EXAMPLES = """examples:
+  python -m crescendo.experiments.train --config debug.gin
+  python -m crescendo.experiments.train --config lm_30m.gin --set 'text_files.paths = ["books/*.txt"]'
+  python -m crescendo.experiments.train --config debug.gin --set 'train.total_examples = 2048' --run runs/short
+
+The same command goes on where an interrupted run stopped."""
+
+
+def train(
+    *,
+    run: str,
+    data: TextData,
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    batch_size: int | BatchSizePolicy,
+    total_examples: int,
+    coupling: str = "sqrt",
+    mesh: Mesh | None = None,
+    strategy: str = "fsdp",
+    seed: int = 0,
+    max_gradient_norm: float | None = 1.0,
+    max_microbatch_examples: int | None = None,
+    evaluate_every_examples: int | None = None,
+    evaluation_examples: int = 512,
+    checkpoint_every_examples: int | None = None,
+    keep_last_checkpoints: int = 2,
+    keep_checkpoint_every_examples: int | None = None,
+    max_bad_steps: int = 10,
+    label: str | None = None,
+    operative_config: Callable[[], str] = configurables.operative_config,
+) -> dict:
+    """Trains a decoder on packed text, or goes on where the run in the folder `run` stopped.
+
+    Args:
+      run: the run's folder: configuration, metrics, checkpoints, report.
+      data: what to train on; its vocabulary sets the model's.
+      model: the decoder's shape.
+      optimizer: an optax transform; schedules in it are functions of examples seen.
+      batch_size: global, in examples: a number, or a policy that moves it.
+      total_examples: the length of the run; rounded down to whole microbatches.
+      coupling: how the learning rate follows the batch size: "linear", "sqrt", "none".
+      mesh: the devices; all of them along `data` when None.
+      strategy: a key of `crescendo.parallel.STRATEGIES`.
+      seed: of the parameters and of the order of the data.
+      max_gradient_norm: clip the mean gradient to this l2 norm; None: never.
+      max_microbatch_examples: a bound below the one that memory sets.
+      evaluate_every_examples: validate so often, and at the end; None: a fifth of the run.
+      evaluation_examples: how many held-out rows.
+      checkpoint_every_examples: save so often, and at the end; None: a tenth of the run.
+      keep_last_checkpoints: how many of the newest stay.
+      keep_checkpoint_every_examples: one so often stays for ever; None: none.
+      max_bad_steps: stop after so many steps in a row without a finite loss.
+      label: the run's name in reports; the folder's when None.
+      operative_config: gives the configuration text to keep with the run.
+
+    Returns:
+      The last validation record: `loss`, `steps`, `examples_seen`, `seconds`, and the rest of `metrics.jsonl`'s.
+
+    Raises:
+      UserError: for what the user can mend.
+    """
+    policy = constant(batch_size) if isinstance(batch_size, int) else batch_size
+    _check_positive(
+        total_examples=total_examples,
+        max_gradient_norm=max_gradient_norm,
+        max_microbatch_examples=max_microbatch_examples,
+        evaluate_every_examples=evaluate_every_examples,
+        evaluation_examples=evaluation_examples,
+        checkpoint_every_examples=checkpoint_every_examples,
+        keep_last_checkpoints=keep_last_checkpoints,
+        keep_checkpoint_every_examples=keep_checkpoint_every_examples,
+        max_bad_steps=max_bad_steps,
+    )
+    if total_examples >= 2**31:
+        raise UserError(f"train.total_examples = {total_examples} must be below 2^31, the range of the device's clock")
+    if len(data.train) < max(policy.sizes):
+        raise UserError(
+            f"the corpus has {len(data.train)} rows of {data.sequence_length} tokens, fewer than one batch of "
+            f"{max(policy.sizes)}: use a smaller batch_size, a shorter sequence_length, or more text"
+        )
+    evaluate_every_examples = evaluate_every_examples or max(1, total_examples // 5)
+    checkpoint_every_examples = checkpoint_every_examples or max(1, total_examples // 10)
+    folder, console = Path(run), Console()
+    mesh = parallel.make_mesh() if mesh is None else mesh
+    device = mesh.devices.flat[0]
+    vocab_size = -(-data.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    config = dataclasses.replace(model, vocab_size=vocab_size).for_platform(device.platform)
+    chain = optax.chain(optimizer, adaptive_batch_size(policy, coupling))
+    fixed = {
+        "model": dataclasses.asdict(config),
+        "arrays": describe_arrays(config, chain),
+        "data": data.fingerprint,
+        "seed": seed,
+    }
+    before = run_folder.read_info(folder)
+    if before is not None:
+        run_folder.check_resumable(folder, before["fixed"], fixed)
+    counter = CompilationCounter()
+    use_compilation_cache()
+    compiled = compile_step(
+        config,
+        chain,
+        mesh,
+        policy.sizes,
+        sequence_length=data.sequence_length,
+        strategy=strategy,
+        max_gradient_norm=max_gradient_norm,
+        max_microbatch_examples=max_microbatch_examples,
+    )
+    plan = compiled.plan
+    total_examples -= total_examples % plan.microbatch_examples
+    if total_examples == 0:
+        raise UserError(f"train.total_examples is less than one microbatch of {plan.microbatch_examples}: raise it")
+    flops_per_token = config.flops_per_token(data.sequence_length)
+    peak = hardware.peak_flops_per_second(device)
+    peak = peak and peak * mesh.devices.size
+    parameters = sum(x.size for x in jax.tree.leaves(compiled.abstract_state.parameters))
+    info = (before or run_folder.provenance()) | {
+        "name": label or folder.name,
+        "parameters": parameters,
+        "flops_per_token": flops_per_token,
+        "sequence_length": data.sequence_length,
+        "total_examples": total_examples,
+        "total_tokens": total_examples * data.sequence_length,
+        "peak_flops_per_second": peak,
+        "step_peak_bytes": compiled.peak_bytes,
+        "microbatch_examples": plan.microbatch_examples,
+        "fixed": fixed,
+    }
+    console.print(f"{data}", highlight=False, soft_wrap=True)
+    console.print(
+        f"model: {parameters:,} parameters, {flops_per_token / 1e6:,.1f} MFLOPs a token; one step of at most "
+        f"{max(policy.sizes)} examples in microbatches of {plan.microbatch_examples} needs "
+        f"{compiled.peak_bytes / 2**20:,.0f} MiB on each of {mesh.devices.size} {device.device_kind}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(file_access("write", folder))
+        stack.enter_context(run_folder.locked(folder))
+        interruption = stack.enter_context(Interruption())
+        checkpoints = Checkpoints(
+            folder / "checkpoints", keep_last=keep_last_checkpoints, keep_every_examples=keep_checkpoint_every_examples
+        )
+        stack.callback(checkpoints.close)
+        restored = checkpoints.restore(compiled.abstract_state, report=console.print)
+        if restored is None:
+            shardings = jax.tree.map(lambda x: x.sharding, compiled.abstract_state)
+            state = jax.jit(lambda: initial_state(config, chain, seed), out_shardings=shardings)()
+            clock = Clock(batch_size=policy.sizes[0])
+        else:
+            state, clock = restored
+            console.print(f"going on at {clock.examples_seen:,} of {total_examples:,} examples in {folder}")
+        run_folder.write_info(folder, info, operative_config())
+        observers = run_observers(
+            folder, resume_at_examples=clock.examples_seen, total_examples=total_examples, label=info["name"]
+        )
+        stack.callback(observers.close)
+        if clock.examples_seen >= total_examples:
+            console.print(f"{folder} is complete; give another folder with --run to train anew")
+            return last_validation(folder)
+        evaluate = make_evaluation(
+            config,
+            data.validation,
+            mesh,
+            evaluation_examples=evaluation_examples,
+            microbatch_examples=plan.microbatch_examples,
+        )
+        feed = Feed(Stream(data.train, seed), plan, mesh)
+        recorder = Recorder(observers, data.sequence_length, flops_per_token, peak, clock.seconds)
+        pending: tuple[Clock, int, int, dict] | None = None
+        # Before the first step this is the policy's start; after a restart, what the last step's metrics said.
+        decided = int(jax.device_get(current_batch_size(state.opt_state)))
+
+        def drain() -> None:
+            """Reads the metrics of the step before, and with them the batch size that it decided."""
+            nonlocal pending, decided
+            if pending is None:
+                return
+            values = recorder.step(*pending)
+            pending, decided = None, values["next_batch_size"]
+            if values["skipped_in_a_row"] >= max_bad_steps:
+                raise UserError(
+                    f"no finite loss and gradient in {max_bad_steps} steps in a row (train.max_bad_steps): stopped at "
+                    f"{clock.examples_seen} examples; the checkpoints in {folder} are good: lower the learning rate "
+                    "and begin another run, or look for bad rows in the data"
+                )
+
+        def save() -> None:
+            with jax.transfer_guard("allow"):
+                checkpoints.save(state, dataclasses.replace(clock, seconds=recorder.seconds))
+            recorder.restart_timer()
+
+        saved_at = clock.examples_seen
+        with jax.transfer_guard("disallow"):
+            while clock.examples_seen < total_examples and not interruption.requested:
+                start = clock.examples_seen
+                examples = min(clock.batch_size, total_examples - start)
+                state, metrics = compiled.call(state, feed.read(start, examples))
+                clock = dataclasses.replace(clock, examples_seen=start + examples, steps=clock.steps + 1)
+                drain()
+                pending = (clock, examples, plan.microbatches(examples), metrics)
+                if decided != clock.batch_size:
+                    recorder.batch_size(clock, clock.batch_size, decided, policy.reason)
+                    clock = dataclasses.replace(clock, batch_size=decided)
+
+                def due(interval_examples: int, start=start, end=clock.examples_seen) -> bool:
+                    return end == total_examples or end // interval_examples > start // interval_examples
+
+                if due(evaluate_every_examples):
+                    drain()
+                    validation = recorder.validation(clock, evaluate(state.parameters))
+                if due(checkpoint_every_examples):
+                    drain()
+                    save()
+                    saved_at = clock.examples_seen
+            drain()
+            if interruption.requested and saved_at < clock.examples_seen:
+                save()
+        checkpoints.wait()
+        run_folder.write_info(folder, info | {"compilations": counter.count}, operative_config())
+        if clock.examples_seen < total_examples:
+            raise Interrupted(
+                f"{interruption.requested}: saved {folder} at {clock.examples_seen:,} of {total_examples:,} examples; "
+                "the same command goes on from there"
+            )
+        return validation
+
+
+def last_validation(folder: Path) -> dict:
+    """The newest validation record of a run."""
+    return {name: column[-1].item() for name, column in read_run(folder).validation.items()}
+
+
+def _check_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise UserError(f"train.{name} = {value} must be above 0")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = configurables.parser("Train a decoder on packed text.", EXAMPLES)
+    parser.add_argument("--run", help="the run's folder (default: runs/NAME of the last config)")
+    arguments = parser.parse_args(argv)
+    configs = arguments.config or ["debug.gin"]
+    bound = configurables.bind(train, configs, arguments.set)
+    bound(run=arguments.run or f"runs/{Path(configs[-1]).stem}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,50 @@
+"""Grouped-query attention over packed rows."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from crescendo.models import axes
+from crescendo.models.config import ModelConfig
+from crescendo.models.layers import Linear, RMSNorm, rotate
+
+
+def packed_causal_mask(segment_ids_BT):
+    """`[B, 1, T, T]`, True where a query may see a key: not later, and in the same document."""
+    length = segment_ids_BT.shape[1]
+    same_document = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
+    return same_document & jnp.tri(length, dtype=bool)
+
+
+class Attention(nnx.Module):
+    """`softmax(q k^T / sqrt(E)) v` with H query heads over K key and value heads (Ainslie et al. 2023)."""
+
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        width, heads, kv_heads, head_width = config.width, config.heads, config.kv_heads, config.head_size
+
+        def projection(heads: int, axis: str):
+            return Linear((width,), (heads, head_width), (axes.EMBED, axis, axes.HEAD_WIDTH), dtype=dtype, rngs=rngs)
+
+        self.query = projection(heads, axes.HEADS)
+        self.key = projection(kv_heads, axes.KV_HEADS)
+        self.value = projection(kv_heads, axes.KV_HEADS)
+        self.output = Linear(
+            (heads, head_width),
+            (width,),
+            (axes.HEADS, axes.HEAD_WIDTH, axes.EMBED),
+            dtype=dtype,
+            rngs=rngs,
+            scale=(2 * config.layers) ** -0.5,
+        )
+        if config.qk_norm:
+            self.query_norm = RMSNorm(head_width, axes.HEAD_WIDTH, config.norm_epsilon)
+            self.key_norm = RMSNorm(head_width, axes.HEAD_WIDTH, config.norm_epsilon)
+        self.qk_norm = config.qk_norm
+
+    def __call__(self, x_BTD, mask_BHTT, cosine, sine, implementation):
+        q_BTHE, k_BTKE, v_BTKE = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        if self.qk_norm:
+            q_BTHE, k_BTKE = self.query_norm(q_BTHE), self.key_norm(k_BTKE)
+        q_BTHE, k_BTKE = rotate(q_BTHE, cosine, sine), rotate(k_BTKE, cosine, sine)
+        mixed_BTHE = jax.nn.dot_product_attention(q_BTHE, k_BTKE, v_BTKE, mask=mask_BHTT, implementation=implementation)
+        return self.output(mixed_BTHE)

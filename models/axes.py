@@ -1,0 +1,24 @@
+"""Logical axis names: what a dimension means. `crescendo.parallel.rules` says where each one lives.
+
+The shape letters used in names such as `x_BTD`:
+
+| letter | axis | letter | axis |
+| --- | --- | --- | --- |
+| B | batch (examples) | K | key and value heads |
+| T | length (tokens) | G | query heads in a group, H / K |
+| D | embed, the residual width | F | mlp, the feed-forward width |
+| H | query heads | V | vocabulary |
+| E | width of one head | L | layers |
+"""
+
+BATCH = "batch"
+LENGTH = "length"
+EMBED = "embed"
+HEADS = "heads"
+KV_HEADS = "kv_heads"
+HEAD_WIDTH = "head_width"
+MLP = "mlp"
+VOCAB = "vocab"
+LAYERS = "layers"
+
+ALL = (BATCH, LENGTH, EMBED, HEADS, KV_HEADS, HEAD_WIDTH, MLP, VOCAB, LAYERS)

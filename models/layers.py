@@ -1,0 +1,69 @@
+"""Small layers: every parameter is float32 and carries the logical names of its axes."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], standard_deviation: float) -> nnx.Param:
+    """A float32 parameter drawn from a normal distribution cut at two standard deviations."""
+    # The cut at +-2 shrinks the standard deviation to 0.8796 of the uncut one.
+    value = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape) * (standard_deviation / 0.87962566)
+    return nnx.Param(value, axes=axes)
+
+
+class Linear(nnx.Module):
+    """`y = sum over the input axes of x W`, with no bias.
+
+    Args:
+      inputs: the sizes contracted, the last ones of `x`.
+      outputs: the sizes that take their place.
+      axes: the logical names of `inputs + outputs`.
+      scale: multiplies the standard deviation `1 / sqrt(fan_in)` at initialisation.
+    """
+
+    def __init__(self, inputs, outputs, axes, *, dtype, rngs: nnx.Rngs, scale: float = 1.0):
+        fan_in = 1
+        for size in inputs:
+            fan_in *= size
+        self.kernel = parameter(rngs, (*inputs, *outputs), axes, scale * fan_in**-0.5)
+        self.contracted = len(inputs)
+        self.dtype = dtype
+
+    def __call__(self, x):
+        kernel = self.kernel[...].astype(self.dtype)
+        return jnp.tensordot(x, kernel, axes=self.contracted)
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last axis, computed in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, axis: str, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(size), axes=(axis,))
+        self.epsilon = epsilon
+
+    def __call__(self, x):
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return (x32 * inverse * self.scale[...]).astype(x.dtype)
+
+
+class Table(nnx.Module):
+    """`[V, D]` vectors of the vocabulary: looked up at the input, multiplied at the output."""
+
+    def __init__(self, vocab_size: int, width: int, axes: tuple[str, str], *, rngs: nnx.Rngs):
+        self.table = parameter(rngs, (vocab_size, width), axes, 0.02)
+
+
+def rotary(positions_BT, head_width: int, theta: float):
+    """Cosines and sines `[B, T, 1, E / 2]` (float32) of the rotary angles `position * theta^(-2 i / E)`."""
+    frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTHE, cosine, sine):
+    """Turns the pairs `(x[i], x[i + E / 2])` by the angle of their position (RoFormer, Su et al. 2021)."""
+    first, second = jnp.split(x_BTHE.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return rotated.astype(x_BTHE.dtype)

@@ -1,0 +1,45 @@
+"""Losses return `(sum, weight)`; the mean is taken once, after all microbatches and devices are added up."""
+
+import jax
+import jax.numpy as jnp
+
+from crescendo.models.config import ModelConfig
+from crescendo.models.transformer import apply
+
+
+def cross_entropy(hidden_BTD, table_VD, labels_BT, weights_BT, *, z_loss: float = 0.0, soft_cap: float | None = None):
+    """`sum_i w_i (log Z_i - logit_i[label_i] + z_loss log^2 Z_i)` and `sum_i w_i`, both float32 scalars.
+
+    Args:
+      hidden_BTD: final hidden states; the logits are `hidden table^T`, multiplied in their dtype, summed in float32.
+      table_VD: the output matrix.
+      labels_BT: int32 in `[0, V)`; read also where the weight is 0.
+      weights_BT: float32, 0 on padding.
+      z_loss: keeps `log Z` near 0 (PaLM, Chowdhery et al. 2022, section 5).
+      soft_cap: `c` of `c tanh(logits / c)` (Gemma 2, 2024), or None.
+    """
+    logits_BTV = jnp.einsum(
+        "btd,vd->btv", hidden_BTD, table_VD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32
+    )
+    if soft_cap is not None:
+        logits_BTV = soft_cap * jnp.tanh(logits_BTV / soft_cap)
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    label_logits_BT = jnp.take_along_axis(logits_BTV, labels_BT[..., None], axis=-1)[..., 0]
+    losses_BT = log_z_BT - label_logits_BT + z_loss * jnp.square(log_z_BT)
+    return jnp.sum(losses_BT * weights_BT), jnp.sum(weights_BT)
+
+
+def next_token_loss(config: ModelConfig, parameters: dict, batch: dict, *, z_loss: float = 0.0, implementation=None):
+    """The loss of packed rows: `(loss_sum in nats, weight in tokens)`, padding (`segment_ids` 0) left out.
+
+    Args:
+      batch: `tokens`, `labels`, `segment_ids`, `positions`, each int32 `[B, T]`.
+      z_loss: `config.z_loss` when training; 0 gives the plain cross-entropy.
+      implementation: of the attention.
+    """
+    model = apply(config, parameters)
+    hidden_BTD = model(batch["tokens"], batch["segment_ids"], batch["positions"], implementation=implementation)
+    weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
+    return cross_entropy(
+        hidden_BTD, model.output_table(), batch["labels"], weights_BT, z_loss=z_loss, soft_cap=config.logit_soft_cap
+    )

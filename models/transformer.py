@@ -1,0 +1,138 @@
+"""The decoder: embedding, blocks stacked on a leading axis, final norm, output table."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from crescendo.models import axes
+from crescendo.models.attention import Attention, packed_causal_mask
+from crescendo.models.config import ModelConfig
+from crescendo.models.layers import Linear, RMSNorm, Table, rotary
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Mlp(nnx.Module):
+    """SwiGLU: `(silu(x W_gate) * x W_up) W_down` (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        inner = functools.partial(
+            Linear, (config.width,), (config.mlp_width,), (axes.EMBED, axes.MLP), dtype=dtype, rngs=rngs
+        )
+        self.gate, self.up = inner(), inner()
+        self.down = Linear(
+            (config.mlp_width,),
+            (config.width,),
+            (axes.MLP, axes.EMBED),
+            dtype=dtype,
+            rngs=rngs,
+            scale=(2 * config.layers) ** -0.5,
+        )
+
+    def __call__(self, x_BTD):
+        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Block(nnx.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.width, axes.EMBED, config.norm_epsilon)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.width, axes.EMBED, config.norm_epsilon)
+        self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BTD, mask_BHTT, cosine, sine, implementation):
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), mask_BHTT, cosine, sine, implementation)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class Transformer(nnx.Module):
+    """A decoder over packed rows.
+
+    Call it with `tokens`, `segment_ids` and `positions`, each int32 `[B, T]`; it returns the normalised hidden
+    states `[B, T, D]` in the compute dtype. `output_table()` is the `[V, D]` matrix that makes logits of them: the
+    loss multiplies by it, so that logits need never exist in full.
+
+    Args:
+      config: `scan_layers` and `dtype` decided (`ModelConfig.for_platform`).
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        if config.scan_layers is None or config.dtype is None:
+            raise ValueError("scan_layers and dtype are undecided: pass config.for_platform('cpu' | 'gpu' | 'tpu')")
+        self.config = config
+        dtype = jnp.dtype(config.dtype)
+        self.embedding = Table(config.vocab_size, config.width, (axes.VOCAB, axes.EMBED), rngs=rngs)
+
+        @nnx.split_rngs(splits=config.layers)
+        @functools.partial(nnx.vmap, in_axes=(0,), out_axes=0)
+        def stacked(rngs):
+            return Block(config, dtype=dtype, rngs=rngs)
+
+        self.blocks = stacked(rngs)
+        self.final_norm = RMSNorm(config.width, axes.EMBED, config.norm_epsilon)
+        if not config.tied_head:
+            self.head = Table(config.vocab_size, config.width, (axes.VOCAB, axes.EMBED), rngs=rngs)
+
+    def output_table(self):
+        """`[V, D]`, float32."""
+        return (self.embedding if self.config.tied_head else self.head).table[...]
+
+    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, *, implementation=None):
+        config = self.config
+        x_BTD = self.embedding.table[...].astype(config.dtype)[tokens_BT]
+        mask_BHTT = packed_causal_mask(segment_ids_BT)
+        cosine, sine = rotary(positions_BT, config.head_size, config.rope_theta)
+        structure, stacked = nnx.split(self.blocks)
+
+        def block(x_BTD, parameters):
+            layer: Any = nnx.merge(structure, parameters)
+            return layer(x_BTD, mask_BHTT, cosine, sine, implementation), None
+
+        if config.remat != "none":
+            block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+        unroll = 1 if config.scan_layers else config.layers
+        x_BTD, _ = jax.lax.scan(block, x_BTD, stacked, unroll=unroll)
+        return self.final_norm(x_BTD)
+
+
+@functools.cache
+def _abstract(config: ModelConfig):
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+
+
+def initialize(config: ModelConfig, key) -> dict:
+    """Fresh float32 parameters as nested dicts of arrays; pure, so it can be jitted with output shardings."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key))))
+
+
+def apply(config: ModelConfig, parameters: dict) -> Transformer:
+    """The model that holds `parameters` (as `initialize` makes them).
+
+    >>> config = ModelConfig.preset("debug").for_platform("cpu")
+    >>> parameters = initialize(config, jax.random.key(0))
+    >>> tokens = jnp.zeros((2, 8), jnp.int32)
+    >>> apply(config, parameters)(tokens, tokens + 1, jnp.arange(8)[None].repeat(2, 0)).shape
+    (2, 8, 128)
+    """
+    structure, state = _abstract(config)
+    state = jax.tree.map(lambda x: x, state)
+    nnx.replace_by_pure_dict(state, parameters)
+    return nnx.merge(structure, state)
+
+
+def logical_axes(config: ModelConfig) -> dict:
+    """The logical axis names of every parameter, as nested dicts of tuples; blocks have a leading `layers`."""
+    _, state = _abstract(config)
+    named = nnx.to_pure_dict(state, extract_fn=lambda parameter: tuple(parameter.axes))
+    named["blocks"] = jax.tree.map(
+        lambda names: (axes.LAYERS, *names), named["blocks"], is_leaf=lambda x: isinstance(x, tuple)
+    )
+    return named

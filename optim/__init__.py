@@ -1,0 +1,95 @@
+"""Optimizers, transforms and schedules for optax.
+
+The tables map the name that a config uses to its function; the common tests find every optimizer, transform and
+schedule in them. Schedules are called by their module (`schedules.linear`), since their names are too plain to stand
+alone.
+"""
+
+from crescendo.optim import schedules
+from crescendo.optim.adamw import adamw, nadamw
+from crescendo.optim.baselines import adafactor, evaluation_params, muon, prodigy, schedule_free, sgd, sophia
+from crescendo.optim.lamb import lamb
+from crescendo.optim.lars import lars, scale_by_lars
+from crescendo.optim.lion import lion
+from crescendo.optim.precision import in_float32
+from crescendo.optim.refinement import (
+    record_gradient_norms,
+    recorded_norms,
+    refine,
+    refined,
+    refined_schedule,
+    save_refined,
+)
+from crescendo.optim.scaling import (
+    bert_76_minutes,
+    bert_recipe,
+    learning_rate_factor,
+    scale_by_learning_rate,
+    step_law,
+    with_learning_rate,
+)
+from crescendo.optim.trust_ratio import scale_by_layer_trust_ratio, trust_ratios
+
+OPTIMIZERS = {
+    function.__name__: function
+    for function in (adamw, nadamw, lamb, lars, lion, sgd, adafactor, muon, schedule_free, prodigy, sophia)
+}
+"""Aliases `name(learning_rate, **options)`."""
+
+TRANSFORMS = {
+    function.__name__: function
+    for function in (scale_by_learning_rate, scale_by_layer_trust_ratio, scale_by_lars, record_gradient_norms)
+}
+"""Pieces to chain."""
+
+SCHEDULES = {
+    function.__name__: function
+    for function in (
+        schedules.constant,
+        schedules.linear,
+        schedules.cosine,
+        schedules.wsd,
+        schedules.rex,
+        schedules.power,
+        schedules.infinite,
+        schedules.rewarm,
+        schedules.step,
+        refined,
+    )
+}
+"""Schedules `name(peak, total, *, warmup=0, **options)`."""
+
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "TRANSFORMS",
+    "adafactor",
+    "adamw",
+    "bert_76_minutes",
+    "bert_recipe",
+    "evaluation_params",
+    "in_float32",
+    "lamb",
+    "lars",
+    "learning_rate_factor",
+    "lion",
+    "muon",
+    "nadamw",
+    "prodigy",
+    "record_gradient_norms",
+    "recorded_norms",
+    "refine",
+    "refined",
+    "refined_schedule",
+    "save_refined",
+    "scale_by_lars",
+    "scale_by_layer_trust_ratio",
+    "scale_by_learning_rate",
+    "schedule_free",
+    "schedules",
+    "sgd",
+    "sophia",
+    "step_law",
+    "trust_ratios",
+    "with_learning_rate",
+]

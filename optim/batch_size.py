@@ -1,0 +1,170 @@
+"""Batch-size policies, and the optax transform that carries one beside the optimizer.
+
+A policy is pure: it is tested without a model, checkpointed like the parameters, and decides the same again when a
+run is resumed. The training loop reads `current_batch_size(opt_state)`, and by definition uses it one step late: the
+size decided by update n is that of batch n + 2. So the device never waits for the decision.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from crescendo.optim.scaling import learning_rate_factor
+
+
+class BatchStats(NamedTuple):
+    """What the loop tells the transforms of a batch, as the extra argument `batch_stats`.
+
+    Attributes:
+      examples_seen: int32, examples drawn before this batch.
+      batch_size: int32, examples in this batch.
+      loss: float32, the mean over the batch.
+      squared_norm: float32, `||g||^2` of the mean gradient, before clipping.
+      microbatch_squared_norms: float32 `[k_max]`, the same of each microbatch's mean gradient; 0 from the count on.
+      microbatches: int32, how many there were.
+    """
+
+    examples_seen: jax.Array
+    batch_size: jax.Array
+    loss: jax.Array
+    squared_norm: jax.Array
+    microbatch_squared_norms: jax.Array
+    microbatches: jax.Array
+
+
+class BatchSizePolicy(NamedTuple):
+    """How the batch size moves.
+
+    Attributes:
+      init: `() -> state`, a tree of arrays.
+      update: `(state, stats: BatchStats) -> (batch_size, state)`, jittable, `batch_size` an int32 out of `sizes`.
+      sizes: every size it may take, in examples, the initial one first.
+      reason: why it changes the size, for the log.
+    """
+
+    init: Callable[[], Any]
+    update: Callable[[Any, BatchStats], tuple[jax.Array, Any]]
+    sizes: tuple[int, ...]
+    reason: str
+
+
+def constant(batch_size: int) -> BatchSizePolicy:
+    """The same batch size for the whole run.
+
+    >>> constant(32).sizes
+    (32,)
+    """
+    return staged([batch_size], starts_examples=[0])
+
+
+def staged(
+    sizes: Sequence[int],
+    *,
+    starts_examples: Sequence[int] | None = None,
+    starts_tokens: Sequence[int] | None = None,
+    sequence_length: int | None = None,
+) -> BatchSizePolicy:
+    """Size i from threshold i on: `sizes[max {i : starts[i] <= examples seen}]`.
+
+    Args:
+      sizes: batch sizes in examples.
+      starts_examples: where each begins on the clock; the first is 0, and they increase.
+      starts_tokens: the same in tokens, instead; needs `sequence_length`.
+      sequence_length: tokens in an example, for `starts_tokens`.
+
+    Raises:
+      ValueError: for a size below 1, thresholds that don't increase from 0, or other than one per size.
+
+    >>> policy = staged([4, 8], starts_tokens=[0, 1000], sequence_length=10)
+    >>> stats = BatchStats(jnp.int32(96), jnp.int32(4), *[jnp.float32(0)] * 3, jnp.int32(1))
+    >>> int(policy.update(policy.init(), stats)[0])
+    8
+    """
+    if (starts_examples is None) == (starts_tokens is None):
+        raise ValueError("give either starts_examples or starts_tokens")
+    if starts_examples is None:
+        assert starts_tokens is not None
+        if sequence_length is None:
+            raise ValueError("starts_tokens needs sequence_length, the tokens in an example")
+        starts_examples = [-(-start // sequence_length) for start in starts_tokens]
+    if not sizes or len(sizes) != len(starts_examples):
+        raise ValueError(f"{len(sizes)} sizes and {len(starts_examples)} starts: give each size its start")
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"sizes = {list(sizes)}: each must be at least 1 example")
+    if starts_examples[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts_examples)):
+        raise ValueError(f"starts {list(starts_examples)} (in examples) must begin with 0 and increase")
+    starts, table = np.array(starts_examples, np.int32), np.array(sizes, np.int32)
+
+    def update(state, stats: BatchStats):
+        seen = stats.examples_seen + stats.batch_size
+        return jnp.asarray(table)[jnp.searchsorted(starts, seen, side="right") - 1], state
+
+    return BatchSizePolicy(init=lambda: (), update=update, sizes=tuple(sizes), reason="staged threshold")
+
+
+class AdaptiveBatchSizeState(NamedTuple):
+    """State of `adaptive_batch_size`: the policy's own, the size it decided, the last learning-rate factor."""
+
+    policy_state: Any
+    batch_size: jax.Array
+    learning_rate_factor: jax.Array
+
+
+def adaptive_batch_size(policy: BatchSizePolicy, coupling: str = "sqrt") -> optax.GradientTransformationExtraArgs:
+    """Lets `policy` choose the batch size, and scales the updates by the coupling of learning rate and batch size.
+
+    Chain it behind the optimizer: `u <- f(B / B_0) u`, with B the size of the batch that made the gradient and B_0
+    the policy's initial size; f is `x` for "linear" (SGD), `sqrt x` for "sqrt" (Adam and its kin), 1 for "none"
+    (McCandlish et al. 2018; Merrill et al. 2025 for batch warmup). The direction is left alone.
+
+    Args:
+      policy: the batch-size policy.
+      coupling: "linear", "sqrt" or "none".
+
+    >>> optimizer = optax.chain(optax.sgd(0.1), adaptive_batch_size(staged([2, 8], starts_examples=[0, 64])))
+    >>> state = optimizer.init(jnp.ones(3))
+    >>> int(current_batch_size(state))
+    2
+    """
+    base = policy.sizes[0]
+    learning_rate_factor(coupling, base, base)  # raises for an unknown coupling
+
+    def init(params):
+        del params
+        return AdaptiveBatchSizeState(policy.init(), jnp.int32(base), jnp.float32(1))
+
+    def update(updates, state, params=None, *, batch_stats: BatchStats | None = None, **extra_args):
+        del params, extra_args
+        if batch_stats is None:
+            raise ValueError("adaptive_batch_size needs the extra argument batch_stats (BatchStats) in update()")
+        factor = learning_rate_factor(coupling, batch_stats.batch_size, base)
+        batch_size, policy_state = policy.update(state.policy_state, batch_stats)
+        updates = jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates)
+        return updates, AdaptiveBatchSizeState(policy_state, batch_size, jnp.asarray(factor, jnp.float32))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def current_batch_size(opt_state) -> jax.Array:
+    """The size that the policy decided last, an int32 scalar, from the state of a chain with `adaptive_batch_size`."""
+    return _state(opt_state).batch_size
+
+
+def current_learning_rate_factor(opt_state) -> jax.Array:
+    """What the coupling multiplied the last update by, a float32 scalar."""
+    return _state(opt_state).learning_rate_factor
+
+
+def _state(opt_state) -> AdaptiveBatchSizeState:
+    def is_ours(x):
+        return isinstance(x, AdaptiveBatchSizeState)
+
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
+    if len(found) != 1:
+        raise ValueError(f"the optimizer state holds {len(found)} adaptive_batch_size states; chain exactly one")
+    return found[0]

@@ -1,0 +1,54 @@
+"""The dtypes of an optimizer: arithmetic in float32 or better, moments stored in a chosen dtype."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def in_float32(
+    inner: optax.GradientTransformation, *, moment_dtype: jax.typing.DTypeLike | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` computed in float32 (float64 where the input is), its moments stored in `moment_dtype`.
+
+    Parameters and gradients are cast on entry and the update is rounded once, to the gradient's dtype, on exit; in
+    between steps every state array that mirrors the parameters is kept in `moment_dtype`. Under jit the casts are part
+    of the same fused loop, so low-precision moments are read and written at their own size. optax's `mu_dtype` casts
+    the first moment alone, and computes in the parameters' dtype.
+
+    Args:
+      inner: any transformation.
+      moment_dtype: None: the parameters' dtype. bfloat16 halves the memory, but a second moment with b2 near 1 then
+        moves by less than its rounding and sticks: keep b2 at 0.95 or below.
+
+    Raises:
+      ValueError: a dtype that isn't floating.
+
+    >>> transform = in_float32(optax.scale_by_adam(b2=0.95), moment_dtype="bfloat16")
+    >>> transform.init(jnp.ones(2)).nu.dtype
+    dtype(bfloat16)
+    """
+    if moment_dtype is not None and not jnp.issubdtype(moment_dtype, jnp.floating):
+        raise ValueError(f"moment_dtype must be a floating dtype, such as float32 or bfloat16, got {moment_dtype}")
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> optax.OptState:
+        state = inner.init(jax.tree.map(_widen, params))
+        narrow = jax.eval_shape(inner.init, jax.tree.map(lambda p: p.astype(moment_dtype or p.dtype), params))
+        mirrors = optax.tree_map_params(inner, lambda _: True, state, transform_non_params=lambda _: False)
+        return jax.tree.map(lambda mirror, x, n: x.astype(n.dtype) if mirror else x, mirrors, state, narrow)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: object
+    ) -> tuple[optax.Updates, optax.OptState]:
+        wide_params = None if params is None else jax.tree.map(_widen, params)
+        wide_state = optax.tree_map_params(inner, _widen, state)
+        wide, new_state = inner.update(jax.tree.map(_widen, updates), wide_state, wide_params, **extra_args)
+        new_state = jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
+        return jax.tree.map(lambda u, g: u.astype(g.dtype), wide, updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    """At least float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,276 @@
+"""The learning rate applied to an update, and the rules that say how large it should be.
+
+`scale_by_learning_rate` is the last link of every optimizer here. The functions below it carry a rate from one batch
+size to another, or predict it from the model and the data.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from crescendo.optim import schedules
+
+
+class ScaleByLearningRateState(NamedTuple):
+    """State of `scale_by_learning_rate`."""
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as optax's states do
+    """Updates made, int32[]."""
+    learning_rate: jax.Array
+    """The rate of the last update (before the first: of count 0), float32[]; float64[] under x64."""
+
+
+def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    """Multiply the update by -eta(t), where t is the extra argument `examples_seen` if the caller passes it.
+
+    Without `examples_seen` t is the number of updates made, as in `optax.scale_by_learning_rate`, so that what is
+    chained with this is a drop-in optax optimizer. The rate used is kept in the state: `optax.tree_utils.tree_get(
+    opt_state, "learning_rate")` reads it for the log. The product is rounded once, to the update's dtype.
+
+    Args:
+      learning_rate: a rate or a schedule over the caller's clock.
+
+    Raises:
+      ValueError: a rate (for a schedule: its value at 0) that is negative, NaN or infinite.
+
+    >>> transform = scale_by_learning_rate(schedules.linear(1.0, 100))
+    >>> state = transform.init(jnp.ones(2))
+    >>> update, state = transform.update(jnp.ones(2), state, examples_seen=75)
+    >>> print(update, state.learning_rate, state.count)
+    [-0.25 -0.25] 0.25 1
+    """
+    rate_at = as_schedule(learning_rate)
+
+    def init(params: optax.Params) -> ScaleByLearningRateState:
+        del params
+        return ScaleByLearningRateState(jnp.zeros((), jnp.int32), rate_at(0))
+
+    def update(
+        updates: optax.Updates,
+        state: ScaleByLearningRateState,
+        params: optax.Params | None = None,
+        *,
+        examples_seen: jax.typing.ArrayLike | None = None,
+        **extra_args: object,
+    ) -> tuple[optax.Updates, ScaleByLearningRateState]:
+        del params, extra_args
+        rate = rate_at(state.count if examples_seen is None else examples_seen)
+        updates = jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates)
+        return updates, ScaleByLearningRateState(optax.safe_increment(state.count), rate)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class WithLearningRateState(NamedTuple):
+    """State of `with_learning_rate`."""
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as optax's states do
+    """Updates made, int32[]."""
+    learning_rate: jax.Array
+    """The rate of the last update (before the first: of count 0), float32[]; float64[] under x64."""
+    inner_state: optax.OptState
+
+
+def with_learning_rate(
+    make: Callable[[jax.Array], optax.GradientTransformation], learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that takes its rate at construction, driven by `examples_seen` as `scale_by_learning_rate` is.
+
+    For optimizers whose rate isn't a last factor (Adafactor, Prodigy, Schedule-Free). Like `optax.inject_hyperparams`
+    it makes the optimizer anew in every update, but for the rate alone and on the caller's clock.
+
+    Args:
+      make: from a rate (a traced scalar) to the optimizer; its state must not depend on the rate's value.
+      learning_rate: a rate or a schedule.
+
+    Raises:
+      ValueError: a rate (for a schedule: its value at 0) that is negative, NaN or infinite.
+
+    >>> transform = with_learning_rate(optax.sgd, schedules.linear(1.0, 100))
+    >>> update, state = transform.update(jnp.ones(2), transform.init(jnp.ones(2)), examples_seen=75)
+    >>> print(update, state.learning_rate)
+    [-0.25 -0.25] 0.25
+    """
+    rate_at = as_schedule(learning_rate)
+
+    def init(params: optax.Params) -> WithLearningRateState:
+        # Copied, so that a state which keeps the first parameters can be donated together with the parameters.
+        inner_state = make(rate_at(0)).init(jax.tree.map(jnp.copy, params))
+        return WithLearningRateState(jnp.zeros((), jnp.int32), rate_at(0), inner_state)
+
+    def update(
+        updates: optax.Updates,
+        state: WithLearningRateState,
+        params: optax.Params | None = None,
+        *,
+        examples_seen: jax.typing.ArrayLike | None = None,
+        **extra_args: object,
+    ) -> tuple[optax.Updates, WithLearningRateState]:
+        rate = rate_at(state.count if examples_seen is None else examples_seen)
+        inner = optax.with_extra_args_support(make(rate))
+        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        return updates, WithLearningRateState(optax.safe_increment(state.count), rate, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def as_schedule(learning_rate: optax.ScalarOrSchedule) -> optax.Schedule:
+    """A rate or a schedule as a schedule that returns arrays of the default float dtype.
+
+    Raises:
+      ValueError: a rate (for a schedule: its value at 0) that is negative, NaN or infinite.
+
+    >>> as_schedule(0.5)(3)
+    Array(0.5, dtype=float32)
+    """
+    if not callable(learning_rate):
+        schedules.check_learning_rate(learning_rate)
+        return lambda count: jnp.asarray(learning_rate, float)
+    schedules.check_learning_rate(learning_rate(0), "learning_rate at count 0")
+    return lambda count: jnp.asarray(learning_rate(count), float)
+
+
+def learning_rate_factor(
+    rule: str,
+    batch_size: jax.typing.ArrayLike,
+    base_batch_size: jax.typing.ArrayLike,
+    *,
+    exponent: float = 0.5,
+) -> jax.Array:
+    """What to multiply a learning rate by when the batch goes from `base_batch_size` to `batch_size`.
+
+    `linear`: r = B / B0, for SGD; `sqrt`: r^0.5, for Adam and its kin; `power`: r^exponent; `none`: 1. Valid below the
+    critical batch size only.
+
+    Args:
+      rule: `linear`, `sqrt`, `power` or `none`.
+      batch_size: the new batch, in examples; may be traced.
+      base_batch_size: the batch that the rate was meant for, in examples; may be traced.
+      exponent: of the rule `power`.
+
+    Returns:
+      The factor, in the default float dtype.
+
+    Raises:
+      ValueError: an unknown rule, or a concrete batch size that isn't positive.
+
+    References:
+      Goyal et al., 2017, `Accurate, Large Minibatch SGD <https://arxiv.org/abs/1706.02677>`_;
+      Malladi et al., 2022, `On the SDEs and Scaling Rules for Adaptive Gradient Algorithms
+      <https://arxiv.org/abs/2205.10287>`_
+
+    >>> [float(learning_rate_factor(rule, 1024, 256)) for rule in ("linear", "sqrt", "none")]
+    [4.0, 2.0, 1.0]
+    """
+    for name, value in dict(batch_size=batch_size, base_batch_size=base_batch_size).items():
+        if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
+            raise ValueError(f"{name} must be above 0, got {value}")
+    ratio = jnp.asarray(batch_size, float) / jnp.asarray(base_batch_size, float)
+    match rule:
+        case "linear":
+            return ratio
+        case "sqrt":
+            return jnp.sqrt(ratio)
+        case "power":
+            return ratio**exponent
+        case "none":
+            return jnp.ones_like(ratio)
+    raise ValueError(f"unknown learning-rate rule {rule!r}: use linear, sqrt, power or none")
+
+
+class BertRecipe(NamedTuple):
+    """Peak learning rate and warmup (as a fraction of the run) of BERT trained by LAMB."""
+
+    learning_rate: float
+    warmup_fraction: float
+
+
+def bert_recipe(batch_size: int) -> BertRecipe:
+    """The "76 minutes" recipe: rate 5e-3 * sqrt(B / 32768), warmup over 0.2 * B / 32768 of the run.
+
+    The paper's table covers 512 to 32,768 examples; there the two formulas are exact.
+
+    Raises:
+      ValueError: a batch size that isn't positive, or one so large (163,840) that the warmup fills the run.
+
+    References:
+      You et al., 2020, `Large Batch Optimization for Deep Learning <https://arxiv.org/abs/1904.00962>`_, table 4
+
+    >>> bert_recipe(512)
+    BertRecipe(learning_rate=0.000625, warmup_fraction=0.003125)
+    """
+    if not 0 < batch_size < 5 * 32_768:
+        raise ValueError(
+            f"batch_size must be above 0 and below {5 * 32_768} (where warmup fills the run): {batch_size}"
+        )
+    ratio = batch_size / 32_768
+    return BertRecipe(5e-3 * math.sqrt(ratio), 0.2 * ratio)
+
+
+def bert_76_minutes(
+    total: float, *, batch_sizes: tuple[int, ...] = (65_536, 32_768), boundaries: tuple[float, ...] | None = None
+) -> optax.Schedule:
+    """The recipe's schedule: per stage a warmup and a linear decay to 0, each by the stage's batch size.
+
+    By default two stages: 65,536 examples (of 128 tokens) for 9/10 of the run, then 32,768 (of 512), warmed up again.
+
+    Args:
+      total: the length of the run, in the caller's count.
+      batch_sizes: the batch of each stage, in examples.
+      boundaries: the counts at which a new stage starts, one fewer than stages; None: 9/10 of `total` for two stages.
+
+    Raises:
+      ValueError: boundaries that don't rise within the run, or whose number doesn't fit the stages.
+
+    References:
+      You et al., 2020, `Large Batch Optimization for Deep Learning <https://arxiv.org/abs/1904.00962>`_, section 4.1
+
+    >>> schedule = bert_76_minutes(1000)
+    >>> print(f"{schedule(360):.5f} {schedule(900):.5f} {schedule(920):.5f}")
+    0.00707 0.00000 0.00500
+    """
+    if boundaries is None:
+        boundaries = (0.9 * total,) if len(batch_sizes) == 2 else ()
+    edges = (0, *boundaries, total)
+    if len(boundaries) != len(batch_sizes) - 1 or list(edges) != sorted(set(edges)):
+        raise ValueError(
+            f"boundaries {boundaries} don't fit {len(batch_sizes)} stages and total {total}: "
+            f"give {len(batch_sizes) - 1}, rising, between 0 and total"
+        )
+    stages = []
+    for batch_size, start, end in zip(batch_sizes, edges, edges[1:], strict=False):
+        recipe = bert_recipe(batch_size)
+        stages.append(
+            schedules.linear(recipe.learning_rate, end - start, warmup=recipe.warmup_fraction * (end - start))
+        )
+    return optax.join_schedules(stages, list(boundaries))
+
+
+def step_law(params: float, tokens: float) -> tuple[float, float]:
+    """Peak learning rate and batch size for a language model: 1.79 N^-0.713 D^0.307 and 0.58 D^0.571 tokens.
+
+    Args:
+      params: N, the parameters without the embeddings.
+      tokens: D, the tokens of the whole run.
+
+    Returns:
+      (learning_rate, batch_size_tokens), for AdamW under a cosine that ends at 1e-5.
+
+    Raises:
+      ValueError: counts that aren't positive.
+
+    References:
+      Li et al., 2025, `Predictable Scale: Part I <https://arxiv.org/abs/2503.04715>`_
+
+    >>> learning_rate, batch_size_tokens = step_law(1e9, 1e11)
+    >>> print(f"{learning_rate:.2e} {batch_size_tokens:.2e}")
+    1.63e-03 1.11e+06
+    """
+    if not (0 < params < math.inf and 0 < tokens < math.inf):
+        raise ValueError(f"params and tokens must be above 0 and finite, got {params} and {tokens}")
+    return 1.79 * params**-0.713 * tokens**0.307, 0.58 * tokens**0.571

@@ -1,0 +1,418 @@
+"""Learning-rate schedules: `name(peak, total, *, warmup=0, ...) -> optax.Schedule`.
+
+Every schedule is a function of one count, in whatever unit the caller counts (examples, steps or tokens); all durations
+(`total`, `warmup`, `decay`, `boundaries`) are in that unit and `total` includes the warmup. Between counts 0 and
+`warmup` the rate rises linearly from 0 to what the schedule says at `warmup`; from `total` on it stays at its final
+value. Fractions (`end_fraction`, ...) are of `peak`, so a sweep over `peak` moves the whole curve. Schedules are
+jittable, work element by element on arrays of counts, return the default float dtype (float32; float64 under x64), and
+are exact at both ends.
+
+>>> import jax.numpy as jnp
+>>> print(linear(0.5, 100, warmup=20)(jnp.array([0, 10, 20, 60, 100, 120])))
+[0.   0.25 0.5  0.25 0.   0.  ]
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def constant(peak: float, total: float | None = None, *, warmup: float = 0) -> optax.Schedule:
+    """`peak` after the warmup, for ever; `total` is only checked.
+
+    Raises:
+      ValueError: as `linear`.
+
+    >>> float(constant(0.5)(7))
+    0.5
+    """
+    check(peak, math.inf if total is None else total, warmup)
+    return with_warmup(lambda t: peak * jnp.ones_like(t), warmup)
+
+
+def linear(peak: float, total: float, *, warmup: float = 0, end_fraction: float = 0.0) -> optax.Schedule:
+    """Linear decay: eta(t) = peak * ((1 - u) + end_fraction * u), u = (t - warmup) / (total - warmup).
+
+    Decay to 0 is the baseline that any other schedule must beat.
+
+    Args:
+      peak: the highest rate.
+      total: the count at which the decay ends.
+      warmup: the count at which the linear rise from 0 ends.
+      end_fraction: the final rate, as a fraction of `peak`.
+
+    Raises:
+      ValueError: a rate or fraction that is negative, NaN or out of range, or parts that don't fit `total`.
+
+    References:
+      Defazio et al., 2023, `Optimal Linear Decay Learning Rate Schedules <https://arxiv.org/abs/2310.07831>`_
+
+    >>> float(linear(1.0, 10, end_fraction=0.5)(5))
+    0.75
+    """
+    check(peak, total, warmup, end_fraction=end_fraction)
+    return with_warmup(lambda t: peak * _between(1.0, end_fraction, _progress(t, warmup, total)), warmup)
+
+
+def cosine(peak: float, total: float, *, warmup: float = 0, end_fraction: float = 0.0) -> optax.Schedule:
+    """Half a cosine: eta(t) = peak * (end_fraction + (1 - end_fraction) * (1 + cos(pi u)) / 2), u as in `linear`.
+
+    Args and Raises: as `linear`.
+
+    References:
+      Loshchilov and Hutter, 2017, `SGDR <https://arxiv.org/abs/1608.03983>`_
+
+    >>> print(f"{cosine(1.0, 4)(1):.4f}")
+    0.8536
+    """
+    check(peak, total, warmup, end_fraction=end_fraction)
+    return with_warmup(lambda t: peak * _between(1.0, end_fraction, _half_cosine(_progress(t, warmup, total))), warmup)
+
+
+def wsd(
+    peak: float,
+    total: float,
+    *,
+    warmup: float = 0,
+    decay: float | None = None,
+    shape: str = "linear",
+    end_fraction: float = 0.0,
+    half_lives: float = 5.0,
+) -> optax.Schedule:
+    """Warmup, stable, decay: constant at `peak`, then eta = peak * (f + (1 - f) * w(u)) over the last `decay` counts.
+
+    With u from 0 to 1 over the decay and f = `end_fraction`, w is, by `shape`:
+
+    - `linear`: 1 - u,
+    - `sqrt`: 1 - sqrt(u),
+    - `exponential`: 2^(-half_lives * u), which does *not* reach 0.
+
+    Args:
+      peak: the stable rate.
+      total: the count at which the decay ends.
+      warmup: the count at which the linear rise from 0 ends.
+      decay: length of the decay; None: a tenth of `total`.
+      shape: `linear`, `sqrt` or `exponential`.
+      end_fraction: the rate that the decay tends to, as a fraction of `peak`.
+      half_lives: how many times the exponential decay halves the rate.
+
+    Raises:
+      ValueError: as `linear`, and an unknown shape.
+
+    References:
+      Hu et al., 2024, `MiniCPM <https://arxiv.org/abs/2404.06395>`_;
+      Hägele et al., 2024, `Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations
+      <https://arxiv.org/abs/2405.18392>`_ (1 - sqrt)
+
+    >>> schedule = wsd(1.0, 100, decay=20, shape="sqrt")
+    >>> float(schedule(80)), float(schedule(85)), float(schedule(100))
+    (1.0, 0.5, 0.0)
+    """
+    decay = total / 10 if decay is None else decay
+    check(peak, total, warmup, decay=decay, end_fraction=end_fraction)
+    weight = _decay_weight(shape, half_lives)
+    return with_warmup(
+        lambda t: peak * _between(end_fraction, 1.0, weight(_progress(t, total - decay, total))),
+        warmup,
+    )
+
+
+def rex(
+    peak: float, total: float, *, warmup: float = 0, curvature: float = 0.5, end_fraction: float = 0.0
+) -> optax.Schedule:
+    """Reflected exponential: w = z / ((1 - d) + d z), z = 1 - u, u as in `linear`, d = `curvature`.
+
+    d = 0 is linear decay; the nearer d is to 1, the longer the rate stays high.
+
+    Args and Raises: as `linear`; `curvature` is at least 0 and below 1.
+
+    References:
+      Chen et al., 2022, `REX <https://arxiv.org/abs/2107.04197>`_
+
+    >>> print(f"{rex(1.0, 4)(2):.4f}")
+    0.6667
+    """
+    check(peak, total, warmup, end_fraction=end_fraction)
+    if not 0 <= curvature < 1:
+        raise ValueError(f"curvature must be at least 0 and below 1, got {curvature}: the paper's is 0.5")
+
+    def schedule(t: jax.Array) -> jax.Array:
+        z = 1 - _progress(t, warmup, total)
+        return peak * _between(end_fraction, 1.0, z / ((1 - curvature) + curvature * z))
+
+    return with_warmup(schedule, warmup)
+
+
+def power(
+    peak: float,
+    total: float,
+    *,
+    batch_size: float,
+    tokens_per_count: float = 1,
+    amplitude: float = 4.6,
+    exponent: float = -0.51,
+    warmup: float = 0,
+    decay: float | None = None,
+    shape: str = "linear",
+    end_fraction: float = 0.0,
+) -> optax.Schedule:
+    """A power law in the tokens seen: eta(n) = min(peak, batch_size * amplitude * n^exponent), then a decay.
+
+    n = t * `tokens_per_count`. Over the last `decay` counts the rate goes from its value there to `end_fraction` of
+    that value, as in `wsd`. Meant for models parametrised by muP.
+
+    Args:
+      peak: the cap (the paper's is 0.02).
+      total: the count at which the decay ends.
+      batch_size: the batch in sequences.
+      tokens_per_count: tokens in one count: 1 if the caller counts tokens, the sequence length if examples.
+      amplitude: the paper's a, 4 to 4.6.
+      exponent: the paper's b; at most 0.
+      warmup: the count at which the linear rise from 0 ends.
+      decay: length of the decay; None: a tenth of `total`.
+      shape: `linear`, `sqrt` or `exponential`.
+      end_fraction: the final rate, as a fraction of the rate at which the decay starts.
+
+    Raises:
+      ValueError: as `wsd`, and a batch size, tokens or amplitude that isn't positive, or an exponent above 0.
+
+    References:
+      Shen et al., 2024, `Power Scheduler <https://arxiv.org/abs/2408.13359>`_
+
+    >>> schedule = power(0.02, 10_000_000_000, batch_size=128)
+    >>> print(f"{schedule(1_000):.4f} {schedule(1_000_000_000):.4f}")
+    0.0200 0.0151
+    """
+    decay = total / 10 if decay is None else decay
+    check(peak, total, warmup, decay=decay, end_fraction=end_fraction)
+    for name, value in dict(batch_size=batch_size, tokens_per_count=tokens_per_count, amplitude=amplitude).items():
+        if not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+    if not exponent <= 0:
+        raise ValueError(f"exponent must be at most 0, got {exponent}: the paper's is -0.51")
+    weight = _decay_weight(shape)
+
+    def schedule(t: jax.Array) -> jax.Array:
+        tokens = jnp.minimum(t, total - decay) * tokens_per_count
+        stable = jnp.minimum(peak, batch_size * amplitude * jnp.maximum(tokens, 1.0) ** exponent)
+        return stable * _between(end_fraction, 1.0, weight(_progress(t, total - decay, total)))
+
+    return with_warmup(schedule, warmup)
+
+
+def infinite(
+    peak: float,
+    total: float | None = None,
+    *,
+    warmup: float = 0,
+    cooldown: float = 0,
+    decay: float | None = None,
+    constant_fraction: float = 0.55,
+    end_fraction: float = 0.1,
+) -> optax.Schedule:
+    """Warmup, half a cosine over `cooldown` counts to a constant rate, and an exponential anneal on demand.
+
+    Without `total` the rate stays at c = constant_fraction * peak for ever. To anneal, go on from any checkpoint of the
+    constant phase with `total` set: over the last `decay` counts eta = c * (end_fraction / constant_fraction)^u.
+
+    Args:
+      peak: the highest rate.
+      total: the count at which the anneal ends; None: no anneal.
+      warmup: the count at which the linear rise from 0 ends.
+      cooldown: length of the cosine from `peak` to the constant rate.
+      decay: length of the anneal; None: a tenth of `total`.
+      constant_fraction: the constant rate, as a fraction of `peak`.
+      end_fraction: the final rate, as a fraction of `peak`; above 0.
+
+    Raises:
+      ValueError: as `linear`, and an `end_fraction` of 0, which an exponential never reaches.
+
+    References:
+      Ibrahim et al., 2024, `Simple and Scalable Strategies to Continually Pre-train Large Language Models
+      <https://arxiv.org/abs/2403.08763>`_
+
+    >>> schedule = infinite(1.0, warmup=10, cooldown=10, constant_fraction=0.5)
+    >>> float(schedule(10)), float(schedule(20)), float(schedule(10**9))
+    (1.0, 0.5, 0.5)
+    """
+    horizon = math.inf if total is None else total
+    decay = 0 if total is None else total / 10 if decay is None else decay
+    check(
+        peak, horizon, warmup, cooldown=cooldown, decay=decay, constant_fraction=constant_fraction,
+        end_fraction=end_fraction,
+    )  # fmt: skip
+    if not 0 < end_fraction <= constant_fraction:
+        raise ValueError(
+            f"end_fraction must be above 0 and at most constant_fraction {constant_fraction}, got {end_fraction}"
+        )
+
+    def schedule(t: jax.Array) -> jax.Array:
+        rate = peak * _between(1.0, constant_fraction, _half_cosine(_progress(t, warmup, warmup + cooldown)))
+        if total is None:
+            return rate
+        return rate * (end_fraction / constant_fraction) ** _progress(t, total - decay, total)
+
+    return with_warmup(schedule, warmup)
+
+
+def rewarm(
+    peak: float,
+    total: float,
+    *,
+    start: float = 0,
+    warmup: float | None = None,
+    start_fraction: float = 0.0,
+    end_fraction: float = 0.1,
+) -> optax.Schedule:
+    """Warm up again and decay by half a cosine, for going on with a trained model on new data.
+
+    Linear from start_fraction * peak at count `start` to `peak` over `warmup` counts, then half a cosine to
+    end_fraction * peak at `total`.
+
+    Args:
+      peak: the highest rate.
+      total: the count at which the decay ends (of the same clock as `start`).
+      start: the count at which the earlier training ended.
+      warmup: length of the rise; None: a hundredth of total - start.
+      start_fraction: the rate at `start`, as a fraction of `peak`.
+      end_fraction: the final rate, as a fraction of `peak`.
+
+    Raises:
+      ValueError: as `linear`.
+
+    References:
+      Gupta et al., 2023, `Continual Pre-Training of Large Language Models: How to (re)warm your model?
+      <https://arxiv.org/abs/2308.04014>`_
+
+    >>> schedule = rewarm(1.0, 300, start=100, warmup=50)
+    >>> float(schedule(100)), float(schedule(125)), float(schedule(150)), round(float(schedule(300)), 6)
+    (0.0, 0.5, 1.0, 0.1)
+    """
+    warmup = (total - start) / 100 if warmup is None else warmup
+    check(peak, total, warmup, start=start, start_fraction=start_fraction, end_fraction=end_fraction)
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        t = jnp.asarray(count, float)
+        rise = _between(start_fraction, 1.0, _progress(t, start, start + warmup))
+        fall = _between(1.0, end_fraction, _half_cosine(_progress(t, start + warmup, total)))
+        return peak * jnp.where(t < start + warmup, rise, fall)
+
+    return schedule
+
+
+def step(
+    peak: float,
+    total: float,
+    *,
+    boundaries: Sequence[float] | None = None,
+    factor: float = 0.1,
+    warmup: float = 0,
+) -> optax.Schedule:
+    """A staircase: the rate is multiplied by `factor` at every boundary.
+
+    Args:
+      peak: the rate before the first boundary.
+      total: the length of the run; the boundaries lie within it.
+      boundaries: rising counts; None: 1/2 and 3/4 of `total`, as for ResNets on CIFAR-10.
+      factor: from 0 to 1.
+      warmup: the count at which the linear rise from 0 ends; at most the first boundary.
+
+    Raises:
+      ValueError: as `linear`, and boundaries that don't rise or lie outside (warmup, total).
+
+    References:
+      He et al., 2016, `Deep Residual Learning <https://arxiv.org/abs/1512.03385>`_
+
+    >>> import jax.numpy as jnp
+    >>> print(step(1.0, 100, factor=0.5)(jnp.array([49, 50, 75])))
+    [1.   0.5  0.25]
+    """
+    edges = [total / 2, 3 * total / 4] if boundaries is None else list(boundaries)
+    check(peak, total, warmup, factor_fraction=factor)
+    if edges != sorted(set(edges)) or any(not warmup <= edge < total for edge in edges):
+        raise ValueError(f"boundaries must rise strictly from warmup {warmup} to below total {total}, got {edges}")
+
+    def schedule(t: jax.Array) -> jax.Array:
+        passed = sum((jnp.asarray(t >= jnp.asarray(edge, t.dtype), t.dtype) for edge in edges), jnp.zeros_like(t))
+        return peak * jnp.asarray(factor, t.dtype) ** passed
+
+    return with_warmup(schedule, warmup)
+
+
+def with_warmup(schedule: optax.Schedule, warmup: float) -> optax.Schedule:
+    """`schedule` from count `warmup` on; before it, a straight line from 0 to schedule(warmup).
+
+    Raises:
+      ValueError: a negative or infinite warmup.
+
+    >>> rising = with_warmup(lambda count: 1.0 - count / 100, 20)
+    >>> print(f"{rising(0):.2f} {rising(10):.2f} {rising(20):.2f} {rising(50):.2f}")
+    0.00 0.40 0.80 0.50
+    """
+    if not 0 <= warmup < math.inf:
+        raise ValueError(f"warmup must be at least 0 and finite, got {warmup}")
+
+    def warmed(count: jax.typing.ArrayLike) -> jax.Array:
+        t = jnp.asarray(count, float)
+        rate = jnp.asarray(schedule(jnp.maximum(t, warmup)), float)
+        return rate * jnp.minimum(t / warmup, 1.0) if warmup else rate
+
+    return warmed
+
+
+def _progress(t: jax.Array, start: float, end: float) -> jax.Array:
+    """From 0 at `start` to 1 at `end`, exactly: both ends are rounded to the count's dtype before they are used."""
+    a, b = jnp.asarray(start, t.dtype), jnp.asarray(end, t.dtype)
+    return jnp.where(t >= b, 1.0, jnp.clip((t - a) / jnp.where(b > a, b - a, 1.0), 0.0, 1.0)).astype(t.dtype)
+
+
+def _between(start: float, end: float, weight: jax.Array) -> jax.Array:
+    """start * (1 - weight) + end * weight: exact at weights 0 and 1, which start + weight * (end - start) isn't."""
+    return start * (1 - weight) + end * weight
+
+
+def _half_cosine(u: jax.Array) -> jax.Array:
+    """(1 - cos(pi u)) / 2 as sin^2(pi u / 2), which doesn't cancel near 0."""
+    return jnp.sin(math.pi / 2 * u) ** 2
+
+
+def _decay_weight(shape: str, half_lives: float = 5.0) -> Callable[[jax.Array], jax.Array]:
+    """The decay from 1 of a stable-then-decay schedule, as a function of its progress."""
+    weights: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "linear": lambda u: 1 - u,
+        "sqrt": lambda u: 1 - jnp.sqrt(u),
+        "exponential": lambda u: 2.0 ** (-half_lives * u),
+    }
+    if shape not in weights:
+        raise ValueError(f"unknown decay shape {shape!r}: use one of {', '.join(weights)}")
+    return weights[shape]
+
+
+def check(peak: float, total: float, warmup: float, **parts: float) -> None:
+    """Rates and fractions in range, and the parts of a schedule (all in counts) within its length."""
+    check_learning_rate(peak, "peak")
+    if not total > 0:
+        raise ValueError(f"total must be above 0, got {total}")
+    fractions = {name: value for name, value in parts.items() if name.endswith("fraction")}
+    for name, value in fractions.items():
+        if not 0 <= value <= 1:
+            raise ValueError(
+                f"{name.removesuffix('_fraction') if name == 'factor_fraction' else name} "
+                f"must be from 0 to 1, got {value}"
+            )
+    durations = {"warmup": warmup} | {name: value for name, value in parts.items() if name not in fractions}
+    for name, value in durations.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+    if sum(durations.values()) > total or warmup == total:
+        written = " + ".join(f"{name} {value}" for name, value in durations.items())
+        raise ValueError(f"{written} don't fit total {total}: shorten them or lengthen total")
+
+
+def check_learning_rate(rate: object, name: str = "learning_rate") -> None:
+    """Raises ValueError for a concrete rate that is negative, NaN or infinite; traced ones can't be looked at."""
+    if not isinstance(rate, jax.core.Tracer) and not 0 <= float(rate) < math.inf:  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be at least 0 and finite, got {rate}")

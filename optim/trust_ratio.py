@@ -1,0 +1,148 @@
+"""Layer-wise step sizes: an update scaled by the norm of the layer that it moves (the idea of LARS and LAMB)."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from crescendo.optim.masks import LayerAxis, Mask, as_mask, layer_axes
+
+PhiClip = tuple[float, float] | None
+
+
+class TrustRatioState(NamedTuple):
+    """State of the transforms with a trust ratio; `trust_ratios` gives it back by name."""
+
+    trust_ratio: jax.Array
+    """The last ratios, one per layer and parameter in the order of the leaves, 1 where excluded; float32[ratios]."""
+
+
+def scale_by_layer_trust_ratio(
+    *, phi_clip: PhiClip = None, mask: Mask = None, layer_axis: LayerAxis = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scale every layer's update u to the norm of the layer: u * phi(||w||) / ||u||, phi(x) = min(max(x, lo), hi).
+
+    Unlike `optax.scale_by_trust_ratio` it has a mask and phi, takes one ratio per layer where layers are stacked, and
+    computes norms in float32 or better. A norm is that of the whole layer however it is sharded, because under jit
+    arrays are global. The ratio is 1 where either norm is 0.
+
+    Args:
+      phi_clip: (lo, hi) of phi; None: phi(x) = x.
+      mask: what is scaled; None: matrices (see `masks.is_matrix`), True: everything.
+      layer_axis: where layers are stacked; see `masks.layer_axes`.
+
+    Raises:
+      ValueError: a clip that isn't 0 <= lo <= hi; at `init`, a mask that matches nothing; at `update`, no params.
+
+    References:
+      You et al., 2020, `Large Batch Optimization for Deep Learning <https://arxiv.org/abs/1904.00962>`_
+
+    >>> transform = scale_by_layer_trust_ratio()
+    >>> params = {"blocks": {"kernel": jnp.ones((2, 2, 2)) * jnp.array([1.0, 3.0])[:, None, None]}}
+    >>> updates, state = transform.update(jax.tree.map(jnp.ones_like, params), transform.init(params), params)
+    >>> print(state.trust_ratio, updates["blocks"]["kernel"][:, 0, 0])
+    [1. 3.] [1. 3.]
+    """
+    check_phi_clip(phi_clip)
+
+    def rule(update: jax.Array, param: jax.Array, axis: int | None, decay: bool) -> tuple[jax.Array, jax.Array]:
+        del decay
+        w, u = layer_norm(param, axis), layer_norm(update, axis)
+        phi = w if phi_clip is None else jnp.clip(w, *phi_clip)
+        return update, safe_ratio(w, u, phi, u)
+
+    return layerwise(rule, trust_mask=mask, decay_mask=True, layer_axis=layer_axis)
+
+
+Rule = Callable[[jax.Array, jax.Array, int | None, bool], tuple[jax.Array, jax.Array]]
+
+
+def layerwise(
+    rule: Rule, *, trust_mask: Mask, decay_mask: Mask, layer_axis: LayerAxis
+) -> optax.GradientTransformationExtraArgs:
+    """The transform of a rule (update, param, layer axis, decays?) -> (update, ratio with the layer axis kept)."""
+    trusted, decayed = as_mask(trust_mask, layer_axis, name="trust_mask"), as_mask(decay_mask, layer_axis)
+
+    def init(params: optax.Params) -> TrustRatioState:
+        trusted(params), decayed(params)  # a mask that matches nothing raises here
+        leaves, axes = jax.tree.leaves(params), layer_axes(params, layer_axis)
+        sizes = [1 if axis is None else leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True)]
+        return TrustRatioState(jnp.ones(sum(sizes)))
+
+    def update(
+        updates: optax.Updates, state: TrustRatioState, params: optax.Params | None = None, **extra_args: object
+    ) -> tuple[optax.Updates, TrustRatioState]:
+        del extra_args
+        if params is None:
+            raise ValueError("a trust ratio needs the parameters: call update(updates, state, params)")
+        scaled, ratios = [], [jnp.ones(0)]
+        leaves, treedef = jax.tree.flatten(updates)
+        for g, w, axis, trust, decay in zip(
+            leaves,
+            jax.tree.leaves(params),
+            layer_axes(params, layer_axis),
+            jax.tree.leaves(trusted(params)),
+            jax.tree.leaves(decayed(params)),
+            strict=True,
+        ):
+            u, ratio = rule(g, w, axis, decay)
+            ratio = ratio if trust else jnp.ones_like(ratio)
+            scaled.append((u * ratio).astype(g.dtype))
+            ratios.append(ratio.reshape(-1))
+        state = TrustRatioState(jnp.concatenate(ratios).astype(state.trust_ratio.dtype))
+        return jax.tree.unflatten(treedef, scaled), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def trust_ratios(
+    opt_state: optax.OptState, params: optax.Params, *, layer_axis: LayerAxis = None
+) -> dict[str, jax.Array]:
+    """The last trust ratios of an optimizer as metrics: path -> float32[layers], or float32[] where not stacked.
+
+    Args:
+      opt_state: a state which holds one `TrustRatioState`.
+      params: the parameters (or their shapes).
+      layer_axis: as given to the optimizer.
+
+    Raises:
+      ValueError: a state with no trust ratio, or of other parameters.
+
+    >>> params = {"head": jnp.ones((2, 2))}
+    >>> trust_ratios(scale_by_layer_trust_ratio().init(params), params)
+    {'head': Array(1., dtype=float32)}
+    """
+    vector = optax.tree_utils.tree_get(opt_state, "trust_ratio")
+    if vector is None:
+        raise ValueError("the optimizer state holds no trust ratio: use lamb, lars or scale_by_layer_trust_ratio")
+    found, start = {}, 0
+    paths_and_leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), axis in zip(paths_and_leaves, layer_axes(params, layer_axis), strict=True):
+        shape = () if axis is None else (leaf.shape[axis],)
+        stop = start + math.prod(shape)
+        found[jax.tree_util.keystr(path, simple=True, separator="/")] = vector[start:stop].reshape(shape)
+        start = stop
+    if start != vector.size:
+        raise ValueError(f"the state holds {vector.size} trust ratios but the parameters have {start} layers")
+    return found
+
+
+def layer_norm(x: jax.Array, axis: int | None) -> jax.Array:
+    """The l2 norm over all axes but `axis`, kept as axes of size 1; at least float32."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.sqrt(jnp.sum(x * x, axis=tuple(i for i in range(x.ndim) if i != axis), keepdims=True))
+
+
+def safe_ratio(w: jax.Array, g: jax.Array, numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """numerator / denominator, and 1 where the norm w or g is 0."""
+    usable = (w > 0) & (g > 0)
+    return jnp.where(usable, numerator / jnp.where(usable, denominator, 1.0), 1.0)
+
+
+def check_phi_clip(phi_clip: PhiClip) -> None:
+    """Raises ValueError unless 0 <= lo <= hi."""
+    if phi_clip is not None and not 0 <= phi_clip[0] <= phi_clip[1]:
+        raise ValueError(f"phi_clip must be (lo, hi) with 0 <= lo <= hi, got {phi_clip}")

@@ -1,0 +1,52 @@
+"""How a global batch is cut into microbatches."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class BatchPlan(NamedTuple):
+    """One compiled shape for every batch size of a run.
+
+    Attributes:
+      microbatch_examples: examples in a microbatch, over all devices.
+      max_microbatches: microbatches in the largest batch.
+    """
+
+    microbatch_examples: int
+    max_microbatches: int
+
+    def microbatches(self, batch_size: int) -> int:
+        """How many microbatches make a batch of `batch_size` examples."""
+        return batch_size // self.microbatch_examples
+
+
+def plan_batches(sizes: Sequence[int], shards: int, max_microbatch_examples: int | None = None) -> BatchPlan:
+    """The largest microbatch that divides every batch size, splits over the devices, and is within the bound.
+
+    Args:
+      sizes: every batch size that the run may take, in examples.
+      shards: the number of parts that a microbatch is split in, one a device along the batch-like mesh axes.
+      max_microbatch_examples: the bound that memory sets; None for no bound. One example a shard is always allowed.
+
+    Raises:
+      ValueError: for a size below 1 or one that the shards can't divide.
+
+    >>> plan_batches([4, 8, 24], shards=2)
+    BatchPlan(microbatch_examples=4, max_microbatches=6)
+    >>> plan_batches([4, 8, 24], shards=2, max_microbatch_examples=3)
+    BatchPlan(microbatch_examples=2, max_microbatches=12)
+    """
+    for size in sizes:
+        if size < 1:
+            raise ValueError(f"batch_size = {size} must be at least 1")
+        if size % shards:
+            below, above = size // shards * shards, -(-size // shards) * shards
+            nearest = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(f"batch_size = {size} does not divide over {shards} devices: use {nearest}")
+    common = math.gcd(*sizes)
+    bound = max(common if max_microbatch_examples is None else max_microbatch_examples, shards)
+    microbatch = max(
+        divisor for divisor in range(shards, common + 1, shards) if common % divisor == 0 and divisor <= bound
+    )
+    return BatchPlan(microbatch, max(sizes) // microbatch)

@@ -1,0 +1,247 @@
+"""What every exported optimizer and transform must do; new ones are found by themselves."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as orbax
+
+from crescendo import optim
+
+EXPORTED = optim.OPTIMIZERS | optim.TRANSFORMS
+# Rates at which the test functions are solved; what isn't listed uses Adam's.
+RATES = {"sgd": 0.02, "lars": 3.0, "lamb": 0.05, "adafactor": 0.1, "prodigy": 1.0, "muon": 0.3}
+ADAM_RATE = 0.05
+
+
+def make(name, **options):
+    """The exported transform, given a learning rate if it takes one."""
+    if "learning_rate" in inspect.signature(EXPORTED[name]).parameters:
+        options.setdefault("learning_rate", RATES.get(name, ADAM_RATE))
+    return EXPORTED[name](**options)
+
+
+def random_tree(seed, dtype=jnp.float32):
+    """Stacked and single layers, matrices and vectors; every last axis can be cut in 8."""
+    shapes = {
+        "blocks": {"mlp": {"kernel": (2, 4, 8), "bias": (2, 8)}, "norm": {"scale": (2, 8)}},
+        "head": {"kernel": (4, 8), "bias": (8,)},
+    }
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.standard_normal(shape), dtype), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def half_square(params):
+    """A loss, for optimizers which ask for one."""
+    return sum(jnp.sum(x.astype(jnp.float32) ** 2) / 2 for x in jax.tree.leaves(params))
+
+
+@functools.cache
+def jitted(name):
+    """(init, step) of one transform, compiled once for all the tests."""
+    transform = make(name)
+
+    def step(grads, state, params, examples_seen):
+        updates, state = transform.update(
+            grads, state, params, examples_seen=examples_seen, loss=1.0, obj_fn=half_square, unknown="argument"
+        )
+        return updates, optax.apply_updates(params, updates), state
+
+    return jax.jit(transform.init), jax.jit(step)
+
+
+@functools.cache
+def two_steps(name, dtype=jnp.float32):
+    """Updates, parameters and state after two steps on random gradients."""
+    init, step = jitted(name)
+    params = random_tree(0, dtype)
+    state = init(params)
+    for i in (1, 2):
+        updates, params, state = step(random_tree(i, dtype), state, params, jnp.int32(32 * i))
+    return updates, params, state
+
+
+def types(tree):
+    """Shape, dtype and weak type of every leaf: what jit keys its cache on."""
+    return jax.tree.map(lambda x: (x.shape, x.dtype, jax.typeof(x).weak_type), tree)
+
+
+def assert_close(actual, expected, tolerance):
+    """The error of every leaf is at most `tolerance` times the leaf, in the l2 norm."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), f"{jax.tree_util.keystr(path)}: {a} {b}"
+
+
+def test_every_public_name_is_documented_and_exported():
+    assert set(optim.__all__) >= (set(optim.OPTIMIZERS) | set(optim.TRANSFORMS))
+    for name in optim.__all__:
+        assert hasattr(optim, name), name
+        assert inspect.getdoc(getattr(optim, name)), name
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_extra_arguments_and_no_recompilation(name):
+    """Two steps with arguments the transform doesn't know, at two clocks: one compilation."""
+    updates, params, state = two_steps(name)
+    assert jitted(name)[1]._cache_size() == 1
+    assert types(params) == types(random_tree(0))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, params, state)))
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_dtype_is_preserved(name):
+    """bfloat16 in, bfloat16 out, and a state whose types never change."""
+    init, step = jitted(name)
+    params = random_tree(0, jnp.bfloat16)
+    state = jax.eval_shape(init, params)
+    updates, _, after = jax.eval_shape(step, random_tree(1, jnp.bfloat16), state, params, jnp.int32(0))
+    assert types(updates) == types(params)
+    assert types(after) == types(state)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_stable_under_cond(name):
+    """A step that is sometimes skipped type-checks."""
+    init, step = jitted(name)
+    params = random_tree(0)
+
+    def maybe(skip, state):
+        return jax.lax.cond(skip, lambda: (params, state), lambda: step(params, state, params, jnp.int32(0))[1:])
+
+    assert types(jax.eval_shape(maybe, True, init(params))[1]) == types(init(params))
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_tree_map_params(name):
+    """Arrays that mirror the parameters can be found in the state and mapped, and nothing else is touched."""
+    params = random_tree(0)
+    state = jitted(name)[0](params)
+    marked = optax.tree_map_params(make(name), lambda x: "param", state, transform_non_params=lambda x: "other")
+    assert jax.tree.structure(marked) == jax.tree.structure(state)
+    shapes = {x.shape for x in jax.tree.leaves(params)}
+    for mark, x in zip(jax.tree.leaves(marked), jax.tree.leaves(state), strict=True):
+        # A placeholder of shape [1] is what optax's Adafactor keeps where it doesn't factor.
+        assert mark == "other" or x.shape in shapes | {(1,)}, f"{x.shape} is taken for a parameter"
+        assert mark == "param" or x.ndim <= 2
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_injectable(name):
+    """Float options can be injected as state (counts and flags are structure), and nothing changes by it."""
+    factory, parameters = EXPORTED[name], inspect.signature(EXPORTED[name]).parameters
+    structural = [key for key, p in parameters.items() if isinstance(p.default, int)]
+    options = {"learning_rate": RATES.get(name, ADAM_RATE)} if "learning_rate" in parameters else {}
+    injected = optax.inject_hyperparams(factory, static_args=structural)(**options)
+    assert isinstance(injected, optax.GradientTransformationExtraArgs)
+
+    @jax.jit
+    def step(params):
+        return injected.update(
+            random_tree(1), injected.init(params), params, examples_seen=32, obj_fn=half_square, unknown=1
+        )[0]
+
+    init, plain = jitted(name)
+    params = random_tree(0)
+    expected = plain(random_tree(1), init(params), params, jnp.int32(32))[0]
+    assert_close(step(params), expected, 1e-5)  # 1 - b in float32 instead of Python's float64
+
+
+@pytest.fixture(scope="module")
+def restored(tmp_path_factory):
+    """The states of all transforms after two steps, through one orbax checkpoint."""
+    states = {name: two_steps(name)[2] for name in EXPORTED}
+    path = tmp_path_factory.mktemp("checkpoint") / "states"
+    orbax.save_pytree(path, states)
+    return orbax.load_pytree(path, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states))
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_orbax_round_trip(name, restored):
+    state = two_steps(name)[2]
+    assert jax.tree.structure(restored[name]) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored[name], state)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_sharded_equals_unsharded(name):
+    """Every parameter cut in 8 along its last axis: norms must still be those of the whole layer."""
+    init, step = jitted(name)
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+
+    def cut(tree):
+        return jax.tree.map(
+            lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "x"))), tree
+        )
+
+    params = cut(random_tree(0))
+    state = init(params)
+    updates, after, state = step(cut(random_tree(1)), state, params, jnp.int32(32))
+    expected = step(random_tree(1), init(random_tree(0)), random_tree(0), jnp.int32(32))
+    assert_close((updates, after), expected[:2], 1e-6)
+
+
+def problems():
+    """Test functions by name, each (loss, start): a skewed quadratic, a ravine, least squares with stacked layers."""
+    rng = np.random.default_rng(0)
+    skew = jnp.asarray(np.logspace(-1, 1, 8).reshape(2, 4), jnp.float32)
+    inputs = jnp.asarray(rng.standard_normal((32, 4)), jnp.float32)
+    targets = jnp.tanh(inputs @ jnp.asarray(rng.standard_normal((4, 4)), jnp.float32))
+
+    def quadratic(w):
+        return jnp.sum(skew * (w["kernel"] - 1) ** 2) / 2
+
+    def ravine(w):
+        return jnp.sum((1 - w["x"]) ** 2 + 10 * (w["y"] - w["x"] ** 2) ** 2) / 10
+
+    def network(w):
+        hidden = jnp.tanh(inputs @ w["blocks"]["kernel"][0] + w["blocks"]["bias"][0])
+        return jnp.mean((hidden @ w["blocks"]["kernel"][1] + w["blocks"]["bias"][1] - targets) ** 2)
+
+    kernels = jnp.asarray(rng.standard_normal((2, 4, 4)) / 2, jnp.float32)
+    return {
+        "quadratic": (quadratic, {"kernel": jnp.full((2, 4), 3.0)}),
+        "ravine": (ravine, {"x": jnp.array([[-0.5, 0.5], [1.5, 2.0]]), "y": jnp.array([[1.0, -1.0], [0.0, 2.0]])}),
+        "network": (network, {"blocks": {"kernel": kernels, "bias": jnp.zeros((2, 4))}}),
+    }
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_converges(name):
+    """Linear decay to 0 over 400 steps brings every test function below 5% of where it started."""
+    functions = problems()
+    start = {key: params for key, (_, params) in functions.items()}
+
+    def losses(params):
+        return {key: loss(params[key]) for key, (loss, _) in functions.items()}
+
+    def total(params):
+        return sum(losses(params).values())
+
+    steps = 400
+    rate = optim.schedules.linear(RATES.get(name, ADAM_RATE), steps)
+    decay = {"weight_decay": 0.0} if "weight_decay" in inspect.signature(EXPORTED[name]).parameters else {}
+    optimizer = make(name, learning_rate=rate, **decay)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(total)(params), state, params, obj_fn=total)
+        return (optax.apply_updates(params, updates), state), None
+
+    @jax.jit
+    def train(params):
+        (params, state), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=steps)
+        return losses(optim.evaluation_params(state, params))
+
+    before, after = losses(start), train(start)
+    print(name, {key: float(after[key] / before[key]) for key in before})
+    for key in before:
+        assert after[key] < 0.05 * before[key], f"{key}: {before[key]} -> {after[key]}"

@@ -1,0 +1,65 @@
+"""Accumulation over microbatches against one gradient of the whole batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crescendo.parallel import accumulate
+
+
+def loss_fn(parameters, rows):
+    residual = jnp.tanh(rows["x"] @ parameters["w"]) - rows["y"]
+    return jnp.sum(rows["weight"] * jnp.square(residual)), jnp.sum(rows["weight"])
+
+
+@pytest.fixture(scope="module")
+def problem():
+    random = np.random.default_rng(0)
+    rows = {
+        "x": random.normal(size=(4, 3, 5)).astype(np.float32),
+        "y": random.normal(size=(4, 3)).astype(np.float32),
+        "weight": random.integers(0, 2, size=(4, 3)).astype(np.float32),
+    }
+    rows["weight"][:, 0] = 1
+    return {"w": random.normal(size=5).astype(np.float32)}, rows
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return jax.jit(lambda parameters, rows, count: accumulate(loss_fn, parameters, rows, count))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_sums_equal_those_of_the_whole_batch(problem, compiled, count):
+    parameters, rows = problem
+    total = compiled(parameters, rows, jnp.int32(count))
+    whole = jax.tree.map(lambda x: x[:count].reshape(-1, *x.shape[2:]), rows)
+    (loss, weight), gradients = jax.value_and_grad(loss_fn, has_aux=True)(parameters, whole)
+    np.testing.assert_allclose(total.loss_sum, loss, rtol=1e-6)
+    np.testing.assert_allclose(total.weight, weight)
+    np.testing.assert_allclose(total.gradients["w"], gradients["w"], rtol=1e-5, atol=1e-6)
+
+
+def test_squared_norms_are_those_of_each_mean_gradient(problem, compiled):
+    parameters, rows = problem
+    total = compiled(parameters, rows, jnp.int32(3))
+    for i in range(3):
+        mean = jax.grad(lambda p, i=i: jnp.divide(*loss_fn(p, jax.tree.map(lambda x: x[i], rows))))(parameters)
+        np.testing.assert_allclose(total.squared_norms[i], np.sum(np.square(mean["w"])), rtol=1e-5)
+    assert total.squared_norms[3] == 0
+
+
+def test_another_count_compiles_nothing(problem, compiled):
+    parameters, rows = problem
+    compiled(parameters, rows, jnp.int32(1))
+    before = compiled._cache_size()
+    compiled(parameters, rows, jnp.int32(4))
+    assert compiled._cache_size() == before
+
+
+def test_one_microbatch_needs_no_loop(problem):
+    parameters, rows = problem
+    first = jax.tree.map(lambda x: x[:1], rows)
+    text = jax.jit(lambda p, r: accumulate(loss_fn, p, r, jnp.int32(1))).lower(parameters, first).as_text()
+    assert "while" not in text
