@@ -8,24 +8,25 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from crescendo import parallel
+from crescendo.experiments.data import Rows, Stream
 from crescendo.models import ModelConfig
 from crescendo.models.loss import next_token_loss
 
 
 def make_evaluation(
     config: ModelConfig,
-    rows,
+    rows: Rows,
     mesh: Mesh,
     *,
     evaluation_examples: int,
     microbatch_examples: int,
     attention: str | None = None,
 ) -> Callable[[dict], float]:
-    """`parameters -> nats a token` over the first `evaluation_examples` rows: always the same ones.
+    """`parameters -> nats a token` over a sample of `evaluation_examples` rows: always the same ones.
 
     Args:
       config: of the model.
-      rows: an indexable source of packed rows; all of it where it has fewer rows.
+      rows: held-out rows; all of them where there are fewer.
       mesh: as the training's.
       evaluation_examples: how many rows.
       microbatch_examples: how many at a time; the last group is filled up with padding.
@@ -38,7 +39,7 @@ def make_evaluation(
     def cut(x):
         return np.pad(x, ((0, padding), (0, 0))).reshape(groups, microbatch_examples, -1)
 
-    batch = {name: cut(x) for name, x in rows.take(range(count)).items()}
+    batch = {name: cut(x) for name, x in Stream(rows, seed=0).read(0, count).items()}
     batch = jax.device_put(batch, parallel.batch_sharding(mesh, leading=1))
 
     def total(parameters, batch):

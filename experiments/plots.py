@@ -179,7 +179,7 @@ def _learning_rate(axes: Axes, arms: Arms, colors: Sequence[str]) -> None:
 
 def _scientific(value: float, _: float) -> str:
     """A tick's label: 0.00025 is `2.5e-4`."""
-    return np.format_float_scientific(value, 3, trim="-", exp_digits=1) if value else "0"
+    return np.format_float_scientific(float(f"{value:.3g}"), trim="-", exp_digits=1) if value else "0"
 
 
 CHARTS = (

@@ -13,7 +13,7 @@ from rich.text import Text
 class ProgressLine:
     """Shows how a run goes: a live line on a terminal; elsewhere a plain line now and then, and the last one.
 
-    Batch-size changes and warnings are printed above it to stay. The loss and tokens/s are means over the last 1% of
+    Batch-size changes and warnings are printed above it to stay. The loss and tokens/s are means over the last 2% of
     the run. What doesn't fit the terminal's width is left out, least important first.
 
     Args:
@@ -43,7 +43,7 @@ class ProgressLine:
         self._train: Mapping[str, Any] | None = None
         self._validation_loss: float | None = None
         self._unshown = False
-        self._loss, self._tokens_per_second = RunningMean(total_examples / 100), RunningMean(total_examples / 100)
+        self._loss, self._tokens_per_second = RunningMean(0.02 * total_examples), RunningMean(0.02 * total_examples)
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         if record["kind"] == "train":

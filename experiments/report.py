@@ -8,6 +8,7 @@ import argparse
 import base64
 import datetime
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +51,8 @@ class Arm:
       runs: the runs.
       validation_loss: the last one, in nats per token; None before the first.
       validation_spread: its sample standard deviation over seeds; None for a single run.
-      loss_difference: to the baseline's; positive is worse. None for the baseline, or where a loss is missing.
+      loss_difference: to the baseline's; positive is worse. None for the baseline, or where a loss is missing or not
+        finite.
       steps: optimizer steps.
       steps_saved: 1 - steps / the baseline's steps; None for the baseline, or where the two saw different amounts of
         data (by more than 1% and more than a batch), since their steps can't be compared then.
@@ -112,8 +114,7 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "Training runs co
 def headline(arms: Sequence[Arm]) -> str:
     """The main result in a sentence: the best arm against the baseline."""
     baseline = arms[0]
-    differences = ((arm.loss_difference, arm) for arm in arms[1:])
-    rivals = {difference: arm for difference, arm in differences if difference is not None and np.isfinite(difference)}
+    rivals = {arm.loss_difference: arm for arm in arms[1:] if arm.loss_difference is not None}
     if not rivals:
         loss = "no validation loss yet" if baseline.validation_loss is None else f"{_loss(baseline)} nats"
         return f"{baseline.name}: {loss} after {baseline.steps:,.0f} steps and {compact(baseline.tokens)} tokens"
@@ -173,13 +174,13 @@ def _arm(name: str, runs: Sequence[Run]) -> Arm:
 
 def _relative(arm: Arm, baseline: Arm) -> Arm:
     """The arm with its differences to the baseline."""
-    difference = saved = None
+    difference, saved = math.nan, None
     if arm.validation_loss is not None and baseline.validation_loss is not None:
         difference = arm.validation_loss - baseline.validation_loss
     slack = max(0.01 * baseline.examples, arm.peak_batch_size or 0, baseline.peak_batch_size or 0)
     if baseline.steps and arm.steps and abs(arm.examples - baseline.examples) <= slack:
         saved = 1 - arm.steps / baseline.steps
-    return replace(arm, loss_difference=difference, steps_saved=saved)
+    return replace(arm, loss_difference=difference if math.isfinite(difference) else None, steps_saved=saved)
 
 
 def _cells(arm: Arm, baseline: Arm) -> list[str]:
@@ -304,6 +305,8 @@ def _write(arms: Sequence[Arm], out: Path, title: str) -> Path:
     curves = [(arm.name, arm.runs) for arm in arms]
     runs = [(run, index) for index, arm in enumerate(arms) for run in arm.runs]
     page = out / "report.html"
+    with file_access("write", out):
+        out.mkdir(parents=True, exist_ok=True)
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         undefined=jinja2.StrictUndefined,
@@ -333,7 +336,6 @@ def _write(arms: Sequence[Arm], out: Path, title: str) -> Path:
         ],
     )
     with file_access("write", out):
-        out.mkdir(parents=True, exist_ok=True)
         for chart in plots.CHARTS:
             (out / f"{chart.name}.png").write_bytes(plots.render(chart, curves, theme="light", file_format="png"))
         page.write_text(html, encoding="utf-8")

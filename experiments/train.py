@@ -51,6 +51,7 @@ def train(
     batch_size: int | BatchSizePolicy,
     total_examples: int,
     coupling: str = "sqrt",
+    base_batch_size: int | None = None,
     mesh: Mesh | None = None,
     strategy: str = "fsdp",
     seed: int = 0,
@@ -75,6 +76,7 @@ def train(
       batch_size: global, in examples: a number, or a policy that moves it.
       total_examples: the length of the run; rounded down to whole microbatches.
       coupling: how the learning rate follows the batch size: "linear", "sqrt", "none".
+      base_batch_size: the batch size that the learning rate is meant for; the initial one when None.
       mesh: the devices; all of them along `data` when None.
       strategy: a key of `crescendo.parallel.STRATEGIES`.
       seed: of the parameters and of the order of the data.
@@ -99,6 +101,7 @@ def train(
     _check_positive(
         total_examples=total_examples,
         max_gradient_norm=max_gradient_norm,
+        base_batch_size=base_batch_size,
         max_microbatch_examples=max_microbatch_examples,
         evaluate_every_examples=evaluate_every_examples,
         evaluation_examples=evaluation_examples,
@@ -121,7 +124,7 @@ def train(
     device = mesh.devices.flat[0]
     vocab_size = -(-data.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     config = dataclasses.replace(model, vocab_size=vocab_size).for_platform(device.platform)
-    chain = optax.chain(optimizer, adaptive_batch_size(policy, coupling))
+    chain = optax.chain(optimizer, adaptive_batch_size(policy, coupling, base_batch_size=base_batch_size))
     fixed = {
         "model": dataclasses.asdict(config),
         "arrays": describe_arrays(config, chain),

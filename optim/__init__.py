@@ -13,6 +13,7 @@ from crescendo.optim.lars import lars, scale_by_lars
 from crescendo.optim.lion import lion
 from crescendo.optim.precision import in_float32
 from crescendo.optim.refinement import (
+    GradientNorms,
     record_gradient_norms,
     recorded_norms,
     refine,
@@ -63,6 +64,7 @@ __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
     "TRANSFORMS",
+    "GradientNorms",
     "adafactor",
     "adamw",
     "bert_76_minutes",

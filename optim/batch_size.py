@@ -115,23 +115,26 @@ class AdaptiveBatchSizeState(NamedTuple):
     learning_rate_factor: jax.Array
 
 
-def adaptive_batch_size(policy: BatchSizePolicy, coupling: str = "sqrt") -> optax.GradientTransformationExtraArgs:
+def adaptive_batch_size(
+    policy: BatchSizePolicy, coupling: str = "sqrt", *, base_batch_size: int | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Lets `policy` choose the batch size, and scales the updates by the coupling of learning rate and batch size.
 
     Chain it behind the optimizer: `u <- f(B / B_0) u`, with B the size of the batch that made the gradient and B_0
-    the policy's initial size; f is `x` for "linear" (SGD), `sqrt x` for "sqrt" (Adam and its kin), 1 for "none"
+    the one that the learning rate is meant for; f is `x` for "linear" (SGD), `sqrt x` for "sqrt" (Adam and its kin), 1 for "none"
     (McCandlish et al. 2018; Merrill et al. 2025 for batch warmup). The direction is left alone.
 
     Args:
       policy: the batch-size policy.
       coupling: "linear", "sqrt" or "none".
+      base_batch_size: B_0; the policy's initial size when None.
 
     >>> optimizer = optax.chain(optax.sgd(0.1), adaptive_batch_size(staged([2, 8], starts_examples=[0, 64])))
     >>> state = optimizer.init(jnp.ones(3))
     >>> int(current_batch_size(state))
     2
     """
-    base = policy.sizes[0]
+    base = policy.sizes[0] if base_batch_size is None else base_batch_size
     learning_rate_factor(coupling, base, base)  # raises for an unknown coupling
 
     def init(params):

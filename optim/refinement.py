@@ -201,7 +201,7 @@ def save_refined(path: str | Path, norms: Norms, *, norm: str = "l1", smoothing:
       ValueError: as `refine`.
     """
     fractions, multipliers = _curve(norms, norm, smoothing)
-    content = {"fractions": fractions.round(7).tolist(), "multipliers": multipliers.round(7).tolist()}
+    content = {"fractions": fractions.tolist(), "multipliers": multipliers.tolist()}
     Path(path).write_text(json.dumps(content | {"norm": norm, "smoothing": smoothing}) + "\n")
 
 

@@ -196,7 +196,7 @@ def power(
     weight = _decay_weight(shape)
 
     def schedule(t: jax.Array) -> jax.Array:
-        tokens = jnp.minimum(t, total - decay) * tokens_per_count
+        tokens = jnp.minimum(t, jnp.asarray(total - decay, t.dtype)) * tokens_per_count
         stable = jnp.minimum(peak, batch_size * amplitude * jnp.maximum(tokens, 1.0) ** exponent)
         return stable * _between(end_fraction, 1.0, weight(_progress(t, total - decay, total)))
 
@@ -298,7 +298,7 @@ def rewarm(
         t = jnp.asarray(count, float)
         rise = _between(start_fraction, 1.0, _progress(t, start, start + warmup))
         fall = _between(1.0, end_fraction, _half_cosine(_progress(t, start + warmup, total)))
-        return peak * jnp.where(t < start + warmup, rise, fall)
+        return peak * jnp.where(t < jnp.asarray(start + warmup, t.dtype), rise, fall)
 
     return schedule
 
@@ -357,8 +357,8 @@ def with_warmup(schedule: optax.Schedule, warmup: float) -> optax.Schedule:
 
     def warmed(count: jax.typing.ArrayLike) -> jax.Array:
         t = jnp.asarray(count, float)
-        rate = jnp.asarray(schedule(jnp.maximum(t, warmup)), float)
-        return rate * jnp.minimum(t / warmup, 1.0) if warmup else rate
+        end = jnp.asarray(warmup, t.dtype)
+        return jnp.asarray(schedule(jnp.maximum(t, end)), t.dtype) * jnp.where(t < end, t / end, 1.0)
 
     return warmed
 
@@ -381,6 +381,8 @@ def _half_cosine(u: jax.Array) -> jax.Array:
 
 def _decay_weight(shape: str, half_lives: float = 5.0) -> Callable[[jax.Array], jax.Array]:
     """The decay from 1 of a stable-then-decay schedule, as a function of its progress."""
+    if not 0 <= half_lives < math.inf:
+        raise ValueError(f"half_lives must be at least 0 and finite, got {half_lives}")
     weights: dict[str, Callable[[jax.Array], jax.Array]] = {
         "linear": lambda u: 1 - u,
         "sqrt": lambda u: 1 - jnp.sqrt(u),
@@ -407,7 +409,8 @@ def check(peak: float, total: float, warmup: float, **parts: float) -> None:
     for name, value in durations.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be at least 0 and finite, got {value}")
-    if sum(durations.values()) > total or warmup == total:
+    length = sum(durations.values())
+    if length > total or (length == total and "decay" not in parts):  # something must be left to decay over
         written = " + ".join(f"{name} {value}" for name, value in durations.items())
         raise ValueError(f"{written} don't fit total {total}: shorten them or lengthen total")
 

@@ -34,7 +34,7 @@ def open_source(
 
     if re.match(r"\w+:[A-Za-z_]", name):
         raise UserError(
-            f'TFDS data set "{name}": names with a namespace are looked up on the network; prepare it first'
+            f'TFDS data set "{name}": names with a namespace are looked up on the network; use text_files instead'
         )
     try:
         builder = tfds.builder(name, data_dir=data_directory)

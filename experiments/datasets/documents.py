@@ -149,8 +149,11 @@ def stdlib_text(*, cache_directory: str | os.PathLike | None = None) -> Document
         from crescendo.experiments.datasets.stdlib_text import StdlibText
 
         tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):  # it announces a download, but there is none
-            StdlibText(data_dir=folder, file_format="array_record").download_and_prepare()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it announces a download, but there is none
+                StdlibText(data_dir=folder, file_format="array_record").download_and_prepare()
+        except RuntimeError as error:  # what array_record makes of a full disk
+            raise OSError(str(error)) from error
 
     def read() -> Iterator[bytes]:
         return tfds_text("stdlib_text", data_directory=prepared(folder, build)).read()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from tensorboardX.crc32c import crc32c
@@ -32,6 +32,9 @@ from crescendo.experiments.metrics import (
     run_observers,
 )
 from crescendo.experiments.progress import ProgressLine, RunningMean, compact
+
+
+unhurried = settings(deadline=None)  # a busy machine's pauses are no failure
 
 
 def train_record(step: int, *, batch_size: int = 8, loss: float = 2.5, mfu: float | None = None) -> dict:
@@ -79,6 +82,7 @@ def test_a_line_is_one_json_object_with_the_record(tmp_path: Path):
     assert [json.loads(line) for line in lines] == records
 
 
+@unhurried
 @given(st.lists(st.floats(width=64)), st.floats(width=32))
 def test_floats_read_back_bit_identically(tmp_path_factory: pytest.TempPathFactory, values: list[float], single: float):
     path = tmp_path_factory.mktemp("floats") / "metrics.jsonl"
@@ -96,6 +100,7 @@ RECORDS = all_records(12)
 WHOLE = b"".join(json.dumps(record).encode() + b"\n" for record in RECORDS)
 
 
+@unhurried
 @given(cut=st.integers(0, len(WHOLE)), checkpoint=st.integers(0, 12))
 def test_a_run_killed_at_any_byte_and_resumed_writes_the_uncut_file(
     tmp_path_factory: pytest.TempPathFactory, cut: int, checkpoint: int
@@ -165,13 +170,13 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, kind: str):
     writer = JsonlWriter(tmp_path / kind, 0) if kind == "metrics.jsonl" else TensorBoardWriter(tmp_path, 0)
     message = rf"cannot write {tmp_path}/\S+: File too large; mend that or choose another path"
     records = [{**train_record(step), "kind": "validation"} for step in range(1, 100)]
+    accepted: list[None] = []
     with full_disk(), pytest.raises(UserError, match=message):
-        list(map(writer, records))
+        accepted.extend(map(writer, records))
     writer.close()
     if kind == "metrics.jsonl":
-        whole = read_records(tmp_path / kind)
-        assert whole == records[: len(whole)]
-        assert len(whole) > 3
+        assert read_records(tmp_path / kind) == records[: len(accepted)]
+        assert len(accepted) > 3
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path):
@@ -347,10 +352,10 @@ def test_changes_and_warnings_are_permanent_lines_and_the_validation_loss_is_sho
     ("width", "shown"),
     [
         (20, "    8%"),
-        (40, "    8%  0:01 left  loss 1.046"),
-        (80, "    8%  0:01 left  loss 1.046  102k tok/s  batch 8  lr 1.00e-03"),
-        (120, f"  {'━' * 22}    8%  0:01 left  loss 1.046  102k tok/s  batch 8  lr 1.00e-03  val 0.800  step 8"),
-        (200, f"  {'━' * 24}    8%  0:01 left  loss 1.046  102k tok/s  batch 8  lr 1.00e-03  val 0.800  step 8"),
+        (40, "    8%  0:01 left  loss 1.058"),
+        (80, "    8%  0:01 left  loss 1.058  102k tok/s  batch 8  lr 1.00e-03"),
+        (112, f"  {'━' * 17}    8%  0:01 left  loss 1.058  102k tok/s  batch 8  lr 1.00e-03  val 0.800  step 8"),
+        (200, f"  {'━' * 24}    8%  0:01 left  loss 1.058  102k tok/s  batch 8  lr 1.00e-03  val 0.800  step 8"),
     ],
 )
 def test_the_live_line_shows_what_fits_the_terminal(width: int, shown: str):
@@ -371,6 +376,7 @@ def test_a_progress_line_without_records_prints_nothing():
     assert screen.getvalue() == ""
 
 
+@unhurried
 @given(
     values=st.lists(st.tuples(st.floats(-10, 10), st.floats(0.5, 50)), min_size=1, max_size=30),
     parts=st.integers(1, 4),

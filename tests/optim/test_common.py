@@ -19,19 +19,21 @@ RATES = {"sgd": 0.02, "lars": 3.0, "lamb": 0.05, "adafactor": 0.1, "prodigy": 1.
 ADAM_RATE = 0.05
 
 
+def rate(name):
+    """The peak learning rate to test with."""
+    return RATES.get(name, ADAM_RATE)
+
+
 def make(name, **options):
-    """The exported transform, given a learning rate if it takes one."""
+    """The exported transform; one that takes a learning rate is given a schedule over 640 examples."""
     if "learning_rate" in inspect.signature(EXPORTED[name]).parameters:
-        options.setdefault("learning_rate", RATES.get(name, ADAM_RATE))
+        options.setdefault("learning_rate", optim.schedules.linear(rate(name), 640))
     return EXPORTED[name](**options)
 
 
 def random_tree(seed, dtype=jnp.float32):
     """Stacked and single layers, matrices and vectors; every last axis can be cut in 8."""
-    shapes = {
-        "blocks": {"mlp": {"kernel": (2, 4, 8), "bias": (2, 8)}, "norm": {"scale": (2, 8)}},
-        "head": {"kernel": (4, 8), "bias": (8,)},
-    }
+    shapes = {"blocks": {"mlp": {"kernel": (2, 4, 8), "bias": (2, 8)}}, "head": {"kernel": (4, 8)}}
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda shape: jnp.asarray(rng.standard_normal(shape), dtype), shapes, is_leaf=lambda x: isinstance(x, tuple)
@@ -97,6 +99,13 @@ def test_extra_arguments_and_no_recompilation(name):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, params, state)))
 
 
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_the_rate_follows_examples_seen_and_is_in_the_state(name):
+    """The second of two steps was at 64 of 640 examples."""
+    used = optax.tree_utils.tree_get(two_steps(name)[2], "learning_rate")
+    np.testing.assert_allclose(used, rate(name) * 0.9, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", EXPORTED)
 def test_dtype_is_preserved(name):
     """bfloat16 in, bfloat16 out, and a state whose types never change."""
@@ -139,20 +148,17 @@ def test_injectable(name):
     """Float options can be injected as state (counts and flags are structure), and nothing changes by it."""
     factory, parameters = EXPORTED[name], inspect.signature(EXPORTED[name]).parameters
     structural = [key for key, p in parameters.items() if isinstance(p.default, int)]
-    options = {"learning_rate": RATES.get(name, ADAM_RATE)} if "learning_rate" in parameters else {}
+    options = {"learning_rate": rate(name)} if "learning_rate" in parameters else {}
     injected = optax.inject_hyperparams(factory, static_args=structural)(**options)
-    assert isinstance(injected, optax.GradientTransformationExtraArgs)
 
     @jax.jit
-    def step(params):
-        return injected.update(
-            random_tree(1), injected.init(params), params, examples_seen=32, obj_fn=half_square, unknown=1
-        )[0]
+    def step(grads, params):
+        return injected.update(grads, injected.init(params), params, obj_fn=half_square, unknown=1)[0]
 
     init, plain = jitted(name)
-    params = random_tree(0)
-    expected = plain(random_tree(1), init(params), params, jnp.int32(32))[0]
-    assert_close(step(params), expected, 1e-5)  # 1 - b in float32 instead of Python's float64
+    params, grads = random_tree(0), random_tree(1)
+    expected = plain(grads, init(params), params, jnp.int32(0))[0]
+    assert_close(step(grads, params), expected, 1e-5)  # 1 - b in float32 instead of Python's float64
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +206,8 @@ def problems():
         return jnp.sum(skew * (w["kernel"] - 1) ** 2) / 2
 
     def ravine(w):
-        return jnp.sum((1 - w["x"]) ** 2 + 10 * (w["y"] - w["x"] ** 2) ** 2) / 10
+        x, y = w["x_y"]
+        return jnp.sum((1 - x) ** 2 + 10 * (y - x**2) ** 2) / 10
 
     def network(w):
         hidden = jnp.tanh(inputs @ w["blocks"]["kernel"][0] + w["blocks"]["bias"][0])
@@ -209,7 +216,7 @@ def problems():
     kernels = jnp.asarray(rng.standard_normal((2, 4, 4)) / 2, jnp.float32)
     return {
         "quadratic": (quadratic, {"kernel": jnp.full((2, 4), 3.0)}),
-        "ravine": (ravine, {"x": jnp.array([[-0.5, 0.5], [1.5, 2.0]]), "y": jnp.array([[1.0, -1.0], [0.0, 2.0]])}),
+        "ravine": (ravine, {"x_y": jnp.array([[-0.5, 0.5, 1.5, 2.0], [1.0, -1.0, 0.0, 2.0]])}),
         "network": (network, {"blocks": {"kernel": kernels, "bias": jnp.zeros((2, 4))}}),
     }
 
@@ -227,9 +234,8 @@ def test_converges(name):
         return sum(losses(params).values())
 
     steps = 400
-    rate = optim.schedules.linear(RATES.get(name, ADAM_RATE), steps)
     decay = {"weight_decay": 0.0} if "weight_decay" in inspect.signature(EXPORTED[name]).parameters else {}
-    optimizer = make(name, learning_rate=rate, **decay)
+    optimizer = make(name, learning_rate=optim.schedules.linear(rate(name), steps), **decay)
 
     def step(carry, _):
         params, state = carry
