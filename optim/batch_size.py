@@ -139,7 +139,7 @@ def adaptive_batch_size(
 
     def init(params):
         del params
-        return AdaptiveBatchSizeState(policy.init(), jnp.int32(base), jnp.float32(1))
+        return AdaptiveBatchSizeState(policy.init(), jnp.int32(policy.sizes[0]), jnp.float32(1))
 
     def update(updates, state, params=None, *, batch_stats: BatchStats | None = None, **extra_args):
         del params, extra_args

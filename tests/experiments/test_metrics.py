@@ -33,7 +33,6 @@ from crescendo.experiments.metrics import (
 )
 from crescendo.experiments.progress import ProgressLine, RunningMean, compact
 
-
 unhurried = settings(deadline=None)  # a busy machine's pauses are no failure
 
 

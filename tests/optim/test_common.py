@@ -167,7 +167,7 @@ def restored(tmp_path_factory):
     states = {name: two_steps(name)[2] for name in EXPORTED}
     path = tmp_path_factory.mktemp("checkpoint") / "states"
     orbax.save_pytree(path, states)
-    return orbax.load_pytree(path, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states))
+    return orbax.load_pytree(path, jax.eval_shape(lambda: states))
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -179,20 +179,16 @@ def test_orbax_round_trip(name, restored):
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_sharded_equals_unsharded(name):
-    """Every parameter cut in 8 along its last axis: norms must still be those of the whole layer."""
+    """Everything cut in 8 along its last axis: norms must still be those of the whole layer."""
     init, step = jitted(name)
     mesh = Mesh(np.array(jax.devices()), ("x",))
 
-    def cut(tree):
-        return jax.tree.map(
-            lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "x"))), tree
-        )
+    def cut(x):
+        axes = [*[None] * (x.ndim - 1), "x"] if x.ndim and x.shape[-1] % 8 == 0 else []
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
-    params = cut(random_tree(0))
-    state = init(params)
-    updates, after, state = step(cut(random_tree(1)), state, params, jnp.int32(32))
-    expected = step(random_tree(1), init(random_tree(0)), random_tree(0), jnp.int32(32))
-    assert_close((updates, after), expected[:2], 1e-6)
+    arguments = random_tree(1), init(random_tree(0)), random_tree(0), jnp.int32(32)
+    assert_close(step(*jax.tree.map(cut, arguments))[:2], step(*arguments)[:2], 1e-6)
 
 
 def problems():

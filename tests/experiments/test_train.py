@@ -1,0 +1,260 @@
+"""The loop: batch sizes that move, resuming, what is recorded, and what is refused."""
+
+import json
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from crescendo.experiments import run_folder
+from crescendo.experiments import train as train_module
+from crescendo.experiments.compile import CompilationCounter
+from crescendo.experiments.errors import UserError
+from crescendo.experiments.interruption import Interrupted
+from crescendo.experiments.metrics import read_run
+from crescendo.experiments.recorder import Recorder
+
+STAGED = ("train.batch_size = @staged()", "staged.sizes = [8, 16, 32]", "staged.starts_examples = [0, 128, 256]")
+
+
+@pytest.fixture(scope="module")
+def staged(train_small, tmp_path_factory):
+    """A whole run with two batch-size changes: its folder, its result and the programs it compiled."""
+    run = tmp_path_factory.mktemp("runs") / "staged"
+    counter = CompilationCounter()
+    return run, train_small(run, *STAGED), counter.count
+
+
+@pytest.fixture(scope="module")
+def constant(train_small, tmp_path_factory):
+    """The same with one batch size."""
+    run = tmp_path_factory.mktemp("runs") / "constant"
+    counter = CompilationCounter()
+    return run, train_small(run), counter.count
+
+
+@pytest.fixture
+def copy_of_staged(staged, tmp_path):
+    return shutil.copytree(staged[0], tmp_path / "staged")
+
+
+def newest_arrays(run):
+    """The bytes of the newest checkpoint's arrays, by their fingerprints."""
+    newest = max((run / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
+    return json.loads((newest / "meta" / "metadata").read_text())["fingerprints"], newest
+
+
+def test_the_model_learns_and_the_clock_counts_examples(constant):
+    run, last, _ = constant
+    train = read_run(run).train
+    assert train["loss"][-4:].mean() < train["loss"][0] - 1.5
+    assert last["loss"] == pytest.approx(train["loss"][-4:].mean(), abs=0.5)
+    np.testing.assert_array_equal(train["examples_seen"], 16 * np.arange(1, 33))
+    np.testing.assert_array_equal(train["tokens_seen"], 32 * train["examples_seen"])
+    assert last["examples_seen"] == 512
+    assert last["step"] == 32
+
+
+def test_the_learning_rate_is_a_function_of_examples(constant):
+    train = read_run(constant[0]).train
+    start = train["examples_seen"] - train["batch_size"]
+    expected = 1e-2 * np.where(start < 64, start / 64, (512 - start) / (512 - 64))
+    np.testing.assert_allclose(train["learning_rate"], expected, rtol=1e-5)
+
+
+def test_the_batch_follows_its_stages_one_step_late_and_the_rate_follows_the_batch(staged):
+    run, _, _ = staged
+    train = read_run(run).train
+    sizes, seen = train["batch_size"].astype(int), train["examples_seen"].astype(int)
+    # The size of step n + 2 is what the stages say at the end of step n.
+    expected = [8, 8, *(8 if at < 128 else 16 if at < 256 else 32 for at in seen[:-2])]
+    expected[-1] = min(expected[-1], 512 - seen[-2])
+    np.testing.assert_array_equal(sizes, expected)
+    assert set(sizes) >= {8, 16, 32}
+    start = seen - sizes
+    base = 1e-2 * np.where(start < 64, start / 64, (512 - start) / (512 - 64))
+    np.testing.assert_allclose(train["learning_rate"], base * np.sqrt(sizes / 8), rtol=1e-5)
+    changes = [(event["from"], event["to"]) for event in read_run(run).events if event["kind"] == "batch_size"]
+    assert changes == [(8, 16), (16, 32)]
+
+
+def test_a_change_of_batch_size_compiles_nothing(staged, constant):
+    assert staged[2] == constant[2]
+
+
+def test_a_large_constant_batch_gets_the_rate_of_its_base(train_small, tmp_path):
+    train_small(tmp_path / "run", "train.batch_size = 32", "train.base_batch_size = 8", "TOTAL_EXAMPLES = 128")
+    train = read_run(tmp_path / "run").train
+    np.testing.assert_array_equal(train["batch_size"], 32)
+    assert train["learning_rate"][2] == pytest.approx(2 * 1e-2)
+
+
+def test_a_run_interrupted_and_resumed_is_the_run_that_was_not(staged, train_small, tmp_path, monkeypatch, records):
+    run, resumed = staged[0], tmp_path / "resumed"
+    step = Recorder.step
+    stop_at = {9, 10, 17}
+
+    def stop(self, clock, *rest):
+        values = step(self, clock, *rest)
+        if clock.steps in stop_at:
+            stop_at.remove(clock.steps)
+            signal.raise_signal(signal.SIGTERM)
+        return values
+
+    monkeypatch.setattr(Recorder, "step", stop)
+    for _ in range(3):
+        with pytest.raises(Interrupted, match="SIGTERM: saved .* the same command goes on"):
+            train_small(resumed, *STAGED)
+    assert train_small(resumed, *STAGED)["loss"] == staged[1]["loss"]
+    assert records(resumed) == records(run)
+    assert newest_arrays(resumed)[0] == newest_arrays(run)[0]
+
+
+def test_a_finished_run_is_left_as_it_is(staged, train_small, records):
+    before = records(staged[0])
+    assert train_small(staged[0], *STAGED) == staged[1]
+    assert records(staged[0]) == before
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    staged, copy_of_staged, train_small, damage, records, capsys
+):
+    prints, newest = newest_arrays(copy_of_staged)
+    file = max((newest / "state").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    content = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    train_small(copy_of_staged, *STAGED)
+    said = capsys.readouterr()
+    assert f"{newest.name} is damaged" in said.out.replace("\n", " ")
+    assert "Traceback" not in said.err
+    assert records(copy_of_staged) == records(staged[0])
+    assert newest_arrays(copy_of_staged)[0] == prints
+
+
+def test_only_damaged_checkpoints_stop_the_run(copy_of_staged, train_small):
+    for path in (copy_of_staged / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:3])
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged .* move the folder away"):
+        train_small(copy_of_staged, *STAGED)
+
+
+def test_old_checkpoints_go_and_one_every_so_many_examples_stays(train_small, tmp_path):
+    train_small(
+        tmp_path / "run",
+        "train.checkpoint_every_examples = 64",
+        "train.keep_last_checkpoints = 2",
+        "train.keep_checkpoint_every_examples = 192",
+    )
+    kept = sorted(int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == [64, 192, 384, 448, 512]
+
+
+def test_a_run_that_finds_no_finite_loss_stops_with_its_last_good_checkpoint(train_small, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="no finite loss and gradient in 3 steps in a row") as stopped:
+        train_small(
+            run,
+            "schedules.linear.peak = 1e38",
+            "train.max_bad_steps = 3",
+            "train.checkpoint_every_examples = 16",
+            "TOTAL_EXAMPLES = 5120",
+        )
+    assert "lower the learning rate" in str(stopped.value)
+    result = read_run(run)
+    assert result.train["skipped_steps"][-1] == 3
+    assert [event["kind"] for event in result.events] == ["warning"] * 3
+    assert "was skipped" in result.events[0]["message"]
+    assert newest_arrays(run)[0]
+
+
+def test_the_run_folder_says_how_to_repeat_the_run(staged):
+    run, _, compilations = staged
+    info = json.loads((run / "run.json").read_text())
+    assert info["total_examples"] == 512
+    assert info["versions"]["jax"] == jax.__version__
+    assert info["device"] == "8 x cpu"
+    assert 0 < info["compilations"] <= compilations
+    config = (run / "config.gin").read_text()
+    assert "staged.sizes = [8, 16, 32]" in config
+    assert "train.seed = 0" in config
+    assert list(run.glob("events.out.tfevents*"))
+
+
+def test_a_run_repeats_from_its_own_config(staged, tmp_path, records):
+    config = staged[0] / "config.gin"
+    train_module.main(["--config", str(config), "--run", str(tmp_path / "again")])
+    assert records(tmp_path / "again") == records(staged[0])
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("train.batch_size = 0", "batch_size = 0 must be at least 1"),
+        ("train.batch_size = -8", "batch_size = -8 must be at least 1"),
+        ("train.batch_size = 12", "batch_size = 12 does not divide over 8 devices: use 8 or 16"),
+        ("train.batch_size = 'many'", "train.batch_size = 'many' must be int | "),
+        ("train.batch_size = 8192", r"the corpus has \d+ rows of 32 tokens, fewer than one batch of 8192"),
+        ("train.total_examples = 0", "train.total_examples = 0 must be above 0"),
+        ("train.max_gradient_norm = -1.0", "train.max_gradient_norm = -1.0 must be above 0"),
+        ("train.total_examples = 3000000000", "must be below 2\\^31"),
+        ("train.coupling = 'cubic'", "cubic"),
+        ("text_data.sequence_length = 0", "sequence_length"),
+        ("text_files.paths = ['/nowhere/*.txt']", "/nowhere"),
+        ("model.heads = 3", "width = 16 must be a multiple of heads = 3"),
+        ("model.preset = 'huge'", "no preset 'huge'"),
+        ("staged.sizes = [8, 16]\nstaged.starts_examples = [0]\ntrain.batch_size = @staged()", "2 sizes and 1 starts"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(train_small, tmp_path, binding, message):
+    with pytest.raises(UserError, match=message) as refused:
+        train_small(tmp_path / "run", binding)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("model.width = 32", "model.width was 16 and is now 32"),
+        ("train.seed = 1", "seed was 0 and is now 1"),
+        ("train.optimizer = @lion()\nlion.learning_rate = 1e-3", "arrays"),
+        ("SEQUENCE_LENGTH = 16", "data was"),
+    ],
+)
+def test_a_run_goes_on_only_as_what_it_was(staged, train_small, binding, message):
+    run = staged[0]
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match=message):
+        train_small(run, *STAGED, binding)
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_a_folder_in_use_is_refused(staged, train_small):
+    with (
+        run_folder.locked(staged[0]),
+        pytest.raises(UserError, match=r"staged is in use by process \d+: wait for it to end, or give another"),
+    ):
+        train_small(staged[0], *STAGED)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(train_small):
+    with pytest.raises(UserError, match="cannot write /proc/crescendo"):
+        train_small("/proc/crescendo/run")
+
+
+def test_the_command_ends_with_exit_code_2_and_one_line(small_bindings, capsys):
+    from crescendo.experiments.cli import run_command
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: train_module.main(["--set", "train.batch_sise = 8"]))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said == "error: --set: train has no parameter 'batch_sise'; nearest: batch_size, base_batch_size\n"
