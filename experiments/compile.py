@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from crescendo import parallel
 from crescendo.experiments import cache, hardware
-from crescendo.experiments.errors import UserError
+from crescendo.experiments.errors import UserError, user_values
 from crescendo.experiments.state import TrainState, abstract_batch, abstract_state, make_step, state_shardings
 from crescendo.models import ModelConfig
 
@@ -106,10 +106,8 @@ def compile_step(
         bound = min(bound, max_microbatch_examples)
     limit = hardware.memory_bytes(device)
     while True:
-        try:
+        with user_values():
             plan = parallel.plan_batches(sizes, shards, bound)
-        except ValueError as error:
-            raise UserError(str(error)) from None
         compiled = lower_step(
             config,
             optimizer,

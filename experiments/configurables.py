@@ -16,7 +16,7 @@ import typeguard
 
 import crescendo.optim as optim
 from crescendo.experiments import data
-from crescendo.experiments.errors import UserError
+from crescendo.experiments.errors import UserError, user_values
 from crescendo.experiments.interruption import Interrupted
 from crescendo.models import ModelConfig
 from crescendo.optim import batch_size
@@ -51,7 +51,7 @@ FACTORIES: dict[str, dict[str, Callable]] = {
 }
 
 
-def checked(factory: Callable) -> Callable:
+def _checked(factory: Callable) -> Callable:
     """`factory`, its arguments checked against their annotations: a mistake in a config is a `UserError`."""
     signature = inspect.signature(factory)
 
@@ -87,12 +87,12 @@ def checked(factory: Callable) -> Callable:
 def _register_factories() -> None:
     for module, factories in FACTORIES.items():
         for name, factory in factories.items():
-            gin.external_configurable(checked(factory), name=name, module=module)
+            gin.external_configurable(_checked(user_values()(factory)), name=name, module=module)
 
 
 @functools.cache
 def _register(experiment: Callable) -> Callable:
-    return gin.external_configurable(checked(experiment), name=experiment.__name__, module="experiments")
+    return gin.external_configurable(_checked(experiment), name=experiment.__name__, module="experiments")
 
 
 def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -129,9 +129,9 @@ def bind(experiment: Callable, configs: Sequence[str], bindings: Sequence[str] =
       UserError: for a file that isn't there, a syntax error, an unknown name (with the nearest known ones), or, when
         the result is called, a value of the wrong type.
     """
+    gin.clear_config()  # also unlocks it
     _register_factories()
     wrapped = _register(experiment)
-    gin.clear_config()
     for config in configs:
         _parse(_read(config), config)
     for binding in bindings:
@@ -182,7 +182,7 @@ def _one_line(error: Exception) -> str:
 
 def _explain(message: str) -> str:
     """Adds the nearest known names to gin's own words."""
-    unknown_factory = re.search(r"No configurable matching '?([\w./]+)'?", message)
+    unknown_factory = re.search(r"No configurable matching (?:reference )?'?@?([\w./]+)", message)
     unknown_parameter = re.search(r"Configurable '?([\w.]+)'? doesn't have a parameter named '?(\w+)'?", message)
     if unknown_factory:
         name = unknown_factory.group(1).split("/")[-1]

@@ -1,6 +1,7 @@
 """The loss on held-out rows."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ def make_evaluation(
     config: ModelConfig,
     rows: Rows,
     mesh: Mesh,
+    parameters: Any,
     *,
     evaluation_examples: int,
     microbatch_examples: int,
@@ -28,6 +30,7 @@ def make_evaluation(
       config: of the model.
       rows: held-out rows; all of them where there are fewer.
       mesh: as the training's.
+      parameters: shapes, dtypes and shardings of the parameters.
       evaluation_examples: how many rows.
       microbatch_examples: how many at a time; the last group is filled up with padding.
       attention: as in `make_step`.
@@ -50,5 +53,6 @@ def make_evaluation(
         (loss_sum, weight), _ = jax.lax.scan(one, (jnp.float32(0), jnp.float32(0)), batch)
         return loss_sum / weight
 
-    compiled = jax.jit(total, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    # Compiled here, so that nothing compiles while the loop runs.
+    compiled = jax.jit(total, out_shardings=NamedSharding(mesh, PartitionSpec())).lower(parameters, batch).compile()
     return lambda parameters: float(jax.device_get(compiled(parameters, batch)))

@@ -21,11 +21,11 @@ from crescendo.experiments.checkpoint import Checkpoints
 from crescendo.experiments.cli import run_command
 from crescendo.experiments.compile import CompilationCounter, compile_step, use_compilation_cache
 from crescendo.experiments.data import Stream, TextData
-from crescendo.experiments.errors import UserError
+from crescendo.experiments.errors import UserError, user_values
 from crescendo.experiments.evaluate import make_evaluation
 from crescendo.experiments.feed import Feed
 from crescendo.experiments.interruption import Interrupted, Interruption
-from crescendo.experiments.metrics import file_access, read_run, run_observers
+from crescendo.experiments.metrics import file_access, read_records, run_observers
 from crescendo.experiments.recorder import Recorder
 from crescendo.experiments.state import Clock, describe_arrays, initial_state
 from crescendo.models import ModelConfig
@@ -97,7 +97,9 @@ def train(
     Raises:
       UserError: for what the user can mend.
     """
-    policy = constant(batch_size) if isinstance(batch_size, int) else batch_size
+    with user_values():
+        policy = constant(batch_size) if isinstance(batch_size, int) else batch_size
+        chain = optax.chain(optimizer, adaptive_batch_size(policy, coupling, base_batch_size=base_batch_size))
     _check_positive(
         total_examples=total_examples,
         max_gradient_norm=max_gradient_norm,
@@ -124,60 +126,60 @@ def train(
     device = mesh.devices.flat[0]
     vocab_size = -(-data.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     config = dataclasses.replace(model, vocab_size=vocab_size).for_platform(device.platform)
-    chain = optax.chain(optimizer, adaptive_batch_size(policy, coupling, base_batch_size=base_batch_size))
     fixed = {
         "model": dataclasses.asdict(config),
         "arrays": describe_arrays(config, chain),
         "data": data.fingerprint,
         "seed": seed,
     }
-    before = run_folder.read_info(folder)
-    if before is not None:
-        run_folder.check_resumable(folder, before["fixed"], fixed)
+    with user_values():
+        parallel.plan_batches(policy.sizes, mesh.devices.size)
     counter = CompilationCounter()
     use_compilation_cache()
-    compiled = compile_step(
-        config,
-        chain,
-        mesh,
-        policy.sizes,
-        sequence_length=data.sequence_length,
-        strategy=strategy,
-        max_gradient_norm=max_gradient_norm,
-        max_microbatch_examples=max_microbatch_examples,
-    )
-    plan = compiled.plan
-    total_examples -= total_examples % plan.microbatch_examples
-    if total_examples == 0:
-        raise UserError(f"train.total_examples is less than one microbatch of {plan.microbatch_examples}: raise it")
-    flops_per_token = config.flops_per_token(data.sequence_length)
-    peak = hardware.peak_flops_per_second(device)
-    peak = peak and peak * mesh.devices.size
-    parameters = sum(x.size for x in jax.tree.leaves(compiled.abstract_state.parameters))
-    info = (before or run_folder.provenance()) | {
-        "name": label or folder.name,
-        "parameters": parameters,
-        "flops_per_token": flops_per_token,
-        "sequence_length": data.sequence_length,
-        "total_examples": total_examples,
-        "total_tokens": total_examples * data.sequence_length,
-        "peak_flops_per_second": peak,
-        "step_peak_bytes": compiled.peak_bytes,
-        "microbatch_examples": plan.microbatch_examples,
-        "fixed": fixed,
-    }
-    console.print(f"{data}", highlight=False, soft_wrap=True)
-    console.print(
-        f"model: {parameters:,} parameters, {flops_per_token / 1e6:,.1f} MFLOPs a token; one step of at most "
-        f"{max(policy.sizes)} examples in microbatches of {plan.microbatch_examples} needs "
-        f"{compiled.peak_bytes / 2**20:,.0f} MiB on each of {mesh.devices.size} {device.device_kind}",
-        highlight=False,
-        soft_wrap=True,
-    )
-
     with contextlib.ExitStack() as stack:
         stack.enter_context(file_access("write", folder))
         stack.enter_context(run_folder.locked(folder))
+        before = run_folder.read_info(folder)
+        if before is not None:
+            run_folder.check_resumable(folder, before["fixed"], fixed)
+        compiled = compile_step(
+            config,
+            chain,
+            mesh,
+            policy.sizes,
+            sequence_length=data.sequence_length,
+            strategy=strategy,
+            max_gradient_norm=max_gradient_norm,
+            max_microbatch_examples=max_microbatch_examples,
+        )
+        plan = compiled.plan
+        total_examples -= total_examples % plan.microbatch_examples
+        if total_examples == 0:
+            raise UserError(f"train.total_examples is less than one microbatch of {plan.microbatch_examples}: raise it")
+        flops_per_token = config.flops_per_token(data.sequence_length)
+        peak = hardware.peak_flops_per_second(device)
+        peak = peak and peak * mesh.devices.size
+        parameters = sum(x.size for x in jax.tree.leaves(compiled.abstract_state.parameters))
+        info = (before or run_folder.provenance()) | {
+            "name": label or folder.name,
+            "parameters": parameters,
+            "flops_per_token": flops_per_token,
+            "sequence_length": data.sequence_length,
+            "total_examples": total_examples,
+            "total_tokens": total_examples * data.sequence_length,
+            "peak_flops_per_second": peak,
+            "step_peak_bytes": compiled.peak_bytes,
+            "microbatch_examples": plan.microbatch_examples,
+            "fixed": fixed,
+        }
+        console.print(f"{data}", highlight=False, soft_wrap=True)
+        console.print(
+            f"model: {parameters:,} parameters, {flops_per_token / 1e6:,.1f} MFLOPs a token; one step of at most "
+            f"{max(policy.sizes)} examples in microbatches of {plan.microbatch_examples} needs "
+            f"{compiled.peak_bytes / 2**20:,.0f} MiB on each of {mesh.devices.size} {device.device_kind}",
+            highlight=False,
+            soft_wrap=True,
+        )
         interruption = stack.enter_context(Interruption())
         checkpoints = Checkpoints(
             folder / "checkpoints", keep_last=keep_last_checkpoints, keep_every_examples=keep_checkpoint_every_examples
@@ -190,19 +192,21 @@ def train(
             clock = Clock(batch_size=policy.sizes[0])
         else:
             state, clock = restored
-            console.print(f"going on at {clock.examples_seen:,} of {total_examples:,} examples in {folder}")
+            progress = f"going on at {clock.examples_seen:,} of {total_examples:,} examples in {folder}"
+            console.print(progress, highlight=False, soft_wrap=True)
         run_folder.write_info(folder, info, operative_config())
         observers = run_observers(
             folder, resume_at_examples=clock.examples_seen, total_examples=total_examples, label=info["name"]
         )
         stack.callback(observers.close)
         if clock.examples_seen >= total_examples:
-            console.print(f"{folder} is complete; give another folder with --run to train anew")
+            console.print(f"{folder} is complete; to train anew, give another folder with --run", soft_wrap=True)
             return last_validation(folder)
         evaluate = make_evaluation(
             config,
             data.validation,
             mesh,
+            compiled.abstract_state.parameters,
             evaluation_examples=evaluation_examples,
             microbatch_examples=plan.microbatch_examples,
         )
@@ -269,7 +273,7 @@ def train(
 
 def last_validation(folder: Path) -> dict:
     """The newest validation record of a run."""
-    return {name: column[-1].item() for name, column in read_run(folder).validation.items()}
+    return [record for record in read_records(folder / "metrics.jsonl") if record["kind"] == "validation"][-1]
 
 
 def _check_positive(**values: float | None) -> None:

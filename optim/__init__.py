@@ -5,6 +5,10 @@ schedule in them. Schedules are called by their module (`schedules.linear`), sin
 alone.
 """
 
+from collections.abc import Callable
+
+import optax
+
 from crescendo.optim import schedules
 from crescendo.optim.adamw import adamw, nadamw
 from crescendo.optim.baselines import adafactor, evaluation_params, muon, prodigy, schedule_free, sgd, sophia
@@ -31,19 +35,19 @@ from crescendo.optim.scaling import (
 )
 from crescendo.optim.trust_ratio import scale_by_layer_trust_ratio, trust_ratios
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     function.__name__: function
     for function in (adamw, nadamw, lamb, lars, lion, sgd, adafactor, muon, schedule_free, prodigy, sophia)
 }
 """Aliases `name(learning_rate, **options)`."""
 
-TRANSFORMS = {
+TRANSFORMS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     function.__name__: function
     for function in (scale_by_learning_rate, scale_by_layer_trust_ratio, scale_by_lars, record_gradient_norms)
 }
 """Pieces to chain."""
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
     function.__name__: function
     for function in (
         schedules.constant,

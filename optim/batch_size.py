@@ -59,6 +59,8 @@ def constant(batch_size: int) -> BatchSizePolicy:
     >>> constant(32).sizes
     (32,)
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size} must be at least 1")
     return staged([batch_size], starts_examples=[0])
 
 
@@ -121,8 +123,8 @@ def adaptive_batch_size(
     """Lets `policy` choose the batch size, and scales the updates by the coupling of learning rate and batch size.
 
     Chain it behind the optimizer: `u <- f(B / B_0) u`, with B the size of the batch that made the gradient and B_0
-    the one that the learning rate is meant for; f is `x` for "linear" (SGD), `sqrt x` for "sqrt" (Adam and its kin), 1 for "none"
-    (McCandlish et al. 2018; Merrill et al. 2025 for batch warmup). The direction is left alone.
+    the one that the learning rate is meant for; f is `x` for "linear" (SGD), `sqrt x` for "sqrt" (Adam and its kin),
+    1 for "none" (McCandlish et al. 2018; Merrill et al. 2025 for batch warmup). The direction is left alone.
 
     Args:
       policy: the batch-size policy.

@@ -64,7 +64,7 @@ def lamb(
         optax.chain(
             optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
             optax.add_decayed_weights(weight_decay, mask=as_mask(mask, layer_axis)),
-            scale_by_layer_trust_ratio(phi_clip=phi_clip, mask=trust_mask, layer_axis=layer_axis),
+            scale_by_layer_trust_ratio(phi_clip=phi_clip, trust_mask=trust_mask, layer_axis=layer_axis),
             scale_by_learning_rate(learning_rate),
         ),
         moment_dtype=moment_dtype,

@@ -32,11 +32,11 @@ def scale_by_lars(
     [[2.]]
     """
 
-    def rule(grad: jax.Array, param: jax.Array, axis: int | None, decay: bool) -> tuple[jax.Array, jax.Array]:
-        strength = weight_decay if decay else 0.0
+    def rule(grad: jax.Array, param: jax.Array, axis: int | None, decays: bool) -> tuple[jax.Array, jax.Array]:
+        strength = weight_decay if decays else 0.0
         w, g = layer_norm(param, axis), layer_norm(grad, axis)
         ratio = safe_ratio(w, g, trust_coefficient * w, g + strength * w)
-        return grad + strength * param if decay else grad, ratio
+        return grad + strength * param if decays else grad, ratio
 
     return layerwise(rule, trust_mask=trust_mask, decay_mask=mask, layer_axis=layer_axis)
 

@@ -116,6 +116,13 @@ def recorded_norms(opt_state: optax.OptState) -> GradientNorms:
 
     Raises:
       ValueError: a state with no history, or with one of fewer than two finite norms.
+
+    >>> optimizer = optax.chain(record_gradient_norms(), optax.sgd(0.1))
+    >>> state = optimizer.init(jnp.ones(4))
+    >>> for step in range(2):
+    ...     _, state = optimizer.update(jnp.ones(4), state)
+    >>> recorded_norms(state).l2
+    array([2., 2.])
     """
     found = optax.tree_utils.tree_get(opt_state, "RecordGradientNormsState")
     if found is None:
@@ -199,6 +206,12 @@ def save_refined(path: str | Path, norms: Norms, *, norm: str = "l1", smoothing:
 
     Raises:
       ValueError: as `refine`.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     save_refined(file.name, [2.0, 2.0, 2.0])
+    ...     print(Path(file.name).read_text(), end="")
+    {"fractions": [0.0, 0.5, 1.0], "multipliers": [1.0, 0.5, 0.0], "norm": "l1", "smoothing": 0.1}
     """
     fractions, multipliers = _curve(norms, norm, smoothing)
     content = {"fractions": fractions.tolist(), "multipliers": multipliers.tolist()}
@@ -211,6 +224,13 @@ def refined(peak: float, total: float, *, path: str | Path, warmup: float = 0) -
     Raises:
       ValueError: a file that isn't one, and as `schedules.linear`.
       FileNotFoundError: no such file.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_refined(f"{folder}/norms.json", [2.0, 2.0, 2.0])
+    ...     schedule = refined(0.5, 100, path=f"{folder}/norms.json")
+    >>> float(schedule(25))
+    0.375
     """
     try:
         content = json.loads(Path(path).read_text())

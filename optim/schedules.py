@@ -207,8 +207,8 @@ def infinite(
     peak: float,
     total: float | None = None,
     *,
+    cooldown: float,
     warmup: float = 0,
-    cooldown: float = 0,
     decay: float | None = None,
     constant_fraction: float = 0.55,
     end_fraction: float = 0.1,
@@ -221,14 +221,14 @@ def infinite(
     Args:
       peak: the highest rate.
       total: the count at which the anneal ends; None: no anneal.
+      cooldown: length of the cosine from `peak` to the constant rate; above 0.
       warmup: the count at which the linear rise from 0 ends.
-      cooldown: length of the cosine from `peak` to the constant rate.
       decay: length of the anneal; None: a tenth of `total`.
-      constant_fraction: the constant rate, as a fraction of `peak`.
-      end_fraction: the final rate, as a fraction of `peak`; above 0.
+      constant_fraction: the constant rate, as a fraction of `peak`; the paper's is 0.55.
+      end_fraction: the final rate, as a fraction of `peak`; above 0, which an exponential never reaches.
 
     Raises:
-      ValueError: as `linear`, and an `end_fraction` of 0, which an exponential never reaches.
+      ValueError: as `linear`, and a cooldown or an `end_fraction` of 0.
 
     References:
       Ibrahim et al., 2024, `Simple and Scalable Strategies to Continually Pre-train Large Language Models
@@ -240,10 +240,10 @@ def infinite(
     """
     horizon = math.inf if total is None else total
     decay = 0 if total is None else total / 10 if decay is None else decay
-    check(
-        peak, horizon, warmup, cooldown=cooldown, decay=decay, constant_fraction=constant_fraction,
-        end_fraction=end_fraction,
-    )  # fmt: skip
+    fractions = {"constant_fraction": constant_fraction, "end_fraction": end_fraction}
+    check(peak, horizon, warmup, cooldown=cooldown, decay=decay, **fractions)
+    if cooldown == 0:
+        raise ValueError("cooldown must be above 0, got 0: for a constant rate after the warmup use constant")
     if not 0 < end_fraction <= constant_fraction:
         raise ValueError(
             f"end_fraction must be above 0 and at most constant_fraction {constant_fraction}, got {end_fraction}"
@@ -331,7 +331,9 @@ def step(
     [1.   0.5  0.25]
     """
     edges = [total / 2, 3 * total / 4] if boundaries is None else list(boundaries)
-    check(peak, total, warmup, factor_fraction=factor)
+    check(peak, total, warmup)
+    if not 0 <= factor <= 1:
+        raise ValueError(f"factor must be from 0 to 1, got {factor}")
     if edges != sorted(set(edges)) or any(not warmup <= edge < total for edge in edges):
         raise ValueError(f"boundaries must rise strictly from warmup {warmup} to below total {total}, got {edges}")
 
@@ -401,10 +403,7 @@ def check(peak: float, total: float, warmup: float, **parts: float) -> None:
     fractions = {name: value for name, value in parts.items() if name.endswith("fraction")}
     for name, value in fractions.items():
         if not 0 <= value <= 1:
-            raise ValueError(
-                f"{name.removesuffix('_fraction') if name == 'factor_fraction' else name} "
-                f"must be from 0 to 1, got {value}"
-            )
+            raise ValueError(f"{name} must be from 0 to 1, got {value}")
     durations = {"warmup": warmup} | {name: value for name, value in parts.items() if name not in fractions}
     for name, value in durations.items():
         if not 0 <= value < math.inf:

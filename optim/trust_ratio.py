@@ -21,7 +21,7 @@ class TrustRatioState(NamedTuple):
 
 
 def scale_by_layer_trust_ratio(
-    *, phi_clip: PhiClip = None, mask: Mask = None, layer_axis: LayerAxis = None
+    *, phi_clip: PhiClip = None, trust_mask: Mask = None, layer_axis: LayerAxis = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scale every layer's update u to the norm of the layer: u * phi(||w||) / ||u||, phi(x) = min(max(x, lo), hi).
 
@@ -31,7 +31,7 @@ def scale_by_layer_trust_ratio(
 
     Args:
       phi_clip: (lo, hi) of phi; None: phi(x) = x.
-      mask: what is scaled; None: matrices (see `masks.is_matrix`), True: everything.
+      trust_mask: what is scaled; None: matrices (see `masks.is_matrix`), True: everything.
       layer_axis: where layers are stacked; see `masks.layer_axes`.
 
     Raises:
@@ -48,13 +48,13 @@ def scale_by_layer_trust_ratio(
     """
     check_phi_clip(phi_clip)
 
-    def rule(update: jax.Array, param: jax.Array, axis: int | None, decay: bool) -> tuple[jax.Array, jax.Array]:
-        del decay
+    def rule(update: jax.Array, param: jax.Array, axis: int | None, decays: bool) -> tuple[jax.Array, jax.Array]:
+        del decays
         w, u = layer_norm(param, axis), layer_norm(update, axis)
         phi = w if phi_clip is None else jnp.clip(w, *phi_clip)
         return update, safe_ratio(w, u, phi, u)
 
-    return layerwise(rule, trust_mask=mask, decay_mask=True, layer_axis=layer_axis)
+    return layerwise(rule, trust_mask=trust_mask, decay_mask=True, layer_axis=layer_axis)
 
 
 Rule = Callable[[jax.Array, jax.Array, int | None, bool], tuple[jax.Array, jax.Array]]
@@ -63,11 +63,12 @@ Rule = Callable[[jax.Array, jax.Array, int | None, bool], tuple[jax.Array, jax.A
 def layerwise(
     rule: Rule, *, trust_mask: Mask, decay_mask: Mask, layer_axis: LayerAxis
 ) -> optax.GradientTransformationExtraArgs:
-    """The transform of a rule (update, param, layer axis, decays?) -> (update, ratio with the layer axis kept)."""
+    """The transform of a rule: (update, param, layer axis, decays?) -> (update, ratio with the layer axis kept)."""
     trusted, decayed = as_mask(trust_mask, layer_axis, name="trust_mask"), as_mask(decay_mask, layer_axis)
 
     def init(params: optax.Params) -> TrustRatioState:
-        trusted(params), decayed(params)  # a mask that matches nothing raises here
+        for mask in (trusted, decayed):
+            mask(params)  # one that matches nothing raises
         leaves, axes = jax.tree.leaves(params), layer_axes(params, layer_axis)
         sizes = [1 if axis is None else leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True)]
         return TrustRatioState(jnp.ones(sum(sizes)))
@@ -80,7 +81,7 @@ def layerwise(
             raise ValueError("a trust ratio needs the parameters: call update(updates, state, params)")
         scaled, ratios = [], [jnp.ones(0)]
         leaves, treedef = jax.tree.flatten(updates)
-        for g, w, axis, trust, decay in zip(
+        for g, w, axis, trust, decays in zip(
             leaves,
             jax.tree.leaves(params),
             layer_axes(params, layer_axis),
@@ -88,7 +89,7 @@ def layerwise(
             jax.tree.leaves(decayed(params)),
             strict=True,
         ):
-            u, ratio = rule(g, w, axis, decay)
+            u, ratio = rule(g, w, axis, decays)
             ratio = ratio if trust else jnp.ones_like(ratio)
             scaled.append((u * ratio).astype(g.dtype))
             ratios.append(ratio.reshape(-1))

@@ -24,7 +24,7 @@ def shard(logical_axes: Any, mesh: Mesh, strategy: str = "fsdp") -> Any:
     >>> from crescendo.parallel.mesh import make_mesh
     >>> mesh = make_mesh(devices=jax.devices()[:1])
     >>> shard({"table": ("vocab", "embed")}, mesh)["table"].spec
-    PartitionSpec(None, 'fsdp')
+    P(None, 'fsdp')
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"no sharding strategy {strategy!r}; there are {', '.join(STRATEGIES)}")

@@ -153,6 +153,11 @@ def trained(optimizer, dtype):
     return {path: np.asarray(functools.reduce(lambda tree, key: tree[key], path, params)) for path in LEAVES}
 
 
+# optax computes 1 - b2^t in float32: 1.5e-5 off at the second step for b2 = 0.999. A layer that starts at 0 takes the
+# length of its first step from it, and LAMB makes all later steps proportional to that.
+FLOAT32, FLOAT32_LAMB_FROM_ZERO = 1e-5, 2e-5
+
+
 def compare(name, dtype, tolerance, moment_dtype=None):
     rule, options, peak = RULES[name]
     rate = optim.schedules.linear(peak, STEPS * BATCH, warmup=WARMUP * BATCH)
@@ -161,12 +166,13 @@ def compare(name, dtype, tolerance, moment_dtype=None):
     for path, w in expected(rule, peak, dtype, moment_dtype or dtype).items():
         assert actual[path].dtype == dtype
         assert norm(w) > 0
-        assert norm(actual[path].astype(np.float64) - w) <= tolerance * norm(w), "/".join(path)
+        allowed = FLOAT32_LAMB_FROM_ZERO if (name, path[0], tolerance) == ("lamb", "zero", FLOAT32) else tolerance
+        assert norm(actual[path].astype(np.float64) - w) <= allowed * norm(w), "/".join(path)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_float32(name):
-    compare(name, np.dtype(np.float32), 1e-5)
+    compare(name, np.dtype(np.float32), FLOAT32)
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -61,7 +61,7 @@ def refined_file(tmp_path_factory):
 
 def make(name, refined_file, *, peak=PEAK, total=TOTAL, **options):
     """Any exported schedule, given what it can't do without."""
-    required = {"power": {"batch_size": 16}, "refined": {"path": refined_file}}
+    required = {"power": {"batch_size": 16}, "infinite": {"cooldown": 300}, "refined": {"path": refined_file}}
     return optim.SCHEDULES[name](peak, total, **required.get(name, {}) | options)
 
 
@@ -113,7 +113,7 @@ def test_falls_after_the_warmup(name, total, warmup_fraction, end_fraction):
     """Within [0, peak] for any length, and it never rises again but by rounding."""
     options = {"factor": end_fraction} if name == "step" else {"end_fraction": end_fraction}
     if name == "infinite":
-        options = {"end_fraction": max(end_fraction, 1e-3), "constant_fraction": 1.0}
+        options = {"end_fraction": max(end_fraction, 1e-3), "constant_fraction": 1.0, "cooldown": total / 4}
     schedule = optim.SCHEDULES[name](PEAK, total, warmup=warmup_fraction * total, **options)
     rates = np.asarray(schedule(np.linspace(warmup_fraction, 1, 64) * total))
     assert (rates >= 0).all()
@@ -153,6 +153,7 @@ def test_rewarm_starts_where_the_earlier_run_ended():
         ("power", {"batch_size": 0}, "batch_size must be above 0, got 0"),
         ("power", {"exponent": 0.5}, "exponent must be at most 0, got 0.5"),
         ("infinite", {"end_fraction": 0.0}, "end_fraction must be above 0"),
+        ("infinite", {"cooldown": 0}, "cooldown must be above 0, got 0"),
         ("infinite", {"cooldown": 950}, "cooldown 950 [+] decay 100.0 don't fit total 1000"),
         ("rewarm", {"start": 1000}, "start 1000 don't fit total 1000"),
         ("step", {"boundaries": (600, 300)}, r"boundaries must rise strictly .* got \[600, 300\]"),
