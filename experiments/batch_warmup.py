@@ -62,7 +62,7 @@ def batch_warmup(
     bindings: Sequence[str] = (),
     batch_size: int = 2,
     double_at: Sequence[float] = (0.35, 0.65),
-    total_examples: int = 8192,
+    total_examples: int = 6144,
     seeds: int = 1,
 ) -> dict[str, list[dict]]:
     """Runs every arm with every seed, prints the comparison and writes its report.
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--double-at", type=float, nargs="+", default=[0.35, 0.65], help="shares of the run (default 0.35 0.65)"
     )
-    parser.add_argument("--total-examples", type=int, default=8192, help="the length of each run (default 8192)")
+    parser.add_argument("--total-examples", type=int, default=6144, help="the length of each run (default 6144)")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds (default 1)")
     arguments = parser.parse_args(argv)
     if arguments.seeds < 1:

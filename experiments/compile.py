@@ -37,7 +37,7 @@ class CompiledStep(NamedTuple):
     peak_bytes: int
 
 
-def attention_implementation(platform: str, config: ModelConfig) -> str | None:
+def attention_implementation(platform: str, config: ModelConfig) -> str:
     """cuDNN's flash attention where it can serve; otherwise what XLA makes of the plain formula."""
     return "cudnn" if platform == "gpu" and config.dtype == "bfloat16" else "xla"
 
@@ -51,8 +51,12 @@ def lower_step(
     sequence_length: int,
     strategy: str = "fsdp",
     max_gradient_norm: float | None = 1.0,
+    attention: str | None = None,
 ) -> jax.stages.Lowered:
-    """The step for the mesh's devices, which need not be there: topology descriptions will do."""
+    """The step for the mesh's devices, which need not be there: topology descriptions will do.
+
+    `attention` names the implementation; None leaves it to `attention_implementation`.
+    """
     platform = mesh.devices.flat[0].platform
     platform = "gpu" if platform == "cuda" else platform
     shardings = state_shardings(config, optimizer, mesh, strategy)
@@ -60,7 +64,7 @@ def lower_step(
         config,
         optimizer,
         max_gradient_norm=max_gradient_norm,
-        attention=attention_implementation(platform, config),
+        attention=attention or attention_implementation(platform, config),
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     traced = jitted.trace(abstract_state(config, optimizer, shardings), abstract_batch(mesh, plan, sequence_length))

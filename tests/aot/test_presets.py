@@ -1,0 +1,85 @@
+"""The presets' training steps, compiled for machines that are not here, within a memory budget.
+
+The H100's description (`h100.txtpb`) is XLA's own format. cuDNN can't be called without a device, so attention is
+XLA's there: on the real one it needs less.
+"""
+
+import functools
+import json
+import os
+import site
+from pathlib import Path
+
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+# The CUDA compiler comes as a wheel; where the machine has its own, either will do.
+for packages in site.getsitepackages():
+    os.environ["PATH"] += os.pathsep + str(Path(packages) / "nvidia" / "cu13" / "bin")
+
+import optax  # noqa: E402
+import pytest  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from crescendo import optim, parallel  # noqa: E402
+from crescendo.experiments import compile as compiling  # noqa: E402
+from crescendo.models import ModelConfig  # noqa: E402
+from crescendo.optim import schedules  # noqa: E402
+from crescendo.optim.batch_size import adaptive_batch_size, staged  # noqa: E402
+
+HERE = Path(__file__).parent
+BUDGETS_MIB = json.loads((HERE / "budgets.json").read_text())
+# preset: tokens in a row, examples of a microbatch on a device, and what the larger ones need to fit.
+SHAPES: dict[str, tuple[int, int, dict]] = {
+    "debug": (128, 8, {}),
+    "30m": (512, 8, {}),
+    "124m": (1024, 8, {}),
+    "1b": (2048, 2, {"remat": "full"}),
+}
+
+
+@functools.cache
+def devices(target: str):
+    if target == "h100":
+        config = (HERE / "h100.txtpb").read_text()
+        return topologies.get_topology_desc("h100", "cuda", target_config=config, topology="1x1x1").devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=target).devices
+
+
+@functools.cache
+def compiled(target: str, preset: str):
+    sequence_length, on_a_device, changes = SHAPES[preset]
+    chips = devices(target)
+    # On a pod the parameters are split over 16 chips at most, and the batch over all.
+    mesh = parallel.make_mesh(data=-1, fsdp=min(len(chips), 16), devices=chips)
+    microbatch = on_a_device * len(chips)
+    policy = staged([microbatch, 4 * microbatch], starts_examples=[0, 100 * microbatch])
+    optimizer = optax.chain(optim.adamw(schedules.linear(1e-3, 10_000)), adaptive_batch_size(policy))
+    config = ModelConfig.preset(preset, **changes).for_platform("gpu" if target == "h100" else "tpu")
+    lowered = compiling.lower_step(
+        config,
+        optimizer,
+        mesh,
+        parallel.plan_batches(policy.sizes, len(chips), microbatch),
+        sequence_length=sequence_length,
+        attention="xla",
+    )
+    return lowered.compile()
+
+
+@pytest.mark.aot
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("preset", SHAPES)
+@pytest.mark.parametrize("target", ["h100", "v5e:2x2", "v5p:8x8x16"])
+def test_the_step_compiles_within_its_memory_budget(target, preset):
+    peak_mib = compiling.peak_bytes(compiled(target, preset)) / 2**20
+    print(f"{target} {preset}: {peak_mib:,.0f} MiB of {BUDGETS_MIB[target][preset]:,} MiB")
+    assert peak_mib <= BUDGETS_MIB[target][preset]
+    # A budget far above what is needed would hold nothing.
+    assert peak_mib >= 0.5 * BUDGETS_MIB[target][preset]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["v5e:2x2", "v5p:8x8x16"])
+def test_sharded_parameters_are_gathered_and_gradients_reduced(target):
+    text = compiled(target, "debug").as_text()
+    assert "all-gather" in text
+    assert "all-reduce" in text or "reduce-scatter" in text
