@@ -48,7 +48,7 @@ test-slow: $(VENV)/.installed-dev  ## the tests that take minutes, kills at rand
 	@$(VENV)/bin/pytest -m "slow or chaos" -s
 
 test-gpu:  ## on a machine with an NVIDIA GPU, in whatever environment holds jax[cuda13]
-	@pytest -m gpu
+	@JAX_PLATFORMS=cuda,cpu pytest -m gpu tests/gpu
 
 check: $(VENV)/.installed-dev  ## format, lint and types
 	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy

@@ -98,7 +98,7 @@ def batch_warmup(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = configurables.parser(__doc__.split("\n\n")[0], EXAMPLES)  # type: ignore[union-attr]
+    parser = configurables.parser(__doc__.split("\n\n")[0], EXAMPLES)
     parser.add_argument("--run", default="runs/batch_warmup", help="the folder for the runs and the report")
     parser.add_argument("--batch-size", type=int, default=2, help="the small batch, in examples (default 2)")
     parser.add_argument(

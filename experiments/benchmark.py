@@ -1,4 +1,4 @@
-"""Speed of the presets' training steps on the devices at hand: `python -m crescendo.experiments.benchmark 124m`."""
+"""Speed on the devices at hand, of training steps and of optimizers: `python -m crescendo.experiments.benchmark`."""
 
 import argparse
 import statistics
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from crescendo import optim, parallel
 from crescendo.experiments import hardware
+from crescendo.experiments.benchmark_optim import PEERS, optimizer_table
 from crescendo.experiments.cli import run_command
 from crescendo.experiments.compile import compile_step
 from crescendo.experiments.errors import UserError, user_values
@@ -23,9 +24,10 @@ from crescendo.models.config import PRESETS
 from crescendo.optim.batch_size import adaptive_batch_size, constant
 
 EXAMPLES = """examples:
-  python -m crescendo.experiments.benchmark debug
-  python -m crescendo.experiments.benchmark 124m --sequence-length 1024 --batch-size 32
-  python -m crescendo.experiments.benchmark 1b --sequence-length 2048 --batch-size 4 --remat dots"""
+  python -m crescendo.experiments.benchmark train debug
+  python -m crescendo.experiments.benchmark train 124m --sequence-length 1024 --batch-size 32
+  python -m crescendo.experiments.benchmark train 1b --sequence-length 2048 --batch-size 4 --remat dots
+  python -m crescendo.experiments.benchmark optim adamw lion lamb --preset 1b"""
 
 
 class Speed(NamedTuple):
@@ -102,28 +104,14 @@ def measure(
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        description="Speed of the presets' training steps, AdamW included, on the devices at hand.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def training_table(presets: Sequence[str], arguments: argparse.Namespace) -> Table:
+    """One row a preset."""
+    title = (
+        f"{len(jax.devices())} x {jax.devices()[0].device_kind}, rows of {arguments.sequence_length}, "
+        f"batch {arguments.batch_size}"
     )
-    parser.add_argument("presets", nargs="+", choices=list(PRESETS), metavar="PRESET", help=", ".join(PRESETS))
-    parser.add_argument("--sequence-length", type=int, default=1024, help="tokens in a row (default 1024)")
-    parser.add_argument("--batch-size", type=int, default=32, help="global, in examples (default 32)")
-    parser.add_argument("--documents-in-row", type=int, default=1, help="packed documents of equal length (default 1)")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps (default 20)")
-    parser.add_argument(
-        "--remat", default="none", choices=["none", "dots", "full"], help="what the backward recomputes"
-    )
-    parser.add_argument("--scan-layers", action="store_true", help="layers in a loop (default: the preset's choice)")
-    arguments = parser.parse_args(argv)
-    for name in ("sequence_length", "batch_size", "documents_in_row", "steps"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
-    table = Table("preset", *("ms a step", "tokens/s", "MFU", "GiB", "microbatch", "compiled in"))
-    for preset in arguments.presets:
+    table = Table("preset", "ms a step", "tokens/s", "MFU", "GiB", "microbatch", "compiled in", title=title)
+    for preset in presets:
         with user_values():
             model = ModelConfig.preset(preset, remat=arguments.remat, scan_layers=arguments.scan_layers or None)
         speed = measure(
@@ -137,16 +125,41 @@ def main(argv: Sequence[str] | None = None) -> None:
             preset,
             f"{1e3 * speed.step_seconds:,.1f}",
             f"{speed.tokens_per_second:,.0f}",
-            f"{100 * speed.mfu:.1f}%" if speed.mfu else "-",
+            f"{speed.mfu:.1%}" if speed.mfu else "-",
             f"{speed.peak_bytes / 2**30:.2f}",
             str(speed.microbatch_examples),
             f"{speed.compile_seconds:.0f} s",
         )
-    device = jax.devices()[0].device_kind
-    Console().print(
-        f"{len(jax.devices())} x {device}, rows of {arguments.sequence_length}, batch {arguments.batch_size}"
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description="Speed of training steps and of optimizers on the devices at hand.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    Console().print(table)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="the presets' training steps, AdamW included")
+    train.add_argument("presets", nargs="+", choices=list(PRESETS), metavar="PRESET", help=", ".join(PRESETS))
+    train.add_argument("--sequence-length", type=int, default=1024, help="tokens in a row (default 1024)")
+    train.add_argument("--batch-size", type=int, default=32, help="global, in examples (default 32)")
+    train.add_argument("--documents-in-row", type=int, default=1, help="packed documents of equal length (default 1)")
+    train.add_argument("--steps", type=int, default=20, help="timed steps (default 20)")
+    train.add_argument("--remat", default="none", choices=["none", "dots", "full"], help="what the backward recomputes")
+    train.add_argument("--scan-layers", action="store_true", help="layers in a loop (default: the preset's choice)")
+    optimizers = commands.add_parser("optim", help="one update, beside optax's own and the bandwidth bound")
+    optimizers.add_argument("names", nargs="+", choices=list(PEERS), metavar="OPTIMIZER", help=", ".join(PEERS))
+    optimizers.add_argument("--preset", default="1b", choices=list(PRESETS), help="whose parameters (default 1b)")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "optim":
+        Console().print(optimizer_table(arguments.names, arguments.preset))
+        return
+    for name in ("sequence_length", "batch_size", "documents_in_row", "steps"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    Console().print(training_table(arguments.presets, arguments))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The training step, compiled ahead of time for one shape that serves every batch size of a run."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -52,6 +52,7 @@ def lower_step(
     strategy: str = "fsdp",
     max_gradient_norm: float | None = 1.0,
     attention: str | None = None,
+    statistics: Collection[str] = (),
 ) -> jax.stages.Lowered:
     """The step for the mesh's devices, which need not be there: topology descriptions will do.
 
@@ -65,6 +66,8 @@ def lower_step(
         optimizer,
         max_gradient_norm=max_gradient_norm,
         attention=attention or attention_implementation(platform, config),
+        mesh=mesh,
+        statistics=statistics,
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     traced = jitted.trace(abstract_state(config, optimizer, shardings), abstract_batch(mesh, plan, sequence_length))
@@ -93,12 +96,14 @@ def compile_step(
     strategy: str = "fsdp",
     max_gradient_norm: float | None = 1.0,
     max_microbatch_examples: int | None = None,
+    statistics: Collection[str] = (),
 ) -> CompiledStep:
     """Compiles the step with the largest microbatch that fits the device's memory, by the compiler's own count.
 
     Args:
       sizes: every batch size that the run may take, in examples.
       max_microbatch_examples: a bound below the one that memory sets.
+      statistics: what else to measure (`make_step`), such as the policy's `statistics`.
 
     Raises:
       UserError: for a batch size that the devices can't divide, or a model that doesn't fit at one example a device.
@@ -120,6 +125,7 @@ def compile_step(
             sequence_length=sequence_length,
             strategy=strategy,
             max_gradient_norm=max_gradient_norm,
+            statistics=statistics,
         ).compile()
         peak = peak_bytes(compiled)
         if limit is None or peak <= MEMORY_SHARE * limit:

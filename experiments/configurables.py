@@ -19,7 +19,7 @@ from crescendo.experiments import data
 from crescendo.experiments.errors import UserError, user_values
 from crescendo.experiments.interruption import Interrupted
 from crescendo.models import ModelConfig
-from crescendo.optim import batch_size
+from crescendo.optim import batch_size, policies
 from crescendo.parallel import make_mesh
 
 CONFIGS = resources.files("crescendo.experiments.configs")
@@ -45,6 +45,15 @@ FACTORIES: dict[str, dict[str, Callable]] = {
     "optim": optim.OPTIMIZERS | optim.TRANSFORMS,
     "optim.schedules": optim.SCHEDULES,
     "optim.batch_size": {"constant": batch_size.constant, "staged": batch_size.staged},
+    "optim.policies": {
+        f.__name__: f
+        for f in (
+            policies.geometric_warmup,
+            policies.noise_scale_following,
+            policies.norm_test,
+            policies.critical_batch_following,
+        )
+    },
     "models": {"model": model},
     "parallel": {"mesh": make_mesh},
     "data": {f.__name__: f for f in (data.text_data, data.stdlib_text, data.text_files, data.tfds_text)},

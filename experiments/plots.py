@@ -27,7 +27,7 @@ COLORS = {
     "light": ("#0072B2", "#D55E00", "#009E73", "#AA3C82", "#B77F00", "#2A8FC7"),
     "dark": ("#56B4E9", "#FF8A3D", "#2FC89B", "#E59BC9", "#F0B93A", "#A9D6F5"),
 }
-_MARKERS = "os^DvPX"
+MARKERS = "os^DvPX"
 _INK = {"light": ("#1c2430", "#5b6675", "#dfe3e8"), "dark": ("#e8ecf1", "#9aa5b4", "#333b46")}
 _MAX_POINTS = 800
 
@@ -51,7 +51,7 @@ def render(chart: Chart, arms: Arms, *, theme: str, file_format: str) -> bytes:
     """
     colors = [COLORS[theme][i % len(COLORS[theme])] for i in range(len(arms))]
     picture = io.BytesIO()
-    with matplotlib.rc_context(_style(theme)), warnings.catch_warnings():
+    with matplotlib.rc_context(style(theme)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a character that no font has is drawn as a box
         figure = Figure(figsize=(4.8, 3.3), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
         axes = figure.subplots()
@@ -65,7 +65,7 @@ def render(chart: Chart, arms: Arms, *, theme: str, file_format: str) -> bytes:
     return picture.getvalue()
 
 
-def _style(theme: str) -> Any:
+def style(theme: str) -> Any:
     """Matplotlib settings for a theme."""
     ink, muted, grid = _INK[theme]
     return {
@@ -102,7 +102,7 @@ def _legend(figure: Figure, arms: Arms, colors: Sequence[str]) -> None:
 
 def _handle(index: int, color: str) -> Line2D:
     """An arm's line in the legend."""
-    return Line2D([], [], color=color, marker=_MARKERS[index % len(_MARKERS)], markersize=5, linewidth=1.8)
+    return Line2D([], [], color=color, marker=MARKERS[index % len(MARKERS)], markersize=5, linewidth=1.8)
 
 
 def _loss_against(x: str, label: str) -> Callable[[Axes, Arms, Sequence[str]], None]:
@@ -115,7 +115,7 @@ def _loss_against(x: str, label: str) -> Callable[[Axes, Arms, Sequence[str]], N
             marker = "." if len(train[x]) == 1 else ""
             axes.plot(train[x], train["loss"], color=color, alpha=0.4, linewidth=1, marker=marker)
             every = max(1, len(validation[x]) // 10)
-            marker = _MARKERS[index % len(_MARKERS)]
+            marker = MARKERS[index % len(MARKERS)]
             axes.plot(
                 validation[x],
                 validation["loss"],

@@ -85,11 +85,11 @@ class ProgressLine:
         assert record is not None
         seen, tokens_per_second = record["examples_seen"], self._tokens_per_second.value
         left_tokens = (self._total_examples - seen) * record["tokens_seen"] / seen
-        left = f"{_duration(left_tokens / tokens_per_second)} left" if tokens_per_second > 0 else ""
+        left = f"{duration(left_tokens / tokens_per_second)} left" if tokens_per_second > 0 else ""
         parts = [
             self._label,
             f"{seen / self._total_examples:4.0%}",
-            left if left_tokens > 0 else f"in {_duration(record['seconds'])}",
+            left if left_tokens > 0 else f"in {duration(record['seconds'])}",
             f"loss {self._loss.value:.3f}",
             f"{compact(tokens_per_second)} tok/s",
             f"batch {record['batch_size']:,}",
@@ -150,7 +150,7 @@ def compact(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Hours, minutes and seconds: 3,723 is `1:02:03`."""
     if not math.isfinite(seconds):
         return "?"

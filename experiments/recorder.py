@@ -8,6 +8,9 @@ import jax
 from crescendo.experiments.metrics import Observer
 from crescendo.experiments.state import Clock
 
+# The metrics of a step that become columns of `metrics.jsonl`; norms are of the mean gradient, before clipping.
+REPORTED = ("loss", "learning_rate", "gradient_norm", "gradient_l1_norm", "skipped_steps")
+
 
 @dataclasses.dataclass
 class Recorder:
@@ -53,7 +56,7 @@ class Recorder:
             {
                 "kind": "train",
                 **self._place(clock),
-                **{name: values[name] for name in ("loss", "learning_rate", "gradient_norm", "skipped_steps")},
+                **{name: values[name] for name in REPORTED},
                 "batch_size": examples,
                 "microbatches": microbatches,
                 "seconds": self.seconds,

@@ -1,7 +1,7 @@
 """What a run is at one moment, and the one compiled step that moves it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -10,10 +10,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from crescendo import models, parallel
+from crescendo.experiments.statistics import check_statistics, measured_gradients
 from crescendo.models import ModelConfig
 from crescendo.models.loss import next_token_loss
-from crescendo.optim.batch_size import BatchStats, current_batch_size, current_learning_rate_factor
-from crescendo.parallel.accumulate import squared_norm
+from crescendo.optim.batch_size import current_batch_size, current_learning_rate_factor
 
 Tree = Any
 
@@ -105,6 +105,8 @@ def make_step(
     *,
     max_gradient_norm: float | None,
     attention: str | None = None,
+    mesh: Mesh | None = None,
+    statistics: Collection[str] = (),
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """`(state, batch) -> (state, metrics)`: gradients over the microbatches, then one optimizer update.
 
@@ -116,27 +118,23 @@ def make_step(
       optimizer: a chain that ends in `adaptive_batch_size`.
       max_gradient_norm: the mean gradient is scaled down to this l2 norm where it is longer; None: never.
       attention: the implementation that `jax.nn.dot_product_attention` takes.
+      mesh: activations are split over it by examples; None leaves them to the compiler.
+      statistics: what else to measure for the transforms, members of `crescendo.optim.batch_size.STATISTICS`.
+
+    Raises:
+      ValueError: an unknown statistic.
     """
+    check_statistics(statistics)
+
+    layout = {} if mesh is None else {"constrain": parallel.constrain(mesh)}
 
     def loss_fn(parameters, rows):
-        return next_token_loss(config, parameters, rows, z_loss=config.z_loss, implementation=attention)
+        return next_token_loss(config, parameters, rows, z_loss=config.z_loss, implementation=attention, **layout)
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        count, rows = batch["microbatches"], batch["rows"]
-        total = parallel.accumulate(loss_fn, state.parameters, rows, count)
-        weight = jnp.maximum(total.weight, 1.0)
-        loss = total.loss_sum / weight
-        gradients = jax.tree.map(lambda g: g / weight, total.gradients)
-        squared = squared_norm(gradients)
-        norm = jnp.sqrt(squared)
-        stats = BatchStats(
-            examples_seen=batch["examples_seen"],
-            batch_size=count * rows["tokens"].shape[1],
-            loss=loss,
-            squared_norm=squared,
-            microbatch_squared_norms=total.squared_norms,
-            microbatches=count,
-        )
+        gradients, stats = measured_gradients(loss_fn, state.parameters, batch, statistics)
+        loss, norm = stats.loss, jnp.sqrt(stats.squared_norm)
+        l1_norm = sum(jnp.sum(jnp.abs(g)) for g in jax.tree.leaves(gradients))
         if max_gradient_norm is not None:
             shrink = jnp.minimum(1.0, max_gradient_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
             gradients = jax.tree.map(lambda g: g * shrink, gradients)
@@ -160,6 +158,7 @@ def make_step(
         metrics = {
             "loss": loss,
             "gradient_norm": norm,
+            "gradient_l1_norm": l1_norm,
             "learning_rate": _learning_rate(opt_state) * current_learning_rate_factor(opt_state),
             "next_batch_size": current_batch_size(opt_state),
             "skipped_steps": state.skipped_steps,

@@ -151,6 +151,7 @@ def train(
             strategy=strategy,
             max_gradient_norm=max_gradient_norm,
             max_microbatch_examples=max_microbatch_examples,
+            statistics=policy.statistics,
         )
         plan = compiled.plan
         total_examples -= total_examples % plan.microbatch_examples

@@ -9,11 +9,10 @@ from crescendo.models.config import ModelConfig
 from crescendo.models.layers import Linear, RMSNorm, rotate
 
 
-def packed_causal_mask(segment_ids_BT):
-    """`[B, 1, T, T]`, True where a query may see a key: not later, and in the same document."""
-    length = segment_ids_BT.shape[1]
+def packed_mask(segment_ids_BT, *, causal: bool = True):
+    """`[B, 1, T, T]`, True where a query may see a key: in the same document and, if `causal`, not later."""
     same_document = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
-    return same_document & jnp.tri(length, dtype=bool)
+    return same_document & jnp.tri(segment_ids_BT.shape[1], dtype=bool) if causal else same_document
 
 
 class Attention(nnx.Module):

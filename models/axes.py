@@ -20,5 +20,12 @@ HEAD_WIDTH = "head_width"
 MLP = "mlp"
 VOCAB = "vocab"
 LAYERS = "layers"
+WINDOW = "window"  # the height and the width of a convolution's kernel
+IN_CHANNELS = "in_channels"
+CHANNELS = "channels"
+CLASSES = "classes"
 
-ALL = (BATCH, LENGTH, EMBED, HEADS, KV_HEADS, HEAD_WIDTH, MLP, VOCAB, LAYERS)
+ALL = (
+    *(BATCH, LENGTH, EMBED, HEADS, KV_HEADS, HEAD_WIDTH, MLP, VOCAB, LAYERS),
+    *(WINDOW, IN_CHANNELS, CHANNELS, CLASSES),
+)

@@ -36,7 +36,10 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last axis, computed in float32 (Zhang and Sennrich 2019)."""
+    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last axis, computed in float32 (Zhang and Sennrich 2019).
+
+    The scale is `[D]`, or `[B, D]` with one for each example of `x`, `[B, ..., D]` (see `norm_probes`).
+    """
 
     def __init__(self, size: int, axis: str, epsilon: float):
         self.scale = nnx.Param(jnp.ones(size), axes=(axis,))
@@ -45,7 +48,10 @@ class RMSNorm(nnx.Module):
     def __call__(self, x):
         x32 = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-        return (x32 * inverse * self.scale[...]).astype(x.dtype)
+        scale = self.scale[...]
+        if scale.ndim == 2:
+            scale = jnp.expand_dims(scale, range(1, x.ndim - 1))
+        return (x32 * inverse * scale).astype(x.dtype)
 
 
 class Table(nnx.Module):

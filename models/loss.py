@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from crescendo.models.config import ModelConfig
-from crescendo.models.transformer import apply
+from crescendo.models.transformer import Constrain, apply, unconstrained
 
 
 def cross_entropy(hidden_BTD, table_VD, labels_BT, weights_BT, *, z_loss: float = 0.0, soft_cap: float | None = None):
@@ -29,16 +29,27 @@ def cross_entropy(hidden_BTD, table_VD, labels_BT, weights_BT, *, z_loss: float 
     return jnp.sum(losses_BT * weights_BT), jnp.sum(weights_BT)
 
 
-def next_token_loss(config: ModelConfig, parameters: dict, batch: dict, *, z_loss: float = 0.0, implementation=None):
+def next_token_loss(
+    config: ModelConfig,
+    parameters: dict,
+    batch: dict,
+    *,
+    z_loss: float = 0.0,
+    implementation: str | None = None,
+    constrain: Constrain = unconstrained,
+):
     """The loss of packed rows: `(loss_sum in nats, weight in tokens)`, padding (`segment_ids` 0) left out.
 
     Args:
       batch: `tokens`, `labels`, `segment_ids`, `positions`, each int32 `[B, T]`.
       z_loss: `config.z_loss` when training; 0 gives the plain cross-entropy.
       implementation: of the attention.
+      constrain: lays activations out over the devices.
     """
     model = apply(config, parameters)
-    hidden_BTD = model(batch["tokens"], batch["segment_ids"], batch["positions"], implementation=implementation)
+    hidden_BTD = model(
+        batch["tokens"], batch["segment_ids"], batch["positions"], implementation=implementation, constrain=constrain
+    )
     weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
     return cross_entropy(
         hidden_BTD, model.output_table(), batch["labels"], weights_BT, z_loss=z_loss, soft_cap=config.logit_soft_cap

@@ -1,6 +1,7 @@
 """The decoder: embedding, blocks stacked on a leading axis, final norm, output table."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,9 +9,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crescendo.models import axes
-from crescendo.models.attention import Attention, packed_causal_mask
+from crescendo.models.attention import Attention, packed_mask
 from crescendo.models.config import ModelConfig
 from crescendo.models.layers import Linear, RMSNorm, Table, rotary
+
+# Lays an array out over the devices, by the logical names of its axes.
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+# The residual stream is split by examples alone; left to itself the partitioner may split it like the parameters.
+RESIDUAL = (axes.BATCH, axes.LENGTH, None)
+
+
+def unconstrained(array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """Leaves the layout to the compiler."""
+    del names
+    return array
+
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -58,7 +71,8 @@ class Transformer(nnx.Module):
 
     Call it with `tokens`, `segment_ids` and `positions`, each int32 `[B, T]`; it returns the normalised hidden
     states `[B, T, D]` in the compute dtype. `output_table()` is the `[V, D]` matrix that makes logits of them: the
-    loss multiplies by it, so that logits need never exist in full.
+    loss multiplies by it, so that logits need never exist in full. With `causal=False` a token sees its whole
+    document, as in an encoder.
 
     Args:
       config: `scan_layers` and `dtype` decided (`ModelConfig.for_platform`).
@@ -85,16 +99,25 @@ class Transformer(nnx.Module):
         """`[V, D]`, float32."""
         return (self.embedding if self.config.tied_head else self.head).table[...]
 
-    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, *, implementation=None):
+    def __call__(
+        self,
+        tokens_BT,
+        segment_ids_BT,
+        positions_BT,
+        *,
+        causal: bool = True,
+        implementation: str | None = None,
+        constrain: Constrain = unconstrained,
+    ):
         config = self.config
-        x_BTD = self.embedding.table[...].astype(config.dtype)[tokens_BT]
-        mask_BHTT = packed_causal_mask(segment_ids_BT)
+        x_BTD = constrain(self.embedding.table[...].astype(config.dtype)[tokens_BT], RESIDUAL)
+        mask_BHTT = packed_mask(segment_ids_BT, causal=causal)
         cosine, sine = rotary(positions_BT, config.head_size, config.rope_theta)
         structure, stacked = nnx.split(self.blocks)
 
         def block(x_BTD, parameters):
             layer: Any = nnx.merge(structure, parameters)
-            return layer(x_BTD, mask_BHTT, cosine, sine, implementation), None
+            return constrain(layer(x_BTD, mask_BHTT, cosine, sine, implementation), RESIDUAL), None
 
         if config.remat != "none":
             block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)

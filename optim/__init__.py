@@ -10,11 +10,21 @@ from collections.abc import Callable
 import optax
 
 from crescendo.optim import schedules
+from crescendo.optim.adagrad import adagrad, adagrad_norm, scale_by_adagrad_norm
 from crescendo.optim.adamw import adamw, nadamw
 from crescendo.optim.baselines import adafactor, evaluation_params, muon, prodigy, schedule_free, sgd, sophia
+from crescendo.optim.batch_size import (
+    BatchSizePolicy,
+    BatchStats,
+    adaptive_batch_size,
+    current_batch_size,
+    staged,
+)
 from crescendo.optim.lamb import lamb
 from crescendo.optim.lars import lars, scale_by_lars
 from crescendo.optim.lion import lion
+from crescendo.optim.noise_scale import NoiseScale, gradient_noise_scale, group_noise_scales, noise_scale
+from crescendo.optim.policies import critical_batch_following, geometric_warmup, noise_scale_following, norm_test
 from crescendo.optim.precision import in_float32
 from crescendo.optim.refinement import (
     GradientNorms,
@@ -37,13 +47,34 @@ from crescendo.optim.trust_ratio import scale_by_layer_trust_ratio, trust_ratios
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     function.__name__: function
-    for function in (adamw, nadamw, lamb, lars, lion, sgd, adafactor, muon, schedule_free, prodigy, sophia)
+    for function in (
+        adamw,
+        nadamw,
+        lamb,
+        lars,
+        lion,
+        sgd,
+        adafactor,
+        muon,
+        schedule_free,
+        prodigy,
+        sophia,
+        adagrad,
+        adagrad_norm,
+    )
 }
 """Aliases `name(learning_rate, **options)`."""
 
 TRANSFORMS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     function.__name__: function
-    for function in (scale_by_learning_rate, scale_by_layer_trust_ratio, scale_by_lars, record_gradient_norms)
+    for function in (
+        scale_by_learning_rate,
+        scale_by_layer_trust_ratio,
+        scale_by_lars,
+        record_gradient_norms,
+        scale_by_adagrad_norm,
+        gradient_noise_scale,
+    )
 }
 """Pieces to chain."""
 
@@ -68,12 +99,23 @@ __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
     "TRANSFORMS",
+    "BatchSizePolicy",
+    "BatchStats",
     "GradientNorms",
+    "NoiseScale",
     "adafactor",
+    "adagrad",
+    "adagrad_norm",
     "adamw",
+    "adaptive_batch_size",
     "bert_76_minutes",
     "bert_recipe",
+    "critical_batch_following",
+    "current_batch_size",
     "evaluation_params",
+    "geometric_warmup",
+    "gradient_noise_scale",
+    "group_noise_scales",
     "in_float32",
     "lamb",
     "lars",
@@ -81,6 +123,9 @@ __all__ = [
     "lion",
     "muon",
     "nadamw",
+    "noise_scale",
+    "noise_scale_following",
+    "norm_test",
     "prodigy",
     "record_gradient_norms",
     "recorded_norms",
@@ -88,6 +133,7 @@ __all__ = [
     "refined",
     "refined_schedule",
     "save_refined",
+    "scale_by_adagrad_norm",
     "scale_by_lars",
     "scale_by_layer_trust_ratio",
     "scale_by_learning_rate",
@@ -95,6 +141,7 @@ __all__ = [
     "schedules",
     "sgd",
     "sophia",
+    "staged",
     "step_law",
     "trust_ratios",
     "with_learning_rate",

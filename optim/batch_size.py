@@ -26,7 +26,16 @@ class BatchStats(NamedTuple):
       loss: float32, the mean over the batch.
       squared_norm: float32, `||g||^2` of the mean gradient, before clipping.
       microbatch_squared_norms: float32 `[k_max]`, the same of each microbatch's mean gradient; 0 from the count on.
-      microbatches: int32, how many there were.
+      microbatches: int32, k, how many there were.
+
+    The rest is None unless the loop was asked for it, by the name in `STATISTICS` at the head of each line:
+      layer_squared_norms, microbatch_layer_squared_norms: "layers"; float32 `[n]` and `[k_max, n]`, the squared norms
+        split up by layer and parameter, in the order of `noise_scale.layer_squared_norms`; no further pass.
+      norm_squared_norm, norm_example_squared_norm: "norm_layers"; float32, of the scales of the normalisation layers
+        alone: `||g||^2`, and the mean of `||g_j||^2` over the examples j; the backward pass has them.
+      microbatch_dot_products: "dot_products"; float32 `[k_max]`, `<g_i, g>`. The gradients are computed twice.
+      coordinate_variance_ratio: "coordinates"; float32, `max_c Var_c / g_c^2` over the entries c of the gradient, Var
+        being an example's variance, unbiased. The gradients are computed twice.
     """
 
     examples_seen: jax.Array
@@ -35,6 +44,16 @@ class BatchStats(NamedTuple):
     squared_norm: jax.Array
     microbatch_squared_norms: jax.Array
     microbatches: jax.Array
+    layer_squared_norms: jax.Array | None = None
+    microbatch_layer_squared_norms: jax.Array | None = None
+    norm_squared_norm: jax.Array | None = None
+    norm_example_squared_norm: jax.Array | None = None
+    microbatch_dot_products: jax.Array | None = None
+    coordinate_variance_ratio: jax.Array | None = None
+
+
+STATISTICS = ("layers", "norm_layers", "dot_products", "coordinates")
+"""What a loop measures only on demand; see `BatchStats`."""
 
 
 class BatchSizePolicy(NamedTuple):
@@ -45,12 +64,14 @@ class BatchSizePolicy(NamedTuple):
       update: `(state, stats: BatchStats) -> (batch_size, state)`, jittable, `batch_size` an int32 out of `sizes`.
       sizes: every size it may take, in examples, the initial one first.
       reason: why it changes the size, for the log.
+      statistics: the members of `STATISTICS` that it reads.
     """
 
     init: Callable[[], Any]
     update: Callable[[Any, BatchStats], tuple[jax.Array, Any]]
     sizes: tuple[int, ...]
     reason: str
+    statistics: tuple[str, ...] = ()
 
 
 def constant(batch_size: int) -> BatchSizePolicy:
@@ -100,13 +121,20 @@ def staged(
         raise ValueError(f"sizes = {list(sizes)}: each must be at least 1 example")
     if starts_examples[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts_examples)):
         raise ValueError(f"starts {list(starts_examples)} (in examples) must begin with 0 and increase")
-    starts, table = np.array(starts_examples, np.int32), np.array(sizes, np.int32)
+    return by_threshold(sizes, starts_examples, "staged threshold")
+
+
+def by_threshold(sizes: Sequence[int], starts_examples: Sequence[int], reason: str) -> BatchSizePolicy:
+    """The policy of sizes with known starts, which don't decrease; of several that start together the last counts."""
+    # A start past the range of the clock is never reached.
+    starts = np.minimum(np.array(starts_examples, np.int64), np.iinfo(np.int32).max).astype(np.int32)
+    table = np.array(sizes, np.int32)
 
     def update(state, stats: BatchStats):
         seen = stats.examples_seen + stats.batch_size
         return jnp.asarray(table)[jnp.searchsorted(starts, seen, side="right") - 1], state
 
-    return BatchSizePolicy(init=lambda: (), update=update, sizes=tuple(sizes), reason="staged threshold")
+    return BatchSizePolicy(init=lambda: (), update=update, sizes=tuple(sizes), reason=reason)
 
 
 class AdaptiveBatchSizeState(NamedTuple):

@@ -1,5 +1,6 @@
 """Where each logical axis lives: one table a strategy, from logical axis name to mesh axis."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,6 +35,16 @@ def shard(logical_axes: Any, mesh: Mesh, strategy: str = "fsdp") -> Any:
         return NamedSharding(mesh, PartitionSpec(*(table.get(name) for name in names)))
 
     return jax.tree.map(sharding, logical_axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def constrain(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
+    """`(activation, logical names) -> activation`, split along its examples and whole along all else."""
+
+    def lay_out(array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        spec = PartitionSpec(*(BATCH_AXES if name == "batch" else None for name in names))
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+
+    return lay_out
 
 
 def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:

@@ -1,7 +1,16 @@
-"""Eight simulated CPU devices for every test, set before JAX is imported."""
+"""Eight simulated CPU devices for every test, set before JAX is imported; `make test-gpu` asks for the GPU.
 
+Prepared data and compiled programs go to a cache of the session's own, shared by its worker processes.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="crescendo-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

@@ -82,7 +82,8 @@ def test_files_stay_short():
 
 
 def test_commands_explain_themselves():
-    for command in ("experiments.train", "experiments.report", "experiments.batch_warmup", "models.describe"):
+    commands = ("train", "report", "batch_warmup", "refine_schedule", "large_batch", "benchmark")
+    for command in (*(f"experiments.{name}" for name in commands), "models.describe", "optim.plot"):
         shown = subprocess.run(
             [sys.executable, "-m", f"crescendo.{command}", "--help"], capture_output=True, text=True, cwd="/"
         )

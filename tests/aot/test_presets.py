@@ -31,7 +31,7 @@ BUDGETS_MIB = json.loads((HERE / "budgets.json").read_text())
 SHAPES: dict[str, tuple[int, int, dict]] = {
     "debug": (128, 8, {}),
     "30m": (512, 8, {}),
-    "124m": (1024, 8, {}),
+    "124m": (1024, 4, {}),
     "1b": (2048, 2, {"remat": "full"}),
 }
 

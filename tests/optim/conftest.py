@@ -4,7 +4,8 @@ import jax
 import pytest
 
 
-@pytest.fixture(autouse=True, scope="package")
+# By module: without an __init__.py here, a package's fixture would last to the end of the session.
+@pytest.fixture(autouse=True, scope="module")
 def _quick_compilation():
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)

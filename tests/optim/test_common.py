@@ -15,7 +15,10 @@ from crescendo import optim
 
 EXPORTED = optim.OPTIMIZERS | optim.TRANSFORMS
 # Rates at which the test functions are solved; what isn't listed uses Adam's.
-RATES = {"sgd": 0.02, "lars": 3.0, "lamb": 0.05, "adafactor": 0.1, "prodigy": 1.0, "muon": 0.3}
+RATES = {
+    **{"sgd": 0.02, "lars": 3.0, "lamb": 0.05, "adafactor": 0.1, "prodigy": 1.0, "muon": 0.3},
+    **{"adagrad": 1.0, "adagrad_norm": 6.0},
+}
 ADAM_RATE = 0.05
 
 

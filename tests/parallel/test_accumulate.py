@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crescendo.parallel import accumulate
+from crescendo.parallel import accumulate, deviations
 
 
 def loss_fn(parameters, rows):
@@ -48,6 +48,19 @@ def test_squared_norms_are_those_of_each_mean_gradient(problem, compiled):
         mean = jax.grad(lambda p, i=i: jnp.divide(*loss_fn(p, jax.tree.map(lambda x: x[i], rows))))(parameters)
         np.testing.assert_allclose(total.squared_norms[i], np.sum(np.square(mean["w"])), rtol=1e-5)
     assert total.squared_norms[3] == 0
+
+
+def test_deviations_are_those_of_each_mean_gradient_from_the_whole(problem):
+    parameters, rows = problem
+    total = accumulate(loss_fn, parameters, rows, jnp.int32(3))
+    mean = jax.tree.map(lambda g: g / total.weight, total.gradients)
+    found = deviations(loss_fn, parameters, rows, jnp.int32(3), mean)
+    means = [
+        jax.grad(lambda p, i=i: jnp.divide(*loss_fn(p, jax.tree.map(lambda x: x[i], rows))))(parameters)["w"]
+        for i in range(3)
+    ]
+    np.testing.assert_allclose(found.dot_products, [*(g @ mean["w"] for g in means), 0], rtol=1e-5)
+    np.testing.assert_allclose(found.squares["w"], sum((g - mean["w"]) ** 2 for g in means), rtol=1e-4)
 
 
 def test_another_count_compiles_nothing(problem, compiled):

@@ -1,0 +1,419 @@
+"""Quality against batch size at a fixed number of epochs, for each optimizer: the picture of the LAMB paper.
+
+Every batch size sees the same examples, so a large batch makes few steps; the question is how large it can grow before
+quality suffers, under each optimizer (You et al., 2020, "Large Batch Optimization for Deep Learning",
+https://arxiv.org/abs/1904.00962). The learning rate follows the batch by the optimizer's own rule, and a small sweep
+around it is left to the validation split; what is reported comes from the test split.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from crescendo import optim, parallel
+from crescendo.experiments import run_folder
+from crescendo.experiments.cli import run_command
+from crescendo.experiments.compile import use_compilation_cache
+from crescendo.experiments.errors import UserError
+from crescendo.experiments.interruption import Interrupted, Interruption
+from crescendo.experiments.large_batch_results import draw, summarize, table
+from crescendo.experiments.large_batch_tasks import (
+    TASKS,
+    Functions,
+    Recipe,
+    Size,
+    Task,
+    fingerprint,
+    load_prepared,
+    save_prepared,
+    split,
+)
+from crescendo.experiments.metrics import file_access, replace_file
+from crescendo.experiments.progress import duration
+from crescendo.optim import schedules
+
+WARMUP_FRACTION = 0.1
+MULTIPLIERS = (0.25, 0.5, 1.0, 2.0, 4.0)
+EVALUATION_EXAMPLES = 500
+
+EXAMPLES = """examples:
+  python -m crescendo.experiments.large_batch --task mlm --size debug
+  python -m crescendo.experiments.large_batch --task images --optimizers lamb adamw --batch-sizes 64 1024 16384
+  python -m crescendo.experiments.large_batch --task images --prepare images.npz
+  python -m crescendo.experiments.large_batch --task images --data images.npz --minutes 8
+
+The same command goes on where it stopped: a finished cell is never run again."""
+
+
+class Cell(NamedTuple):
+    """One optimizer at one batch size with one seed; its learning rates are swept together."""
+
+    optimizer: str
+    batch_size: int
+    seed: int
+
+
+def large_batch(
+    folder: Path,
+    task: str,
+    *,
+    size: str = "full",
+    optimizers: Sequence[str] = (),
+    batch_sizes: Sequence[int] = (),
+    multipliers: Sequence[float] = MULTIPLIERS,
+    epochs: float | None = None,
+    train_examples: int | None = None,
+    seeds: int = 1,
+    minutes: float | None = None,
+    data: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """Runs every cell that isn't finished, then prints the table and writes `results.json` and `large_batch.png`.
+
+    Args:
+      folder: gets `run.json`, `cells.jsonl` with a line for each finished cell, and the results.
+      task: "mlm" or "images".
+      size: "full", for one GPU, or "debug", for a CPU.
+      optimizers: names with a recipe in the task; none: the task's own choice.
+      batch_sizes: in examples; none: those of the size.
+      multipliers: of the learning rate that the rule gives.
+      epochs: over the training examples, the same for every batch size; None: those of the size.
+      train_examples: use only so many; None: those of the size.
+      seeds: how many, from 0, of the parameters, the order of the data and the masks.
+      minutes: stop after the cell that passes it; None: run to the end.
+      data: a file that `--prepare` wrote; None: prepare the data here.
+
+    Returns:
+      What `results.json` holds; see `summarize`.
+
+    Raises:
+      UserError: for a value out of its range, a batch larger than the data, or a folder of other settings.
+      Interrupted: when `minutes` are over or the process is asked to stop, with cells left.
+    """
+    chosen, scale = _choose(task, size)
+    names = list(dict.fromkeys(optimizers)) or list(chosen.optimizers)
+    sizes = sorted(set(batch_sizes)) or list(scale.batch_sizes)
+    epochs = scale.epochs if epochs is None else epochs
+    for name in names:
+        if name not in chosen.recipes:
+            raise UserError(f"--optimizers {name}: no such optimizer; the task has {', '.join(chosen.recipes)}")
+    _check_positive(batch_sizes=sizes, multipliers=multipliers, epochs=[epochs], seeds=[seeds], minutes=[minutes])
+    _check_positive(train_examples=[train_examples])
+    arrays = chosen.prepare() if data is None else load_prepared(data, chosen)
+    train = split(arrays, "train", train_examples or scale.train_examples)
+    held_out = [split(arrays, name, scale.held_out_examples) for name in ("validation", "test")]
+    examples = _count(train)
+    total = int(epochs * examples)
+    if max(sizes) > min(total, examples):
+        raise UserError(
+            f"--batch-sizes {max(sizes)} is larger than the data ({examples:,} training examples, {epochs:g} epochs): "
+            "use smaller batches, or more data or epochs"
+        )
+    fixed = {
+        "task": task,
+        "model": dataclasses.asdict(scale.model),
+        "recipes": {name: [*recipe[:2], dict(recipe.options)] for name, recipe in chosen.recipes.items()},
+        "multipliers": list(multipliers),
+        "train_examples": examples,
+        "total_examples": total,
+        "data": fingerprint(arrays),
+    }
+    console = Console()
+    use_compilation_cache()
+    with run_folder.locked(folder), Interruption() as interruption:
+        before = run_folder.read_info(folder)
+        if before is not None:
+            run_folder.check_resumable(folder, before["fixed"], fixed)
+        else:
+            info = run_folder.provenance() | {"fixed": fixed}
+            with file_access("write", folder):
+                replace_file(folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
+        every = [Cell(name, size, seed) for size, name, seed in itertools.product(sizes, names, range(seeds))]
+        finished = read_cells(folder / "cells.jsonl")
+        left = [cell for cell in every if cell not in finished]
+        if left:
+            stack = jax.tree.map(lambda *parts: np.concatenate(parts), *held_out)
+            inputs = jax.device_put((train, stack))
+            programs = Programs(chosen, scale, chosen.make(scale.model, arrays), multipliers, total, inputs)
+            deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+            # The next programs are compiled while one trains: a small model compiles about as long as it trains.
+            pool = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 4))
+            try:
+                compiled = {key: pool.submit(programs.compile, *key) for key in dict.fromkeys(c[:2] for c in left)}
+                for cell in left:
+                    finished[cell] = programs.run(cell, compiled[cell[:2]], _count(held_out[0]))
+                    _append(folder / "cells.jsonl", finished[cell])
+                    console.print(progress(cell, every, finished), highlight=False, soft_wrap=True)
+                    if interruption.requested or time.monotonic() > deadline:
+                        break
+            finally:
+                pool.shutdown(cancel_futures=True)
+        summary = summarize([finished[cell] for cell in every if cell in finished], chosen, fixed)
+        with file_access("write", folder):
+            replace_file(folder / "results.json", (json.dumps(summary, indent=2) + "\n").encode())
+            replace_file(folder / "large_batch.png", draw(summary))
+        console.print(table(summary))
+        console.print(f"{folder / 'results.json'}, {folder / 'large_batch.png'}", highlight=False, soft_wrap=True)
+    if remaining := sum(cell not in finished for cell in every):
+        raise Interrupted(f"{remaining} of {len(every)} cells are left in {folder}; the same command goes on with them")
+    return summary
+
+
+class Programs:
+    """Compiles and runs cells on data that stay on the device.
+
+    Args:
+      task: what to train.
+      size: how large.
+      functions: the task's model.
+      multipliers: the sweep.
+      total: examples in a run.
+      inputs: the training rows and the held-out rows, on the device.
+    """
+
+    def __init__(
+        self, task: Task, size: Size, functions: Functions, multipliers: Sequence[float], total: int, inputs: Any
+    ):
+        self._task, self._functions, self._total, self._inputs = task, functions, total, inputs
+        self._multipliers = multipliers
+        self._side_by_side = task.side_by_side and jax.default_backend() != "cpu"
+        members = len(multipliers) if self._side_by_side else 1
+        self._microbatch_bound = max(1, size.max_microbatch_examples // members)
+
+    def compile(self, optimizer: str, batch_size: int) -> jax.stages.Compiled:
+        """The whole sweep of one cell as one program; the seed is an argument."""
+        recipe, steps = self._task.recipes[optimizer], self._total // batch_size
+        microbatch = parallel.plan_batches([batch_size], 1, self._microbatch_bound).microbatch_examples
+        sweep = make_sweep(self._functions, optimizer, recipe, microbatch, side_by_side=self._side_by_side)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._inputs)
+        order = jax.ShapeDtypeStruct((steps, batch_size), jnp.int32)
+        peaks = jax.ShapeDtypeStruct((len(self._multipliers),), jnp.float32)
+        return jax.jit(sweep).lower(*shapes, order, peaks, jax.ShapeDtypeStruct((), jnp.uint32)).compile()
+
+    def peaks(self, cell: Cell) -> np.ndarray:
+        """The peak learning rates of a cell's sweep, float32 [multipliers]."""
+        recipe = self._task.recipes[cell.optimizer]
+        factor = optim.learning_rate_factor(recipe.rule, cell.batch_size, self._task.base_batch_size)
+        return recipe.learning_rate * float(factor) * np.array(self._multipliers, np.float32)
+
+    def run(self, cell: Cell, compiled: "Future[jax.stages.Compiled]", validation_examples: int) -> dict[str, Any]:
+        """Trains the sweep of a cell; its record for `cells.jsonl`."""
+        program = compiled.result()
+        train, _ = self._inputs
+        order = example_order(_count(train), self._total, cell.batch_size, cell.seed)
+        peaks = self.peaks(cell)
+        start = time.monotonic()
+        losses, scores = jax.device_get(program(*self._inputs, order, peaks, np.uint32(cell.seed)))
+        seconds = time.monotonic() - start
+        runs = []
+        for i, multiplier in enumerate(self._multipliers):
+            run: dict[str, Any] = {"multiplier": multiplier, "learning_rate": float(peaks[i])}
+            run |= {"first_loss": losses[i][0], "train_loss": np.mean(losses[i][-max(1, len(losses[i]) // 10) :])}
+            halves = {"validation": scores[i][:validation_examples], "test": scores[i][validation_examples:]}
+            for name, rows in halves.items():
+                loss, correct, weight = rows.sum(axis=0, dtype=np.float64)
+                run |= {f"{name}_loss": loss / weight, f"{name}_accuracy": correct / weight}
+            # A run that diverged has no numbers: JSON knows no NaN.
+            runs.append({key: float(value) if math.isfinite(value) else None for key, value in run.items()})
+        return {
+            **cell._asdict(),
+            "steps": len(order),
+            "seconds": round(seconds, 3),
+            "device": jax.devices()[0].device_kind,
+            "runs": runs,
+        }
+
+
+def make_sweep(functions: Functions, optimizer: str, recipe: Recipe, microbatch: int, *, side_by_side: bool):
+    """`(train, held_out, order, peaks, seed) -> (losses [M, steps], scores [M, held out, 3])`, to be jitted.
+
+    Args:
+      functions: the task's model.
+      optimizer: a key of `optim.OPTIMIZERS`.
+      recipe: its options.
+      microbatch: examples whose gradients are computed at once; divides the batch.
+      side_by_side: train the M learning rates in one batched program, or one after the other.
+
+    The scores are the sums of loss, correct answers and weight of each held-out example.
+    """
+
+    def train_one(train, held_out, order, peak, seed):
+        steps, batch_size = order.shape
+        shape = schedules.linear(1.0, steps * batch_size, warmup=WARMUP_FRACTION * steps * batch_size)
+        transform = optim.OPTIMIZERS[optimizer](lambda seen: peak * shape(seen), **recipe.options)
+        initial_key, mask_key = jax.random.split(jax.random.key(seed))
+        parameters = functions.initialize(initial_key)
+        count = batch_size // microbatch
+
+        def loss_fn(parameters, part):
+            return functions.loss(parameters, part["rows"], mask_key, part["examples_seen"])
+
+        def step(state, inputs):
+            parameters, opt_state = state
+            number, indices = inputs
+            seen = number * batch_size
+            rows = jax.tree.map(lambda x: x[indices].reshape(count, microbatch, *x.shape[1:]), train)
+            parts = {"rows": rows, "examples_seen": seen + microbatch * jnp.arange(count)}
+            sums = parallel.accumulate(loss_fn, parameters, parts, jnp.int32(count))
+            gradients = jax.tree.map(lambda g: g / sums.weight, sums.gradients)
+            updates, opt_state = transform.update(gradients, opt_state, parameters, examples_seen=seen)
+            return (optax.apply_updates(parameters, updates), opt_state), sums.loss_sum / sums.weight
+
+        state = (parameters, transform.init(parameters))
+        (parameters, _), losses = jax.lax.scan(step, state, (jnp.arange(steps), order))
+        return losses, _scores(functions, parameters, held_out)
+
+    def sweep(train, held_out, order, peaks, seed):
+        def one(peak):
+            return train_one(train, held_out, order, peak, seed)
+
+        return jax.vmap(one)(peaks) if side_by_side else jax.lax.map(one, peaks)
+
+    return sweep
+
+
+def _scores(functions: Functions, parameters: Any, rows: Any) -> jax.Array:
+    """(loss, correct, weight) of every example, float32 [examples, 3]; masks are the same for every model."""
+    key = jax.random.key(0)
+
+    def one(inputs):
+        row, number = inputs
+        row = jax.tree.map(lambda x: x[None], row)
+        loss, weight = functions.loss(parameters, row, key, number)
+        correct, _ = functions.accuracy(parameters, row, key, number)
+        return jnp.stack([loss, correct, weight])
+
+    return jax.lax.map(one, (rows, jnp.arange(_count(rows))), batch_size=EVALUATION_EXAMPLES)
+
+
+def example_order(examples: int, total: int, batch_size: int, seed: int) -> np.ndarray:
+    """Which example each step reads, int32 [steps, batch_size]: a permutation an epoch, the same for every batch size.
+
+    What doesn't fill a last batch is left out.
+
+    >>> example_order(3, total=7, batch_size=2, seed=0).shape
+    (3, 2)
+    """
+    random = np.random.default_rng(seed)
+    order = np.concatenate([random.permutation(examples) for _ in range(-(-total // examples))])
+    steps = total // batch_size
+    return order[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)
+
+
+def read_cells(path: Path) -> dict[Cell, dict[str, Any]]:
+    """The finished cells; a line torn by a kill doesn't count.
+
+    Raises:
+      UserError: if the file can't be read.
+    """
+    cells = {}
+    with file_access("read", path):
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        cells[Cell(record["optimizer"], record["batch_size"], record["seed"])] = record
+    return cells
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    """Adds a line; its end comes first, so that a line torn by a kill spoils no other."""
+    with file_access("write", path), open(path, "ab") as file:
+        file.write(b"\n" + json.dumps(record).encode())
+
+
+def progress(cell: Cell, every: Sequence[Cell], finished: dict[Cell, dict[str, Any]]) -> str:
+    """A line on the cell just finished, and the time left: that of the mean finished cell of each batch size."""
+    record = finished[cell]
+    seconds: dict[int, list[float]] = {}
+    for done in finished.values():
+        seconds.setdefault(done["batch_size"], []).append(done["seconds"])
+    of_any = statistics.mean(itertools.chain(*seconds.values()))
+    left = sum(statistics.mean(seconds.get(c.batch_size, [of_any])) for c in every if c not in finished)
+    accuracies = [run["test_accuracy"] for run in record["runs"]]
+    shown = " ".join("diverged" if accuracy is None else f"{accuracy:.2%}" for accuracy in accuracies)
+    return (
+        f"{sum(c in finished for c in every)}/{len(every)}  "
+        f"{cell.optimizer} batch {cell.batch_size:,} seed {cell.seed}  "
+        f"{record['steps']:,} steps in {record['seconds']:.1f} s  accuracy {shown}  about {duration(left)} left"
+    )
+
+
+def prepare(path: Path, task: str, *, train_examples: int | None = None) -> None:
+    """Writes the data of a task, or its first `train_examples` and all that is held out, as one file for `--data`."""
+    chosen, _ = _choose(task, "full")
+    _check_positive(train_examples=[train_examples])
+    arrays = chosen.prepare()
+    save_prepared(path, chosen, {k: x[:train_examples] if k.startswith("train/") else x for k, x in arrays.items()})
+    Console().print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", highlight=False, soft_wrap=True)
+
+
+def _choose(task: str, size: str) -> tuple[Task, Size]:
+    if task not in TASKS:
+        raise UserError(f"--task {task}: no such task; there are {', '.join(TASKS)}")
+    sizes = TASKS[task].sizes
+    if size not in sizes:
+        raise UserError(f"--size {size}: no such size; there are {', '.join(sizes)}")
+    return TASKS[task], sizes[size]
+
+
+def _check_positive(**values: Sequence[float | None]) -> None:
+    for name, several in values.items():
+        if not several:
+            raise UserError(f"--{name.replace('_', '-')} is empty: give at least one")
+        for value in several:
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be above 0 and finite")
+
+
+def _count(rows: Any) -> int:
+    """How many examples a tree of arrays holds."""
+    return len(jax.tree.leaves(rows)[0])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--task", required=True, help=f"{' or '.join(TASKS)}")
+    add("--run", help="the run's folder (default: runs/large_batch_TASK)")
+    add("--size", default="full", help="full, for one GPU, or debug, for a CPU (default full)")
+    add("--optimizers", nargs="+", default=[], metavar="NAME", help="default: the task's own choice")
+    add("--batch-sizes", nargs="+", type=int, default=[], metavar="N", help="in examples")
+    add("--multipliers", nargs="+", type=float, default=MULTIPLIERS, metavar="X", help="of the rule's learning rate")
+    add("--epochs", type=float, help="over the training examples, the same for every batch size")
+    add("--train-examples", type=int, metavar="N", help="use only so many")
+    add("--seeds", type=int, default=1, help="how many (default 1)")
+    add("--minutes", type=float, help="stop after the cell that passes it; the same command goes on")
+    add("--data", metavar="FILE.npz", help="read what --prepare wrote, where the data themselves aren't at hand")
+    add("--prepare", metavar="FILE.npz", help="write the task's data as one file, and do nothing else")
+    arguments = vars(parser.parse_args(argv))
+    run, task, to_prepare = arguments.pop("run"), arguments.pop("task"), arguments.pop("prepare")
+    if to_prepare:
+        prepare(Path(to_prepare), task, train_examples=arguments["train_examples"])
+    else:
+        large_batch(Path(run or f"runs/large_batch_{task}"), task, **arguments)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,207 @@
+"""A small residual network for grey or coloured pictures, with the shape of CIFAR's ResNets.
+
+A 3x3 convolution, three stages of blocks of two 3x3 convolutions each, the second and the third at half the size and
+twice the channels, then the mean over the picture and a matrix (He et al., 2016, "Deep Residual Learning", section
+4.2, https://arxiv.org/abs/1512.03385). The normalisation is a group norm: a batch norm would couple the examples of a
+batch, so that its result depended on how the batch is cut over devices and microbatches.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from crescendo.models import axes
+from crescendo.models.layers import Linear, parameter
+
+STAGES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig:
+    """The shape of a `ResNet`.
+
+    Args:
+      classes: the size of the output.
+      in_channels: of the pictures: 1 grey, 3 coloured.
+      width: channels of the first stage.
+      blocks: per stage; the network has `6 blocks + 2` layers with weights.
+      group_width: channels that share a norm's statistics.
+      norm_epsilon: added to the variance.
+      dtype: "float32" or "bfloat16", that of the convolutions (parameters and norms are float32). None: bfloat16 on
+        accelerators, float32 on the CPU.
+
+    Raises:
+      ValueError: for a size below 1, or a width that groups don't divide.
+
+    >>> ResNetConfig(width=12)
+    Traceback (most recent call last):
+    ...
+    ValueError: width = 12 must be a multiple of group_width = 8
+    """
+
+    classes: int = 10
+    in_channels: int = 1
+    width: int = 16
+    blocks: int = 3
+    group_width: int = 8
+    norm_epsilon: float = 1e-5
+    dtype: str | None = None
+
+    def __post_init__(self):
+        for name in ("classes", "in_channels", "width", "blocks", "group_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.width % self.group_width:
+            raise ValueError(f"width = {self.width} must be a multiple of group_width = {self.group_width}")
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"dtype = {self.dtype!r} must be 'float32', 'bfloat16' or None")
+
+    def for_platform(self, platform: str) -> "ResNetConfig":
+        """This configuration with `dtype` decided for "cpu", "gpu" or "tpu"."""
+        return dataclasses.replace(self, dtype=self.dtype or ("float32" if platform == "cpu" else "bfloat16"))
+
+
+class Convolution(nnx.Module):
+    """`3 x 3` over the picture, zeros around it, no bias; drawn with variance `2 / fan_in` (He et al. 2015)."""
+
+    def __init__(self, inputs: int, outputs: int, *, stride: int = 1, dtype, rngs: nnx.Rngs):
+        names = (axes.WINDOW, axes.WINDOW, axes.IN_CHANNELS, axes.CHANNELS)
+        self.kernel = parameter(rngs, (3, 3, inputs, outputs), names, (2 / (9 * inputs)) ** 0.5)
+        self.stride = stride
+        self.dtype = dtype
+
+    def __call__(self, x_BHWC):
+        return jax.lax.conv_general_dilated(
+            x_BHWC,
+            self.kernel[...].astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+class GroupNorm(nnx.Module):
+    """`(x - mean) / sqrt(variance + epsilon) * scale + bias`, statistics per example and group of channels, in float32.
+
+    Wu and He, 2018, "Group Normalization", https://arxiv.org/abs/1803.08494.
+    """
+
+    def __init__(self, channels: int, group_width: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(channels), axes=(axes.CHANNELS,))
+        self.bias = nnx.Param(jnp.zeros(channels), axes=(axes.CHANNELS,))
+        self.group_width = group_width
+        self.epsilon = epsilon
+
+    def __call__(self, x_BHWC):
+        grouped = x_BHWC.astype(jnp.float32).reshape(*x_BHWC.shape[:3], -1, self.group_width)
+        mean = jnp.mean(grouped, axis=(1, 2, 4), keepdims=True)
+        variance = jnp.mean(jnp.square(grouped - mean), axis=(1, 2, 4), keepdims=True)
+        normalised = ((grouped - mean) * jax.lax.rsqrt(variance + self.epsilon)).reshape(x_BHWC.shape)
+        return (normalised * self.scale[...] + self.bias[...]).astype(x_BHWC.dtype)
+
+
+class Block(nnx.Module):
+    """`relu(shortcut(x) + norm(conv(relu(norm(conv(x))))))`; the shortcut drops pixels and adds channels of zeros."""
+
+    def __init__(self, inputs: int, outputs: int, config: ResNetConfig, *, dtype, rngs: nnx.Rngs):
+        self.stride = 1 if inputs == outputs else 2
+        self.new_channels = outputs - inputs
+        self.conv1 = Convolution(inputs, outputs, stride=self.stride, dtype=dtype, rngs=rngs)
+        self.norm1 = GroupNorm(outputs, config.group_width, config.norm_epsilon)
+        self.conv2 = Convolution(outputs, outputs, dtype=dtype, rngs=rngs)
+        self.norm2 = GroupNorm(outputs, config.group_width, config.norm_epsilon)
+
+    def __call__(self, x_BHWC):
+        y_BHWC = jax.nn.relu(self.norm1(self.conv1(x_BHWC)))
+        shortcut_BHWC = x_BHWC[:, :: self.stride, :: self.stride]
+        shortcut_BHWC = jnp.pad(shortcut_BHWC, ((0, 0), (0, 0), (0, 0), (0, self.new_channels)))
+        return jax.nn.relu(shortcut_BHWC + self.norm2(self.conv2(y_BHWC)))
+
+
+class ResNet(nnx.Module):
+    """Call it with pictures, float `[B, height, width, in_channels]`; it returns logits, float32 `[B, classes]`.
+
+    Args:
+      config: `dtype` decided (`ResNetConfig.for_platform`).
+
+    Raises:
+      ValueError: an undecided dtype.
+    """
+
+    def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
+        if config.dtype is None:
+            raise ValueError("dtype is undecided: pass config.for_platform('cpu' | 'gpu' | 'tpu')")
+        self.dtype = jnp.dtype(config.dtype)
+        self.stem = Convolution(config.in_channels, config.width, dtype=self.dtype, rngs=rngs)
+        self.stem_norm = GroupNorm(config.width, config.group_width, config.norm_epsilon)
+        widths = [config.width * 2**stage for stage in range(STAGES) for _ in range(config.blocks)]
+        self.blocks = nnx.List(
+            Block(inputs, outputs, config, dtype=self.dtype, rngs=rngs)
+            for inputs, outputs in zip([config.width, *widths], widths, strict=False)
+        )
+        self.head = Linear(
+            (widths[-1],), (config.classes,), (axes.CHANNELS, axes.CLASSES), dtype=jnp.float32, rngs=rngs
+        )
+
+    def __call__(self, x_BHWC):
+        x_BHWC = jax.nn.relu(self.stem_norm(self.stem(x_BHWC.astype(self.dtype))))
+        for block in self.blocks:
+            x_BHWC = block(x_BHWC)
+        return self.head(jnp.mean(x_BHWC.astype(jnp.float32), axis=(1, 2)))
+
+
+@functools.cache
+def _abstract(config: ResNetConfig):
+    return nnx.split(nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0))))
+
+
+def initialize(config: ResNetConfig, key) -> dict:
+    """Fresh float32 parameters as nested dicts of arrays; pure, so it can be jitted with output shardings.
+
+    >>> config = ResNetConfig().for_platform("cpu")
+    >>> shapes = jax.eval_shape(lambda: initialize(config, jax.random.key(0)))
+    >>> sum(x.size for x in jax.tree.leaves(shapes))
+    269424
+    """
+    return nnx.to_pure_dict(nnx.state(ResNet(config, rngs=nnx.Rngs(key))))
+
+
+def apply(config: ResNetConfig, parameters: dict) -> ResNet:
+    """The model that holds `parameters` (as `initialize` makes them).
+
+    >>> config = ResNetConfig(width=8, blocks=1).for_platform("cpu")
+    >>> parameters = jax.eval_shape(lambda: initialize(config, jax.random.key(0)))
+    >>> jax.eval_shape(lambda p: apply(config, p)(jnp.zeros((2, 28, 28, 1))), parameters).shape
+    (2, 10)
+    """
+    structure, state = _abstract(config)
+    state = jax.tree.map(lambda x: x, state)
+    nnx.replace_by_pure_dict(state, parameters)
+    return nnx.merge(structure, state)
+
+
+def logical_axes(config: ResNetConfig) -> dict:
+    """The logical axis names of every parameter, as nested dicts of tuples."""
+    return nnx.to_pure_dict(_abstract(config)[1], extract_fn=lambda parameter: tuple(parameter.axes))
+
+
+def classification_loss(config: ResNetConfig, parameters: dict, batch: dict):
+    """The cross-entropy: `(sum in nats, weight in examples)`, both float32 scalars.
+
+    Args:
+      config: decided for the platform.
+      parameters: as `initialize` makes them.
+      batch: `images`, float `[B, height, width, in_channels]`, and `labels`, int32 `[B]` in `[0, classes)`.
+    """
+    log_probabilities = jax.nn.log_softmax(apply(config, parameters)(batch["images"]))
+    losses = -jnp.take_along_axis(log_probabilities, batch["labels"][:, None], axis=-1)
+    return jnp.sum(losses), jnp.float32(losses.size)
+
+
+def classification_accuracy(config: ResNetConfig, parameters: dict, batch: dict):
+    """How many examples have the largest logit at their label: `(correct, weight)`; else as `classification_loss`."""
+    correct = jnp.argmax(apply(config, parameters)(batch["images"]), axis=-1) == batch["labels"]
+    return jnp.sum(correct, dtype=jnp.float32), jnp.float32(correct.size)

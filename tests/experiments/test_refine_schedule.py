@@ -1,0 +1,53 @@
+"""Refinement from a run's own records."""
+
+import json
+
+import numpy as np
+import pytest
+
+from crescendo.experiments.errors import UserError
+from crescendo.experiments.metrics import read_run
+from crescendo.experiments.refine_schedule import main, recorded_norms, refine_schedule
+from crescendo.experiments.report import compare
+from crescendo.optim.refinement import refine
+
+
+def test_the_second_run_follows_the_schedule_refined_from_the_first(small_bindings, tmp_path):
+    settings = [binding for binding in small_bindings if not binding.startswith("schedules.linear.peak")]
+    results = refine_schedule(tmp_path, bindings=settings, learning_rate=1e-2, smoothing=0.2)
+    assert {name: len(of_arm) for name, of_arm in results.items()} == {"linear": 1, "refined": 1}
+    first, second = read_run(tmp_path / "linear").train, read_run(tmp_path / "refined").train
+    norms = recorded_norms(tmp_path / "linear")
+    np.testing.assert_array_equal(norms.l1, first["gradient_l1_norm"])
+    expected = 1e-2 * refine(first["gradient_l1_norm"], smoothing=0.2)
+    # The curve is stretched so that its last value, 0, falls on the end of the run, one batch after the last step.
+    clock = second["examples_seen"] - 16
+    stretched = np.interp(clock / 512, norms.clock / norms.clock[-1], expected)
+    np.testing.assert_allclose(second["learning_rate"], stretched, rtol=1e-4, atol=1e-8)
+    assert (tmp_path / "report" / "report.html").exists()
+    assert json.loads((tmp_path / "refined.json").read_text())["norm"] == "l1"
+
+
+def test_a_run_without_two_good_steps_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"name": "short", "total_examples": 8}))
+    record = {"kind": "train", "step": 1, "examples_seen": 8, "batch_size": 8, "gradient_norm": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record | {"gradient_l1_norm": 2.0}) + "\n")
+    with pytest.raises(UserError, match="has 1 steps with a gradient norm; at least 2"):
+        recorded_norms(tmp_path)
+
+
+def test_a_rate_that_is_not_positive_is_refused():
+    with pytest.raises(UserError, match=r"--learning-rate -1.0 must be above 0"):
+        main(["--learning-rate", "-1.0"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_refined_schedule_is_not_worse_than_linear_decay(tmp_path):
+    """On the standard library's source, 3 seeds: within the spread of the seeds."""
+    refine_schedule(tmp_path, seeds=3)
+    arms = compare([read_run(tmp_path / f"{arm}-seed{seed}") for arm in ("linear", "refined") for seed in range(3)])
+    for arm in arms:
+        print(f"{arm.name}: {arm.validation_loss:.4f} nats, spread {arm.validation_spread:.4f}, 3 seeds")
+    linear, refined = arms
+    assert refined.validation_loss <= linear.validation_loss + linear.validation_spread

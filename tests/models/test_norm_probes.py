@@ -1,0 +1,80 @@
+"""Per-example gradients of norm scales against differentiating every example alone, and what they cost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from crescendo import models
+from crescendo.models import ModelConfig
+from crescendo.models.layers import RMSNorm
+from crescendo.models.loss import next_token_loss
+from crescendo.models.norm_probes import example_squared_norms, norm_probes, norm_scales, with_probes
+
+CONFIG = ModelConfig(
+    vocab_size=50, width=24, layers=2, heads=4, kv_heads=2, mlp_width=40, scan_layers=True
+).for_platform("cpu")
+EXAMPLES = 4
+
+
+@pytest.fixture(scope="module")
+def problem():
+    random = np.random.default_rng(0)
+    draw = lambda high: jnp.asarray(random.integers(0, high, (EXAMPLES, 12)), jnp.int32)  # noqa: E731
+    rows = {"tokens": draw(50), "labels": draw(50), "segment_ids": draw(2), "positions": jnp.arange(12) + 0 * draw(2)}
+    return jax.jit(models.initialize, static_argnums=0)(CONFIG, jax.random.key(0)), rows
+
+
+def loss(parameters, rows):
+    return next_token_loss(CONFIG, parameters, rows)[0]
+
+
+def probed(parameters, probes, rows):
+    return loss(with_probes(parameters, probes), rows)
+
+
+def test_a_layer_in_float64():
+    """d scale of example b is sum_t dy[b, t] x[b, t] / rms(x[b, t]); written from the maths."""
+    random = np.random.default_rng(1)
+    x, dy, scale = random.normal(size=(3, 5, 2, 8)), random.normal(size=(3, 5, 2, 8)), random.normal(size=8)
+    expected = np.sum(dy * x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6), axis=(1, 2))
+    structure, state = nnx.split(RMSNorm(8, "embed", 1e-6))
+
+    def apply(scales):
+        layer = nnx.merge(structure, jax.tree.map(lambda _: scales, state))
+        return jnp.sum(layer(jnp.float32(x)) * dy)
+
+    gradient = jax.grad(apply)(jnp.float32(np.tile(scale, (3, 1))))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)  # the layer computes in float32
+
+
+def test_equals_differentiating_every_example_alone(problem):
+    parameters, rows = problem
+    gradients, of_probes = jax.jit(jax.grad(probed, (0, 1)))(parameters, norm_probes(parameters, EXAMPLES), rows)
+    alone = jax.vmap(lambda row: jax.grad(loss)(parameters, jax.tree.map(lambda x: x[None], row)))
+    expected = norm_scales(jax.jit(alone)(rows))
+    assert set(expected) == set(of_probes)
+    assert len(expected) == 5  # attention, its query and key, mlp, final
+    squares = sum(np.sum(np.square(np.asarray(g, np.float64).reshape(EXAMPLES, -1)), axis=1) for g in expected.values())
+    np.testing.assert_allclose(example_squared_norms(of_probes), squares, rtol=1e-4)  # the model computes in float32
+    for name, g in expected.items():
+        np.testing.assert_allclose(np.moveaxis(of_probes[name], -2, 0), g, rtol=1e-4, atol=1e-5)
+    plain = jax.jit(jax.grad(loss))(parameters, rows)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients, plain)
+
+
+def test_no_matrix_product_is_added(problem):
+    """The same number of them in the program, and under 2% more arithmetic even in this narrow model."""
+    parameters, rows = problem
+    probes = norm_probes(parameters, EXAMPLES)
+    plain = jax.jit(jax.grad(loss)).lower(parameters, rows)
+    with_norms = jax.jit(jax.grad(probed, (0, 1))).lower(parameters, probes, rows)
+    count = lambda lowered: lowered.as_text().count("dot_general")  # noqa: E731
+    assert count(with_norms) == count(plain) > 0
+    assert with_norms.cost_analysis()["flops"] < 1.02 * plain.cost_analysis()["flops"]
+
+
+def test_without_probes_the_parameters_are_the_same(problem):
+    parameters, _ = problem
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (with_probes(parameters, {}), parameters)), strict=True))
