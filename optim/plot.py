@@ -26,7 +26,11 @@ _FROM_FILE = ("refined",)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see the module."""
-    parser = argparse.ArgumentParser(prog="python -m crescendo.optim.plot", description="Draw schedules as a PNG.")
+    parser = argparse.ArgumentParser(
+        prog="python -m crescendo.optim.plot",
+        description="Draw schedules as a PNG.",
+        epilog="example: python -m crescendo.optim.plot linear wsd:decay=300 rex --output curves.png",
+    )
     parser.add_argument("names", nargs="*", metavar="NAME[:KEY=VALUE,...]", help=f"of {', '.join(SCHEDULES)}")
     parser.add_argument("--peak", type=float, default=0.02, help="the highest rate (default %(default)s)")
     parser.add_argument("--total", type=float, default=1000, help="the schedules' length (default %(default)s)")

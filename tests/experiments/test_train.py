@@ -136,19 +136,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     staged, copy_of_staged, train_small, damage, records, capsys
 ):
     prints, newest = newest_arrays(copy_of_staged)
-    file = max((newest / "state").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
-    content = bytearray(file.read_bytes())
-    if damage == "remove":
-        file.unlink()
-    else:
+    for file in [path for path in (newest / "state").rglob("d/*") if path.is_file()]:
+        content = bytearray(file.read_bytes())
         middle = len(content) // 2
-        content[middle : middle + 8] = bytes(255 - byte for byte in content[middle : middle + 8])
-        file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+        if damage == "remove":
+            file.unlink()
+        elif damage == "cut":
+            file.write_bytes(content[:middle])
+        else:
+            content[middle : middle + 8] = bytes(255 - byte for byte in content[middle : middle + 8])
+            file.write_bytes(content)
     train_small(copy_of_staged, *STAGED)
     said = capsys.readouterr()
     assert f"{newest.name} is damaged" in said.out.replace("\n", " ")
     assert "Traceback" not in said.err
     assert records(copy_of_staged) == records(staged[0])
+    assert newest_arrays(copy_of_staged)[0] == prints
+
+
+def test_arrays_that_are_not_those_saved_are_noticed_by_their_fingerprints(staged, copy_of_staged, train_small, capsys):
+    prints, newest = newest_arrays(copy_of_staged)
+    meta = newest / "meta" / "metadata"
+    meta.write_text(meta.read_text().replace(str(prints[0]), str(prints[0] ^ 1)))
+    train_small(copy_of_staged, *STAGED)
+    assert "is damaged (its arrays are not the ones that were saved)" in capsys.readouterr().out.replace("\n", " ")
     assert newest_arrays(copy_of_staged)[0] == prints
 
 
