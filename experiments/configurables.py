@@ -84,8 +84,6 @@ def _checked(factory: Callable) -> Callable:
                 if re.search(r"[|\[]", str(annotation)):
                     wanted = str(annotation).replace("typing.", "").replace("collections.abc.", "")
                 raise UserError(f"{factory.__name__}.{name} = {value!r} must be {wanted}") from None
-            except (NameError, AttributeError):
-                continue  # an annotation that can't be evaluated checks nothing
         return factory(*args, **kwargs)
 
     call.__signature__ = signature  # type: ignore[attr-defined]
