@@ -196,7 +196,11 @@ def _explain(message: str) -> str:
         return f"unknown name {name!r}{_nearest(name.split('.')[-1], _known_names())}"
     if unknown_parameter:
         name, parameter = unknown_parameter.groups()
-        known = [p for p in inspect.signature(gin.get_configurable(name)).parameters]
+        known = list(inspect.signature(gin.get_configurable(name)).parameters)
+        if parameter.endswith("steps") and "total_examples" in known:
+            return (
+                f"{name.split('.')[-1]} has no parameter {parameter!r}; a run's length is total_examples, not in steps"
+            )
         return f"{name.split('.')[-1]} has no parameter {parameter!r}{_nearest(parameter, known)}"
     return message
 

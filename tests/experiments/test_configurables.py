@@ -71,6 +71,11 @@ def test_mistakes_are_one_line(bindings, message):
     assert "\n" not in str(refused.value)
 
 
+def test_a_length_in_steps_is_told_of_the_clock():
+    with pytest.raises(UserError, match="train has no parameter 'steps'; a run's length is total_examples"):
+        configurables.bind(train, ["debug.gin"], ["train.steps = 100"])
+
+
 def test_a_missing_file_lists_those_that_ship():
     with pytest.raises(UserError, match=r"--config nowhere.gin: no such file; Crescendo ships debug.gin"):
         configurables.bind(probe, ["nowhere.gin"])
