@@ -7,6 +7,8 @@ checkpoint also carries a fingerprint of every array, taken on the device.
 import contextlib
 import dataclasses
 import io
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from crescendo.experiments.errors import UserError
@@ -77,6 +80,10 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self.folder = folder
+        self._print_exception, self._print_unraisable = threading.excepthook, sys.unraisablehook
+        threading.excepthook, sys.unraisablehook = self._unless_saving, self._unless_loop_closed
+        self._verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.FATAL)  # orbax logs the same once more, with its stack
 
     def save(self, state: TrainState, clock: Clock) -> None:
         """Starts saving; returns when the arrays have been copied to the host. One save is under way at a time."""
@@ -139,8 +146,22 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
-        with self._save_errors():
-            self._manager.close()
+        try:
+            with self._save_errors():
+                self._manager.close()
+        finally:
+            threading.excepthook, sys.unraisablehook = self._print_exception, self._print_unraisable
+            logging.set_verbosity(self._verbosity)
+
+    def _unless_saving(self, raised: threading.ExceptHookArgs) -> None:
+        """What a saving thread of orbax raises comes back from `wait`: it need not be printed too."""
+        if not type(raised.thread).__module__.startswith("orbax."):
+            self._print_exception(raised)
+
+    def _unless_loop_closed(self, raised) -> None:
+        """Writers that end after one of them failed find their event loop closed: the failure itself is reported."""
+        if str(raised.exc_value) != "Event loop is closed":
+            self._print_unraisable(raised)
 
     @contextlib.contextmanager
     def _save_errors(self) -> Iterator[None]:

@@ -14,3 +14,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="crescendo-tests-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+import jax
+import pytest
+
+
+# By module: without an __init__.py beside it, a package's fixture would last to the end of the session.
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For tests that compile much and check arithmetic: the compiler need not work on the programs' speed."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -81,14 +81,30 @@ def test_files_stay_short():
     assert not long
 
 
-def test_commands_explain_themselves():
-    commands = ("train", "report", "batch_warmup", "refine_schedule", "large_batch", "benchmark")
-    for command in (*(f"experiments.{name}" for name in commands), "models.describe", "optim.plot"):
-        shown = subprocess.run(
-            [sys.executable, "-m", f"crescendo.{command}", "--help"], capture_output=True, text=True, cwd="/"
-        )
-        assert shown.returncode == 0, shown.stderr
-        assert "example" in shown.stdout
+COMMANDS = [
+    *(
+        f"experiments.{name}"
+        for name in ("train", "report", "batch_warmup", "refine_schedule", "large_batch", "benchmark")
+    ),
+    "models.describe",
+    "optim.plot",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_explain_themselves(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"crescendo.{command}").main(["--help"])
+    assert ended.value.code == 0
+    assert "example" in capsys.readouterr().out
+
+
+def test_the_editable_install_runs_from_anywhere():
+    shown = subprocess.run(
+        [sys.executable, "-m", "crescendo.experiments.train", "--help"], capture_output=True, text=True, cwd="/"
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "debug.gin" in shown.stdout
 
 
 @pytest.mark.slow

@@ -1,13 +1,8 @@
-"""These tests compile hundreds of tiny programs and check arithmetic: the compiler need not work on their speed."""
+"""These tests compile hundreds of tiny programs."""
 
-import jax
 import pytest
 
 
-# By module: without an __init__.py here, a package's fixture would last to the end of the session.
 @pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def _quick(quick_compilation):
+    """For every module of the folder."""
