@@ -14,8 +14,8 @@ from crescendo.experiments.errors import UserError, user_values
 from crescendo.experiments.state import TrainState, abstract_batch, abstract_state, make_step, state_shardings
 from crescendo.models import ModelConfig
 
-# Past this many tokens on a device a larger microbatch makes no step faster, and only takes memory (on two CPU cores,
-# the debug model: 14,300 tokens/s in microbatches of 512 tokens, 7,900 in ones of 1,024).
+# Past this many tokens on a device a larger microbatch makes no step faster, and only takes memory (on two shared
+# CPU cores, the debug model: 14,300 tokens/s in microbatches of 512 tokens, 7,900 in ones of 1,024).
 MAX_MICROBATCH_TOKENS = {"cpu": 512, "gpu": 65_536, "tpu": 65_536}
 # What the allocator loses to fragmentation, and the host's own buffers take.
 MEMORY_SHARE = 0.92

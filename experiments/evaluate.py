@@ -22,7 +22,6 @@ def make_evaluation(
     *,
     evaluation_examples: int,
     microbatch_examples: int,
-    attention: str | None = None,
 ) -> Callable[[dict], float]:
     """`parameters -> nats a token` over a sample of `evaluation_examples` rows: always the same ones.
 
@@ -33,7 +32,6 @@ def make_evaluation(
       parameters: shapes, dtypes and shardings of the parameters.
       evaluation_examples: how many rows.
       microbatch_examples: how many at a time; the last group is filled up with padding.
-      attention: as in `make_step`.
     """
     count = min(evaluation_examples, len(rows))
     groups = -(-count // microbatch_examples)
@@ -45,9 +43,11 @@ def make_evaluation(
     batch = {name: cut(x) for name, x in Stream(rows, seed=0).read(0, count).items()}
     batch = jax.device_put(batch, parallel.batch_sharding(mesh, leading=1))
 
+    constrain = parallel.constrain(mesh)
+
     def total(parameters, batch):
         def one(carry, rows):
-            loss_sum, weight = next_token_loss(config, parameters, rows, implementation=attention)
+            loss_sum, weight = next_token_loss(config, parameters, rows, constrain=constrain)
             return (carry[0] + loss_sum, carry[1] + weight), None
 
         (loss_sum, weight), _ = jax.lax.scan(one, (jnp.float32(0), jnp.float32(0)), batch)
