@@ -359,11 +359,42 @@ def group_noise_scales(
     return {name: NoiseScale(*(x[i] for x in read)) for i, name in enumerate(names)}
 
 
-def _state(opt_state: optax.OptState) -> GradientNoiseScaleState:
+def current_noise_scales(opt_state: optax.OptState) -> dict[str, NoiseScale]:
+    """Every noise scale that the state keeps over all parameters, by its source; none where there is no transform.
+
+    >>> list(current_noise_scales(gradient_noise_scale(norm_layers=True).init(jnp.ones(2))))
+    ['gradient', 'norm_layers']
+    """
+    return {
+        source: read_averages(averages)
+        for state in _states(opt_state)
+        for source, averages in (("gradient", state.total), ("norm_layers", state.norm_layers))
+        if averages is not None
+    }
+
+
+def required_statistics(opt_state: optax.OptState) -> set[str]:
+    """The members of `batch_size.STATISTICS` that the transforms of a state, or of its shapes, will ask the loop for.
+
+    >>> required_statistics(gradient_noise_scale(norm_layers=True).init(jnp.ones(2)))
+    {'norm_layers'}
+    """
+    required = set()
+    for state in _states(opt_state):
+        required |= {"layers"} if state.groups is not None else set()
+        required |= {"norm_layers"} if state.norm_layers is not None else set()
+    return required
+
+
+def _states(opt_state: optax.OptState) -> list[GradientNoiseScaleState]:
     def is_ours(x: object) -> bool:
         return isinstance(x, GradientNoiseScaleState)
 
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
+    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
+
+
+def _state(opt_state: optax.OptState) -> GradientNoiseScaleState:
+    found = _states(opt_state)
     if len(found) != 1:
         raise ValueError(f"the optimizer state holds {len(found)} noise scales: chain gradient_noise_scale() once")
     return found[0]
