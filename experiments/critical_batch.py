@@ -67,6 +67,7 @@ def critical_batch(
     branch_examples: int = 256,
     tolerance: float = 0.01,
     seeds: int = 1,
+    first_seed: int = 0,
     minutes: float | None = None,
 ) -> dict[str, Any]:
     """Measures the curve, and writes `critical_batch.json` and `critical_batch.png`.
@@ -80,7 +81,9 @@ def critical_batch(
       points: where branches begin, as shares of the base run.
       branch_examples: the length of every branch.
       tolerance: how much a larger batch may lose, in nats.
-      seeds: how many base runs, from seed 0.
+      seeds: how many base runs.
+      first_seed: the seed of the first; a second machine can take others, and the lines of their `branches.jsonl` and
+        their base runs' folders be put together.
       minutes: stop after the branch, or the step of a base run, that passes it; None: run to the end.
 
     Returns:
@@ -123,7 +126,8 @@ def critical_batch(
         "sequence_length": program.sequence_length,
         "fingerprint": program.fingerprint,
     }
-    every = [Branch(seed, start, factor) for seed in range(seeds) for start in starts for factor in factors]
+    numbers = range(first_seed, first_seed + seeds)
+    every = [Branch(seed, start, factor) for seed in numbers for start in starts for factor in factors]
     with run_folder.locked(folder):
         _check_same(folder, settings)
         finished = read_branches(folder / "branches.jsonl")
@@ -145,7 +149,7 @@ def critical_batch(
         records = [branch._asdict() | {"losses": finished[branch]} for branch in every if branch in finished]
         curve = make_curve(records, settings)
         if curve["tokens"]:
-            runs = [read_run(folder / f"base-seed{seed}") for seed in range(seeds)]
+            runs = [read_run(folder / f"base-seed{seed}") for seed in numbers]
             with file_access("write", folder):
                 replace_file(folder / "critical_batch.json", (json.dumps(curve, indent=2) + "\n").encode())
                 replace_file(folder / "critical_batch.png", draw(curve, runs))
@@ -338,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--branch-examples", type=int, default=256, help="the length of a branch (default 256)")
     add("--tolerance", type=float, default=0.01, help="what a larger batch may lose, in nats (default 0.01)")
     add("--seeds", type=int, default=1, help="how many base runs (default 1)")
+    add("--first-seed", type=int, default=0, help="the first one's seed (default 0)")
     add("--minutes", type=float, help="stop then; the same command goes on")
     arguments = vars(parser.parse_args(argv))
     critical_batch(
