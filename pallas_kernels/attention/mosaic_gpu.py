@@ -324,8 +324,8 @@ def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
                                 plgpu.commit_smem()  # these reads come before the copy that overwrites the slot
                             seen = visible_pairs(
                                 config,
-                                _unpack(operands, q_info),
-                                _unpack(operands, k_info),
+                                unpack(operands, q_info),
+                                unpack(operands, k_info),
                                 first_row,
                                 j * tile.block_k,
                                 shape,
@@ -459,7 +459,7 @@ def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
     return call
 
 
-def _unpack(operands: Operands, present: list) -> tuple:
+def unpack(operands: Operands, present: list) -> tuple:
     """(segments, positions) from those that are there."""
     given = iter(present)
     segments = next(given) if operands.q_segments is not None else None
