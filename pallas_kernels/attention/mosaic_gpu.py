@@ -27,6 +27,8 @@ LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 FLOOR = -1e30  # the least maximum: finite, so that a row which has seen nothing yet makes no NaN
 ROWS = 64  # of a warpgroup's matrix instruction
+# Of a thread of the producer and of a consumer, for each number of consumers: together they are at most a core's 65,536.
+REGISTERS = {1: (40, 240), 2: (24, 240), 3: (32, 160)}
 ROW_LAYOUT, COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -235,7 +237,7 @@ def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
 
             @pl.when(warpgroup == tile.consumers)
             def _producer():
-                plgpu.set_max_registers(24 if tile.consumers == 3 else 40, action="decrease")
+                plgpu.set_max_registers(REGISTERS[tile.consumers][0], action="decrease")
 
                 def one_tile(n, step):
                     row, head, tile_q, (lo, _, _, hi) = place(n)
@@ -283,7 +285,7 @@ def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
 
             @pl.when(warpgroup < tile.consumers)
             def _consumer():
-                plgpu.set_max_registers(160 if tile.consumers == 3 else 240, action="increase")
+                plgpu.set_max_registers(REGISTERS[tile.consumers][1], action="increase")
                 wg = warpgroup
                 if tile.turns:
                     # The last one gives the first its first turn.

@@ -155,7 +155,7 @@ def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, wanted, r
 
         @pl.when(warpgroup == tile.consumers)
         def _producer():
-            plgpu.set_max_registers(24 if tile.consumers > 2 else 40, action="decrease")
+            plgpu.set_max_registers(shared.REGISTERS[tile.consumers][0], action="decrease")
 
             def one_tile(n, step):
                 row, kv_head, tile_k, (lo, _, _, hi) = place(n)
@@ -197,7 +197,7 @@ def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, wanted, r
 
         @pl.when(warpgroup < tile.consumers)
         def _consumer():
-            plgpu.set_max_registers(160 if tile.consumers > 2 else 240, action="increase")
+            plgpu.set_max_registers(shared.REGISTERS[tile.consumers][1], action="increase")
             wg = warpgroup
 
             def one_tile(n, step):
@@ -339,7 +339,7 @@ def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, ranges
 
         @pl.when(warpgroup == tile.consumers)
         def _producer():
-            plgpu.set_max_registers(24 if tile.consumers > 2 else 40, action="decrease")
+            plgpu.set_max_registers(shared.REGISTERS[tile.consumers][0], action="decrease")
 
             def one_tile(n, step):
                 row, head, tile_q, (lo, _, _, hi) = place(n)
@@ -379,7 +379,7 @@ def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, ranges
 
         @pl.when(warpgroup < tile.consumers)
         def _consumer():
-            plgpu.set_max_registers(160 if tile.consumers > 2 else 240, action="increase")
+            plgpu.set_max_registers(shared.REGISTERS[tile.consumers][1], action="increase")
             wg = warpgroup
 
             def one_tile(n, step):

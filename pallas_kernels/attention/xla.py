@@ -98,8 +98,9 @@ def forward(config: Config, operands: Operands):
         mixed = jnp.einsum("bkgts,bskd->bkgtd", weights.astype(v.dtype), part["v"], preferred_element_type=exact)
         return (new, total * shrink + weights.sum(-1), out * shrink[..., None] + mixed), None
 
-    shape = (batch, kv_heads, heads // kv_heads, length)
-    start = (jnp.full(shape, -jnp.inf, exact), jnp.zeros(shape, exact), jnp.zeros((*shape, width), exact))
+    # Made from the queries, so that it has their sharding.
+    out = jnp.zeros_like(jnp.moveaxis(grouped, 1, 3), dtype=exact)
+    start = jnp.full_like(out[..., 0], -jnp.inf), out[..., 0], out
     (maximum, total, out), _ = jax.lax.scan(step, _varying(start, operands), parts)
     seen = total > 0
     out = out / jnp.where(seen, total, 1)[..., None]
@@ -134,7 +135,7 @@ def backward(config: Config, operands: Operands, lse, dout, delta):
         dq = dq + jnp.einsum("bkgts,bskd->btkgd", dscores.astype(k.dtype), part["k"], preferred_element_type=exact)
         return dq, (dk, dv, dbias)
 
-    dq, (dk, dv, dbias) = jax.lax.scan(step, _varying(jnp.zeros(grouped.shape, exact), operands), parts)
+    dq, (dk, dv, dbias) = jax.lax.scan(step, _varying(jnp.zeros_like(grouped, dtype=exact), operands), parts)
 
     def joined(array, axis):
         array = jnp.moveaxis(array, 0, axis)
