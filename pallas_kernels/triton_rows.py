@@ -15,7 +15,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 def meeting(rows: int, parts: int, numbers: int) -> list[jax.ShapeDtypeStruct]:
-    """What programs leave for each other: `numbers` a part; then, to be zeroed, the tickets taken and each row's arrivals."""
+    """What programs leave for each other: `numbers` a part; then, zeroed, the tickets taken and each row's arrivals."""
     if parts == 1:
         return [jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)]
     return [jax.ShapeDtypeStruct((numbers, rows, parts), jnp.float32), jax.ShapeDtypeStruct((1 + rows,), jnp.int32)]

@@ -68,7 +68,8 @@ def linear_cross_entropy(
       Hsu et al., 2024, `Liger Kernel <https://arxiv.org/abs/2410.10989>`_ (gradients in the forward, by chunks);
       Chowdhery et al., 2022, `PaLM <https://arxiv.org/abs/2204.02311>`_
 
-    >>> loss_sum, weight_sum = linear_cross_entropy(jnp.zeros((3, 4)), jnp.ones((8, 4)), jnp.array([1, 7, -1]), ignore_id=-1)
+    >>> labels = jnp.array([1, 7, -1])
+    >>> loss_sum, weight_sum = linear_cross_entropy(jnp.zeros((3, 4)), jnp.ones((8, 4)), labels, ignore_id=-1)
     >>> print(f"{loss_sum / weight_sum:.4f} {math.log(8):.4f} {weight_sum}")
     2.0794 2.0794 2.0
     """
@@ -92,6 +93,8 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing = {label_smoothing} must be in [0, 1)")
     if not (math.isfinite(z_loss) and z_loss >= 0):
         raise ValueError(f"z_loss = {z_loss} must be at least 0 and finite")
+    if vocab_axis is not None and vocab_axis not in jax.typeof(w).manual_axis_type.varying:
+        raise ValueError(f"vocab_axis = {vocab_axis!r} must split w inside jax.shard_map, with its check_vma left on")
     vocab_size = w.shape[0] * (1 if vocab_axis is None else jax.lax.axis_size(vocab_axis))
     wide = jnp.promote_types(x.dtype, jnp.float32)
     weights = jnp.ones(labels.shape, wide) if weights is None else weights.astype(wide)

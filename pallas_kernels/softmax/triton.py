@@ -131,11 +131,7 @@ def _offsets(row, part, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.
     rows = row + tl.arange(0, TOGETHER)[:, None]
     columns = part * BLOCK + tl.arange(0, BLOCK)[None, :]
     exists = columns < COLUMNS
-    if ROWS % TOGETHER != 0:
-        exists = exists & (rows < ROWS)
-    else:
-        exists = exists & (rows >= 0)
-    return rows.to(tl.int64) * COLUMNS + columns, exists
+    return rows.to(tl.int64) * COLUMNS + columns, exists & (rows < ROWS)
 
 
 @triton.jit
@@ -186,10 +182,7 @@ def _forward_kernel(
             y = exponentials * (tl.exp2((top - highest) * LOG2E) / total)[:, None]
     else:
         total = tl.where(total == 0, 1.0, total)
-        if LOG:
-            y = logits - top[:, None] - tl.log2(total)[:, None] * LN2
-        else:
-            y = exponentials * (1.0 / total)[:, None]
+        y = logits - (top + tl.log2(total) * LN2)[:, None] if LOG else exponentials * (1.0 / total)[:, None]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=exists)
 
 
@@ -369,7 +362,7 @@ def _gradient_kernel(
     exists = columns < COLUMNS
     y = tl.load(y_ptr + offsets, mask=exists, other=-float("inf") if LOG else 0.0)
     dy = tl.load(dy_ptr + offsets, mask=exists, other=0.0)
-    dy, terms = _terms(y, dy, LOG)
+    dy, _ = _terms(y, dy, LOG)
     x = tl.load(x_ptr + offsets, mask=exists, other=0.0) if CAP > 0 else y
     dx = _gradient(y, dy, x, tl.load(totals_ptr + row), SCALE, CAP, LOG)
     tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=exists)
