@@ -55,7 +55,7 @@ def rms_norm(x, scale, *, eps, residual=None, probe=None):
 
 @op(MODULES)
 def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
-    r"""Norms queries and keys over the head's width, and turns their pairs `(x[i], x[i + E/2])` by the position's angle.
+    r"""Norms queries and keys over the head's width, and turns pairs `(x[i], x[i + E/2])` by the position's angle.
 
     .. math::
 

@@ -182,7 +182,7 @@ def _forward_kernel(
             y = exponentials * (tl.exp2((top - highest) * LOG2E) / total)[:, None]
     else:
         total = tl.where(total == 0, 1.0, total)
-        y = logits - (top + tl.log2(total) * LN2)[:, None] if LOG else exponentials * (1.0 / total)[:, None]
+        y = logits - top[:, None] - (tl.log2(total) * LN2)[:, None] if LOG else exponentials * (1.0 / total)[:, None]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=exists)
 
 

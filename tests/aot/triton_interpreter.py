@@ -9,14 +9,15 @@ from triton.runtime import interpreter, jit
 from crescendo.pallas_kernels.op import Device
 
 
+NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int8": "i8"}
+
+
 class Memory:
     """As much of a torch tensor as the interpreter asks for, over a numpy array."""
 
-    NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int8": "i8"}
-
     def __init__(self, array: np.ndarray):
         self.array = array
-        self.dtype = self.NAMES[array.dtype.name]
+        self.dtype = NAMES[array.dtype.name]
 
     def data_ptr(self) -> int:
         return self.array.ctypes.data
