@@ -10,7 +10,8 @@ from jax.experimental import checkify
 from crescendo.pallas_kernels.op import op
 
 IMPLEMENTATIONS = {
-    name: f"crescendo.pallas_kernels.linear_cross_entropy.{name}" for name in ("triton", "xla", "reference")
+    name: f"crescendo.pallas_kernels.linear_cross_entropy.{name}"
+    for name in ("mosaic_gpu", "triton", "xla", "reference")
 }
 
 

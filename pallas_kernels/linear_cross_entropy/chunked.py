@@ -46,46 +46,65 @@ class Rows(NamedTuple):
 LogitPass = Callable[[jax.Array, jax.Array, jax.Array, RowCoefficients | None, "Options"], Rows]
 
 
+def _add_product(dw, gradient, x):
+    """`dw + gradient^T x`, or the product alone."""
+    product = jax.lax.dot_general(gradient, x, (((0,), (0,)), ((), ())), preferred_element_type=_wide(x.dtype))
+    return product if dw is None else dw + product
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """One implementation.
+
+    Attributes:
+      logit_pass: `(x, w, labels, coefficients or None, options) -> Rows`, without a gradient where None.
+      add_product: `(dw, gradient, x) -> dw`.
+      bytes_per_logit: from the inputs' dtype to the bytes that a chunk takes for each of its logits.
+      row_multiple: that the rows of a chunk must be of.
+    """
+
+    logit_pass: LogitPass
+    add_product: Callable = _add_product
+    # The float32 logit and its gradient.
+    bytes_per_logit: Callable = lambda dtype: _wide(dtype).itemsize + dtype.itemsize
+    row_multiple: int = 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What is fixed when a call is traced."""
 
-    logit_pass: LogitPass
-    bytes_per_logit: int
+    kernels: Kernels
     z_loss: float
     soft_cap: float | None
     label_smoothing: float
     vocab_axis: Any  # a mesh axis or several, None for a whole w
-
-    def chunk_rows(self, rows: int, vocab_size: int) -> int:
-        """Rows of a chunk, given those at hand and the part of the vocabulary at hand."""
-        return rows_in_chunk(rows, vocab_size, self.bytes_per_logit)
 
     def vocab_size(self, w: jax.Array) -> int:
         """Of all shards together."""
         return w.shape[0] * (1 if self.vocab_axis is None else jax.lax.axis_size(self.vocab_axis))
 
 
-def rows_in_chunk(rows: int, vocab_size: int, bytes_per_logit: int, multiple: int = 128) -> int:
+def rows_in_chunk(rows: int, vocab_size: int, bytes_per_logit: int, multiple: int = 1) -> int:
     """As many rows as `CHUNK_BYTES` hold, at least `MIN_CHUNK_ROWS`, in chunks of almost the same size.
 
-    >>> rows_in_chunk(8192, 50304, 6), rows_in_chunk(17, 50304, 6)
-    (1408, 17)
+    >>> rows_in_chunk(8192, 50304, 6), rows_in_chunk(17, 50304, 6), rows_in_chunk(17, 50304, 2, multiple=256)
+    (1408, 17, 256)
     """
     most = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (bytes_per_logit * vocab_size))
-    if rows <= most:
-        return rows
     even = -(-rows // math.ceil(rows / most))
-    return -(-even // multiple) * multiple
+    aligned = math.lcm(multiple, ROW_ALIGNMENT) if even < rows else multiple
+    return min(-(-even // aligned) * aligned, -(-rows // multiple) * multiple)
 
 
 CHUNK_BYTES = 400 * 2**20
 # Every chunk reads and writes all of dW in float32: fewer rows, and that takes longer than the matmul itself.
 MIN_CHUNK_ROWS = 1024
+ROW_ALIGNMENT = 128
 
 
 def chunked(x, w, labels, weights, *, return_lse, **options):
-    """The op by way of `options["logit_pass"]`."""
+    """The op by way of `options["kernels"]`."""
     axes = _varying(x) - _varying(w)
     if axes:  # transposed, this sums the gradient of a w that all devices share
         w = jax.lax.pcast(w, tuple(axes), to="varying")
@@ -199,10 +218,11 @@ def _padded(shape, length: int):
 def _over_chunks(options: Options, needs: tuple[bool, bool], x, w, labels, weights, of_lse=None) -> dict[str, Any]:
     """`losses` and `lse`, and `dx` and `dw` of the loss (or, given its cotangents, of the lse alone) where needed."""
     needs_dx, needs_dw = needs
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = _wide(x.dtype)
     shape, width = x.shape[:-1], x.shape[-1]
     n = math.prod(shape)
-    chunk = min(options.chunk_rows(n, w.shape[0]), n)
+    kernels = options.kernels
+    chunk = rows_in_chunk(n, w.shape[0], kernels.bytes_per_logit(x.dtype), kernels.row_multiple)
     rows = {"x": x.reshape(n, width), "labels": labels.reshape(n), "weights": weights.reshape(n).astype(wide)}
     if of_lse is not None:
         rows["of_lse"] = of_lse.reshape(n).astype(wide)
@@ -214,7 +234,7 @@ def _over_chunks(options: Options, needs: tuple[bool, bool], x, w, labels, weigh
             coefficients = RowCoefficients(weights, 2 * options.z_loss * weights, weights)
             if of_lse is not None:
                 coefficients = RowCoefficients(rows["of_lse"], zeros, zeros)
-        found = options.logit_pass(rows["x"], w, rows["labels"], coefficients, options)
+        found = kernels.logit_pass(rows["x"], w, rows["labels"], coefficients, options)
         losses = found.lse - found.target_logit + options.z_loss * jnp.square(found.lse)
         dx = None
         if needs_dx:
@@ -223,27 +243,29 @@ def _over_chunks(options: Options, needs: tuple[bool, bool], x, w, labels, weigh
                 dx = jax.lax.psum(dx, options.vocab_axis)
             dx = dx.astype(x.dtype)
         if needs_dw:
-            contracted = (((0,), (0,)), ((), ()))
-            product = jax.lax.dot_general(found.gradient, rows["x"], contracted, preferred_element_type=wide)
-            dw = product if dw is None else dw + product
+            dw = kernels.add_product(dw, found.gradient, rows["x"])
         return dw, {"losses": losses, "lse": found.lse, "dx": dx}
 
+    start = None
+    if needs_dw and (chunk != n or kernels.add_product is not _add_product):
+        start = jnp.zeros(w.shape, wide)
+        if axes := _varying(x) | _varying(w):
+            start = jax.lax.pcast(start, tuple(axes), to="varying")
     if chunk == n:
-        dw, found = one(rows, None)
+        dw, found = one(rows, start)
     else:
         count = -(-n // chunk)
         padding = count * chunk - n
         # Padded rows have weight 0: they add nothing to dW, and their own results are cut off.
         padded = {name: jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)) for name, a in rows.items()}
         split = {name: a.reshape(count, chunk, *a.shape[1:]) for name, a in padded.items()}
-        start = None
-        if needs_dw:
-            start = jnp.zeros(w.shape, wide)
-            if axes := _varying(x) | _varying(w):
-                start = jax.lax.pcast(start, tuple(axes), to="varying")
         dw, found = jax.lax.scan(lambda dw, rows: one(rows, dw), start, split)
         found = jax.tree.map(lambda a: a.reshape(count * chunk, *a.shape[2:])[:n], found)
     return {"dw": dw, **jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), found)}
+
+
+def _wide(dtype):
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _varying(array) -> frozenset[str]:

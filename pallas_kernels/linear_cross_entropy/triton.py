@@ -27,8 +27,7 @@ def linear_cross_entropy(x, w, labels, weights, **options):
         raise Unsupported("has no kernel for a vocabulary that is split inside shard_map")
     if w.shape[0] > COLUMNS * target_device().cores:
         raise Unsupported(f"holds at most {COLUMNS * target_device().cores:,} logits of a row, not {w.shape[0]:,}")
-    itemsize = 4 + x.dtype.itemsize
-    return chunked.chunked(x, w, labels, weights, logit_pass=logit_pass, bytes_per_logit=itemsize, **options)
+    return chunked.chunked(x, w, labels, weights, kernels=KERNELS, **options)
 
 
 def logit_pass(x, w, labels, coefficients, options: chunked.Options) -> chunked.Rows:
@@ -59,6 +58,9 @@ def logit_pass(x, w, labels, coefficients, options: chunked.Options) -> chunked.
         GRADIENT=wanted,
     )
     return chunked.Rows(lse, target_logit, gradient if wanted else None)
+
+
+KERNELS = chunked.Kernels(logit_pass)
 
 
 @triton.jit

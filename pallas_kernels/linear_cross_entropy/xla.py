@@ -8,9 +8,7 @@ from crescendo.pallas_kernels.linear_cross_entropy import chunked
 
 def linear_cross_entropy(x, w, labels, weights, **options):
     """See the op."""
-    # A logit is held in float32, and its gradient in the inputs' dtype.
-    itemsize = jnp.promote_types(x.dtype, jnp.float32).itemsize + x.dtype.itemsize
-    return chunked.chunked(x, w, labels, weights, logit_pass=logit_pass, bytes_per_logit=itemsize, **options)
+    return chunked.chunked(x, w, labels, weights, kernels=KERNELS, **options)
 
 
 def logit_pass(x, w, labels, coefficients, options: chunked.Options) -> chunked.Rows:
@@ -39,6 +37,9 @@ def logit_pass(x, w, labels, coefficients, options: chunked.Options) -> chunked.
     if cap is not None:
         gradient *= 1 - jnp.square(logits / cap)
     return chunked.Rows(lse, target_logit, gradient.astype(x.dtype))
+
+
+KERNELS = chunked.Kernels(logit_pass)
 
 
 def _all(reduce, value, axis):
