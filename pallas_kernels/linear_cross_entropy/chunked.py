@@ -5,6 +5,7 @@ Differentiating the loss of a chunk of rows needs its logits; once they are ther
 found. Recomputing logits in the backward would take a fourth matmul; keeping them, `N x V` numbers.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -18,6 +19,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from crescendo.pallas_kernels.op import target, target_device
 
 
 class RowCoefficients(NamedTuple):
@@ -157,8 +160,13 @@ def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weight
     mesh = jax.sharding.get_abstract_mesh()
     rows = (*x.shape[:-1],)
 
+    device = target_device()
+
     def local(row_axes, vocab_axis, *arrays):
-        found = _over_chunks(dataclasses.replace(options, vocab_axis=vocab_axis), needs, *arrays)
+        # The partitioner asks for a device's part later, outside of the context that says which device it is for.
+        known = jax.sharding.get_abstract_mesh().abstract_device is not None
+        with contextlib.nullcontext() if known else target(device.abstract):
+            found = _over_chunks(dataclasses.replace(options, vocab_axis=vocab_axis), needs, *arrays)
         if row_axes and needs[1]:
             found["dw"] = jax.lax.psum(found["dw"], row_axes)
         return found
