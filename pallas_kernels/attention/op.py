@@ -9,7 +9,9 @@ from crescendo.pallas_kernels.attention.contract import Config, Operands
 from crescendo.pallas_kernels.op import op
 
 HERE = "crescendo.pallas_kernels.attention"
-IMPLEMENTATIONS = {name: f"{HERE}.{name}" for name in ("mosaic_gpu", "triton", "cudnn", "mosaic_tpu", "xla", "reference")}
+IMPLEMENTATIONS = {
+    name: f"{HERE}.{name}" for name in ("mosaic_gpu", "triton", "cudnn", "mosaic_tpu", "xla", "reference")
+}
 
 
 @op(IMPLEMENTATIONS)
@@ -66,7 +68,9 @@ def attention(
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
             raise TypeError(f"{name} must be an array, not {type(array).__name__}")
         if len(array.shape) != 4:
-            raise ValueError(f"{name} must have 4 dimensions [batch, length, heads, width], not the shape {array.shape}")
+            raise ValueError(
+                f"{name} must have 4 dimensions [batch, length, heads, width], not the shape {array.shape}"
+            )
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must be floating-point, not {array.dtype}")
     batch, length, heads, width = q.shape

@@ -98,7 +98,7 @@ def linear_cross_entropy(
         raise ValueError(f"vocab_axis = {vocab_axis!r} must split w inside jax.shard_map, with its check_vma left on")
     vocab_size = w.shape[0] * (1 if vocab_axis is None else jax.lax.axis_size(vocab_axis))
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    weights = jnp.ones(labels.shape, wide) if weights is None else weights.astype(wide)
+    weights = jnp.ones(labels.shape, wide) if weights is None else jnp.asarray(weights, wide)
     if ignore_id is not None:
         weights = jnp.where(labels == ignore_id, 0, weights)
     in_range = (labels >= 0) & (labels < vocab_size)

@@ -27,7 +27,7 @@ class RowCoefficients(NamedTuple):
     """What multiplies the terms of a row's logit gradient: `(a + b lse) p - c q`, with `q` the target distribution.
 
     Attributes:
-      constant: `a` of each row, `[C]`.
+      constant: `a` of each row, `[C]`, as all of them.
       lse: `b` of each row.
       target: `c` of each row.
     """
@@ -51,7 +51,8 @@ LogitPass = Callable[[jax.Array, jax.Array, jax.Array, RowCoefficients | None, "
 
 def _add_product(dw, gradient, x):
     """`dw + gradient^T x`, or the product alone."""
-    product = jax.lax.dot_general(gradient, x, (((0,), (0,)), ((), ())), preferred_element_type=_wide(x.dtype))
+    rows = tuple(range(x.ndim - 1))
+    product = jax.lax.dot_general(gradient, x, ((rows, rows), ((), ())), preferred_element_type=_wide(x.dtype))
     return product if dw is None else dw + product
 
 
@@ -186,6 +187,10 @@ def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weight
         found = jax.shard_map(lambda *a: _given(run(*a)), in_specs=ins, out_specs=outs, check_vma=False)(*arrays)
         return {"dx": None, "dw": None, **found}
 
+    if device.platform == "tpu":
+        # JAX's callback for the partitioner is not there. It splits the formula itself, by all axes but the last.
+        return _over_chunks(options, needs, *arrays, last_axis=True)
+
     def partition(mesh, arg_shapes, result_shape):
         of_rows, (of_vocab, _) = _padded(arg_shapes[0], len(rows) + 1)[:-1], _padded(arg_shapes[1], 2)
         if set(_flat(of_rows)) & set(_flat((of_vocab,))):
@@ -223,17 +228,25 @@ def _padded(shape, length: int):
     return spec + (None,) * (length - len(spec))
 
 
-def _over_chunks(options: Options, needs: tuple[bool, bool], x, w, labels, weights, of_lse=None) -> dict[str, Any]:
-    """`losses` and `lse`, and `dx` and `dw` of the loss (or, given its cotangents, of the lse alone) where needed."""
+def _over_chunks(
+    options: Options, needs: tuple[bool, bool], x, w, labels, weights, of_lse=None, *, last_axis: bool = False
+) -> dict[str, Any]:
+    """`losses` and `lse`, and `dx` and `dw` of the loss (or, given its cotangents, of the lse alone) where needed.
+
+    The rows are cut as they are in memory, or along the last of their axes only, so that the others may be split.
+    """
     needs_dx, needs_dw = needs
-    wide = _wide(x.dtype)
-    shape, width = x.shape[:-1], x.shape[-1]
-    n = math.prod(shape)
-    kernels = options.kernels
-    chunk = rows_in_chunk(n, w.shape[0], kernels.bytes_per_logit(x.dtype), kernels.row_multiple)
-    rows = {"x": x.reshape(n, width), "labels": labels.reshape(n), "weights": weights.reshape(n).astype(wide)}
+    wide, kernels = _wide(x.dtype), options.kernels
+    shape = x.shape[:-1]
+    rows = {"x": x, "labels": labels, "weights": weights.astype(wide)}
     if of_lse is not None:
-        rows["of_lse"] = of_lse.reshape(n).astype(wide)
+        rows["of_lse"] = of_lse.astype(wide)
+    if last_axis:
+        rows = {name: jnp.moveaxis(a, len(shape) - 1, 0) for name, a in rows.items()}
+    else:
+        rows = {name: a.reshape(-1, *a.shape[len(shape) :]) for name, a in rows.items()}
+    n, together = rows["labels"].shape[0], max(1, math.prod(rows["labels"].shape[1:]))
+    chunk = rows_in_chunk(n, w.shape[0] * together, kernels.bytes_per_logit(x.dtype), kernels.row_multiple)
 
     def one(rows, dw):
         coefficients = None
@@ -269,6 +282,8 @@ def _over_chunks(options: Options, needs: tuple[bool, bool], x, w, labels, weigh
         split = {name: a.reshape(count, chunk, *a.shape[1:]) for name, a in padded.items()}
         dw, found = jax.lax.scan(lambda dw, rows: one(rows, dw), start, split)
         found = jax.tree.map(lambda a: a.reshape(count * chunk, *a.shape[2:])[:n], found)
+    if last_axis:
+        return {"dw": dw, **jax.tree.map(lambda a: jnp.moveaxis(a, 0, len(shape) - 1), found)}
     return {"dw": dw, **jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), found)}
 
 

@@ -8,7 +8,6 @@ from triton.runtime import interpreter, jit
 
 from crescendo.pallas_kernels.op import Device
 
-
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int8": "i8"}
 
 
