@@ -13,6 +13,7 @@ from crescendo.experiments import cache, hardware
 from crescendo.experiments.errors import UserError, user_values
 from crescendo.experiments.state import TrainState, abstract_batch, abstract_state, make_step, state_shardings
 from crescendo.models import ModelConfig
+from crescendo.pallas_kernels.op import target
 
 # Past this many tokens on a device a larger microbatch makes no step faster, and only takes memory (on two shared
 # CPU cores, the debug model: 14,300 tokens/s in microbatches of 512 tokens, 7,900 in ones of 1,024).
@@ -70,7 +71,9 @@ def lower_step(
         statistics=statistics,
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    traced = jitted.trace(abstract_state(config, optimizer, shardings), abstract_batch(mesh, plan, sequence_length))
+    # Kernels choose by the device that the step is for.
+    with target(mesh.devices.flat[0]):
+        traced = jitted.trace(abstract_state(config, optimizer, shardings), abstract_batch(mesh, plan, sequence_length))
     return traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
 
 
