@@ -200,7 +200,7 @@ def op(implementations: Mapping[str, str]) -> Callable[[Callable[..., dict]], Ca
                     return _load(name, implementations[candidate])(**arguments)
                 except Unsupported as reason:
                     refusals.append(Answer(candidate, str(reason)))
-            answers = _ask(name, implementations, arguments)
+            answers = _ask(name, implementations, check, args, kwargs)
             serving = [answer.implementation for answer in answers if not answer.reason]
             advice = f"implementation={' or '.join(map(repr, serving))} serves it" if serving else "none serves it"
             raise NotImplementedError(f"{name} on {target_device()}: {'; '.join(map(str, refusals))}; {advice}")
@@ -225,8 +225,7 @@ def explain(function: Callable[..., Any], *args, **kwargs) -> Answers:
     if not hasattr(function, "implementations"):
         raise TypeError(f"{function!r} is no op: pass one of crescendo.pallas_kernels")
     kwargs.pop("implementation", None)
-    arguments = function.check(*args, **kwargs)
-    answers = _ask(function.__name__, function.implementations, arguments)
+    answers = _ask(function.__name__, function.implementations, function.check, args, kwargs)
     return Answers(function.__name__, target_device(), tuple(answers))
 
 
@@ -255,9 +254,9 @@ def _load(op_name: str, module: str) -> Callable[..., Any]:
         raise Unsupported(f"needs the package {error.name}, which is not installed") from None
 
 
-def _ask(op_name: str, table: Mapping[str, str], arguments: dict) -> list[Answer]:
+def _ask(op_name: str, table: Mapping[str, str], check: Callable[..., dict], args: tuple, kwargs: dict) -> list[Answer]:
     """Every implementation's answer; only shapes are computed."""
-    leaves, structure = jax.tree.flatten(arguments)
+    leaves, structure = jax.tree.flatten((args, kwargs))
     dynamic = [isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) for leaf in leaves]
     answers = []
     for name, module in table.items():
@@ -265,7 +264,8 @@ def _ask(op_name: str, table: Mapping[str, str], arguments: dict) -> list[Answer
         def trace(arrays, module=module):
             given = iter(arrays)
             merged = [next(given) if d else leaf for leaf, d in zip(leaves, dynamic, strict=True)]
-            return _load(op_name, module)(**jax.tree.unflatten(structure, merged))
+            args, kwargs = jax.tree.unflatten(structure, merged)
+            return _load(op_name, module)(**check(*args, **kwargs))
 
         try:
             jax.eval_shape(trace, [leaf for leaf, d in zip(leaves, dynamic, strict=True) if d])

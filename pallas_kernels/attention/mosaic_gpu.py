@@ -20,14 +20,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, attend, block_ranges
+from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, attend, block_ranges, per_device
 from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 FLOOR = -1e30  # the least maximum: finite, so that a row which has seen nothing yet makes no NaN
 ROWS = 64  # of a warpgroup's matrix instruction
-# Of a thread of the producer and of a consumer, for each number of consumers: together they are at most a core's 65,536.
+# Of a thread of the producer and of a consumer, by the number of consumers: together at most a core's 65,536.
 REGISTERS = {1: (40, 240), 2: (24, 240), 3: (32, 160)}
 ROW_LAYOUT, COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -140,7 +140,7 @@ def attention(config: Config, operands: Operands, return_lse: bool):
     from crescendo.pallas_kernels.attention import mosaic_gpu_backward
 
     check(operands)
-    kernels = Kernels(forward, mosaic_gpu_backward.backward)
+    kernels = per_device(Kernels(forward, mosaic_gpu_backward.backward))
     return attend(kernels, config, operands, return_lse)
 
 
@@ -202,7 +202,7 @@ def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
     """The kernel's call: `(padded operands, ranges) -> (out, lse)`."""
 
     def call(operands: Operands, ranges):
-        batch, length, padded_keys, heads, kv_heads, width = operands.dims
+        batch, length, _, heads, kv_heads, width = operands.dims
         q, k, v = operands[:3]
         dtype = q.dtype
         metadata = [array for array in operands.metadata if array is not None]

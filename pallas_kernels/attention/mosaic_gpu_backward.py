@@ -7,7 +7,6 @@ queries and walks over the keys, with the gradient of q in registers. No two blo
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -204,9 +203,7 @@ def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, wanted, r
                 row, kv_head, tile_k, (lo, full_lo, full_hi, hi) = place(n)
                 first_row = tile_k * tile.rows + wg * ROWS
                 rows = pl.ds(first_row, ROWS)
-                k_info = [
-                    plgpu.load(meta.at[row, rows], layout=shared.ROW_LAYOUT, optimized=False) for meta in k_metas
-                ]
+                k_info = [plgpu.load(meta.at[row, rows], layout=shared.ROW_LAYOUT, optimized=False) for meta in k_metas]
                 plgpu.barrier_wait(own_full.at[wg])
 
                 def one_block(i, carry):

@@ -48,7 +48,7 @@ def _rows(array, count, chunk):
 
 def _scores(config: Config, operands: Operands, grouped, part, exact):
     """Scores of one chunk, float `[B, K, G, T, chunk]`, -inf where unseen, and the capped part's derivative or None."""
-    batch, _, keys, heads, kv_heads, _ = operands.dims
+    _, _, keys, heads, kv_heads, _ = operands.dims
     scores = config.scale * jnp.einsum("btkgd,bskd->bkgts", grouped, part["k"], preferred_element_type=exact)
     slope = None
     if config.soft_cap is not None:
@@ -111,7 +111,7 @@ def forward(config: Config, operands: Operands):
 
 def backward(config: Config, operands: Operands, lse, dout, delta):
     q, k, v, bias = operands[:4]
-    batch, length, keys, heads, kv_heads, width = operands.dims
+    batch, length, keys, heads, kv_heads, _ = operands.dims
     groups = heads // kv_heads
     exact = jnp.promote_types(q.dtype, jnp.float32)
     grouped, dout = _grouped(q, kv_heads), _grouped(dout, kv_heads)

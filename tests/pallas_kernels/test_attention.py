@@ -128,7 +128,7 @@ def test_sharded_by_batch_and_heads_nothing_is_gathered(kind, quick_compilation)
     assert "all-gather" not in compiled.as_text()
     assert "all-to-all" not in compiled.as_text()
     for gradient, wanted in zip(gradients, expected, strict=True):
-        assert gradient.sharding.spec == P("data", None, "model")
+        assert tuple(gradient.sharding.spec)[:3] == ("data", None, "model")
         np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -172,9 +172,10 @@ def test_ranges_of_blocks_hold_every_visible_pair(seed, block_q, block_k):
 def test_bad_input_is_named():
     q = jnp.ones((2, 8, 4, 16))
     k = jnp.ones((2, 8, 2, 16))
+    three = jnp.ones((2, 8, 3, 16))
     mistakes = {
         "q must have 4 dimensions": lambda: attention(q[0], k, k),
-        "q has 4 heads, which is no multiple of k's 3": lambda: attention(q, jnp.ones((2, 8, 3, 16)), jnp.ones((2, 8, 3, 16))),
+        "q has 4 heads, which is no multiple of k's 3": lambda: attention(q, three, three),
         "k and v must have one shape": lambda: attention(q, k, k[:, :4]),
         "must agree in batch and width": lambda: attention(q, k[:1], k[:1]),
         "must not be empty": lambda: attention(q[:0], k[:0], k[:0]),
