@@ -38,11 +38,6 @@ class CompiledStep(NamedTuple):
     peak_bytes: int
 
 
-def attention_implementation(platform: str, config: ModelConfig) -> str:
-    """cuDNN's flash attention where it can serve; otherwise what XLA makes of the plain formula."""
-    return "cudnn" if platform == "gpu" and config.dtype == "bfloat16" else "xla"
-
-
 def lower_step(
     config: ModelConfig,
     optimizer: optax.GradientTransformationExtraArgs,
@@ -57,7 +52,7 @@ def lower_step(
 ) -> jax.stages.Lowered:
     """The step for the mesh's devices, which need not be there: topology descriptions will do.
 
-    `attention` names the implementation; None leaves it to `attention_implementation`.
+    `attention` names the implementation; None leaves it to the device.
     """
     platform = mesh.devices.flat[0].platform
     platform = "gpu" if platform == "cuda" else platform
@@ -66,7 +61,7 @@ def lower_step(
         config,
         optimizer,
         max_gradient_norm=max_gradient_norm,
-        attention=attention or attention_implementation(platform, config),
+        attention=attention,
         mesh=mesh,
         statistics=statistics,
     )

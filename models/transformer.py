@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crescendo.models import axes
-from crescendo.models.attention import Attention, packed_mask
+from crescendo.models.attention import Attention, packed_attention
 from crescendo.models.config import ModelConfig
 from crescendo.models.layers import Linear, RMSNorm, Table, rotary
 
@@ -61,8 +61,8 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, axes.EMBED, config.norm_epsilon)
         self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BTD, mask_BHTT, cosine, sine, implementation):
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), mask_BHTT, cosine, sine, implementation)
+    def __call__(self, x_BTD, attend, cosine, sine):
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), attend, cosine, sine)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
@@ -111,13 +111,15 @@ class Transformer(nnx.Module):
     ):
         config = self.config
         x_BTD = constrain(self.embedding.table[...].astype(config.dtype)[tokens_BT], RESIDUAL)
-        mask_BHTT = packed_mask(segment_ids_BT, causal=causal)
+        attend = functools.partial(
+            packed_attention, segment_ids_BT=segment_ids_BT, causal=causal, implementation=implementation
+        )
         cosine, sine = rotary(positions_BT, config.head_size, config.rope_theta)
         structure, stacked = nnx.split(self.blocks)
 
         def block(x_BTD, parameters):
             layer: Any = nnx.merge(structure, parameters)
-            return constrain(layer(x_BTD, mask_BHTT, cosine, sine, implementation), RESIDUAL), None
+            return constrain(layer(x_BTD, attend, cosine, sine), RESIDUAL), None
 
         if config.remat != "none":
             block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)

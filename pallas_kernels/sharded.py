@@ -33,7 +33,8 @@ def sharded(
       batch: the letters of the dimensions that may be split.
 
     Under an automatic mesh the partitioner splits the call, under an explicit one the arguments' types do, and
-    inside `shard_map` the arrays are parts already (a mesh axis that it leaves automatic is made whole).
+    inside `shard_map` the arrays are parts already (a mesh axis that it leaves automatic is made whole). The TPU's
+    compiler knows no such operation: there several devices need an explicit mesh or `shard_map`.
 
     >>> double = sharded(lambda x: (2 * x,), ["b t"], ["b t"], batch=["b"])
     >>> double(jnp.ones((2, 3)))[0].sum()
@@ -97,6 +98,8 @@ def _partitioned(function, in_letters, out_letters, batch):
                 out_specs=tuple(PartitionSpec(*(where.get(letter) for letter in letters)) for letters in out_letters),
                 check_vma=False,
             )(*arrays)
+        if device.platform == "tpu":
+            return tuple(function(*arrays))
         return _automatic(part, arrays, in_letters, out_letters, batch)(*arrays)
 
     return call

@@ -9,25 +9,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from crescendo.pallas_kernels.sharded import sharded
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The constants of a call.
 
-    A score is `soft_cap * tanh(scale * q.k / soft_cap) + bias`, without the cap where `soft_cap` is None.
+    A score is `soft_cap * tanh(scale * q.k / soft_cap) + bias`, without the cap where `soft_cap` is None. Where
+    `sees_itself`, query i is sure to see key i, and no row is empty.
     """
 
     scale: float
     causal: bool = False
     window: int | None = None
     soft_cap: float | None = None
+    sees_itself: bool = False
 
 
 class Operands(NamedTuple):
     """The arrays of a call; those that are absent are None.
 
-    `q` is `[B, T, H, D]`, `k` and `v` `[B, S, K, D]`, `bias` broadcasts to `[B, H, T, S]`; the others are int32 `[B, T]` or
-    `[B, S]`.
+    `q` is `[B, T, H, D]`, `k` and `v` `[B, S, K, D]`, `bias` broadcasts to `[B, H, T, S]`; the others are int32
+    `[B, T]` or `[B, S]`.
     """
 
     q: Any
@@ -73,7 +77,7 @@ def visible(config: Config, q_segments, k_segments, q_positions, k_positions):
 
 
 class Ranges(NamedTuple):
-    """The key blocks that each query block needs: from `lo` to `hi`, those from `full_lo` to `full_hi` without a mask."""
+    """The key blocks that a query block needs: from `lo` to `hi`, those from `full_lo` to `full_hi` without a mask."""
 
     lo: Any
     full_lo: Any
@@ -91,13 +95,13 @@ def _reduced(array, block: int, xp, fill_low, fill_high):
 
 
 def block_ranges(config: Config, operands: Operands, block_q: int, block_k: int) -> tuple[Ranges, Ranges]:
-    """For every query block the key blocks it needs, and for every key block the query blocks: int32 `[B or 1, blocks]`.
+    """For every query block the key blocks it needs, and the other way round: int32 `[B or 1, blocks]`.
 
     A block outside of its range holds no visible pair; one inside may, and is computed under the mask. Segments are
     compared by the least and the greatest id of a block and by the set of ids modulo 32, so that any ids are right
     and those of packed rows, padding at the end among them, are tight.
     """
-    _, length, keys, *_ = operands.dims
+    keys = operands.dims[2]
     fixed = all(array is None for array in operands.metadata)
     xp: Any = np if fixed else jnp
     big = np.iinfo(np.int32).max
@@ -149,13 +153,70 @@ def _runs(active, full, xp) -> Ranges:
 class Kernels(NamedTuple):
     """A pair of functions: the forward pass and its derivative.
 
-    `forward(config, operands)` gives `out [B, T, H, D]` and `lse`, float32 `[B, H, T]` (-inf where a query sees nothing).
-    `backward(config, operands, lse, dout, delta)` gives the gradients of q, k, v and bias (None where it is absent); with
-    P = exp(score - lse), dScore = P * (dout.v - delta), and `delta`, float32 `[B, H, T]`, holds the gradient of `lse` too.
+    `forward(config, operands)` gives `out [B, T, H, D]` and `lse`, float32 `[B, H, T]` (-inf where a query sees
+    nothing). `backward(config, operands, lse, dout, delta)` gives the gradients of q, k, v and bias (None where it is
+    absent); with P = exp(score - lse), dScore = P * (dout.v - delta), and `delta`, float32 `[B, H, T]`, holds the
+    gradient of `lse` too.
     """
 
     forward: Callable
     backward: Callable
+
+
+# Letters of the operands' dimensions: key heads k, each with a group g of query heads.
+LETTERS = Operands("b t k g d", "b s k d", "b s k d", None, "b t", "b s", "b t", "b s")
+
+
+def per_device(kernels: Kernels) -> Kernels:
+    """Kernels that take no bias, run by every device of a mesh on its own examples and key heads, and under `vmap`."""
+
+    def run(function, operands: Operands, extra: dict[str, Any], outputs: list[str]):
+        _, _, _, heads, kv_heads, width = operands.dims
+
+        def grouped(array):
+            return array.reshape(*array.shape[:2], kv_heads, heads // kv_heads, width)
+
+        present = [i for i, array in enumerate(operands) if array is not None]
+        arrays = [grouped(operands.q), *(operands[i] for i in present[1:]), *extra.values()]
+
+        def local(*arrays):
+            fields: list[Any] = [None] * len(operands)
+            for i, array in zip(present, arrays, strict=False):
+                fields[i] = array
+            batch, length, here, groups, width = fields[0].shape
+            fields[0] = fields[0].reshape(batch, length, here * groups, width)
+            return function(Operands(*fields), here, groups, *arrays[len(present) :])
+
+        letters = [*(LETTERS[i] for i in present), *extra]
+        return sharded(local, letters, outputs, batch=("b", "k"))(*arrays)
+
+    def split(array, axis, kv_heads, groups):
+        return array.reshape(*array.shape[:axis], kv_heads, groups, *array.shape[axis + 1 :])
+
+    def forward(config, operands):
+        def local(operands, kv_heads, groups):
+            out, lse = kernels.forward(config, operands)
+            return split(out, 2, kv_heads, groups), split(lse, 1, kv_heads, groups)
+
+        out, lse = run(local, operands, {}, ["b t k g d", "b k g t"])
+        return out.reshape(operands.q.shape), lse.reshape(lse.shape[0], -1, lse.shape[-1])
+
+    def backward(config, operands, lse, dout, delta):
+        _, _, _, heads, kv_heads, _ = operands.dims
+
+        def local(operands, kv_heads, groups, lse, delta, dout):
+            rows = (array.reshape(array.shape[0], -1, array.shape[-1]) for array in (lse, delta))
+            dout = dout.reshape(operands.q.shape)
+            dq, dk, dv, _ = kernels.backward(config, operands, next(rows), dout, next(rows))
+            return split(dq, 2, kv_heads, groups), dk, dv
+
+        groups = heads // kv_heads
+        lse, delta = (split(array, 1, kv_heads, groups) for array in (lse, delta))
+        extra = {"b k g t": lse, " b k g t": delta, "b t k g d": split(dout, 2, kv_heads, groups)}
+        dq, dk, dv = run(local, operands, extra, ["b t k g d", "b s k d", "b s k d"])
+        return dq.reshape(operands.q.shape), dk, dv, None
+
+    return Kernels(forward, backward)
 
 
 def attend(kernels: Kernels, config: Config, operands: Operands, return_lse: bool):

@@ -20,13 +20,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, attend, block_ranges
+from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, attend, block_ranges, per_device
 from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
-HIDDEN = -1e30  # the score of a masked pair: finite, so that a row which has seen nothing yet makes no NaN
+FLOOR = -1e30  # the least maximum: finite, so that a row which has seen nothing yet makes no NaN
 ROWS = 64  # of a warpgroup's matrix instruction
+# Of a thread of the producer and of a consumer, by the number of consumers: together at most a core's 65,536.
+REGISTERS = {1: (40, 240), 2: (24, 240), 3: (32, 160)}
 ROW_LAYOUT, COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -61,6 +63,21 @@ def tiled(shape, dtype):
 
 def row_vector(value, size=ROWS):
     return plgpu.layout_cast(jnp.full((size,), value, jnp.float32), ROW_LAYOUT)
+
+
+def begin(accumulator, value):
+    """Sets a matrix instruction's accumulator to registers' values."""
+    accumulator[...] = value
+
+
+def product(accumulator, a, b):
+    """Issues `accumulator += a @ b`; `a` may be in registers."""
+    plgpu.wgmma(accumulator, a, b)
+
+
+def finish(accumulator, in_flight: int = 0):
+    """The accumulator's value, once at most that many later products are in flight."""
+    return plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
 
 
 def along_rows(vector, shape):
@@ -123,7 +140,7 @@ def attention(config: Config, operands: Operands, return_lse: bool):
     from crescendo.pallas_kernels.attention import mosaic_gpu_backward
 
     check(operands)
-    kernels = Kernels(forward, mosaic_gpu_backward.backward)
+    kernels = per_device(Kernels(forward, mosaic_gpu_backward.backward))
     return attend(kernels, config, operands, return_lse)
 
 
@@ -185,7 +202,7 @@ def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
     """The kernel's call: `(padded operands, ranges) -> (out, lse)`."""
 
     def call(operands: Operands, ranges):
-        batch, length, padded_keys, heads, kv_heads, width = operands.dims
+        batch, length, _, heads, kv_heads, width = operands.dims
         q, k, v = operands[:3]
         dtype = q.dtype
         metadata = [array for array in operands.metadata if array is not None]
@@ -220,7 +237,7 @@ def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
 
             @pl.when(warpgroup == tile.consumers)
             def _producer():
-                plgpu.set_max_registers(24 if tile.consumers == 3 else 40, action="decrease")
+                plgpu.set_max_registers(REGISTERS[tile.consumers][0], action="decrease")
 
                 def one_tile(n, step):
                     row, head, tile_q, (lo, _, _, hi) = place(n)
@@ -255,11 +272,20 @@ def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
 
                     return lax.fori_loop(lo, hi, one_block, step)
 
-                lax.fori_loop(0, rounds, one_tile, jnp.int32(0))
+                steps = lax.fori_loop(0, rounds, one_tile, jnp.int32(0))
+
+                # Nobody leaves before every arrival has been seen.
+                @pl.loop(jnp.maximum(steps - tile.stages, 0), steps)
+                def _(step):
+                    plgpu.barrier_wait(k_free.at[lax.rem(step, tile.stages)])
+                    plgpu.barrier_wait(v_free.at[lax.rem(step, tile.stages)])
+
+                for wg in range(tile.consumers):
+                    plgpu.barrier_wait(q_free.at[wg])
 
             @pl.when(warpgroup < tile.consumers)
             def _consumer():
-                plgpu.set_max_registers(160 if tile.consumers == 3 else 240, action="increase")
+                plgpu.set_max_registers(REGISTERS[tile.consumers][1], action="increase")
                 wg = warpgroup
                 if tile.turns:
                     # The last one gives the first its first turn.
@@ -296,16 +322,18 @@ def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
                                 plgpu.load(meta_smem.at[i, slot], layout=COLUMN_LAYOUT, optimized=False)
                                 for i in range(len(k_metas))
                             ]
+                            if k_info:
+                                plgpu.commit_smem()  # these reads come before the copy that overwrites the slot
                             seen = visible_pairs(
                                 config,
-                                _unpack(operands, q_info),
-                                _unpack(operands, k_info),
+                                unpack(operands, q_info),
+                                unpack(operands, k_info),
                                 first_row,
                                 j * tile.block_k,
                                 shape,
                                 keys=ragged,
                             )
-                            return scores if seen is None else jnp.where(seen, scores, HIDDEN)
+                            return scores if seen is None else jnp.where(seen, scores, -jnp.inf)
 
                         edge = (j < full_lo) | (j >= full_hi)
                         scores = lax.cond(edge, masked, lambda scores: scores, scores)
@@ -322,14 +350,14 @@ def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
                     def first_scores(acc):
                         slot = lax.rem(step, tile.stages)
                         take_turn()
-                        plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
+                        product(acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
                         pass_turn()
-                        return acc[...]
+                        return finish(acc)
 
                     def attend_tile():
                         slot = lax.rem(step, tile.stages)
                         scores = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
-                        start = softmax(scores, slot, lo, row_vector(HIDDEN), row_vector(0.0))
+                        start = softmax(scores, slot, lo, row_vector(FLOOR), row_vector(0.0))
                         weights, maximum, total, _ = start
                         mixed = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
 
@@ -341,14 +369,14 @@ def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
                             plgpu.barrier_wait(v_full.at[last])
 
                             def overlapped(scores_acc, mixed_acc):
-                                mixed_acc[...] = mixed
+                                begin(mixed_acc, mixed)
                                 take_turn()
-                                plgpu.wgmma(scores_acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
-                                plgpu.wgmma(mixed_acc, weights, v_smem.at[last])
+                                product(scores_acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
+                                product(mixed_acc, weights, v_smem.at[last])
                                 pass_turn()
-                                scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
+                                scores = finish(scores_acc, in_flight=1)
                                 result = softmax(scores, slot, j, maximum, total)
-                                return *result, mixed_acc[...]
+                                return *result, finish(mixed_acc)
 
                             weights, maximum, total, shrink, mixed = pl.run_scoped(
                                 overlapped, plgpu.ACC(shape, jnp.float32), plgpu.ACC((ROWS, width), jnp.float32)
@@ -365,14 +393,13 @@ def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
                         plgpu.barrier_wait(v_full.at[last])
 
                         def last_product(acc):
-                            acc[...] = mixed
-                            plgpu.wgmma(acc, weights, v_smem.at[last])
-                            return acc[...]
+                            begin(acc, mixed)
+                            product(acc, weights, v_smem.at[last])
+                            return finish(acc)
 
                         mixed = pl.run_scoped(last_product, plgpu.ACC((ROWS, width), jnp.float32))
                         plgpu.barrier_arrive(v_free.at[last])
-                        # A row whose every score was hidden has seen nothing, whatever its sums say.
-                        seen = maximum > HIDDEN * 1e-6
+                        seen = total > 0.0
                         total = jnp.where(seen, total, 1.0)
                         mixed = mixed * along_rows(jnp.where(seen, 1.0 / total, 0.0), (ROWS, width))
                         lse = jnp.where(seen, (maximum + jnp.log2(total)) * LN_2, -jnp.inf)
@@ -398,6 +425,7 @@ def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
                     return step + (hi - lo)
 
                 lax.fori_loop(0, rounds, one_tile, jnp.int32(0))
+                pl.when(wg == 0)(take_turn)
                 plgpu.wait_smem_to_gmem(0)
 
         kernel = plgpu.kernel(
@@ -433,7 +461,7 @@ def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
     return call
 
 
-def _unpack(operands: Operands, present: list) -> tuple:
+def unpack(operands: Operands, present: list) -> tuple:
     """(segments, positions) from those that are there."""
     given = iter(present)
     segments = next(given) if operands.q_segments is not None else None

@@ -9,9 +9,7 @@ from crescendo.pallas_kernels.attention.contract import Config, Operands
 from crescendo.pallas_kernels.op import op
 
 HERE = "crescendo.pallas_kernels.attention"
-IMPLEMENTATIONS = {
-    name: f"{HERE}.{name}" for name in ("mosaic_gpu", "triton", "cudnn", "mosaic_tpu", "xla", "reference")
-}
+IMPLEMENTATIONS = {name: f"{HERE}.{name}" for name in ("mosaic_gpu", "cudnn", "xla", "reference")}
 
 
 @op(IMPLEMENTATIONS)
@@ -38,7 +36,7 @@ def attention(
       k, v: `[B, S, K, D]`, H a multiple of K, of q's dtype.
       causal: a query sees keys whose position is not greater than its own.
       window: keeps keys at a distance less than this: `i - w < j`, and `j <= i` when causal, `j < i + w` otherwise.
-      segment_ids: int `[B, T]` (where S = T), or a pair of `[B, T]` and `[B, S]`: queries see keys of their own segment.
+      segment_ids: int `[B, T]` (where S = T), or a pair of `[B, T]` and `[B, S]`: queries see keys of their segment.
       positions: likewise, int; `arange` from 0 on both sides where it is None. `causal` and `window` compare them.
       bias: added to the scores; its shape broadcasts to `[B, H, T, S]`.
       scale: `D ** -0.5` where it is None.
@@ -100,6 +98,7 @@ def attention(
         causal=bool(causal),
         window=None if window is None else int(window),
         soft_cap=None if soft_cap is None else float(soft_cap),
+        sees_itself=not isinstance(segment_ids, tuple) and positions is None and length == keys,
     )
     if not config.causal and config.window is None:
         positions = None  # nothing reads them

@@ -48,7 +48,7 @@ def _rows(array, count, chunk):
 
 def _scores(config: Config, operands: Operands, grouped, part, exact):
     """Scores of one chunk, float `[B, K, G, T, chunk]`, -inf where unseen, and the capped part's derivative or None."""
-    batch, _, keys, heads, kv_heads, _ = operands.dims
+    _, _, keys, heads, kv_heads, _ = operands.dims
     scores = config.scale * jnp.einsum("btkgd,bskd->bkgts", grouped, part["k"], preferred_element_type=exact)
     slope = None
     if config.soft_cap is not None:
@@ -98,8 +98,9 @@ def forward(config: Config, operands: Operands):
         mixed = jnp.einsum("bkgts,bskd->bkgtd", weights.astype(v.dtype), part["v"], preferred_element_type=exact)
         return (new, total * shrink + weights.sum(-1), out * shrink[..., None] + mixed), None
 
-    shape = (batch, kv_heads, heads // kv_heads, length)
-    start = (jnp.full(shape, -jnp.inf, exact), jnp.zeros(shape, exact), jnp.zeros((*shape, width), exact))
+    # Made from the queries, so that it has their sharding.
+    out = jnp.zeros_like(jnp.moveaxis(grouped, 1, 3), dtype=exact)
+    start = jnp.full_like(out[..., 0], -jnp.inf), out[..., 0], out
     (maximum, total, out), _ = jax.lax.scan(step, _varying(start, operands), parts)
     seen = total > 0
     out = out / jnp.where(seen, total, 1)[..., None]
@@ -110,7 +111,7 @@ def forward(config: Config, operands: Operands):
 
 def backward(config: Config, operands: Operands, lse, dout, delta):
     q, k, v, bias = operands[:4]
-    batch, length, keys, heads, kv_heads, width = operands.dims
+    batch, length, keys, heads, kv_heads, _ = operands.dims
     groups = heads // kv_heads
     exact = jnp.promote_types(q.dtype, jnp.float32)
     grouped, dout = _grouped(q, kv_heads), _grouped(dout, kv_heads)
@@ -134,7 +135,7 @@ def backward(config: Config, operands: Operands, lse, dout, delta):
         dq = dq + jnp.einsum("bkgts,bskd->btkgd", dscores.astype(k.dtype), part["k"], preferred_element_type=exact)
         return dq, (dk, dv, dbias)
 
-    dq, (dk, dv, dbias) = jax.lax.scan(step, _varying(jnp.zeros(grouped.shape, exact), operands), parts)
+    dq, (dk, dv, dbias) = jax.lax.scan(step, _varying(jnp.zeros_like(grouped, dtype=exact), operands), parts)
 
     def joined(array, axis):
         array = jnp.moveaxis(array, 0, axis)
