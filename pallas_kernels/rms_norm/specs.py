@@ -42,7 +42,7 @@ SPECS = (
 
 def _rotary(shape, kv_heads, key):
     keys = jax.random.split(key, 5)
-    batch, length, heads, width = shape
+    batch, length, _, width = shape
     q = jax.random.normal(keys[0], shape, jnp.bfloat16)
     k = jax.random.normal(keys[1], (batch, length, kv_heads, width), jnp.bfloat16)
     scales = (1 + 0.1 * jax.random.normal(key, (width,)) for key in keys[2:4])

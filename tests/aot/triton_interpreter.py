@@ -2,9 +2,7 @@
 
 import jax
 import numpy as np
-from triton.runtime import interpreter, jit
-
-from crescendo.pallas_kernels.op import Device
+from triton.runtime import interpreter
 
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int8": "i8"}
 
