@@ -110,7 +110,9 @@ class Transformer(nnx.Module):
         constrain: Constrain = unconstrained,
     ):
         config = self.config
-        x_BTD = constrain(self.embedding.table[...].astype(config.dtype)[tokens_BT], RESIDUAL)
+        # Looked up before the cast: the gradient then adds up the many uses of a token in float32, with the atomics
+        # that GPUs have for it.
+        x_BTD = constrain(self.embedding.table[...][tokens_BT].astype(config.dtype), RESIDUAL)
         attend = functools.partial(
             packed_attention, segment_ids_BT=segment_ids_BT, causal=causal, implementation=implementation
         )
