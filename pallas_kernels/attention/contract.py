@@ -26,6 +26,11 @@ class Config:
     soft_cap: float | None = None
     sees_itself: bool = False
 
+    @property
+    def masks(self) -> bool:
+        """Whether positions matter."""
+        return self.causal or self.window is not None
+
 
 class Operands(NamedTuple):
     """The arrays of a call; those that are absent are None.
@@ -59,7 +64,7 @@ def positions(operands: Operands) -> tuple[Any, Any]:
     if operands.q_positions is not None:
         return operands.q_positions, operands.k_positions
     _, length, keys, *_ = operands.dims
-    return np.arange(length, dtype=np.int32)[None], np.arange(keys, dtype=np.int32)[None]
+    return jnp.arange(length, dtype=jnp.int32)[None], jnp.arange(keys, dtype=jnp.int32)[None]
 
 
 def visible(config: Config, q_segments, k_segments, q_positions, k_positions):
@@ -67,7 +72,7 @@ def visible(config: Config, q_segments, k_segments, q_positions, k_positions):
     mask = None
     if q_segments is not None:
         mask = q_segments[..., :, None] == k_segments[..., None, :]
-    if config.causal or config.window is not None:
+    if config.masks:
         ahead = q_positions[..., :, None] - k_positions[..., None, :]
         near = ahead >= 0 if config.causal else ahead > -config.window
         if config.window is not None:
@@ -85,12 +90,12 @@ class Ranges(NamedTuple):
     hi: Any
 
 
-def _reduced(array, block: int, xp, fill_low, fill_high):
+def _reduced(array, block: int, fill_low, fill_high):
     """Minimum and maximum of each block of `array[..., N]`."""
     extra = -array.shape[-1] % block
     pad = [(0, 0)] * (array.ndim - 1) + [(0, extra)]
-    low = xp.pad(array, pad, constant_values=fill_low).reshape(*array.shape[:-1], -1, block).min(-1)
-    high = xp.pad(array, pad, constant_values=fill_high).reshape(*array.shape[:-1], -1, block).max(-1)
+    low = jnp.pad(array, pad, constant_values=fill_low).reshape(*array.shape[:-1], -1, block).min(-1)
+    high = jnp.pad(array, pad, constant_values=fill_high).reshape(*array.shape[:-1], -1, block).max(-1)
     return low, high
 
 
@@ -102,14 +107,12 @@ def block_ranges(config: Config, operands: Operands, block_q: int, block_k: int)
     and those of packed rows, padding at the end among them, are tight.
     """
     keys = operands.dims[2]
-    fixed = all(array is None for array in operands.metadata)
-    xp: Any = np if fixed else jnp
     big = np.iinfo(np.int32).max
     q_positions, k_positions = positions(operands)
-    q_low, q_high = _reduced(q_positions, block_q, xp, big, -big)
-    k_low, k_high = _reduced(k_positions, block_k, xp, big, -big)
+    q_low, q_high = _reduced(q_positions, block_q, big, -big)
+    k_low, k_high = _reduced(k_positions, block_k, big, -big)
     q_low, q_high, k_low, k_high = q_low[..., :, None], q_high[..., :, None], k_low[..., None, :], k_high[..., None, :]
-    active = xp.ones((1, q_low.shape[-2], k_low.shape[-1]), bool)
+    active = jnp.ones((1, q_low.shape[-2], k_low.shape[-1]), bool)
     full = active
     if config.causal:
         active, full = active & (k_low <= q_high), full & (k_high <= q_low)
@@ -118,14 +121,14 @@ def block_ranges(config: Config, operands: Operands, block_q: int, block_k: int)
         if not config.causal:
             active, full = active & (k_low < q_high + config.window), full & (k_high < q_low + config.window)
     if operands.q_segments is not None:
-        q_low, q_high = (x[..., :, None] for x in _reduced(operands.q_segments, block_q, xp, big, -big))
-        k_low, k_high = (x[..., None, :] for x in _reduced(operands.k_segments, block_k, xp, big, -big))
+        q_low, q_high = (x[..., :, None] for x in _reduced(operands.q_segments, block_q, big, -big))
+        k_low, k_high = (x[..., None, :] for x in _reduced(operands.k_segments, block_k, big, -big))
         q_ids, k_ids = _id_sets(operands.q_segments, block_q)[..., :, None], _id_sets(operands.k_segments, block_k)
         active = active & (q_low <= k_high) & (k_low <= q_high) & ((q_ids & k_ids[..., None, :]) != 0)
         full = full & (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
     if keys % block_k:
-        full = full & (xp.arange(full.shape[-1]) < keys // block_k)
-    return _runs(active, full, xp), _runs(active.swapaxes(-1, -2), full.swapaxes(-1, -2), xp)
+        full = full & (jnp.arange(full.shape[-1]) < keys // block_k)
+    return _runs(active, full), _runs(active.swapaxes(-1, -2), full.swapaxes(-1, -2))
 
 
 def _id_sets(segments, block: int):
@@ -136,18 +139,18 @@ def _id_sets(segments, block: int):
     return jax.lax.reduce(bits, np.uint32(0), jax.lax.bitwise_or, (bits.ndim - 1,))
 
 
-def _runs(active, full, xp) -> Ranges:
+def _runs(active, full) -> Ranges:
     """The range of active blocks along the last axis, and in it the first run of full ones."""
     count = active.shape[-1]
-    index = xp.arange(count, dtype=np.int32)
-    lo = xp.where(active, index, count).min(-1)
-    hi = xp.where(active, index + 1, 0).max(-1)
-    lo = xp.minimum(lo, hi)
+    index = jnp.arange(count, dtype=jnp.int32)
+    lo = jnp.where(active, index, count).min(-1)
+    hi = jnp.where(active, index + 1, 0).max(-1)
+    lo = jnp.minimum(lo, hi)
     full = full & active
-    full_lo = xp.minimum(xp.where(full, index, count).min(-1), hi)
-    full_hi = xp.where(~full & (index >= full_lo[..., None]), index, count).min(-1)
-    full_hi = xp.minimum(full_hi, hi)
-    return Ranges(*(array.astype(np.int32) for array in (lo, full_lo, full_hi, hi)))
+    full_lo = jnp.minimum(jnp.where(full, index, count).min(-1), hi)
+    full_hi = jnp.where(~full & (index >= full_lo[..., None]), index, count).min(-1)
+    full_hi = jnp.minimum(full_hi, hi)
+    return Ranges(*(array.astype(jnp.int32) for array in (lo, full_lo, full_hi, hi)))
 
 
 class Kernels(NamedTuple):

@@ -108,7 +108,7 @@ def visible_pairs(config: Config, rows, columns, first_row, first_column, shape,
     masks = []
     if q_segments is not None:
         masks.append(spread(q_segments, q_dim) == spread(k_segments, k_dim))
-    if config.causal or config.window is not None:
+    if config.masks:
         if q_positions is None:
             ahead = index(q_dim, first_row - first_column) - index(k_dim, 0)
         else:
@@ -336,7 +336,8 @@ def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
                             return scores if seen is None else jnp.where(seen, scores, -jnp.inf)
 
                         edge = (j < full_lo) | (j >= full_hi)
-                        scores = lax.cond(edge, masked, lambda scores: scores, scores)
+                        if config.masks or q_meta or ragged:
+                            scores = lax.cond(edge, masked, lambda scores: scores, scores)
                         plgpu.barrier_arrive(k_free.at[slot])
                         new = jnp.maximum(maximum, scores.max(axis=1) * factor)
                         weights = jnp.exp2(scores * factor - along_rows(new, shape))
