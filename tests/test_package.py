@@ -87,6 +87,7 @@ COMMANDS = [
         for name in ("train", "report", "batch_warmup", "refine_schedule", "large_batch", "benchmark")
     ),
     "models.describe",
+    "pallas_kernels.bench",
     "optim.plot",
 ]
 

@@ -92,8 +92,16 @@ def results(op, implementation, arguments, options):
     return jax.tree.leaves(jax.grad(loss, has_aux=True)(arguments, named))
 
 
-@pytest.mark.parametrize("op", [softmax, log_softmax], ids=lambda op: op.__name__)
-@pytest.mark.parametrize("spec", [s for s in SOFTMAX_SPECS if "small" in s.tags], ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    ("op", "spec"),
+    [
+        (op, s)
+        for s in SOFTMAX_SPECS
+        for op in (softmax, log_softmax)
+        if "small" in s.tags and (op is softmax or "capped" in s.name)
+    ],
+    ids=lambda value: getattr(value, "name", None) or value.__name__,
+)
 def test_softmax_for_tpu(op, spec, tpu):
     arguments, options = spec.inputs(np.random.default_rng().integers(2**31))
     wide = [a.astype(jnp.float32) for a in arguments]
@@ -103,7 +111,9 @@ def test_softmax_for_tpu(op, spec, tpu):
         assert jnp.linalg.norm((f - e).ravel()) <= 1e-5 * max(1.0, jnp.linalg.norm(e.ravel()))
 
 
-@pytest.mark.parametrize("spec", [s for s in NORM_SPECS if "small" in s.tags], ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    "spec", [s for s in NORM_SPECS if s.name in ("17 x 4099", "examples")], ids=lambda spec: spec.name
+)
 def test_rms_norm_for_tpu(spec, tpu):
     arguments, options = spec.inputs(np.random.default_rng().integers(2**31))
     wide = [a.astype(jnp.float32) for a in arguments]
