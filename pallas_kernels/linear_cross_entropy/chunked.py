@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 
     lse: jax.Array
     target_logit: jax.Array
-    gradient: jax.Array | None
+    gradient: Any
 
 
 # (x, w, labels, coefficients | None, options) -> Rows

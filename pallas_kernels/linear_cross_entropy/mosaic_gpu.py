@@ -142,7 +142,8 @@ KERNELS = chunked.Kernels(
 def _transforms(columns: int, dtype):
     """The swizzled layout of a block in shared memory that the tensor cores and the copy engine read."""
     swizzle = plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
-    return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
+    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
+    return tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
 
 
 def _block(dtype):
@@ -194,7 +195,9 @@ def _multiply(a_ref, b_ref, *, by_rows: bool, a_transposed: bool, b_transposed: 
     nothing = lambda *_, **__: None  # noqa: E731
     allocations = pipeline(nothing, nothing).get_allocations(a_ref, b_ref)
 
-    @functools.partial(pl.run_scoped, allocations=allocations, collective_axes="warpgroup", **scratch)
+    scoped: Any = functools.partial(pl.run_scoped, allocations=allocations, collective_axes="warpgroup", **scratch)
+
+    @scoped
     def _(allocations, **scratch):
         warpgroup = lax.axis_index("warpgroup")
         mine = pl.ds(warpgroup * SQUARE, SQUARE)
