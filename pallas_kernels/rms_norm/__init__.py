@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from crescendo.pallas_kernels.op import op
 
-MODULES = {name: f"crescendo.pallas_kernels.rms_norm.{name}" for name in ("triton", "xla", "reference")}
+MODULES = {name: f"crescendo.pallas_kernels.rms_norm.{name}" for name in ("triton", "mosaic_tpu", "xla", "reference")}
 
 
 @op(MODULES)

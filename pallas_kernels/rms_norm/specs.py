@@ -1,6 +1,7 @@
 """Calls of real and of awkward shapes."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ def _norm(shape, dtype, options, key):
     keys = jax.random.split(key, 3)
     x = jax.random.normal(keys[0], shape, dtype)
     scale = 1 + 0.1 * jax.random.normal(keys[1], (*options.get("examples", ()), shape[-1]))
-    extra = {"eps": 1e-5}
+    extra: dict[str, Any] = {"eps": 1e-5}
     if "residual" in options:
         extra["residual"] = jax.random.normal(keys[2], shape, dtype)
     if "probe" in options:
@@ -42,7 +43,7 @@ SPECS = (
 
 def _rotary(shape, kv_heads, key):
     keys = jax.random.split(key, 5)
-    batch, length, heads, width = shape
+    batch, length, _, width = shape
     q = jax.random.normal(keys[0], shape, jnp.bfloat16)
     k = jax.random.normal(keys[1], (batch, length, kv_heads, width), jnp.bfloat16)
     scales = (1 + 0.1 * jax.random.normal(key, (width,)) for key in keys[2:4])

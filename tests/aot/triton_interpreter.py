@@ -1,12 +1,8 @@
 """Runs Triton kernels on the CPU, one program after the other, in the place of `triton_call`."""
 
 import jax
-import ml_dtypes
 import numpy as np
-import pytest
-from triton.runtime import interpreter, jit
-
-from crescendo.pallas_kernels.op import Device
+from triton.runtime import interpreter
 
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int8": "i8"}
 
@@ -57,19 +53,3 @@ def triton_call(*arrays, kernel, out_shape, grid, num_warps, num_stages=1, zeroe
 
     shapes = tuple(jax.ShapeDtypeStruct(s.shape, s.dtype) for s in out_shape)
     return jax.pure_callback(run, shapes, *arrays, vmap_method="sequential")
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """`interpreted(module, cores)`: the module's kernels are interpreted, as if on a GPU with so many cores."""
-
-    def use(module, cores: int = 132):
-        monkeypatch.setattr(module, "triton_call", triton_call)
-        monkeypatch.setattr(module, "target_device", lambda: Device("gpu", "interpreter", 9.0, cores))
-        call = lambda self, *args, **kwargs: interpreter.InterpretedFunction(self.fn)(*args, **kwargs)  # noqa: E731
-        monkeypatch.setattr(jit.JITFunction, "__call__", call)
-
-    return use
-
-
-assert ml_dtypes  # numpy knows bfloat16 by it

@@ -56,7 +56,7 @@ def exact(op, arguments, options, seed):
 
 def distance(found, expected) -> float:
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    # In a row of one entry x / rms(x) is a sign, and its gradient vanishes but for epsilon: there the error is absolute.
+    # In a row of one entry x / rms(x) is a sign, whose gradient vanishes but for epsilon: there the error is absolute.
     return np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1.0)
 
 
