@@ -209,7 +209,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         what = f"no spec with the tags {arguments.tags}" if not found else f"nobody named {arguments.only}"
         print(f"{arguments.op} has {what}: see --help", file=sys.stderr)
         raise SystemExit(2)
-    console, results = Console(), []
+    console = Console()
+    results: list[Result] = []
     total = len(found) * len(who) * len(arguments.passes)
     with console.status("") as status:
         for spec in found:

@@ -225,7 +225,7 @@ def explain(function: Callable[..., Any], *args, **kwargs) -> Answers:
     if not hasattr(function, "implementations"):
         raise TypeError(f"{function!r} is no op: pass one of crescendo.pallas_kernels")
     kwargs.pop("implementation", None)
-    answers = _ask(function.__name__, function.implementations, function.check, args, kwargs)
+    answers = _ask(function.__name__, function.implementations, function.check, args, kwargs)  # type: ignore[attr-defined]
     return Answers(function.__name__, target_device(), tuple(answers))
 
 

@@ -26,6 +26,9 @@ LOG2E = 1.4426950408889634
 TILE_K = 64
 # Each of the two warpgroups that multiply owns a square of the tile of a streaming multiprocessor.
 SQUARE = 128
+# Blocks of K that are on their way at a time, and rows of tiles that are worked on together.
+STAGES = 4
+TILES_TOGETHER = 8
 
 
 def linear_cross_entropy(x, w, labels, weights, **options):
@@ -88,7 +91,7 @@ def exponentials(x, w):
                 plgpu.copy_smem_to_gmem(statistics.at[warpgroup, i], ref.at[column // SQUARE, pl.ds(row, SQUARE)])
 
         scratch = {"block": _block(x.dtype), "statistics": plgpu.SMEM((2, 2, SQUARE), jnp.float32)}
-        _multiply(x_ref, w_ref, by_rows=True, a_transposed=False, b_transposed=True, stages=4, finish=finish, **scratch)
+        _multiply(x_ref, w_ref, by_rows=True, a_transposed=False, b_transposed=True, finish=finish, **scratch)
 
     statistic = jax.ShapeDtypeStruct((vocab_size // SQUARE, rows), jnp.float32)
     return plgpu.kernel(
@@ -120,7 +123,7 @@ def add_product(dw, gradient, x):
         )
         def _():
             by_columns = {"by_rows": False, "a_transposed": True, "b_transposed": False}
-            _multiply(gradient_ref, x_ref, **by_columns, stages=4, finish=finish, block=_block(jnp.float32))
+            _multiply(gradient_ref, x_ref, **by_columns, finish=finish, block=_block(jnp.float32))
 
     return pl.run_state(kernel)((dw, gradient, x))[0]
 
@@ -139,7 +142,8 @@ KERNELS = chunked.Kernels(
 def _transforms(columns: int, dtype):
     """The swizzled layout of a block in shared memory that the tensor cores and the copy engine read."""
     swizzle = plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
-    return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
+    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
+    return tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
 
 
 def _block(dtype):
@@ -161,9 +165,7 @@ def _write(square, ref, row, column, block, **how):
             plgpu.copy_smem_to_gmem(slot, there, **how)
 
 
-def _multiply(
-    a_ref, b_ref, *, by_rows: bool, a_transposed: bool, b_transposed: bool, stages: int, finish: Callable, **scratch
-):
+def _multiply(a_ref, b_ref, *, by_rows: bool, a_transposed: bool, b_transposed: bool, finish: Callable, **scratch):
     """Every tile of `a b`, spread over the device; `finish(square, row, column, warpgroup, **scratch)` takes each.
 
     A tile is 256 x 128 and split by rows, or 128 x 256 and split by columns. A third warpgroup copies ahead.
@@ -186,14 +188,16 @@ def _multiply(
             in_specs=[spec(a_block, a_transposed), spec(b_block, not b_transposed)],
             wg_axis="warpgroup",
             num_compute_wgs=2,
-            max_concurrent_steps=stages,
+            max_concurrent_steps=STAGES,
             compute_context=context,
         )
 
     nothing = lambda *_, **__: None  # noqa: E731
     allocations = pipeline(nothing, nothing).get_allocations(a_ref, b_ref)
 
-    @functools.partial(pl.run_scoped, allocations=allocations, collective_axes="warpgroup", **scratch)
+    scoped: Any = functools.partial(pl.run_scoped, allocations=allocations, collective_axes="warpgroup", **scratch)
+
+    @scoped
     def _(allocations, **scratch):
         warpgroup = lax.axis_index("warpgroup")
         mine = pl.ds(warpgroup * SQUARE, SQUARE)
@@ -201,7 +205,7 @@ def _multiply(
         @plgpu.nd_loop(((m // tile_m) * (n // tile_n),), collective_axes="sm")
         def _(loop):
             # Neighbours in time share their rows or columns, which the cache then holds.
-            i, j = plgpu.planar_snake(loop.index[0], (m // tile_m, n // tile_n), minor_dim=0, tile_width=8)
+            i, j = plgpu.planar_snake(loop.index[0], (m // tile_m, n // tile_n), minor_dim=0, tile_width=TILES_TOGETHER)
             row, column = i * tile_m, j * tile_n
 
             def context(run):

@@ -1,6 +1,7 @@
 """Pallas for TPU: blocks of whole rows in vector memory; the scale's gradient is summed there over a group's blocks."""
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def _specs(shape):
     return of_rows, pl.BlockSpec((None, 1, width), lambda g, r: (g, 0, 0)), (groups, pl.cdiv(rows, block))
 
 
-def _parameters(of_rows: str):
+def _parameters(of_rows: Literal["parallel", "arbitrary"]):
     return pltpu.CompilerParams(dimension_semantics=("parallel", of_rows), vmem_limit_bytes=VMEM_BYTES)
 
 

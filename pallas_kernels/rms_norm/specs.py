@@ -1,6 +1,7 @@
 """Calls of real and of awkward shapes."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ def _norm(shape, dtype, options, key):
     keys = jax.random.split(key, 3)
     x = jax.random.normal(keys[0], shape, dtype)
     scale = 1 + 0.1 * jax.random.normal(keys[1], (*options.get("examples", ()), shape[-1]))
-    extra = {"eps": 1e-5}
+    extra: dict[str, Any] = {"eps": 1e-5}
     if "residual" in options:
         extra["residual"] = jax.random.normal(keys[2], shape, dtype)
     if "probe" in options:

@@ -74,10 +74,10 @@ def backward(h, scale, dy, dh, eps):
 
     def local(h, scale, dy, *dh):
         walk = _walk(h.shape)
-        dx = jax.ShapeDtypeStruct(h.shape, h.dtype)
-        shares = jax.ShapeDtypeStruct((h.shape[0], walk["PROGRAMS"], h.shape[2]), jnp.float32)
+        like = jax.ShapeDtypeStruct(h.shape, h.dtype)
+        shape = jax.ShapeDtypeStruct((h.shape[0], walk["PROGRAMS"], h.shape[2]), jnp.float32)
         arrays = (h, scale, dy, *(dh or (dy,)))
-        dx, shares = triton_call(*arrays, kernel=_backward, out_shape=[dx, shares], HAS_SUM=bool(dh), EPS=eps, **walk)
+        dx, shares = triton_call(*arrays, kernel=_backward, out_shape=[like, shape], HAS_SUM=bool(dh), EPS=eps, **walk)
         return dx, jnp.sum(shares, axis=1)
 
     rows = ["g r d"] * (1 if dh is None else 2)
@@ -103,9 +103,9 @@ def rotary_backward(x, scale, cosine, sine, dy, eps):
     def local(x, scale, cosine, sine, dy):
         walk = _walk_heads(x.shape)
         like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        shares = jax.ShapeDtypeStruct((x.shape[0], walk["PROGRAMS"], x.shape[3]), jnp.float32)
+        shape = jax.ShapeDtypeStruct((x.shape[0], walk["PROGRAMS"], x.shape[3]), jnp.float32)
         dx, shares = triton_call(
-            *(x, scale, cosine, sine, dy), kernel=_rotary_backward, out_shape=[like, shares], EPS=eps, **walk
+            *(x, scale, cosine, sine, dy), kernel=_rotary_backward, out_shape=[like, shape], EPS=eps, **walk
         )
         return dx, jnp.sum(shares, axis=1)
 

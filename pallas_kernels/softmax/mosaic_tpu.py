@@ -53,10 +53,11 @@ def _on_rows(kernel, arrays):
 
     def local(*parts):
         rows = [part.reshape(-1, part.shape[-1]) for part in parts]
-        spec = pl.BlockSpec((block_rows(*rows[0].shape), rows[0].shape[1]), lambda i: (i, 0))
+        block = block_rows(*rows[0].shape)
+        spec = pl.BlockSpec((block, rows[0].shape[1]), lambda i: (i, 0))
         result = pl.pallas_call(
             kernel,
-            grid=(pl.cdiv(rows[0].shape[0], spec.block_shape[0]),),
+            grid=(pl.cdiv(rows[0].shape[0], block),),
             in_specs=[spec] * len(rows),
             out_specs=spec,
             out_shape=jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype),

@@ -4,6 +4,8 @@ At 16,384 columns a program, rows of some two million columns are on chip as a w
 pairs (mantissa, exponent): two reads and one write, as there is no pass for the maximum (Dukhan and Ablavatski, 2020).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import triton
@@ -71,7 +73,7 @@ def _on_rows(function, arrays, options: Options):
     return run(*(array.reshape(shape) for array in arrays))[0].reshape(arrays[0].shape)
 
 
-def _geometry(shape: tuple[int, int]) -> dict:
+def _geometry(shape) -> dict[str, Any]:
     """Blocks, programs and warps for rows of that shape."""
     rows, columns = shape
     block = min(triton.next_power_of_2(columns), COLUMNS)
@@ -85,7 +87,7 @@ def _geometry(shape: tuple[int, int]) -> dict:
 
 def _forward_rows(options: Options, x, mask=None):
     geometry = _geometry(x.shape)
-    how = {
+    how: dict[str, Any] = {
         "SCALE": options.scale,
         "CAP": options.soft_cap or 0.0,
         "LOG": options.log,
@@ -99,8 +101,8 @@ def _forward_rows(options: Options, x, mask=None):
         return results[0]
     rows, parts = geometry["ROWS"], geometry["PARTS"]
     long = {k: v for k, v in geometry.items() if k != "TOGETHER"}
-    pairs = jax.ShapeDtypeStruct((rows, parts, 2), jnp.float32)
-    (pairs,) = triton_call(*arrays, kernel=_pairs_kernel, out_shape=[pairs], **long, **how)
+    shape = jax.ShapeDtypeStruct((rows, parts, 2), jnp.float32)
+    (pairs,) = triton_call(*arrays, kernel=_pairs_kernel, out_shape=[shape], **long, **how)
     # A row's pairs are few: XLA adds them up.
     mantissas, exponents = pairs[..., 0], pairs[..., 1]
     exponent = jnp.max(exponents, axis=1)
@@ -111,7 +113,7 @@ def _forward_rows(options: Options, x, mask=None):
 
 def _backward_rows(options: Options, y, dy, x=None):
     geometry = _geometry(y.shape)
-    how = {"SCALE": options.scale, "CAP": options.soft_cap or 0.0, "LOG": options.log}
+    how: dict[str, Any] = {"SCALE": options.scale, "CAP": options.soft_cap or 0.0, "LOG": options.log}
     arrays = (y, dy, y if x is None else x)
     dx = jax.ShapeDtypeStruct(y.shape, y.dtype)
     if geometry["PARTS"] <= target_device().cores:
@@ -119,8 +121,8 @@ def _backward_rows(options: Options, y, dy, x=None):
         results = triton_call(*arrays, kernel=_backward_kernel, out_shape=[dx, *left], zeroed=zeroed, **geometry, **how)
         return results[0]
     long = {k: v for k, v in geometry.items() if k != "TOGETHER"}
-    sums = jax.ShapeDtypeStruct((geometry["ROWS"], geometry["PARTS"]), jnp.float32)
-    (sums,) = triton_call(*arrays[:2], kernel=_sums_kernel, out_shape=[sums], **long, LOG=options.log)
+    shape = jax.ShapeDtypeStruct((geometry["ROWS"], geometry["PARTS"]), jnp.float32)
+    (sums,) = triton_call(*arrays[:2], kernel=_sums_kernel, out_shape=[shape], **long, LOG=options.log)
     total = jnp.sum(sums, axis=1)
     return triton_call(*arrays, total, kernel=_gradient_kernel, out_shape=[dx], **long, **how)[0]
 

@@ -112,6 +112,36 @@ def test_every_implementation_that_serves_compiles_for_an_h100(op, spec):
             assert compiled.memory_analysis() is not None
 
 
+@pytest.mark.parametrize("target_name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_row_kernels_compile_for_tpu(target_name):
+    device = topologies.get_topology_desc(platform="tpu", topology_name=target_name).devices[0]
+    mesh = Mesh(np.array([device]), ("x",))
+    for op, spec in CASES:
+        if op in (qk_norm_rotary, linear_cross_entropy):
+            continue
+        arguments, options = jax.tree.map(
+            lambda a: (
+                jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+                if isinstance(a, jax.ShapeDtypeStruct)
+                else a
+            ),
+            spec.abstract(),
+        )
+        dynamic = {n: a for n, a in options.items() if isinstance(a, jax.ShapeDtypeStruct)}
+        fixed = {n: a for n, a in options.items() if n not in dynamic}
+
+        def run(arguments, dynamic, op=op, fixed=fixed):
+            one = lambda arguments, dynamic: gradients(op, "mosaic_tpu", arguments, {**dynamic, **fixed})  # noqa: E731
+            specs = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec()}
+            return jax.shard_map(one, mesh=mesh, check_vma=False, **specs)(arguments, dynamic)
+
+        # Longer rows, and float16, are left to XLA.
+        if arguments[0].shape[fixed.get("axis", -1)] > 32768 or arguments[0].dtype == jnp.float16:
+            continue
+        with target(device):
+            jax.jit(run).trace(arguments, dynamic).lower(lowering_platforms=("tpu",)).compile()
+
+
 @pytest.mark.parametrize("spec", [spec for spec in ENTROPY_SPECS if "speed" in spec.tags], ids=name)
 def test_linear_cross_entropy_stays_within_its_memory(spec):
     sharding = NamedSharding(Mesh(np.array([h100()]), ("x",)), PartitionSpec())
