@@ -29,12 +29,18 @@ def attention(config: Config, operands: Operands, return_lse: bool):
     if operands.q_segments is not None:
         # Dense, quadratic in the length; causality and windows are cuDNN's own.
         mask = (operands.q_segments[:, :, None] == operands.k_segments[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(
-        *operands[:3],
-        bias=bias,
-        mask=mask,
-        scale=config.scale,
-        is_causal=config.causal,
-        local_window_size=None if config.window is None else (config.window - 1, 0),
-        implementation="cudnn",
-    )
+    try:
+        return jax.nn.dot_product_attention(
+            *operands[:3],
+            bias=bias,
+            mask=mask,
+            scale=config.scale,
+            is_causal=config.causal,
+            local_window_size=None if config.window is None else (config.window - 1, 0),
+            implementation="cudnn",
+        )
+    except RuntimeError as error:
+        # Its version is asked for while tracing.
+        if "cuDNN" not in str(error):
+            raise
+        raise Unsupported(f"says: {error}") from None

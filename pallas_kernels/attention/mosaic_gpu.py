@@ -188,17 +188,17 @@ def forward_tile(operands: Operands) -> ForwardTile:
     return ForwardTile(block_k=64, consumers=2, stages=2)
 
 
-def forward(config: Config, operands: Operands, tile: ForwardTile | None = None, interpret=None):
+def forward(config: Config, operands: Operands, tile: ForwardTile | None = None):
     """`out [B, T, H, D]` and `lse [B, H, T]`."""
     tile = tile or forward_tile(operands)
     _, length, keys, _, _, true_width = operands.dims
     ranges, _ = block_ranges(config, operands, tile.block_q, tile.block_k)
     whole = padded(operands, tile.block_q, tile.block_k)
-    out, lse = _forward(config, tile, keys, interpret)(whole, stacked_ranges(ranges))
+    out, lse = _forward(config, tile, keys)(whole, stacked_ranges(ranges))
     return out[:, :length, :, :true_width], lse[:, :, :length]
 
 
-def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
+def _forward(config: Config, tile: ForwardTile, keys: int):
     """The kernel's call: `(padded operands, ranges) -> (out, lse)`."""
 
     def call(operands: Operands, ranges):
@@ -455,7 +455,6 @@ def _forward(config: Config, tile: ForwardTile, keys: int, interpret):
             grid_names=("block",),
             num_threads=tile.consumers + 1,
             thread_name="wg",
-            **({} if interpret is None else {"interpret": interpret}),
         )
         return kernel(q, k, v, ranges, *q_meta, *k_meta)
 

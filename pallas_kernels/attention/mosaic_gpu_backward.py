@@ -59,7 +59,6 @@ def backward(
     dout,
     delta,
     tiles: tuple[BackwardTile, BackwardTile] | None = None,
-    interpret=None,
 ):
     """The gradients of q, k and v (and None for the bias, which these kernels don't take)."""
     keys_tile, queries_tile = tiles or tiles_for(operands)
@@ -79,14 +78,14 @@ def backward(
     whole, *rest = prepared(block_q, block_k)
     gradients = {}
     for wanted in (("dk",), ("dv",)) if width > 128 else (("dk", "dv"),):
-        results = _keys_kernel(config, whole, keys, keys_tile, wanted, ranges, *rest, interpret)
+        results = _keys_kernel(config, whole, keys, keys_tile, wanted, ranges, *rest)
         gradients.update(zip(wanted, results, strict=True))
     dk, dv = (gradients[name][:, :keys, :, :width] for name in ("dk", "dv"))
 
     block_q, block_k = queries_tile.rows, queries_tile.block
     ranges, _ = block_ranges(config, operands, block_q, block_k)
     whole, *rest = prepared(block_q, block_k)
-    (dq,) = _queries_kernel(config, whole, keys, queries_tile, ranges, *rest, interpret)
+    (dq,) = _queries_kernel(config, whole, keys, queries_tile, ranges, *rest)
     return dq[:, :length, :, :width], dk, dv, None
 
 
@@ -109,7 +108,7 @@ def _split(operands: Operands):
     return [[a for a in operands.metadata[side::2] if a is not None] for side in (0, 1)]
 
 
-def _launch(body, tile: BackwardTile, tiles: int, out_type, scratch, interpret):
+def _launch(body, tile: BackwardTile, tiles: int, out_type, scratch):
     return plgpu.kernel(
         body,
         out_type=out_type,
@@ -119,11 +118,10 @@ def _launch(body, tile: BackwardTile, tiles: int, out_type, scratch, interpret):
         grid_names=("block",),
         num_threads=tile.consumers + 1,
         thread_name="wg",
-        **({} if interpret is None else {"interpret": interpret}),
     )
 
 
-def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, wanted, ranges, dout, lse, delta, interpret):
+def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, wanted, ranges, dout, lse, delta):
     """The gradients named in `wanted`, of k and v."""
     batch, _, padded_keys, heads, kv_heads, width = operands.dims
     groups, dtype = heads // kv_heads, operands.q.dtype
@@ -303,11 +301,11 @@ def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, wanted, r
         plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.consumers),
     )
     out_type = tuple(jax.ShapeDtypeStruct(operands.k.shape, dtype) for _ in wanted)
-    kernel = _launch(body, tile, tiles, out_type, scratch, interpret)
+    kernel = _launch(body, tile, tiles, out_type, scratch)
     return kernel(*operands[:3], dout, lse, delta, ranges, *q_meta, *k_meta)
 
 
-def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, ranges, dout, lse, delta, interpret):
+def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, ranges, dout, lse, delta):
     """The gradient of q."""
     batch, length, _, heads, kv_heads, width = operands.dims
     groups, dtype = heads // kv_heads, operands.q.dtype
@@ -463,5 +461,5 @@ def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, ranges
         plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.consumers),
     )
     out_type = (jax.ShapeDtypeStruct(operands.q.shape, dtype),)
-    kernel = _launch(body, tile, tiles, out_type, scratch, interpret)
+    kernel = _launch(body, tile, tiles, out_type, scratch)
     return kernel(*operands[:3], dout, lse, delta, ranges, *q_meta, *k_meta)
