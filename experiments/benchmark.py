@@ -4,7 +4,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,17 +16,19 @@ from crescendo import optim, parallel
 from crescendo.experiments import hardware
 from crescendo.experiments.benchmark_optim import PEERS, optimizer_table
 from crescendo.experiments.cli import run_command
-from crescendo.experiments.compile import compile_step
+from crescendo.experiments.compile import CompiledStep, compile_step
 from crescendo.experiments.errors import UserError, user_values
-from crescendo.experiments.state import abstract_batch, initial_state
+from crescendo.experiments.program import chain_transforms, needed_statistics
+from crescendo.experiments.state import TrainState, abstract_batch, initial_state
 from crescendo.models import ModelConfig
 from crescendo.models.config import PRESETS
-from crescendo.optim.batch_size import adaptive_batch_size, constant
+from crescendo.optim.batch_size import BatchSizePolicy, constant
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.benchmark train debug
   python -m crescendo.experiments.benchmark train 124m --sequence-length 1024 --batch-size 32
   python -m crescendo.experiments.benchmark train 1b --sequence-length 2048 --batch-size 4 --remat dots
+  python -m crescendo.experiments.benchmark noise-scale 30m --batch-size 32
   python -m crescendo.experiments.benchmark optim adamw lion lamb --preset 1b"""
 
 
@@ -50,24 +52,60 @@ class Speed(NamedTuple):
     compile_seconds: float
 
 
-def measure(
-    model: ModelConfig, *, sequence_length: int, batch_size: int, steps: int = 20, documents_in_row: int = 1
-) -> Speed:
-    """Times the loop's own step, AdamW included, on random tokens.
+class Loop(NamedTuple):
+    """The loop's own step with a state and a batch to call it on."""
+
+    compiled: CompiledStep
+    state: TrainState
+    batch: dict
+    compile_seconds: float
+
+    def timed(self, steps: int) -> tuple["Loop", list[float]]:
+        """The loop after some steps, and the seconds of each."""
+        state, seconds = self.state, []
+        for _ in range(steps):
+            start = time.perf_counter()
+            state, metrics = self.compiled.call(state, self.batch)
+            jax.block_until_ready(metrics)
+            seconds.append(time.perf_counter() - start)
+        return self._replace(state=state), seconds
+
+
+def prepare(
+    model: ModelConfig,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    documents_in_row: int = 1,
+    policy: BatchSizePolicy | None = None,
+    noise_scale: optax.GradientTransformation | None = None,
+    max_microbatch_examples: int | None = None,
+) -> Loop:
+    """Compiles the loop's step, AdamW included, and fills a batch with random tokens, as skewed as a text's.
 
     Args:
       model: the decoder's shape.
       sequence_length: tokens in a row.
       batch_size: global, in examples.
-      steps: how many to time, after three to warm up.
       documents_in_row: packed documents of equal length.
+      policy: of the batch size, whose first size is the batch's; None: constant.
+      noise_scale: as `train` takes it.
+      max_microbatch_examples: a bound below the one that memory sets.
     """
     mesh = parallel.make_mesh()
-    device = mesh.devices.flat[0]
-    config = model.for_platform(device.platform)
-    optimizer = optax.chain(optim.adamw(3e-4), adaptive_batch_size(constant(batch_size)))
+    config = model.for_platform(mesh.devices.flat[0].platform)
+    policy = constant(batch_size) if policy is None else policy
+    optimizer = chain_transforms(optim.adamw(3e-4), policy, noise_scale=noise_scale)
     start = time.perf_counter()
-    compiled = compile_step(config, optimizer, mesh, [batch_size], sequence_length=sequence_length)
+    compiled = compile_step(
+        config,
+        optimizer,
+        mesh,
+        [batch_size],
+        sequence_length=sequence_length,
+        max_microbatch_examples=max_microbatch_examples,
+        statistics=needed_statistics(config, optimizer, policy),
+    )
     compile_seconds = time.perf_counter() - start
     shardings = jax.tree.map(lambda x: x.sharding, compiled.abstract_state)
     state = jax.jit(lambda: initial_state(config, optimizer, 0), out_shardings=shardings)()
@@ -75,33 +113,75 @@ def measure(
     shape = (compiled.plan.max_microbatches, compiled.plan.microbatch_examples, sequence_length)
     index = np.arange(sequence_length)
     length = -(-sequence_length // documents_in_row)
+    # As skewed as text is (Zipf and Mandelbrot): the gradient of the embedding adds up where tokens coincide.
+    weights = 1 / (np.arange(config.vocab_size) + 2.7)
+    tokens = random.choice(config.vocab_size, shape, p=weights / weights.sum()).astype(np.int32)
     rows = {
-        "tokens": random.integers(0, config.vocab_size, shape, np.int32),
-        "labels": random.integers(0, config.vocab_size, shape, np.int32),
+        "tokens": tokens,
+        "labels": np.roll(tokens, -1, axis=-1),
         "segment_ids": np.broadcast_to(index // length + 1, shape).astype(np.int32),
         "positions": np.broadcast_to(index % length, shape).astype(np.int32),
     }
     layout = jax.tree.map(lambda x: x.sharding, abstract_batch(mesh, compiled.plan, sequence_length))
     batch = {"rows": rows, "microbatches": np.int32(shape[0]), "examples_seen": np.int32(0)}
-    batch = jax.device_put(batch, layout)
-    seconds = []
-    for _ in range(steps + 3):
-        start = time.perf_counter()
-        state, metrics = compiled.call(state, batch)
-        jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - start)
+    return Loop(compiled, state, jax.device_put(batch, layout), compile_seconds)
+
+
+def measure(
+    model: ModelConfig, *, sequence_length: int, batch_size: int, steps: int = 20, documents_in_row: int = 1
+) -> Speed:
+    """Times the loop's own step (see `prepare`), after three steps to warm up."""
+    loop = prepare(model, sequence_length=sequence_length, batch_size=batch_size, documents_in_row=documents_in_row)
+    _, seconds = loop.timed(steps + 3)
     step_seconds = statistics.median(seconds[3:])
     tokens_per_second = batch_size * sequence_length / step_seconds
+    device = jax.devices()[0]
     peak = hardware.peak_flops_per_second(device)
-    flops = tokens_per_second * config.flops_per_token(sequence_length)
+    flops = tokens_per_second * model.flops_per_token(sequence_length)
     return Speed(
         step_seconds,
         tokens_per_second,
-        flops / (peak * mesh.devices.size) if peak else None,
-        compiled.peak_bytes,
-        compiled.plan.microbatch_examples,
-        compile_seconds,
+        flops / (peak * len(jax.devices())) if peak else None,
+        loop.compiled.peak_bytes,
+        loop.compiled.plan.microbatch_examples,
+        loop.compile_seconds,
     )
+
+
+def noise_scale_table(preset: str, *, sequence_length: int, batch_size: int, rounds: int = 8, steps: int = 10) -> Table:
+    """What the noise scale and a policy cost a step: the variants take turns, so that a drift of the clock is shared.
+
+    All run microbatches of half the batch, which the gradient's noise scale needs.
+    """
+    sizes: dict[str, Any] = {
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "max_microbatch_examples": max(1, batch_size // 2),
+    }
+    model = ModelConfig.preset(preset)
+    following = optim.noise_scale_following(batch_size, batch_size)
+    loops = {
+        "neither": prepare(model, **sizes),
+        "noise scale and policy": prepare(model, **sizes, policy=following, noise_scale=optim.gradient_noise_scale()),
+        "and that of norm layers": prepare(
+            model, **sizes, policy=following, noise_scale=optim.gradient_noise_scale(norm_layers=True)
+        ),
+        "and by layer": prepare(
+            model, **sizes, policy=following, noise_scale=optim.gradient_noise_scale(groups="layer", norm_layers=True)
+        ),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for number in range(rounds + 1):
+        for name in loops:
+            loops[name], found = loops[name].timed(steps)
+            seconds[name] += found if number else []  # the first round warms up
+    base = statistics.median(seconds["neither"])
+    title = f"{jax.devices()[0].device_kind}: {preset}, rows of {sequence_length}, batch {batch_size}"
+    table = Table("measured", "ms a step", "more than neither", title=title)
+    for name, found in seconds.items():
+        median = statistics.median(found)
+        table.add_row(name, f"{1e3 * median:.3f}", f"{median / base - 1:+.2%}")
+    return table
 
 
 def training_table(presets: Sequence[str], arguments: argparse.Namespace) -> Table:
@@ -149,6 +229,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     train.add_argument("--steps", type=int, default=20, help="timed steps (default 20)")
     train.add_argument("--remat", default="none", choices=["none", "dots", "full"], help="what the backward recomputes")
     train.add_argument("--scan-layers", action="store_true", help="layers in a loop (default: the preset's choice)")
+    noise = commands.add_parser("noise-scale", help="what the noise scale and a policy cost a step")
+    noise.add_argument("preset", choices=list(PRESETS), metavar="PRESET", help=", ".join(PRESETS))
+    noise.add_argument("--sequence-length", type=int, default=512, help="tokens in a row (default 512)")
+    noise.add_argument("--batch-size", type=int, default=32, help="global, in examples (default 32)")
     optimizers = commands.add_parser("optim", help="one update, beside optax's own and the bandwidth bound")
     optimizers.add_argument("names", nargs="+", choices=list(PEERS), metavar="OPTIMIZER", help=", ".join(PEERS))
     optimizers.add_argument("--preset", default="1b", choices=list(PRESETS), help="whose parameters (default 1b)")
@@ -157,8 +241,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         Console().print(optimizer_table(arguments.names, arguments.preset))
         return
     for name in ("sequence_length", "batch_size", "documents_in_row", "steps"):
-        if getattr(arguments, name) < 1:
+        if getattr(arguments, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    if arguments.command == "noise-scale":
+        table = noise_scale_table(
+            arguments.preset, sequence_length=arguments.sequence_length, batch_size=arguments.batch_size
+        )
+        Console().print(table)
+        return
     Console().print(training_table(arguments.presets, arguments))
 
 

@@ -4,12 +4,13 @@ A checkpoint's number is `examples_seen`. Orbax notices a missing or cut file, n
 checkpoint also carries a fingerprint of every array, taken on the device.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import io
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,23 @@ def fingerprints(tree: Any) -> Any:
 
 
 @dataclasses.dataclass
-class EveryExamples:
-    """Keeps the first checkpoint at or after each multiple of `interval_examples` (an orbax preservation policy)."""
+class FirstOfEach:
+    """Keeps the first checkpoint of each interval that `interval_of(examples)` numbers from 1; none of interval 0.
 
-    interval_examples: int
+    An orbax preservation policy.
+    """
+
+    interval_of: Callable[[int], int]
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """One answer a checkpoint, oldest first."""
         del context
-        interval = [checkpoint.step // self.interval_examples for checkpoint in checkpoints]
-        return [i == 0 or now > interval[i - 1] for i, now in enumerate(interval)]
+        interval = [self.interval_of(checkpoint.step) for checkpoint in checkpoints]
+        return [now > before for before, now in zip([0, *interval], interval, strict=False)]
+
+
+class _DamagedError(Exception):
+    """Why a checkpoint can't be used."""
 
 
 class Checkpoints:
@@ -67,12 +75,23 @@ class Checkpoints:
       folder: where they are; made when it isn't there.
       keep_last: how many of the newest to keep.
       keep_every_examples: also keep one every so many examples, for ever; None: none.
+      keep_at_examples: also keep the first at or after each of these, for ever.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int = 2, keep_every_examples: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int = 2,
+        keep_every_examples: int | None = None,
+        keep_at_examples: Sequence[int] = (),
+    ):
         policies: list = [checkpoint_managers.LatestN(keep_last)]
         if keep_every_examples is not None:
-            policies.append(EveryExamples(keep_every_examples))
+            policies.append(FirstOfEach(lambda examples: 1 + examples // keep_every_examples))
+        if keep_at_examples:
+            at = sorted(keep_at_examples)
+            policies.append(FirstOfEach(lambda examples: bisect.bisect_right(at, examples)))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
@@ -108,29 +127,51 @@ class Checkpoints:
         damaged: list[int] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                # Readers on other threads print their own tracebacks about a damaged file; the line below says it all.
-                with contextlib.redirect_stderr(io.StringIO()):
-                    restored = self._manager.restore(
-                        step,
-                        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()),
-                    )
-            except Exception as error:
-                problem = str(error).splitlines()[0][:120]
+                found = self._load(step, abstract)
+            except _DamagedError as problem:
+                report(f"checkpoint {self.folder / str(step)} is damaged ({problem}); trying the one before it")
+                damaged.append(step)
             else:
-                state, meta = restored["state"], restored["meta"]
-                found = [int(x) for x in jax.device_get(jax.tree.leaves(fingerprints(state)))]
-                if found == meta["fingerprints"]:
-                    self._set_aside(damaged)
-                    return state, Clock(**meta["clock"])
-                problem = "its arrays are not the ones that were saved"
-            report(f"checkpoint {self.folder / str(step)} is damaged ({problem}); trying the one before it")
-            damaged.append(step)
+                self._set_aside(damaged)
+                return found
         if damaged:
             raise UserError(
                 f"every checkpoint in {self.folder} is damaged ({', '.join(map(str, damaged))}): "
                 "move the folder away to start anew"
             )
         return None
+
+    def restore_at(self, examples: int, abstract: TrainState) -> tuple[TrainState, Clock]:
+        """The checkpoint of exactly so many examples.
+
+        Raises:
+          UserError: where there is none, or it is damaged.
+        """
+        steps = sorted(self._manager.all_steps())
+        if examples not in steps:
+            kept = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"{self.folder} has no checkpoint at {examples} examples (it has {kept})")
+        try:
+            return self._load(examples, abstract)
+        except _DamagedError as problem:
+            folder = self.folder / str(examples)
+            raise UserError(f"checkpoint {folder} is damaged ({problem}): run it again in another folder") from None
+
+    def _load(self, step: int, abstract: TrainState) -> tuple[TrainState, Clock]:
+        """One checkpoint, compared with its fingerprints."""
+        try:
+            # Readers on other threads print their own tracebacks about a damaged file; the message says it all.
+            with contextlib.redirect_stderr(io.StringIO()):
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()),
+                )
+        except Exception as error:
+            raise _DamagedError(str(error).splitlines()[0][:120]) from None
+        state, meta = restored["state"], restored["meta"]
+        if [int(x) for x in jax.device_get(jax.tree.leaves(fingerprints(state)))] != meta["fingerprints"]:
+            raise _DamagedError("its arrays are not the ones that were saved")
+        return state, Clock(**meta["clock"])
 
     def _set_aside(self, damaged: list[int]) -> None:
         """Moves damaged checkpoints out of the way, so that the run can save there again."""

@@ -1,15 +1,16 @@
 """Gin: which factories configs can name, and how a command's configs are read. The only import of gin."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import gin
 import typeguard
@@ -150,14 +151,30 @@ def bind(experiment: Callable, configs: Sequence[str], bindings: Sequence[str] =
 
     @functools.wraps(experiment)
     def call(**kwargs):
-        try:
+        with _own_errors():
             return wrapped(**kwargs)
-        except (UserError, Interrupted) as stop:
-            # Gin raises a look-alike that says where in the config the call stood; the first line is ours.
-            kind = UserError if isinstance(stop, UserError) else Interrupted
-            raise kind(str(stop).splitlines()[0]) from None
 
     return call
+
+
+def arguments(experiment: Callable) -> dict[str, Any]:
+    """What the configs of the latest `bind` give the experiment's parameters: factories called, defaults left out.
+
+    Raises:
+      UserError: what a factory says of its arguments.
+    """
+    with _own_errors():
+        return gin.get_bindings(_register(experiment))
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """Gin raises a look-alike that says where in the config a call stood; the first line is ours."""
+    try:
+        yield
+    except (UserError, Interrupted) as stop:
+        kind = UserError if isinstance(stop, UserError) else Interrupted
+        raise kind(str(stop).splitlines()[0]) from None
 
 
 def operative_config() -> str:

@@ -1,6 +1,10 @@
-"""SIGTERM and Ctrl-C as a request that the loop looks at between steps."""
+"""SIGTERM, Ctrl-C and a deadline as a request that the loop looks at between steps."""
 
+import contextlib
+import math
 import signal
+import time
+from collections.abc import Iterator
 from types import FrameType
 
 
@@ -17,6 +21,8 @@ class Interruption:
     'SIGTERM'
     """
 
+    entered: "list[Interruption]" = []  # noqa: RUF012 (one for the process, as its signals are)
+
     def __init__(self) -> None:
         self.requested: str | None = None
         self._before: dict[int, object] = {}
@@ -29,8 +35,40 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._request)
+        self.entered.append(self)
         return self
 
     def __exit__(self, *exception) -> None:
+        self.entered.remove(self)
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def interrupted_at(deadline: float) -> Iterator[None]:
+    """Within it, the loop that runs is asked to stop when `time.monotonic()` reaches the deadline (in seconds).
+
+    Where no loop runs, `Interrupted` is raised. An infinite deadline never comes.
+
+    >>> with interrupted_at(time.monotonic()), Interruption() as interruption:
+    ...     while not interruption.requested: pass
+    >>> interruption.requested
+    'the time is up'
+    """
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if not Interruption.entered:
+            raise Interrupted("the time is up; the same command goes on")
+        Interruption.entered[-1].requested = "the time is up"
+
+    if math.isinf(deadline):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

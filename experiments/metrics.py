@@ -229,6 +229,14 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether the folder holds a run that has reached its end and was evaluated there."""
+    if not (folder / "run.json").is_file():
+        return False
+    run = read_run(folder)
+    return bool(len(run.validation["loss"])) and run.validation["examples_seen"][-1] >= run.info["total_examples"]
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, without a torn end; none if there is no such file.
 

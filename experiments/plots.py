@@ -28,7 +28,7 @@ COLORS = {
     "dark": ("#56B4E9", "#FF8A3D", "#2FC89B", "#E59BC9", "#F0B93A", "#A9D6F5"),
 }
 MARKERS = "os^DvPX"
-_INK = {"light": ("#1c2430", "#5b6675", "#dfe3e8"), "dark": ("#e8ecf1", "#9aa5b4", "#333b46")}
+INK = {"light": ("#1c2430", "#5b6675", "#dfe3e8"), "dark": ("#e8ecf1", "#9aa5b4", "#333b46")}
 _MAX_POINTS = 800
 
 
@@ -67,7 +67,7 @@ def render(chart: Chart, arms: Arms, *, theme: str, file_format: str) -> bytes:
 
 def style(theme: str) -> Any:
     """Matplotlib settings for a theme."""
-    ink, muted, grid = _INK[theme]
+    ink, muted, grid = INK[theme]
     return {
         "font.size": 10.5,
         "text.color": ink,

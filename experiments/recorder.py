@@ -1,15 +1,18 @@
 """From the arrays that a step returns to the records that observers see."""
 
 import dataclasses
+import math
 import time
 
 import jax
 
 from crescendo.experiments.metrics import Observer
-from crescendo.experiments.state import Clock
+from crescendo.experiments.state import NOISE_SCALES, Clock
 
 # The metrics of a step that become columns of `metrics.jsonl`; norms are of the mean gradient, before clipping.
 REPORTED = ("loss", "learning_rate", "gradient_norm", "gradient_l1_norm", "skipped_steps")
+# Those that only some runs have, null where nothing is known yet.
+OPTIONAL = tuple(f"{name}{suffix}" for name in NOISE_SCALES.values() for suffix in ("", "_error"))
 
 
 @dataclasses.dataclass
@@ -57,6 +60,7 @@ class Recorder:
                 "kind": "train",
                 **self._place(clock),
                 **{name: values[name] for name in REPORTED},
+                **{name: _finite(values[name]) for name in OPTIONAL if name in values},
                 "batch_size": examples,
                 "microbatches": microbatches,
                 "seconds": self.seconds,
@@ -87,3 +91,7 @@ class Recorder:
             "examples_seen": clock.examples_seen,
             "tokens_seen": clock.examples_seen * self.sequence_length,
         }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -14,8 +14,12 @@ from crescendo.experiments.statistics import check_statistics, measured_gradient
 from crescendo.models import ModelConfig
 from crescendo.models.loss import next_token_loss
 from crescendo.optim.batch_size import current_batch_size, current_learning_rate_factor
+from crescendo.optim.noise_scale import current_noise_scales
 
 Tree = Any
+
+NOISE_SCALES = {"gradient": "noise_scale", "norm_layers": "norm_layers_noise_scale"}
+"""The columns of the noise scales, in examples, by their source; `_error` behind it is the standard error's."""
 
 
 @jax.tree_util.register_dataclass
@@ -164,6 +168,8 @@ def make_step(
             "skipped_steps": state.skipped_steps,
             "skipped_in_a_row": state.skipped_in_a_row,
         }
+        for source, found in current_noise_scales(opt_state).items():
+            metrics |= {NOISE_SCALES[source]: found.value, f"{NOISE_SCALES[source]}_error": found.standard_error}
         return state, metrics
 
     return step

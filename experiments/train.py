@@ -26,13 +26,11 @@ from crescendo.experiments.evaluate import make_evaluation
 from crescendo.experiments.feed import Feed
 from crescendo.experiments.interruption import Interrupted, Interruption
 from crescendo.experiments.metrics import file_access, read_records, run_observers
+from crescendo.experiments.program import chain_transforms, decide_model, fingerprint, needed_statistics
 from crescendo.experiments.recorder import Recorder
 from crescendo.experiments.state import Clock, describe_arrays, initial_state
 from crescendo.models import ModelConfig
-from crescendo.optim.batch_size import BatchSizePolicy, adaptive_batch_size, constant, current_batch_size
-
-# The vocabulary is rounded up to this, so that the output matmul fills the hardware's tiles.
-VOCAB_MULTIPLE = 128
+from crescendo.optim.batch_size import BatchSizePolicy, constant, current_batch_size
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.train --config debug.gin
@@ -52,6 +50,7 @@ def train(
     total_examples: int,
     coupling: str = "sqrt",
     base_batch_size: int | None = None,
+    noise_scale: optax.GradientTransformation | None = None,
     mesh: Mesh | None = None,
     strategy: str = "fsdp",
     seed: int = 0,
@@ -62,6 +61,7 @@ def train(
     checkpoint_every_examples: int | None = None,
     keep_last_checkpoints: int = 2,
     keep_checkpoint_every_examples: int | None = None,
+    keep_checkpoints_at_examples: Sequence[int] = (),
     max_bad_steps: int = 10,
     label: str | None = None,
     operative_config: Callable[[], str] = configurables.operative_config,
@@ -77,6 +77,8 @@ def train(
       total_examples: the length of the run; rounded down to whole microbatches.
       coupling: how the learning rate follows the batch size: "linear", "sqrt", "none".
       base_batch_size: the batch size that the learning rate is meant for; the initial one when None.
+      noise_scale: `@gradient_noise_scale()`, to record the gradient noise scale; None: it isn't measured. It is known
+        from batches of at least two microbatches, or with `gradient_noise_scale.norm_layers = True` from any.
       mesh: the devices; all of them along `data` when None.
       strategy: a key of `crescendo.parallel.STRATEGIES`.
       seed: of the parameters and of the order of the data.
@@ -87,6 +89,7 @@ def train(
       checkpoint_every_examples: save so often, and at the end; None: a tenth of the run.
       keep_last_checkpoints: how many of the newest stay.
       keep_checkpoint_every_examples: one so often stays for ever; None: none.
+      keep_checkpoints_at_examples: also save at the first step that reaches each of these, and keep it for ever.
       max_bad_steps: stop after so many steps in a row without a finite loss.
       label: the run's name in reports; the folder's when None.
       operative_config: gives the configuration text to keep with the run.
@@ -99,7 +102,9 @@ def train(
     """
     with user_values():
         policy = constant(batch_size) if isinstance(batch_size, int) else batch_size
-        chain = optax.chain(optimizer, adaptive_batch_size(policy, coupling, base_batch_size=base_batch_size))
+    chain = chain_transforms(
+        optimizer, policy, noise_scale=noise_scale, coupling=coupling, base_batch_size=base_batch_size
+    )
     _check_positive(
         total_examples=total_examples,
         max_gradient_norm=max_gradient_norm,
@@ -124,8 +129,12 @@ def train(
     folder, console = Path(run), Console()
     mesh = parallel.make_mesh() if mesh is None else mesh
     device = mesh.devices.flat[0]
-    vocab_size = -(-data.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    config = dataclasses.replace(model, vocab_size=vocab_size).for_platform(device.platform)
+    config = decide_model(model, data, mesh)
+    if policy.measured_on not in (None, fingerprint(config, data)):
+        raise UserError(
+            f"the batch-size policy follows what was measured on another model or data (fingerprint "
+            f"{policy.measured_on}, not {fingerprint(config, data)}): measure it on this with critical_batch"
+        )
     fixed = {
         "model": dataclasses.asdict(config),
         "arrays": describe_arrays(config, chain),
@@ -151,7 +160,7 @@ def train(
             strategy=strategy,
             max_gradient_norm=max_gradient_norm,
             max_microbatch_examples=max_microbatch_examples,
-            statistics=policy.statistics,
+            statistics=needed_statistics(config, chain, policy),
         )
         plan = compiled.plan
         total_examples -= total_examples % plan.microbatch_examples
@@ -171,6 +180,7 @@ def train(
             "peak_flops_per_second": peak,
             "step_peak_bytes": compiled.peak_bytes,
             "microbatch_examples": plan.microbatch_examples,
+            "fingerprint": fingerprint(config, data),
             "fixed": fixed,
         }
         console.print(f"{data}", highlight=False, soft_wrap=True)
@@ -183,7 +193,10 @@ def train(
         )
         interruption = stack.enter_context(Interruption())
         checkpoints = Checkpoints(
-            folder / "checkpoints", keep_last=keep_last_checkpoints, keep_every_examples=keep_checkpoint_every_examples
+            folder / "checkpoints",
+            keep_last=keep_last_checkpoints,
+            keep_every_examples=keep_checkpoint_every_examples,
+            keep_at_examples=keep_checkpoints_at_examples,
         )
         stack.callback(checkpoints.close)
         restored = checkpoints.restore(compiled.abstract_state, report=console.print)
@@ -255,7 +268,8 @@ def train(
                 if due(evaluate_every_examples):
                     drain()
                     validation = recorder.validation(clock, evaluate(state.parameters))
-                if due(checkpoint_every_examples):
+                passed = any(start < at <= clock.examples_seen for at in keep_checkpoints_at_examples)
+                if due(checkpoint_every_examples) or passed:
                     drain()
                     save()
                     saved_at = clock.examples_seen

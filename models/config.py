@@ -108,7 +108,7 @@ class ModelConfig:
 
 PRESETS = {
     "debug": ModelConfig(),
-    "30m": ModelConfig(vocab_size=16_384, width=512, layers=6, heads=8, kv_heads=8, mlp_width=1536),
+    "30m": ModelConfig(vocab_size=16_384, width=512, layers=6, heads=8, kv_heads=8, mlp_width=1664),
     "124m": ModelConfig(vocab_size=50_304, width=768, layers=12, heads=12, kv_heads=12, mlp_width=2048),
     "1b": ModelConfig(
         vocab_size=128_256, width=2048, layers=16, heads=32, kv_heads=8, mlp_width=8192, rope_theta=500_000.0

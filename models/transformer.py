@@ -110,7 +110,9 @@ class Transformer(nnx.Module):
         constrain: Constrain = unconstrained,
     ):
         config = self.config
-        x_BTD = constrain(self.embedding.table[...].astype(config.dtype)[tokens_BT], RESIDUAL)
+        # Looked up before the cast: the gradient then adds up the many uses of a token in float32, with the atomics
+        # that GPUs have for it.
+        x_BTD = constrain(self.embedding.table[...][tokens_BT].astype(config.dtype), RESIDUAL)
         mask_BHTT = packed_mask(segment_ids_BT, causal=causal)
         cosine, sine = rotary(positions_BT, config.head_size, config.rope_theta)
         structure, stacked = nnx.split(self.blocks)

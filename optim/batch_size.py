@@ -65,6 +65,8 @@ class BatchSizePolicy(NamedTuple):
       sizes: every size it may take, in examples, the initial one first.
       reason: why it changes the size, for the log.
       statistics: the members of `STATISTICS` that it reads.
+      measured_on: the fingerprint of the model and data whose measurements it follows, for the loop to compare with its
+        own; None where it follows none.
     """
 
     init: Callable[[], Any]
@@ -72,6 +74,7 @@ class BatchSizePolicy(NamedTuple):
     sizes: tuple[int, ...]
     reason: str
     statistics: tuple[str, ...] = ()
+    measured_on: str | None = None
 
 
 def constant(batch_size: int) -> BatchSizePolicy:

@@ -52,23 +52,22 @@ class NoiseScale(NamedTuple):
 class Averages(NamedTuple):
     """Exponential moving averages from 0 of (tr(Sigma), ||G||^2) estimates and of their products, not yet corrected.
 
-    `updates` counts the estimates; `weight` and `squared_weight` are the sums of their weights and of the squares.
+    Few arrays rather than many scalars: on a GPU each array of a state costs a kernel.
+
+    Attributes:
+      updates: int32, how many estimates there were.
+      weights: float32 `[2]`, the sums of their weights and of the squares of these.
+      moments: float32 `[5, ...]`, the averages of s, g, s^2, s g and g^2, with s for tr(Sigma) and g for ||G||^2.
     """
 
     updates: jax.Array
-    weight: jax.Array
-    squared_weight: jax.Array
-    trace: jax.Array
-    gradient: jax.Array
-    trace_trace: jax.Array
-    trace_gradient: jax.Array
-    gradient_gradient: jax.Array
+    weights: jax.Array
+    moments: jax.Array
 
 
 def no_averages(shape: tuple[int, ...] = ()) -> Averages:
     """Averages of nothing yet, one for each entry of `shape`."""
-    zero = jnp.zeros((), jnp.float32)
-    return Averages(jnp.zeros((), jnp.int32), zero, zero, *[jnp.zeros(shape, jnp.float32)] * 5)
+    return Averages(jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.float32), jnp.zeros((5, *shape), jnp.float32))
 
 
 def estimate(
@@ -99,18 +98,15 @@ def add_estimate(
     decay: Number,
 ) -> Averages:
     """`averages` with one more estimate (see `estimate`); unchanged where b >= B or a squared norm isn't finite."""
-    gradient, trace = estimate(large, small, large_examples, small_examples)
+    g, s = estimate(large, small, large_examples, small_examples)
     usable = (small_examples < large_examples) & jnp.all(jnp.isfinite(large) & jnp.isfinite(small))
-
-    def average(old: jax.Array, new: Number, decay: Number, rate: Number) -> jax.Array:
-        return jnp.where(usable, decay * old + rate * new, old).astype(old.dtype)
-
-    products = trace, gradient, trace * trace, trace * gradient, gradient * gradient
+    moments = decay * averages.moments + (1 - decay) * jnp.stack([s, g, s * s, s * g, g * g])
+    rates = jnp.stack([jnp.asarray(decay, jnp.float32), jnp.square(jnp.asarray(decay, jnp.float32))])
+    gained = jnp.stack([jnp.asarray(1 - decay, jnp.float32), jnp.square(jnp.asarray(1 - decay, jnp.float32))])
     return Averages(
-        jnp.where(usable, optax.safe_increment(averages.updates), averages.updates),
-        average(averages.weight, 1, decay, 1 - decay),
-        average(averages.squared_weight, 1, decay**2, (1 - decay) ** 2),
-        *(average(old, new, decay, 1 - decay) for old, new in zip(averages[3:], products, strict=True)),
+        averages.updates + usable.astype(jnp.int32),
+        jnp.where(usable, rates * averages.weights + gained, averages.weights),
+        jnp.where(usable, moments, averages.moments),
     )
 
 
@@ -121,19 +117,19 @@ def excess(averages: Averages, scale: Number) -> tuple[jax.Array, jax.Array]:
     q = sum w_i^2 / (sum w_i)^2, and q / (1 - q) because the mean is estimated too. Steps count as independent; a drift
     from step to step widens the error. Both are NaN of nothing, and the error of a single estimate is infinite.
     """
-    w = jnp.where(averages.weight > 0, averages.weight, jnp.nan)
-    trace, gradient, tt, tg, gg = (x / w for x in averages[3:])
+    w = jnp.where(averages.weights[0] > 0, averages.weights[0], jnp.nan)
+    trace, gradient, tt, tg, gg = averages.moments / w
     mean = trace - scale * gradient
     variance = jnp.maximum(tt - 2 * scale * tg + scale**2 * gg - mean**2, 0)
-    q = averages.squared_weight / w**2
+    q = averages.weights[1] / w**2
     # Of one estimate alone q is 1, but for rounding.
     return mean, jnp.where(q > 1 - 1e-5, jnp.inf, jnp.sqrt(variance * q / (1 - q)))
 
 
 def read_averages(averages: Averages) -> NoiseScale:
     """The noise scale r = S / G, and its standard error by the delta method: that of s - r g, over G."""
-    w = jnp.where(averages.weight > 0, averages.weight, jnp.nan)
-    trace, gradient = averages.trace / w, averages.gradient / w
+    w = jnp.where(averages.weights[0] > 0, averages.weights[0], jnp.nan)
+    trace, gradient = averages.moments[:2] / w
     ratio = jnp.maximum(trace, 0) / gradient
     _, error = excess(averages, ratio)
     unbounded = gradient <= 0
@@ -351,19 +347,50 @@ def group_noise_scales(
     averages, names = _state(opt_state).groups, list(group_indices(params, groups, layer_axis))
     if averages is None:
         raise ValueError("no groups are kept: use gradient_noise_scale(groups=...)")
-    if averages.trace.shape != (len(names),):
+    if averages.moments.shape[1:] != (len(names),):
         raise ValueError(
-            f"the state keeps {averages.trace.size} groups, these are {len(names)}: pass what the transform was given"
+            f"the state keeps {averages.moments[0].size} groups, these are {len(names)}: pass what the transform had"
         )
     read = read_averages(averages)
     return {name: NoiseScale(*(x[i] for x in read)) for i, name in enumerate(names)}
 
 
-def _state(opt_state: optax.OptState) -> GradientNoiseScaleState:
+def current_noise_scales(opt_state: optax.OptState) -> dict[str, NoiseScale]:
+    """Every noise scale that the state keeps over all parameters, by its source; none where there is no transform.
+
+    >>> list(current_noise_scales(gradient_noise_scale(norm_layers=True).init(jnp.ones(2))))
+    ['gradient', 'norm_layers']
+    """
+    return {
+        source: read_averages(averages)
+        for state in _states(opt_state)
+        for source, averages in (("gradient", state.total), ("norm_layers", state.norm_layers))
+        if averages is not None
+    }
+
+
+def required_statistics(opt_state: optax.OptState) -> set[str]:
+    """The members of `batch_size.STATISTICS` that the transforms of a state, or of its shapes, will ask the loop for.
+
+    >>> required_statistics(gradient_noise_scale(norm_layers=True).init(jnp.ones(2)))
+    {'norm_layers'}
+    """
+    required = set()
+    for state in _states(opt_state):
+        required |= {"layers"} if state.groups is not None else set()
+        required |= {"norm_layers"} if state.norm_layers is not None else set()
+    return required
+
+
+def _states(opt_state: optax.OptState) -> list[GradientNoiseScaleState]:
     def is_ours(x: object) -> bool:
         return isinstance(x, GradientNoiseScaleState)
 
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
+    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
+
+
+def _state(opt_state: optax.OptState) -> GradientNoiseScaleState:
+    found = _states(opt_state)
     if len(found) != 1:
         raise ValueError(f"the optimizer state holds {len(found)} noise scales: chain gradient_noise_scale() once")
     return found[0]

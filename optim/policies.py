@@ -87,7 +87,8 @@ def critical_batch_following(
       start: the initial batch size, in examples.
       cap: the batch never grows past it.
       sequence_length: tokens in an example.
-      fingerprint: the curve must carry it; None: any curve will do.
+      fingerprint: the curve must carry it; None: any curve will do. The training loop compares the curve's with its own
+        in any case (`BatchSizePolicy.measured_on`).
       lower_bound: read the lower ends of the intervals instead of the curve, to be careful.
 
     Raises:
@@ -107,14 +108,15 @@ def critical_batch_following(
     sizes = doubling_ladder(start, cap)
     if sequence_length < 1:
         raise ValueError(f"sequence_length = {sequence_length} must be at least 1 token")
-    tokens, critical = _read_curve(curve, fingerprint, lower_bound)
+    tokens, critical, measured_on = _read_curve(curve, fingerprint, lower_bound)
     starts = [0]
     for size in sizes[:-1]:
         tokens_at = _first_above(tokens, critical, 2 * size)
         if tokens_at is None:
             break
         starts.append(max(starts[-1], math.floor(tokens_at / sequence_length) + 1))
-    return by_threshold(sizes[: len(starts)], starts, "critical batch size above twice the batch size")
+    policy = by_threshold(sizes[: len(starts)], starts, "critical batch size above twice the batch size")
+    return policy._replace(measured_on=measured_on)
 
 
 def _first_above(x: np.ndarray, y: np.ndarray, level: float) -> float | None:
@@ -130,8 +132,8 @@ def _first_above(x: np.ndarray, y: np.ndarray, level: float) -> float | None:
 
 def _read_curve(
     curve: str | Path | Mapping[str, Any], fingerprint: str | None, lower_bound: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and critical batch sizes, checked."""
+) -> tuple[np.ndarray, np.ndarray, str | None]:
+    """Tokens and critical batch sizes, checked, and the curve's fingerprint."""
     name = "the curve" if isinstance(curve, Mapping) else str(curve)
     wrong = f"{name} is not a curve of critical batch sizes"
     try:
@@ -161,7 +163,7 @@ def _read_curve(
         raise ValueError(
             f"{name} was measured on another model or data (fingerprint {found}, not {fingerprint}): measure it on this"
         )
-    return tokens, values
+    return tokens, values, found
 
 
 class NoiseScaleFollowingState(NamedTuple):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from crescendo.experiments.batch_warmup import arms, batch_warmup
+from crescendo.experiments.batch_warmup import ARMS, arms, batch_warmup
 from crescendo.experiments.batch_warmup import main as batch_warmup_main
 from crescendo.experiments.errors import UserError
 from crescendo.experiments.metrics import read_run
@@ -23,6 +23,27 @@ def test_arms_share_the_base_batch_size_and_double_where_told():
 def test_doublings_outside_the_run_or_out_of_order_are_refused(double_at):
     with pytest.raises(UserError, match="give shares of the run between 0 and 1, increasing"):
         arms(2, double_at, 1000)
+
+
+def test_every_arm_has_its_bindings():
+    six = arms(4, [0.5], 1000, chosen=ARMS, largest=32, curve="c.json")
+    assert list(six) == ["constant-4", "warmup-4-8", "curve-4-32", "noise-scale-4-32", "norm-test-4-32", "constant-32"]
+    assert "critical_batch_following.curve = 'c.json'" in six["curve-4-32"]
+    assert "noise_scale_following.cap = 32" in six["noise-scale-4-32"]
+    assert "train.max_microbatch_examples = 2" in six["norm-test-4-32"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chosen": ["biggest"]}, "--arms biggest: no such arm; there are constant, warmup"),
+        ({"chosen": ["curve"]}, "the arm curve needs --curve FILE"),
+        ({"largest": 4}, "--largest 4 must be above --batch-size 4"),
+    ],
+)
+def test_arms_that_cannot_be_made_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        arms(4, [0.5], 1000, **options)
 
 
 def test_no_seed_is_refused():
@@ -50,6 +71,33 @@ def test_the_comparison_trains_every_arm_on_the_same_examples_and_reports(small_
     }
     info = json.loads((tmp_path / "warmup-8-32" / "run.json").read_text())
     assert info["name"] == "warmup-8-32"
+
+
+def test_each_arm_goes_on_with_its_best_learning_rate_and_no_finished_run_is_run_again(
+    small_bindings, tmp_path, capsys
+):
+    settings = [b for b in small_bindings if not b.startswith(("TOTAL", "train.batch_size", "schedules.linear.peak"))]
+    options = {
+        "bindings": settings,
+        "batch_size": 16,
+        "double_at": [0.5],
+        "total_examples": 256,
+        "chosen": ["constant"],
+        "learning_rates": [1e-6, 1e-2],
+        "seeds": 2,
+    }
+    results = batch_warmup(tmp_path, **options)
+    summary = json.loads((tmp_path / "comparison.json").read_text())
+    (arm,) = summary
+    assert arm["learning_rate"] == 1e-2
+    assert arm["sweep"]["1e-06"] > arm["sweep"]["0.01"]
+    assert len(arm["losses"]) == 2
+    assert arm["at_equal_loss"]["steps_saved"] == pytest.approx(0, abs=1e-6)
+    folders = sorted(path.name for path in tmp_path.iterdir() if (path / "run.json").exists())
+    assert folders == [f"constant-16-lr{lr}" for lr in ("0.01-seed0", "0.01-seed1", "1e-06-seed0")]
+    capsys.readouterr()
+    assert batch_warmup(tmp_path, **options) == results
+    assert "model:" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

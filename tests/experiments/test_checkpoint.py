@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crescendo.experiments.checkpoint import EveryExamples, fingerprints
+from crescendo.experiments.checkpoint import FirstOfEach, fingerprints
 from crescendo.parallel import batch_sharding, make_mesh
 
 
@@ -37,7 +37,8 @@ def test_the_first_checkpoint_in_each_interval_stays(steps, interval):
         def __init__(self, step):
             self.step = step
 
-    kept = EveryExamples(interval).should_preserve([Checkpoint(step) for step in sorted(steps)], context=None)
+    policy = FirstOfEach(lambda examples: 1 + examples // interval)
+    kept = policy.should_preserve([Checkpoint(step) for step in sorted(steps)], context=None)
     firsts = {}
     for step in sorted(steps):
         firsts.setdefault(step // interval, step)

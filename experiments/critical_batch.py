@@ -1,0 +1,357 @@
+"""The critical batch size along a run, by branching: `python -m crescendo.experiments.critical_batch`.
+
+A base run trains with a small constant batch B and keeps checkpoints. From each of them branches go on with k B, k = 1,
+2, 4, ..., for the same number of examples, the learning rate following by the coupling (the square root, for Adam). The
+largest k that loses nothing says how large the batch may be there (Merrill et al., 2025, "Critical Batch Size
+Revisited", https://arxiv.org/abs/2505.23971). The curve is what `critical_batch_following` reads.
+"""
+
+import functools
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from crescendo import parallel
+from crescendo.experiments import configurables, run_folder
+from crescendo.experiments.checkpoint import Checkpoints
+from crescendo.experiments.cli import run_command
+from crescendo.experiments.compile import CompiledStep, compile_step, use_compilation_cache
+from crescendo.experiments.critical_batch_curve import draw, make_curve, smoothed_loss
+from crescendo.experiments.data import Stream
+from crescendo.experiments.errors import UserError
+from crescendo.experiments.evaluate import make_evaluation
+from crescendo.experiments.feed import Feed
+from crescendo.experiments.interruption import Interrupted, Interruption, interrupted_at
+from crescendo.experiments.metrics import file_access, is_complete, read_run, replace_file
+from crescendo.experiments.program import chain_transforms, decide_model, fingerprint, needed_statistics
+from crescendo.experiments.progress import duration
+from crescendo.experiments.state import TrainState
+from crescendo.experiments.train import train
+from crescendo.optim.batch_size import constant
+
+# A branch is evaluated so often, at even intervals; its loss is the moving average of these.
+EVALUATIONS = 8
+
+EXAMPLES = """examples:
+  python -m crescendo.experiments.critical_batch --batch-size 2 --branch-examples 256
+  python -m crescendo.experiments.critical_batch --config lm_30m.gin --set 'text_files.paths = ["books/*.txt"]' \\
+    --batch-size 16 --factors 1 2 4 8 16 --branch-examples 8192 --seeds 2 --minutes 8
+
+The same command goes on where it stopped: a finished branch is never run again. Then train with
+  --set 'train.batch_size = @critical_batch_following()' --set 'critical_batch_following.curve = "FILE.json"' ..."""
+
+
+class Branch(NamedTuple):
+    """One continuation: from which base run, from where, and with how many times its batch."""
+
+    seed: int
+    examples: int
+    factor: int
+
+
+def critical_batch(
+    folder: Path,
+    *,
+    configs: Sequence[str] = ("debug.gin",),
+    bindings: Sequence[str] = (),
+    batch_size: int = 2,
+    factors: Sequence[int] = (1, 2, 4, 8),
+    points: Sequence[float] = (0.05, 0.1, 0.2, 0.4, 0.7),
+    branch_examples: int = 256,
+    tolerance: float = 0.01,
+    seeds: int = 1,
+    first_seed: int = 0,
+    minutes: float | None = None,
+) -> dict[str, Any]:
+    """Measures the curve, and writes `critical_batch.json` and `critical_batch.png`.
+
+    Args:
+      folder: gets a run folder for each base run, `branches.jsonl` with a line for each finished branch, and the curve.
+      configs: gin files that define everything but the batch size.
+      bindings: further gin statements.
+      batch_size: B of the base run, in examples.
+      factors: the branches' k, whole numbers from 1 on; 1 itself is always run.
+      points: where branches begin, as shares of the base run.
+      branch_examples: the length of every branch.
+      tolerance: how much a larger batch may lose, in nats.
+      seeds: how many base runs.
+      first_seed: the seed of the first; a second machine can take others, and the lines of their `branches.jsonl` and
+        their base runs' folders be put together.
+      minutes: stop after the branch, or the step of a base run, that passes it; None: run to the end.
+
+    Returns:
+      The curve; see `make_curve`.
+
+    Raises:
+      UserError: for a value out of its range, or a folder of other settings.
+      Interrupted: when `minutes` are over or the process is asked to stop, with branches left.
+    """
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    factors = sorted({1, *factors})
+    _check(batch_size, factors, points, branch_examples, tolerance, seeds, minutes)
+    console = Console()
+    use_compilation_cache()
+    base_bindings = [
+        *bindings,
+        f"train.batch_size = {batch_size}",
+        f"train.base_batch_size = {batch_size}",
+        f"train.max_microbatch_examples = {max(1, batch_size // 2)}",
+        "train.noise_scale = @gradient_noise_scale()",
+        "gradient_noise_scale.norm_layers = True",
+    ]
+    configurables.bind(train, configs, base_bindings)
+    program = Program(configurables.arguments(train), batch_size, factors, branch_examples)
+    starts = [round(point * program.total_examples / batch_size) * batch_size for point in points]
+    if len(set(starts)) < len(starts) or starts[-1] + branch_examples > program.total_examples or starts[0] == 0:
+        raise UserError(
+            f"--points {' '.join(map(str, points))} of {program.total_examples} examples: they must differ by at least "
+            f"a batch, and the last must leave room for a branch of {branch_examples} examples"
+        )
+    settings = {
+        "batch_size": batch_size,
+        "factors": factors,
+        "starts_examples": starts,
+        "branch_examples": branch_examples,
+        "evaluations": EVALUATIONS,
+        "tolerance": tolerance,
+        "seeds": seeds,
+        "total_examples": program.total_examples,
+        "sequence_length": program.sequence_length,
+        "fingerprint": program.fingerprint,
+    }
+    numbers = range(first_seed, first_seed + seeds)
+    every = [Branch(seed, start, factor) for seed in numbers for start in starts for factor in factors]
+    with run_folder.locked(folder):
+        _check_same(folder, settings)
+        finished = read_branches(folder / "branches.jsonl")
+        left = [branch for branch in every if branch not in finished]
+        for seed in dict.fromkeys(branch.seed for branch in left):
+            base = folder / f"base-seed{seed}"
+            if not is_complete(base):
+                console.rule(base.name)
+                at = f"train.keep_checkpoints_at_examples = {starts}"
+                bound = configurables.bind(train, configs, [*base_bindings, f"train.seed = {seed}", at])
+                with interrupted_at(deadline):
+                    bound(run=str(base), label=base.name)
+        with Interruption() as interruption:
+            for branch, losses in program.run(folder, left, console):
+                finished[branch] = losses
+                _append(folder / "branches.jsonl", branch, losses)
+                if interruption.requested or time.monotonic() > deadline:
+                    break
+        records = [branch._asdict() | {"losses": finished[branch]} for branch in every if branch in finished]
+        curve = make_curve(records, settings)
+        if curve["tokens"]:
+            runs = [read_run(folder / f"base-seed{seed}") for seed in numbers]
+            with file_access("write", folder):
+                replace_file(folder / "critical_batch.json", (json.dumps(curve, indent=2) + "\n").encode())
+                replace_file(folder / "critical_batch.png", draw(curve, runs))
+            for tokens, value, (low, high) in zip(*(curve[key] for key in _COLUMNS), strict=True):
+                bound_above = f"{high:,.0f}" if high else "?"
+                line = f"{tokens:>13,} tokens: critical batch size {value:,.0f} examples, {low:,.0f} to {bound_above}"
+                console.print(line, highlight=False)
+            console.print(f"{folder / 'critical_batch.json'}, {folder / 'critical_batch.png'}", soft_wrap=True)
+    if remaining := sum(branch not in finished for branch in every):
+        raise Interrupted(f"{remaining} of {len(every)} branches are left in {folder}; the same command goes on")
+    return curve
+
+
+_COLUMNS = ("tokens", "critical_batch_size", "interval")
+
+
+class Program:
+    """Runs branches: one compiled step serves all of them.
+
+    Args:
+      arguments: of `train`, as the configs bind them.
+      batch_size: of the base run.
+      factors: what the branches multiply it by.
+      branch_examples: the length of a branch.
+    """
+
+    def __init__(self, arguments: dict[str, Any], batch_size: int, factors: Sequence[int], branch_examples: int):
+        self._arguments, self._batch_size, self._factors = arguments, batch_size, factors
+        self._branch_examples = branch_examples
+        self._data = arguments["data"]
+        self._mesh = arguments.get("mesh") or parallel.make_mesh()
+        self._config = decide_model(arguments["model"], self._data, self._mesh)
+        self.total_examples: int = arguments["total_examples"]
+        self.sequence_length: int = self._data.sequence_length
+        self.fingerprint = fingerprint(self._config, self._data)
+
+    @functools.cached_property
+    def _compiled(self) -> CompiledStep:
+        """The step of the base run's own chain, for batches of every branch's size."""
+        policy = constant(self._batch_size)
+        chain = chain_transforms(
+            self._arguments["optimizer"],
+            policy,
+            noise_scale=self._arguments["noise_scale"],
+            coupling=self._arguments.get("coupling", "sqrt"),
+        )
+        return compile_step(
+            self._config,
+            chain,
+            self._mesh,
+            [k * self._batch_size for k in self._factors],
+            sequence_length=self.sequence_length,
+            **{key: self._arguments[key] for key in ("strategy", "max_gradient_norm") if key in self._arguments},
+            max_microbatch_examples=self._arguments["max_microbatch_examples"],
+            statistics=needed_statistics(self._config, chain, policy),
+        )
+
+    @functools.cached_property
+    def _evaluate(self):
+        return make_evaluation(
+            self._config,
+            self._data.validation,
+            self._mesh,
+            self._compiled.abstract_state.parameters,
+            evaluation_examples=self._arguments.get("evaluation_examples", 512),
+            microbatch_examples=self._compiled.plan.microbatch_examples,
+        )
+
+    def run(self, folder: Path, branches: Sequence[Branch], console: Console) -> Iterator[tuple[Branch, list[float]]]:
+        """Each branch with its losses on held-out rows, at even intervals up to its end."""
+        begin = time.monotonic()
+        layout = jax.tree.map(lambda x: x.sharding, self._compiled.abstract_state)
+        copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=layout)
+        loaded: tuple[int, int] | None = None
+        for number, branch in enumerate(branches):
+            if loaded != (branch.seed, branch.examples):
+                checkpoints = Checkpoints(folder / f"base-seed{branch.seed}" / "checkpoints")
+                restored, clock = checkpoints.restore_at(branch.examples, self._compiled.abstract_state)
+                checkpoints.close()
+                loaded = (branch.seed, branch.examples)
+            losses = self._run(copy(restored), clock.examples_seen, branch)
+            left = (time.monotonic() - begin) / (number + 1) * (len(branches) - number - 1)
+            console.print(
+                f"{number + 1}/{len(branches)}  seed {branch.seed}  from {branch.examples:,} examples  batch "
+                f"{branch.factor} x {self._batch_size}  loss {smoothed_loss(losses):.4f}  about {duration(left)} left",
+                highlight=False,
+                soft_wrap=True,
+            )
+            yield branch, losses
+
+    def _run(self, state: TrainState, start: int, branch: Branch) -> list[float]:
+        feed = Feed(Stream(self._data.train, branch.seed), self._compiled.plan, self._mesh)
+        end, seen, losses = start + self._branch_examples, start, []
+        due = [start + round(self._branch_examples * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)]
+        waiting: Any = None
+        while seen < end:
+            examples = min(branch.factor * self._batch_size, end - seen)
+            state, metrics = self._compiled.call(state, feed.read(seen, examples))
+            seen += examples
+            if waiting is not None:
+                jax.block_until_ready(waiting)  # one step ahead of the device is enough
+            waiting = metrics["loss"]
+            while due and seen >= due[0]:
+                due.pop(0)
+                losses.append(self._evaluate(state.parameters))
+        return losses
+
+
+def read_branches(path: Path) -> dict[Branch, list[float]]:
+    """The finished branches; a torn last line is left out."""
+    finished = {}
+    with file_access("read", path):
+        lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            finished[Branch(record["seed"], record["examples"], record["factor"])] = record["losses"]
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise UserError(
+                    f"{path} is damaged at line {number}: remove that line to run its branch again"
+                ) from None
+    return finished
+
+
+def _append(path: Path, branch: Branch, losses: Sequence[float]) -> None:
+    # JSON knows no NaN.
+    record = branch._asdict() | {"losses": [loss if math.isfinite(loss) else None for loss in losses]}
+    with file_access("write", path), open(path, "ab") as file:
+        file.write(json.dumps(record).encode() + b"\n")
+
+
+def _check_same(folder: Path, settings: dict[str, Any]) -> None:
+    """That finished branches mean the same as the ones to come; points, factors and seeds may be added."""
+    added = ("factors", "starts_examples", "seeds", "tolerance")
+    fixed = {name: value for name, value in settings.items() if name not in added}
+    before = run_folder.read_info(folder)
+    if before is not None:
+        run_folder.check_resumable(folder, before["fixed"], fixed)
+        return
+    info = run_folder.provenance() | {"fixed": fixed}
+    with file_access("write", folder):
+        replace_file(folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
+
+
+def _check(
+    batch_size: int,
+    factors: Sequence[int],
+    points: Sequence[float],
+    branch_examples: int,
+    tolerance: float,
+    seeds: int,
+    minutes: float | None,
+) -> None:
+    """That the command's values lie in their ranges."""
+    if batch_size < 2:
+        raise UserError(f"--batch-size {batch_size} must be at least 2: the noise scale compares its halves")
+    for k in factors:
+        if k < 1:
+            raise UserError(f"--factors {k} must be at least 1: branches multiply the base run's batch")
+    if not points or any(not 0 < point < 1 for point in points) or list(points) != sorted(points):
+        raise UserError(f"--points {' '.join(map(str, points))}: give shares of the run between 0 and 1, increasing")
+    largest = max(factors) * batch_size
+    if branch_examples < 1 or branch_examples % largest:
+        above = -(-max(1, branch_examples) // largest) * largest
+        raise UserError(
+            f"--branch-examples {branch_examples} must be whole batches of the largest branch, {largest} examples: "
+            f"use {above}"
+        )
+    for name, value in {"tolerance": tolerance, "minutes": minutes, "seeds": seeds}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} {value} must be above 0 and finite")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = configurables.parser("Measure the critical batch size along a run, by branching.", EXAMPLES)
+    add = parser.add_argument
+    add("--run", default="runs/critical_batch", help="the folder for the runs and the curve")
+    add("--batch-size", type=int, default=2, help="B of the base run, in examples (default 2)")
+    add("--factors", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K", help="of the branches (default 1 2 4 8)")
+    add(
+        *("--points",),
+        type=float,
+        nargs="+",
+        default=[0.05, 0.1, 0.2, 0.4, 0.7],
+        metavar="SHARE",
+        help="of the base run, where branches begin (default 0.05 0.1 0.2 0.4 0.7)",
+    )
+    add("--branch-examples", type=int, default=256, help="the length of a branch (default 256)")
+    add("--tolerance", type=float, default=0.01, help="what a larger batch may lose, in nats (default 0.01)")
+    add("--seeds", type=int, default=1, help="how many base runs (default 1)")
+    add("--first-seed", type=int, default=0, help="the first one's seed (default 0)")
+    add("--minutes", type=float, help="stop then; the same command goes on")
+    arguments = vars(parser.parse_args(argv))
+    critical_batch(
+        Path(arguments.pop("run")),
+        configs=arguments.pop("config") or ["debug.gin"],
+        bindings=arguments.pop("set"),
+        **arguments,
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
