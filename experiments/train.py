@@ -52,7 +52,7 @@ def train(
     base_batch_size: int | None = None,
     noise_scale: optax.GradientTransformation | None = None,
     mesh: Mesh | None = None,
-    strategy: str = "fsdp",
+    strategy: str | parallel.Strategy = "fsdp",
     seed: int = 0,
     max_gradient_norm: float | None = 1.0,
     max_microbatch_examples: int | None = None,
@@ -80,7 +80,7 @@ def train(
       noise_scale: `@gradient_noise_scale()`, to record the gradient noise scale; None: it isn't measured. It is known
         from batches of at least two microbatches, or with `gradient_noise_scale.norm_layers = True` from any.
       mesh: the devices; all of them along `data` when None.
-      strategy: a key of `crescendo.parallel.STRATEGIES`.
+      strategy: what is split along the mesh's axes: a key of `crescendo.parallel.STRATEGIES`, or `@strategy()`.
       seed: of the parameters and of the order of the data.
       max_gradient_norm: clip the mean gradient to this l2 norm; None: never.
       max_microbatch_examples: a bound below the one that memory sets.
@@ -142,7 +142,7 @@ def train(
         "seed": seed,
     }
     with user_values():
-        parallel.plan_batches(policy.sizes, mesh.devices.size)
+        parallel.plan_batches(policy.sizes, parallel.Layout(mesh, strategy).batch_shards)
     counter = CompilationCounter()
     use_compilation_cache()
     with contextlib.ExitStack() as stack:
@@ -219,12 +219,12 @@ def train(
         evaluate = make_evaluation(
             config,
             data.validation,
-            mesh,
+            compiled.layout,
             compiled.abstract_state.parameters,
             evaluation_examples=evaluation_examples,
             microbatch_examples=plan.microbatch_examples,
         )
-        feed = Feed(Stream(data.train, seed), plan, mesh)
+        feed = Feed(Stream(data.train, seed), plan, compiled.layout)
         recorder = Recorder(observers, data.sequence_length, flops_per_token, peak, clock.seconds)
         pending: tuple[Clock, int, int, dict] | None = None
         # Before the first step this is the policy's start; after a restart, what the last step's metrics said.

@@ -15,6 +15,12 @@ def packed_mask(segment_ids_BT, *, causal: bool = True):
     return same_document & jnp.tri(segment_ids_BT.shape[1], dtype=bool) if causal else same_document
 
 
+def packed_attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool, implementation: str | None = None):
+    """Attention within documents, `[B, T, H, E]`."""
+    mask_BHTT = packed_mask(segment_ids_BT, causal=causal)
+    return jax.nn.dot_product_attention(q_BTHE, k_BTKE, v_BTKE, mask=mask_BHTT, implementation=implementation)
+
+
 class Attention(nnx.Module):
     """`softmax(q k^T / sqrt(E)) v` with H query heads over K key and value heads (Ainslie et al. 2023)."""
 
@@ -40,10 +46,9 @@ class Attention(nnx.Module):
             self.key_norm = RMSNorm(head_width, axes.HEAD_WIDTH, config.norm_epsilon)
         self.qk_norm = config.qk_norm
 
-    def __call__(self, x_BTD, mask_BHTT, cosine, sine, implementation):
+    def __call__(self, x_BTD, attend, cosine, sine):
         q_BTHE, k_BTKE, v_BTKE = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.qk_norm:
             q_BTHE, k_BTKE = self.query_norm(q_BTHE), self.key_norm(k_BTKE)
         q_BTHE, k_BTKE = rotate(q_BTHE, cosine, sine), rotate(k_BTKE, cosine, sine)
-        mixed_BTHE = jax.nn.dot_product_attention(q_BTHE, k_BTKE, v_BTKE, mask=mask_BHTT, implementation=implementation)
-        return self.output(mixed_BTHE)
+        return self.output(attend(q_BTHE, k_BTKE, v_BTKE))

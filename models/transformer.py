@@ -1,7 +1,6 @@
 """The decoder: embedding, blocks stacked on a leading axis, final norm, output table."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,20 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crescendo.models import axes
-from crescendo.models.attention import Attention, packed_mask
+from crescendo.models.attention import Attention, packed_attention
 from crescendo.models.config import ModelConfig
 from crescendo.models.layers import Linear, RMSNorm, Table, rotary
+from crescendo.models.layout import ONE_DEVICE, Layout
 
-# Lays an array out over the devices, by the logical names of its axes.
-Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
-# The residual stream is split by examples alone; left to itself the partitioner may split it like the parameters.
-RESIDUAL = (axes.BATCH, axes.LENGTH, None)
-
-
-def unconstrained(array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """Leaves the layout to the compiler."""
-    del names
-    return array
+# Left to itself the partitioner may split activations like the parameters.
+RESIDUAL = (axes.BATCH, axes.RESIDUAL_LENGTH, None)
+# What matmuls take in: where they split their outputs over devices, each needs all the tokens.
+TAKEN_IN = (axes.BATCH, axes.LENGTH, None)
 
 
 REMAT_POLICIES = {
@@ -61,9 +55,11 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, axes.EMBED, config.norm_epsilon)
         self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BTD, mask_BHTT, cosine, sine, implementation):
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), mask_BHTT, cosine, sine, implementation)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+    def __call__(self, x_BTD, attend, cosine, sine, layout: Layout):
+        taken_BTD = layout.constrain(self.attention_norm(x_BTD), TAKEN_IN)
+        x_BTD = x_BTD + layout.constrain(self.attention(taken_BTD, attend, cosine, sine), RESIDUAL)
+        taken_BTD = layout.constrain(self.mlp_norm(x_BTD), TAKEN_IN)
+        return x_BTD + layout.constrain(self.mlp(taken_BTD), RESIDUAL)
 
 
 class Transformer(nnx.Module):
@@ -107,19 +103,20 @@ class Transformer(nnx.Module):
         *,
         causal: bool = True,
         implementation: str | None = None,
-        constrain: Constrain = unconstrained,
+        layout: Layout = ONE_DEVICE,
     ):
         config = self.config
-        # Looked up before the cast: the gradient then adds up the many uses of a token in float32, with the atomics
-        # that GPUs have for it.
-        x_BTD = constrain(self.embedding.table[...][tokens_BT].astype(config.dtype), RESIDUAL)
-        mask_BHTT = packed_mask(segment_ids_BT, causal=causal)
+        x_BTD = layout.constrain(layout.look_up(self.embedding.table[...], tokens_BT, config.dtype), RESIDUAL)
+        attention = functools.partial(packed_attention, causal=causal, implementation=implementation)
         cosine, sine = rotary(positions_BT, config.head_size, config.rope_theta)
         structure, stacked = nnx.split(self.blocks)
 
+        def attend(q_BTHE, k_BTKE, v_BTKE):
+            return layout.attend(attention, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, causal=causal)
+
         def block(x_BTD, parameters):
             layer: Any = nnx.merge(structure, parameters)
-            return constrain(layer(x_BTD, mask_BHTT, cosine, sine, implementation), RESIDUAL), None
+            return layer(x_BTD, attend, cosine, sine, layout), None
 
         if config.remat != "none":
             block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)

@@ -1,5 +1,6 @@
 """A mesh and a strategy together: the sharding of every array of a training step."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from crescendo.parallel import sequence
+from crescendo.parallel import sequence, vocab
 from crescendo.parallel.accumulate import Spread
 from crescendo.parallel.rules import ACTIVATIONS, BATCH_AXES, Strategy, Table, spec_entries, strategy
 
@@ -110,14 +111,69 @@ class Layout:
         spec = PartitionSpec(*spec_entries(table, names, manual))
         return jax.lax.with_sharding_constraint(array, NamedSharding(context if manual else self.mesh, spec))
 
-    @property
-    def attend(self) -> Callable | None:
-        """Attention where `sequence` is above 1: see `sequence.attention`; None: nothing stands in its way."""
-        if self.sizes["sequence"] == 1:
-            return None
-        ulysses = self.strategy.ulysses
-        return lambda q, k, v, segment_ids, causal=True: sequence.attention(
-            q, k, v, segment_ids, mesh=self.mesh, causal=causal, ulysses=ulysses
+    def attend(self, attention: Callable, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool) -> jax.Array:
+        """`attention(q, k, v, segment_ids)` on each device's own rows and heads.
+
+        Where `sequence` is above 1, ring or Ulysses attention takes its place (`crescendo.parallel.sequence`).
+        """
+        if self.mesh.size == 1:
+            return attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT)
+        if self.sizes["sequence"] > 1:
+            attention = functools.partial(
+                sequence.attention,
+                ring=self.sizes["sequence"] // self.strategy.ulysses,
+                ulysses=self.strategy.ulysses,
+                causal=causal,
+            )
+        heads, rows = ("batch", "length", "heads", None), ("batch", "length")
+        local = self._by_device(attention, (heads, heads, heads, rows), heads)
+        return local(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT)
+
+    def look_up(self, table_VD, tokens_BT, dtype) -> jax.Array:
+        """`table[tokens]` in `dtype`, of a table whose rows are split over `tensor`."""
+        ways = self.sizes["tensor"]
+        local = self._by_device(
+            lambda table, tokens: vocab.look_up(table, tokens, dtype, ways=ways),
+            (("vocab", None), ("batch", "length")),
+            ("batch", "residual_length", None),
+        )
+        return local(table_VD, tokens_BT)
+
+    def cross_entropy(self, loss: Callable, hidden_BTD, table_VD, labels_BT, weights_BT) -> tuple[jax.Array, jax.Array]:
+        """The sums of `loss(hidden, table, labels, weights, vocab_axis=...)` over all rows."""
+        if self.mesh.size == 1:
+            return loss(hidden_BTD, table_VD, labels_BT, weights_BT)
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        rows = ("batch", "length")
+        local = self._by_device(
+            functools.partial(
+                vocab.cross_entropy,
+                loss,
+                ways=self.sizes["tensor"],
+                rows=tuple(axis for axis in (*BATCH_AXES, "sequence") if axis not in manual),
+            ),
+            ((*rows, None), ("vocab", None), rows, rows),
+            ((), ()),
+        )
+        return local(hidden_BTD, table_VD, labels_BT, weights_BT)
+
+    def _by_device(self, function: Callable, inputs: tuple, outputs: tuple) -> Callable:
+        """`function` on every device's own parts, from the logical axes of its arguments and of its results."""
+        context = jax.sharding.get_abstract_mesh()
+        manual = frozenset(context.manual_axes)
+
+        def spec(names):
+            return PartitionSpec(*spec_entries(ACTIVATIONS, names, manual))
+
+        one = all(isinstance(name, str | None) for name in outputs)
+        return jax.shard_map(
+            function,
+            mesh=context if manual else self.mesh,
+            in_specs=tuple(map(spec, inputs)),
+            out_specs=spec(outputs) if one and outputs else tuple(map(spec, outputs)),
+            axis_names=set(self.mesh.axis_names) - manual,
+            # Inside an unchecked map no other is possible; rings of attention write their gradients by hand.
+            check_vma=False,
         )
 
     def order(self, sequence_length: int) -> np.ndarray | None:

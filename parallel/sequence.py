@@ -22,9 +22,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
-
-from crescendo.parallel.rules import ACTIVATIONS, spec_entries
 
 AXIS = "sequence"
 
@@ -43,47 +40,24 @@ def zigzag(sequence_length: int, ring: int) -> np.ndarray:
     return np.concatenate([np.concatenate([chunks[i], chunks[2 * ring - 1 - i]]) for i in range(ring)])
 
 
-def attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, mesh: Mesh, causal: bool = True, ulysses: int = 1):
+def attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, ring: int, ulysses: int = 1, causal: bool = True):
     """`softmax(q k^T / sqrt(E)) v` within segments, over rows split along the mesh axis `sequence`.
 
-    Rows are split by examples and heads by `tensor` as everywhere. Where the ring is longer than 1 the tokens are in
-    the order of `zigzag`, with which a causal mask is meant.
+    Runs inside `jax.shard_map`, manual over that axis, on each device's own part. Where the ring is longer than 1 the
+    tokens are in the order of `zigzag`, with which a causal mask is meant.
 
     Args:
       q_BTHE: `[B, T, H, E]`.
       k_BTKE, v_BTKE: `[B, T, K, E]`, H a multiple of K.
       segment_ids_BT: int32 `[B, T]`; a token sees its own segment.
-      mesh: the devices.
+      ring: the length of the ring.
+      ulysses: how many neighbours trade tokens for heads; `ring * ulysses` is the axis's size.
       causal: whether a token sees only itself and what is before it.
-      ulysses: how many devices trade tokens for heads; the ring has the rest, `sequence / ulysses`.
 
     Returns:
       `[B, T, H, E]` in q's dtype.
-
-    >>> from crescendo.parallel.mesh import make_mesh
-    >>> mesh = make_mesh(data=1, sequence=-1, devices=jax.devices()[:1])
-    >>> q = jnp.ones((1, 4, 2, 8))
-    >>> attention(q, q, q, jnp.ones((1, 4), jnp.int32), mesh=mesh).shape
-    (1, 4, 2, 8)
     """
-    context = jax.sharding.get_abstract_mesh()
-    manual = frozenset(context.manual_axes)
-    heads = PartitionSpec(*spec_entries(ACTIVATIONS, ("batch", "length", "heads", None), manual))
-    rows = PartitionSpec(*spec_entries(ACTIVATIONS, ("batch", "length"), manual))
-    ring = mesh.shape[AXIS] // ulysses
-    local = jax.shard_map(
-        functools.partial(_local_attention, ring=ring, ulysses=ulysses, causal=causal),
-        mesh=context if manual else mesh,
-        in_specs=(heads, heads, heads, rows),
-        out_specs=heads,
-        axis_names=set(mesh.axis_names) - manual,
-        check_vma=False,  # gradients cross the devices in `_ring_backward`, by hand
-    )
-    return local(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT)
-
-
-def _local_attention(q, k, v, segment_ids, *, ring: int, ulysses: int, causal: bool):
-    """One device's part of `attention`."""
+    q, k, v, segment_ids = q_BTHE, k_BTKE, v_BTKE, segment_ids_BT
     if ulysses == 1:
         return _ring(q, k, v, segment_ids, ring, ulysses, causal)
     groups = [[i * ulysses + j for j in range(ulysses)] for i in range(ring)]
