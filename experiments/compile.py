@@ -112,7 +112,7 @@ def compile_step(
     Raises:
       UserError: for a batch size, a row or a model's dimension that the mesh can't divide, or a model that doesn't fit at one example a device.
     """
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     with user_values():
         layout = parallel.Layout(mesh, strategy)
         shardings = state_shardings(config, optimizer, layout)

@@ -20,9 +20,8 @@ def put_rows(
       read: from the numbers of rows, `group * examples + example`, to their arrays `[rows, T]`.
     """
     sharding, order = layout.batch(leading=1), layout.order(shape[2])
-    parts = sharding.addressable_devices_indices_map(shape).values()
-    begin = min(index[1].start or 0 for index in parts)
-    end = max(shape[1] if index[1].stop is None else index[1].stop for index in parts)
+    parts = [index[1].indices(shape[1]) for index in sharding.addressable_devices_indices_map(shape).values()]
+    begin, end = min(start for start, _, _ in parts), max(stop for _, stop, _ in parts)
     numbers = np.arange(shape[0])[:, None] * shape[1] + np.arange(begin, end)
     mine = {name: x.reshape(*numbers.shape, shape[2]) for name, x in read(numbers.ravel()).items()}
     if order is not None:
@@ -30,10 +29,11 @@ def put_rows(
 
     def put(rows: np.ndarray) -> jax.Array:
         def part(index):
-            examples = slice((index[1].start or 0) - begin, (shape[1] if index[1].stop is None else index[1].stop) - begin)
-            return rows[:, examples, index[2]]
+            start, stop, _ = index[1].indices(shape[1])
+            return rows[:, start - begin : stop - begin, index[2]]
 
-        return jax.make_array_from_callback(shape, sharding, part)
+        with jax.transfer_guard("allow"):  # the loop's guard is against transfers that nobody asked for
+            return jax.make_array_from_callback(shape, sharding, part)
 
     return {name: put(x) for name, x in mine.items()}
 
@@ -61,6 +61,11 @@ class Feed:
 
         return {
             "rows": put_rows(self._layout, (k_max, microbatch, self._stream.sequence_length), read),
-            "microbatches": jax.device_put(np.int32(batch_size // microbatch), self._layout.replicated),
-            "examples_seen": jax.device_put(np.int32(examples_seen), self._layout.replicated),
+            "microbatches": self._scalar(batch_size // microbatch),
+            "examples_seen": self._scalar(examples_seen),
         }
+
+    def _scalar(self, value: int) -> jax.Array:
+        """On every device, of every process; `jax.device_put` would compare it between processes first."""
+        with jax.transfer_guard("allow"):
+            return jax.make_array_from_callback((), self._layout.replicated, lambda _: np.int32(value))

@@ -21,7 +21,7 @@ from crescendo.experiments.checkpoint import Checkpoints
 from crescendo.experiments.cli import run_command
 from crescendo.experiments.compile import CompilationCounter, compile_step, use_compilation_cache
 from crescendo.experiments.data import Stream, TextData
-from crescendo.experiments.errors import UserError, user_values
+from crescendo.experiments.errors import UserError, hosts_lost, user_values
 from crescendo.experiments.evaluate import make_evaluation
 from crescendo.experiments.feed import Feed
 from crescendo.experiments.interruption import Interrupted, Interruption
@@ -31,11 +31,13 @@ from crescendo.experiments.recorder import Recorder
 from crescendo.experiments.state import Clock, describe_arrays, initial_state
 from crescendo.models import ModelConfig
 from crescendo.optim.batch_size import BatchSizePolicy, constant, current_batch_size
+from crescendo.parallel import hosts
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.train --config debug.gin
   python -m crescendo.experiments.train --config lm_30m.gin --set 'text_files.paths = ["books/*.txt"]'
   python -m crescendo.experiments.train --config debug.gin --set 'train.total_examples = 2048' --run runs/short
+  srun python -m crescendo.experiments.train --config lm_1b.gin --hosts auto
 
 The same command goes on where an interrupted run stopped."""
 
@@ -126,7 +128,7 @@ def train(
         )
     evaluate_every_examples = evaluate_every_examples or max(1, total_examples // 5)
     checkpoint_every_examples = checkpoint_every_examples or max(1, total_examples // 10)
-    folder, console = Path(run), Console()
+    folder, console = Path(run), Console(quiet=not hosts.is_leader())
     mesh = parallel.make_mesh() if mesh is None else mesh
     device = mesh.devices.flat[0]
     config = decide_model(model, data, mesh)
@@ -301,10 +303,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = configurables.parser("Train a decoder on packed text.", EXAMPLES)
     parser.add_argument("--run", help="the run's folder (default: runs/NAME of the last config)")
+    parser.add_argument(
+        "--hosts",
+        metavar="auto|HOST:PORT,INDEX,COUNT",
+        help="be one of several processes: where JAX can tell by itself (SLURM, Cloud TPU, ...), or process 0's address, "
+        "this process's number and how many there are; they share the run's folder",
+    )
+    parser.add_argument(
+        "--join-seconds", type=float, default=300.0, help="how long to wait for the other processes (default 300)"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.hosts:
+        with user_values():
+            hosts.join(arguments.hosts, timeout_seconds=arguments.join_seconds)
     configs = arguments.config or ["debug.gin"]
     bound = configurables.bind(train, configs, arguments.set)
-    bound(run=arguments.run or f"runs/{Path(configs[-1]).stem}")
+    with hosts_lost():
+        bound(run=arguments.run or f"runs/{Path(configs[-1]).stem}")
 
 
 if __name__ == "__main__":

@@ -106,9 +106,9 @@ def _collective(line: str, match: re.Match, runs: float) -> Collective:
         for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
         if dtype in ITEM_BYTES
     ]
-    if asynchronous and kind in ("all-gather", "collective-permute"):
+    operands = line[match.end() :].split(")", 1)[0].count("%") or 1
+    if asynchronous and len(shapes) >= 2 * operands:
         # The result of a start is (operands, results, and on some targets numbers of contexts).
-        operands = line[match.end() :].split(")", 1)[0].count("%") or 1
         shapes = shapes[operands : 2 * operands]
     size = sum(ITEM_BYTES[dtype] * math.prod(dims) for dtype, dims in shapes)
     group = 2 if kind == "collective-permute" else _group_size(line)
@@ -143,14 +143,25 @@ def _computations(text: str) -> dict[str, list[str]]:
     return bodies
 
 
+def _trips(line: str, bodies: Mapping[str, list[str]]) -> float | None:
+    """How often a loop runs: the compiler says it, or its condition compares a count from 0 with a constant."""
+    if known := re.search(r'known_trip_count"?:\{"?n"?:"(\d+)"', line):
+        return float(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    assert condition
+    lines = bodies.get(condition[1], [])
+    root = re.search(r"ROOT .* compare\(.*?, %?([\w.\-]+)\), direction=LT", "\n".join(lines))
+    constants = dict(re.findall(r"%([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)", "\n".join(lines)))
+    return float(constants[root[1]]) if root and root[1] in constants else None
+
+
 def _runs(bodies: Mapping[str, list[str]], unknown: float) -> dict[str, float]:
     """How often each computation is run; of the branches of a conditional, one."""
     calls: dict[str, list[tuple[str, float]]] = collections.defaultdict(list)
     for name, lines in bodies.items():
         for line in lines:
             if match := re.search(r"body=%?([\w.\-]+)", line):
-                trips = re.search(r'known_trip_count"?:\{"?n"?:"(\d+)"', line)
-                calls[name].append((match[1], float(trips[1]) if trips else unknown))
+                calls[name].append((match[1], _trips(line, bodies) or unknown))
             for callee in re.findall(r"(?:calls|to_apply|async_execution_thread_body)=%?([\w.\-]+)", line):
                 calls[name].append((callee, 1.0))
             branches = re.findall(r"(?:true_computation|false_computation)=%?([\w.\-]+)", line)
