@@ -42,8 +42,9 @@ class Mlp(nnx.Module):
             scale=(2 * config.layers) ** -0.5,
         )
 
-    def __call__(self, x_BTD):
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+    def __call__(self, x_BTD, layout: Layout):
+        inner_BTF = jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD)
+        return self.down(layout.constrain(inner_BTF, (axes.BATCH, axes.LENGTH, axes.MLP)))
 
 
 class Block(nnx.Module):
@@ -56,10 +57,12 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BTD, attend, cosine, sine, layout: Layout):
-        taken_BTD = layout.constrain(self.attention_norm(x_BTD), TAKEN_IN)
-        x_BTD = x_BTD + layout.constrain(self.attention(taken_BTD, attend, cosine, sine), RESIDUAL)
-        taken_BTD = layout.constrain(self.mlp_norm(x_BTD), TAKEN_IN)
-        return x_BTD + layout.constrain(self.mlp(taken_BTD), RESIDUAL)
+        def take_in(norm, x_BTD):
+            # Norms are split like the residual stream: said twice, or their float32 insides would cross the devices.
+            return layout.constrain(layout.constrain(norm(x_BTD), RESIDUAL), TAKEN_IN)
+
+        x_BTD = x_BTD + layout.constrain(self.attention(take_in(self.attention_norm, x_BTD), attend, cosine, sine), RESIDUAL)
+        return x_BTD + layout.constrain(self.mlp(take_in(self.mlp_norm, x_BTD), layout), RESIDUAL)
 
 
 class Transformer(nnx.Module):
@@ -122,7 +125,7 @@ class Transformer(nnx.Module):
             block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
         unroll = 1 if config.scan_layers else config.layers
         x_BTD, _ = jax.lax.scan(block, x_BTD, stacked, unroll=unroll)
-        return self.final_norm(x_BTD)
+        return layout.constrain(self.final_norm(x_BTD), RESIDUAL)
 
 
 @functools.cache

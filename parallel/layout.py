@@ -34,7 +34,7 @@ class Layout:
     >>> from crescendo.parallel.mesh import MeshSpec
     >>> layout = Layout(MeshSpec(data=2, fsdp=4).abstract(8), "fsdp")
     >>> layout.parameters({"table": ("vocab", "embed")})["table"].spec
-    P('tensor', 'fsdp')
+    P('tensor', ('fsdp', 'sequence'))
     >>> layout.batch_shards, layout.parts
     (8, 2)
     """

@@ -8,7 +8,8 @@ Table = dict[str, tuple[str, ...]]
 
 # A logical axis that a table doesn't name stays whole on every device.
 TENSOR: Table = {"heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",)}
-SPLIT: Table = TENSOR | {"embed": ("fsdp",)}
+# Devices along `sequence` have the same parameters: they share them like those along `fsdp`.
+SPLIT: Table = TENSOR | {"embed": ("fsdp", "sequence")}
 BATCH_AXES = ("data", "fsdp", "expert")
 # Between matmuls the residual stream and its norms are split by tokens over `tensor` too (Korthikanti et al. 2022).
 ACTIVATIONS: Table = TENSOR | {
@@ -65,7 +66,7 @@ def strategy(name: str = "fsdp", *, ulysses: int = 1) -> Strategy:
       ValueError: an unknown name, or a degree below 1.
 
     >>> strategy("zero1").optimizer["embed"]
-    ('fsdp',)
+    ("fsdp", "sequence")
     """
     if name not in STRATEGIES:
         raise ValueError(f"no sharding strategy {name!r}; there are {', '.join(STRATEGIES)}")
