@@ -127,8 +127,8 @@ def _sequence(layout: Layout, work: Work) -> dict[str, float]:
     kv_heads = max(work.kv_heads, degree * layout.sizes["tensor"]) if degree > 1 else work.kv_heads
     sent = dict.fromkeys(KINDS, 0.0)
     keys_and_values = 2 * kv_heads * head
-    # Their gradients travel in float32.
-    sent["collective-permute"] = (ring - 1) * keys_and_values * ((forwards + 1) * work.compute_bytes + FLOAT32)
+    # Once forward and once backward, where layers that are computed again use the same; their gradients in float32.
+    sent["collective-permute"] = (ring - 1) * keys_and_values * (2 * work.compute_bytes + FLOAT32)
     traded = (2 * work.heads + 2 * kv_heads) * head * work.compute_bytes
     sent["all-to-all"] = _share(degree) * traded * (forwards + 1)
     return sent
