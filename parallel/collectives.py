@@ -79,14 +79,25 @@ def collectives(text: str, *, microbatches: float = 1) -> list[Collective]:
     """
     bodies = _computations(text)
     runs = _runs(bodies, microbatches)
-    found = []
+    fused = set(re.findall(r"fusion\(.*calls=%?([\w.\-]+)", text))
+    found, parts = [], set()
     for name, lines in bodies.items():
         for line in lines:
             match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
-            if match and runs[name]:
-                collective = _collective(line, match, runs[name])
-                if collective.group > 1:
-                    found.append(collective)
+            if not match or not runs[name]:
+                continue
+            collective = _collective(line, match, runs[name])
+            if name.startswith("all-reduce-scatter"):  # how TPUs write a reduce-scatter: the sum, then the slice
+                whole = collective.result_bytes // collective.group
+                collective = collective._replace(kind="reduce-scatter", result_bytes=whole)
+            elif name in fused:
+                # TPUs also run one collective in parts, in the shadow of several fusions; its channel tells.
+                channel = re.search(r"channel_id=(\d+)", line)
+                if channel and (key := (collective.kind, channel[1], collective.shapes)) in parts:
+                    continue
+                parts.add(key)
+            if collective.group > 1:
+                found.append(collective)
     return found
 
 
