@@ -110,7 +110,8 @@ def compile_step(
       statistics: what else to measure (`make_step`), such as the policy's `statistics`.
 
     Raises:
-      UserError: for a batch size, a row or a model's dimension that the mesh can't divide, or a model that doesn't fit at one example a device.
+      UserError: for a batch size, a row or a model's dimension that the mesh can't divide, or a model that doesn't fit
+        at one example a device.
     """
     device = mesh.local_devices[0]
     with user_values():

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -175,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(traffic_table("a step, in closed form", step_traffic(layout, arrays, axes, work)))
     if devices:
         console.print(f"compiling for {len(devices)} x {devices[0].device_kind} ...", highlight=False)
+        assert isinstance(mesh, Mesh)
         compiled = compiling.lower_step(
             config,
             optimizer,
@@ -184,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             strategy=layout.strategy,
             attention="xla",
         ).compile()
-        found = traffic(compiled.as_text(), microbatches=plan.max_microbatches)
+        found = traffic(compiled.as_text() or "", microbatches=plan.max_microbatches)
         console.print(
             traffic_table(
                 "a step, by the compiled program",

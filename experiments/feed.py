@@ -20,7 +20,8 @@ def put_rows(
       read: from the numbers of rows, `group * examples + example`, to their arrays `[rows, T]`.
     """
     sharding, order = layout.batch(leading=1), layout.order(shape[2])
-    parts = [index[1].indices(shape[1]) for index in sharding.addressable_devices_indices_map(shape).values()]
+    places = sharding.addressable_devices_indices_map(shape).values()
+    parts = [index[1].indices(shape[1]) for index in places if index is not None]
     begin, end = min(start for start, _, _ in parts), max(stop for _, stop, _ in parts)
     numbers = np.arange(shape[0])[:, None] * shape[1] + np.arange(begin, end)
     mine = {name: x.reshape(*numbers.shape, shape[2]) for name, x in read(numbers.ravel()).items()}

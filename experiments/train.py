@@ -306,8 +306,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--hosts",
         metavar="auto|HOST:PORT,INDEX,COUNT",
-        help="be one of several processes: where JAX can tell by itself (SLURM, Cloud TPU, ...), or process 0's address, "
-        "this process's number and how many there are; they share the run's folder",
+        help="be one of several processes that share the run's folder: as JAX finds by itself (SLURM, Cloud TPU, ...), "
+        "or by process 0's address, this process's number and how many there are",
     )
     parser.add_argument(
         "--join-seconds", type=float, default=300.0, help="how long to wait for the other processes (default 300)"

@@ -15,7 +15,7 @@ def packed_mask(segment_ids_BT, *, causal: bool = True):
     return same_document & jnp.tri(segment_ids_BT.shape[1], dtype=bool) if causal else same_document
 
 
-def packed_attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool, implementation: str | None = None):
+def packed_attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool, implementation=None):
     """Attention within documents, `[B, T, H, E]`."""
     mask_BHTT = packed_mask(segment_ids_BT, causal=causal)
     return jax.nn.dot_product_attention(q_BTHE, k_BTKE, v_BTKE, mask=mask_BHTT, implementation=implementation)

@@ -1,4 +1,4 @@
-"""How a model's arrays lie over devices: on one device, no matter. `crescendo.parallel.Layout` is the same for a mesh."""
+"""How a model's arrays lie over devices; here for one device, `crescendo.parallel.Layout` is the same for a mesh."""
 
 from collections.abc import Callable
 from typing import Protocol

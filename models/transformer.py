@@ -61,7 +61,9 @@ class Block(nnx.Module):
             # Norms are split like the residual stream: said twice, or their float32 insides would cross the devices.
             return layout.constrain(layout.constrain(norm(x_BTD), RESIDUAL), TAKEN_IN)
 
-        x_BTD = x_BTD + layout.constrain(self.attention(take_in(self.attention_norm, x_BTD), attend, cosine, sine), RESIDUAL)
+        x_BTD = x_BTD + layout.constrain(
+            self.attention(take_in(self.attention_norm, x_BTD), attend, cosine, sine), RESIDUAL
+        )
         return x_BTD + layout.constrain(self.mlp(take_in(self.mlp_norm, x_BTD), layout), RESIDUAL)
 
 

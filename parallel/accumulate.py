@@ -44,6 +44,7 @@ class Spread(NamedTuple):
 
 WHOLE = Spread()
 
+
 class Accumulated(NamedTuple):
     """Sums over the microbatches of one batch.
 
@@ -106,7 +107,7 @@ def accumulate(
 
     def reduced(parameters, microbatches, count):
         total = local(parameters, microbatches, count)
-        return Accumulated(
+        return (
             jax.lax.psum(total.loss_sum, spread.axes),
             jax.lax.psum(total.weight, spread.axes),
             jax.tree.map(lambda g, dimension: _reduce(g, dimension, spread.axes), total.gradients, spread.scattered),
@@ -114,10 +115,9 @@ def accumulate(
         )
 
     specs = jax.tree.map(lambda dimension: P(*(None,) * dimension, "fsdp") if dimension >= 0 else P(), spread.scattered)
-    total = _by_part(reduced, spread, Accumulated(P(), P(), specs, P(None, spread.axes)))(
-        parameters, microbatches, count
-    )
-    return total._replace(squared_norms=jax.tree.map(_flatten_parts, total.squared_norms))
+    by_part = _by_part(reduced, spread, (P(), P(), specs, P(None, spread.axes)))
+    loss_sum, weight, gradients, squared_norms = by_part(parameters, microbatches, count)
+    return Accumulated(loss_sum, weight, gradients, jax.tree.map(_flatten_parts, squared_norms))
 
 
 def _by_part(function: Callable, spread: Spread, out_specs: Tree, *, others: int = 0) -> Callable:
@@ -193,12 +193,11 @@ def deviations(
 
     def reduced(*arguments):
         found = local(*arguments)
-        squares = jax.tree.map(lambda x: jax.lax.psum(x, spread.axes), found.squares)
-        return Deviations(found.dot_products[:, None], squares)
+        return found.dot_products[:, None], jax.tree.map(lambda x: jax.lax.psum(x, spread.axes), found.squares)
 
-    by_part = _by_part(reduced, spread, Deviations(P(None, spread.axes), P()), others=1)
-    found = by_part(parameters, microbatches, count, mean_gradients)
-    return found._replace(dot_products=_flatten_parts(found.dot_products))
+    by_part = _by_part(reduced, spread, (P(None, spread.axes), P()), others=1)
+    dot_products, squares = by_part(parameters, microbatches, count, mean_gradients)
+    return Deviations(_flatten_parts(dot_products), squares)
 
 
 def _sum_over_microbatches(

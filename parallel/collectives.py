@@ -6,6 +6,7 @@ S for a collective-permute.
 """
 
 import collections
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -20,7 +21,8 @@ ITEM_BYTES = {
 }
 
 
-class Traffic(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Traffic:
     """Of one kind of collective, in one run of a program.
 
     Attributes:

@@ -1,14 +1,15 @@
 """Several processes as one program: how they find each other, in bounded time."""
 
+import dataclasses
 import os
 import sys
 import threading
-from typing import NamedTuple
 
 import jax
 
 
-class Process(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Process:
     """One process among several.
 
     Attributes:
@@ -72,12 +73,14 @@ def join(hosts: str, *, timeout_seconds: float = 300.0, heartbeat_seconds: int =
     timer = threading.Timer(timeout_seconds, give_up)
     timer.daemon = True
     timer.start()
-    options = {"initialization_timeout": int(timeout_seconds) + 60, "heartbeat_timeout_seconds": heartbeat_seconds}
     try:
-        if process is None:
-            jax.distributed.initialize(**options)
-        else:
-            jax.distributed.initialize(process.coordinator, process.count, process.index, **options)
+        jax.distributed.initialize(
+            coordinator_address=process and process.coordinator,
+            num_processes=process and process.count,
+            process_id=None if process is None else process.index,
+            initialization_timeout=int(timeout_seconds) + 60,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+        )
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"hosts {hosts!r}: {str(error).splitlines()[0]}") from None
     finally:

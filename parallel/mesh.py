@@ -79,9 +79,7 @@ class MeshSpec:
                 return _mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True))
             slow = slow_factors(dict(zip(AXES, shape, strict=True)), slices)
             fast = [n // m for n, m in zip(shape, slow, strict=True)]
-            return _mesh(
-                mesh_utils.create_hybrid_device_mesh(fast, slow, devices, allow_split_physical_axes=True)
-            )
+            return _mesh(mesh_utils.create_hybrid_device_mesh(fast, slow, devices, allow_split_physical_axes=True))
         devices.sort(key=lambda d: (d.process_index, d.id))
         hosts = len({d.process_index for d in devices})
         if hosts == 1 or len(devices) % hosts:

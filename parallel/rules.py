@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-
 Table = dict[str, tuple[str, ...]]
 
 # A logical axis that a table doesn't name stays whole on every device.

@@ -1,4 +1,4 @@
-"""The vocabulary split over devices: each has some rows of the table, and rows of sums cross between them, never logits.
+"""The vocabulary split over devices: each has some rows of the table; rows of sums cross between them, never logits.
 
 Both run inside `shard_map`, manual over `AXIS`.
 """

@@ -6,24 +6,17 @@ XLA's there: on the real one it needs less.
 
 import functools
 import json
-import os
-import site
 from pathlib import Path
 
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-# The CUDA compiler comes as a wheel; where the machine has its own, either will do.
-for packages in site.getsitepackages():
-    os.environ["PATH"] += os.pathsep + str(Path(packages) / "nvidia" / "cu13" / "bin")
+import optax
+import pytest
+from jax.experimental import topologies
 
-import optax  # noqa: E402
-import pytest  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-
-from crescendo import optim, parallel  # noqa: E402
-from crescendo.experiments import compile as compiling  # noqa: E402
-from crescendo.models import ModelConfig  # noqa: E402
-from crescendo.optim import schedules  # noqa: E402
-from crescendo.optim.batch_size import adaptive_batch_size, staged  # noqa: E402
+from crescendo import optim, parallel
+from crescendo.experiments import compile as compiling
+from crescendo.models import ModelConfig
+from crescendo.optim import schedules
+from crescendo.optim.batch_size import adaptive_batch_size, staged
 
 HERE = Path(__file__).parent
 BUDGETS_MIB = json.loads((HERE / "budgets.json").read_text())

@@ -1,4 +1,4 @@
-"""Runs of several processes, joined over loopback: killed, resumed with another number of processes, the same losses."""
+"""Runs of several processes, joined over loopback: killed, resumed with another number of them, the same losses."""
 
 import os
 import random

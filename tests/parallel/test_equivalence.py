@@ -5,17 +5,30 @@ Batches change their size on the way, are accumulated from microbatches, rows ar
 
 import dataclasses
 import functools
+import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from crescendo import models, optim, parallel
+from crescendo.experiments.checkpoint import Checkpoints
 from crescendo.experiments.data import Rows, Stream
 from crescendo.experiments.feed import Feed
 from crescendo.experiments.packing import pack
-from crescendo.experiments.state import TrainState, abstract_batch, initial_state, make_step, state_shardings
+from crescendo.experiments.state import (
+    Clock,
+    TrainState,
+    abstract_batch,
+    abstract_state,
+    initial_state,
+    make_step,
+    state_shardings,
+)
 from crescendo.models import ModelConfig
 from crescendo.optim.batch_size import adaptive_batch_size, staged
 from crescendo.optim.noise_scale import gradient_noise_scale
@@ -24,7 +37,10 @@ LENGTH = 32
 SIZES = [8, 16, 24]
 STATISTICS = ("layers", "norm_layers", "dot_products", "coordinates")
 CONFIG = dataclasses.replace(
-    ModelConfig.preset("debug", width=32, layers=2, heads=8, kv_heads=4, mlp_width=64, vocab_size=128, scan_layers=True), z_loss=1e-4
+    ModelConfig.preset(
+        "debug", width=32, layers=2, heads=8, kv_heads=4, mlp_width=64, vocab_size=128, scan_layers=True
+    ),
+    z_loss=1e-4,
 ).for_platform("cpu")
 MESHES: dict[str, tuple[dict, parallel.Strategy]] = {
     "data 8": ({"data": 8}, parallel.strategy("data")),
@@ -69,28 +85,42 @@ def optimizer():
     )
 
 
-def run(layout: parallel.Layout, plan: parallel.BatchPlan, statistics, steps: int = 10) -> tuple[TrainState, list[dict]]:
-    chain = optimizer()
-    shardings = state_shardings(CONFIG, chain, layout)
-    step = make_step(CONFIG, chain, max_gradient_norm=1.0, layout=layout, statistics=statistics)
-    quick = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
-    jitted = jax.jit(step, out_shardings=(shardings, None), compiler_options=quick)
-    state = jax.jit(lambda: initial_state(CONFIG, chain, 0), out_shardings=shardings)()
-    feed = Feed(Stream(rows(), seed=0), plan, layout)
-    seen, sizes, found = 0, [SIZES[0]] * 2, []
-    for _ in range(steps):
-        state, metrics = jitted(state, feed.read(seen, sizes[-2]))
-        seen += sizes[-2]
-        found.append(jax.tree.map(float, jax.device_get(metrics)))
-        sizes.append(int(found[-1]["next_batch_size"]))
-    assert jitted._cache_size() == 1  # batches of other sizes are the same program
-    return state, found
+def layout_of(name: str) -> parallel.Layout:
+    axes, strategy = MESHES[name]
+    return parallel.Layout(parallel.make_mesh(**axes), strategy)
+
+
+class Trainer:
+    """The debug model's training on a layout: `state` and `clock`, moved by `run`."""
+
+    def __init__(self, layout: parallel.Layout, plan: parallel.BatchPlan, statistics=()):
+        chain = optimizer()
+        self.layout, self.shardings = layout, state_shardings(CONFIG, chain, layout)
+        step = make_step(CONFIG, chain, max_gradient_norm=1.0, layout=layout, statistics=statistics)
+        quick = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
+        self.step = jax.jit(step, out_shardings=(self.shardings, None), compiler_options=quick)
+        self.state = jax.jit(lambda: initial_state(CONFIG, chain, 0), out_shardings=self.shardings)()
+        self.clock = Clock(batch_size=SIZES[0])
+        self.feed = Feed(Stream(rows(), seed=0), plan, layout)
+
+    def run(self, steps: int) -> list[dict]:
+        """The metrics of so many steps."""
+        found = []
+        for _ in range(steps):
+            seen, size = self.clock.examples_seen, self.clock.batch_size
+            self.state, metrics = self.step(self.state, self.feed.read(seen, size))
+            found.append(jax.tree.map(float, jax.device_get(metrics)))
+            self.clock = Clock(seen + size, self.clock.steps + 1, int(found[-1]["next_batch_size"]))
+        assert self.step._cache_size() <= 1  # batches of other sizes are the same program
+        return found
 
 
 @functools.cache
 def on_one_device(microbatch: int, statistics) -> tuple[TrainState, list[dict]]:
     layout = parallel.Layout(parallel.make_mesh(devices=jax.devices()[:1]))
-    return run(layout, parallel.BatchPlan(microbatch, SIZES[-1] // microbatch), statistics)
+    trainer = Trainer(layout, parallel.BatchPlan(microbatch, SIZES[-1] // microbatch), statistics)
+    found = trainer.run(10)
+    return trainer.state, found
 
 
 @pytest.mark.timeout(900)
@@ -99,9 +129,9 @@ def on_one_device(microbatch: int, statistics) -> tuple[TrainState, list[dict]]:
     [*QUICK.items(), *(pytest.param(name, STATISTICS, marks=pytest.mark.slow) for name in MESHES)],
 )
 def test_ten_steps_equal_those_of_one_device(name, statistics):
-    axes, strategy = MESHES[name]
-    layout = parallel.Layout(parallel.make_mesh(**axes), strategy)
-    state, found = run(layout, parallel.BatchPlan(8, 3), statistics)
+    trainer = Trainer(layout_of(name), parallel.BatchPlan(8, 3), statistics)
+    layout, found = trainer.layout, trainer.run(10)
+    state = trainer.state
     # Gradients that are summed once a step are measured part by part: the same as so much smaller microbatches.
     expected_state, expected = on_one_device(8 // layout.parts, statistics)
     for ours, theirs in zip(found, expected, strict=True):
@@ -113,8 +143,69 @@ def test_ten_steps_equal_those_of_one_device(name, statistics):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), state.parameters, expected_state.parameters
     )
-    shardings = state_shardings(CONFIG, optimizer(), layout)
-    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings))
+    assert laid_out(state, trainer.shardings)
+
+
+def laid_out(state, shardings) -> bool:
+    return jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings))
+
+
+@functools.cache
+def saved_by(name: str) -> tuple[Path, TrainState]:
+    """A checkpoint written on a mesh, and what was written."""
+    folder, shardings = Path(tempfile.mkdtemp()), state_shardings(CONFIG, optimizer(), layout_of(name))
+    state = jax.jit(lambda: initial_state(CONFIG, optimizer(), 7), out_shardings=shardings)()
+    save(folder, state, Clock(8, 1, 16))
+    return folder, state
+
+
+def save(folder: Path, state: TrainState, clock: Clock) -> None:
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(state, clock)
+    checkpoints.close()
+
+
+def restore(folder: Path, shardings) -> tuple[TrainState, Clock]:
+    checkpoints = Checkpoints(folder)
+    restored = checkpoints.restore(abstract_state(CONFIG, optimizer(), shardings), report=pytest.fail)
+    checkpoints.close()
+    assert restored is not None
+    return restored
+
+
+@given(writer=st.sampled_from(list(MESHES)), reader=st.sampled_from(list(MESHES)))
+@settings(deadline=None, max_examples=6)
+def test_a_checkpoint_of_any_mesh_restores_on_any_other(writer, reader):
+    folder, written = saved_by(writer)
+    shardings = state_shardings(CONFIG, optimizer(), layout_of(reader))
+    read, clock = restore(folder, shardings)
+    assert clock == Clock(8, 1, 16)
+    assert laid_out(read, shardings)
+    jax.tree.map(np.testing.assert_array_equal, read, written)
+
+
+@functools.cache
+def trainer_of(name: str) -> Trainer:
+    return Trainer(layout_of(name), parallel.BatchPlan(8, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@given(st.lists(st.sampled_from(list(MESHES)), min_size=2, max_size=3, unique=True))
+@settings(deadline=None, max_examples=5)
+def test_training_goes_on_from_mesh_to_mesh_with_the_same_losses(names):
+    expected = [record["loss"] for record in on_one_device(8, ())[1]]
+    losses: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        start = trainer_of(names[0])
+        state = jax.jit(lambda: initial_state(CONFIG, optimizer(), 0), out_shardings=start.shardings)()
+        save(Path(folder), state, Clock(batch_size=SIZES[0]))
+        for name in names:
+            trainer = trainer_of(name)
+            trainer.state, trainer.clock = restore(Path(folder), trainer.shardings)
+            losses += [record["loss"] for record in trainer.run(10 // len(names))]
+            save(Path(folder), trainer.state, trainer.clock)
+    np.testing.assert_allclose(losses, expected[: len(losses)], rtol=1e-5)
 
 
 def test_batches_lie_where_the_step_wants_them():

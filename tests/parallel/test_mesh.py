@@ -125,8 +125,10 @@ def test_layouts_that_make_no_sense_are_refused(sizes, plan, message):
 
 def test_rows_and_heads_that_the_mesh_cannot_divide_are_refused():
     layout = Layout(make_mesh(data=1, tensor=2, sequence=4))
-    with pytest.raises(ValueError, match="sequence_length = 100 does not divide .* multiple of 8, such as 96 or 104"):
+    with pytest.raises(ValueError, match=r"sequence_length = 100 does not divide .* multiple of 8, such as 96 or 104"):
         layout.order(100)
     layout = Layout(make_mesh(data=1, sequence=8), strategy(ulysses=8))
-    with pytest.raises(ValueError, match=r"ulysses = 8 can't split the 4 query and 2 key heads .* use one of \[1, 2, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"ulysses = 8 can't split the 4 query and 2 key heads .* use one of \[1, 2, 4\]"
+    ):
         layout.check_heads(4, 2)
