@@ -75,8 +75,8 @@ def join(hosts: str, *, timeout_seconds: float = 300.0, heartbeat_seconds: int =
     timer.start()
     try:
         jax.distributed.initialize(
-            coordinator_address=process and process.coordinator,
-            num_processes=process and process.count,
+            coordinator_address=None if process is None else process.coordinator,
+            num_processes=None if process is None else process.count,
             process_id=None if process is None else process.index,
             initialization_timeout=int(timeout_seconds) + 60,
             heartbeat_timeout_seconds=heartbeat_seconds,

@@ -65,7 +65,7 @@ def strategy(name: str = "fsdp", *, ulysses: int = 1) -> Strategy:
       ValueError: an unknown name, or a degree below 1.
 
     >>> strategy("zero1").optimizer["embed"]
-    ("fsdp", "sequence")
+    ('fsdp', 'sequence')
     """
     if name not in STRATEGIES:
         raise ValueError(f"no sharding strategy {name!r}; there are {', '.join(STRATEGIES)}")
