@@ -145,7 +145,8 @@ def batch_warmup(
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
 
     def run(name: str, of_arm: Sequence[str], rate: float | None, seed: int) -> tuple[Path, dict]:
-        label = name + (f"-lr{rate:g}" if rate is not None else "") + (f"-seed{seed}" if seeds > 1 else "")
+        swept = "" if rate is None else f"-lr{rate:g}"
+        label = name + swept + (f"-seed{seed}" if swept or seeds > 1 else "")
         if is_complete(folder / label):
             return folder / label, last_validation(folder / label)
         console.rule(label)

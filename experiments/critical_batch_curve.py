@@ -15,11 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from crescendo.experiments import plots
-from crescendo.experiments.progress import RunningMean, compact
+from crescendo.experiments.progress import compact
 
-NOISE_SCALES = {"noise_scale": "gradient noise scale", "norm_layers_noise_scale": "the same, of norm layers"}
-# The noise scale is drawn as the mean over this share of the run.
-_NOISE_WINDOW = 0.02
+_NOISE_LABELS = ("gradient noise scale", "noise scale of the norm layers")
 
 
 class CriticalBatch(NamedTuple):
@@ -135,13 +133,6 @@ def make_curve(branches: Sequence[Mapping[str, Any]], settings: Mapping[str, Any
     return {**curve, "fingerprint": settings["fingerprint"], "settings": dict(settings), "points": points}
 
 
-def noise_curve(columns: plots.Columns, name: str, total_examples: int) -> np.ndarray:
-    """A noise scale of a run, averaged over the last 2% of its examples; NaN while nothing is known."""
-    mean = RunningMean(_NOISE_WINDOW * total_examples)
-    sizes = columns["batch_size"]
-    return np.array([mean.add(value, size) for value, size in zip(columns[name], sizes, strict=True)])
-
-
 def draw(curve: Mapping[str, Any], runs: Sequence[Any]) -> bytes:
     """The critical batch size against tokens, with its intervals and both noise scales of the base runs, as a PNG.
 
@@ -155,11 +146,11 @@ def draw(curve: Mapping[str, Any], runs: Sequence[Any]) -> bytes:
     with matplotlib.rc_context(plots.style("light")):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.subplots()
-        for color, (name, label) in zip(colors[1:], NOISE_SCALES.items(), strict=False):
+        for color, name, label in zip(colors[1:], plots.NOISE_COLUMNS, _NOISE_LABELS, strict=False):
             for i, run in enumerate(runs):
                 if name not in run.train:
                     continue
-                noise = noise_curve(run.train, name, run.info["total_examples"])
+                noise = plots.averaged(run, name)
                 axes.plot(run.train["tokens_seen"], noise, color=color, linewidth=1.2, label=None if i else label)
         tokens, values = np.array(curve["tokens"]), np.array(curve["critical_batch_size"])
         top = max(settings["factors"]) * settings["batch_size"]

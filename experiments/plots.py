@@ -30,14 +30,19 @@ COLORS = {
 MARKERS = "os^DvPX"
 INK = {"light": ("#1c2430", "#5b6675", "#dfe3e8"), "dark": ("#e8ecf1", "#9aa5b4", "#333b46")}
 _MAX_POINTS = 800
+NOISE_COLUMNS = ("noise_scale", "norm_layers_noise_scale")
 
 
 class Chart(NamedTuple):
-    """A chart: the name of its file, its title, and what draws it, `draw(axes, arms, colors)`."""
+    """A chart: the name of its file, its title, and what draws it, `draw(axes, arms, colors)`.
+
+    `columns` are those of the training records that it shows: where no run has any of them, it is left out.
+    """
 
     name: str
     title: str
     draw: Callable[[Axes, Arms, Sequence[str]], None]
+    columns: tuple[str, ...] = ("loss",)
 
 
 def render(chart: Chart, arms: Arms, *, theme: str, file_format: str) -> bytes:
@@ -111,7 +116,7 @@ def _loss_against(x: str, label: str) -> Callable[[Axes, Arms, Sequence[str]], N
     def draw(axes: Axes, arms: Arms, colors: Sequence[str]) -> None:
         lows, highs = [], []
         for index, run, color in _each(arms, colors):
-            train, validation = _thin(run.train | {"loss": smoothed_loss(run)}), run.validation
+            train, validation = _thin(run.train | {"loss": averaged(run, "loss")}), run.validation
             marker = "." if len(train[x]) == 1 else ""
             axes.plot(train[x], train["loss"], color=color, alpha=0.4, linewidth=1, marker=marker)
             every = max(1, len(validation[x]) // 10)
@@ -177,6 +182,19 @@ def _learning_rate(axes: Axes, arms: Arms, colors: Sequence[str]) -> None:
     axes.set_ylabel("learning rate")
 
 
+def _noise_scale(axes: Axes, arms: Arms, colors: Sequence[str]) -> None:
+    """Draws the noise scale, averaged over 2% of the run, against tokens; that of norm layers dotted."""
+    for _, run, color in _each(arms, colors):
+        for name, line in zip(NOISE_COLUMNS, ("-", ":"), strict=True):
+            if name in run.train:
+                curve = _thin({"tokens_seen": run.train["tokens_seen"], name: averaged(run, name)})
+                axes.plot(curve["tokens_seen"], curve[name], color=color, linewidth=1.6, linestyle=line)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: compact(value))
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("noise scale (examples)")
+
+
 def _scientific(value: float, _: float) -> str:
     """A tick's label: 0.00025 is `2.5e-4`."""
     return np.format_float_scientific(float(f"{value:.3g}"), trim="-", exp_digits=1) if value else "0"
@@ -187,16 +205,20 @@ CHARTS = (
     Chart("loss_steps", "Loss against steps", _loss_against("step", "optimizer steps")),
     Chart("batch_size", "Batch size", _batch_size),
     Chart("learning_rate", "Learning rate", _learning_rate),
+    Chart("noise_scale", "Gradient noise scale (dotted: of norm layers)", _noise_scale, NOISE_COLUMNS),
 )
 
 
-def smoothed_loss(run: Run) -> np.ndarray:
-    """The training loss averaged over the last 2% of the run's examples; NaN until there is a finite one."""
-    train = run.train
-    if not len(train["loss"]):
-        return train["loss"]
+def charts_of(arms: Arms) -> list[Chart]:
+    """The charts for which some run has the columns."""
+    known = {name for _, runs in arms for run in runs for name in run.train}
+    return [chart for chart in CHARTS if known & set(chart.columns)]
+
+
+def averaged(run: Run, name: str) -> np.ndarray:
+    """A training column averaged over the last 2% of the run's examples; NaN until there is a finite value."""
     mean = RunningMean(0.02 * run.info["total_examples"])
-    return np.array([mean.add(loss, size) for loss, size in zip(train["loss"], train["batch_size"], strict=True)])
+    return np.array([mean.add(x, size) for x, size in zip(run.train[name], run.train["batch_size"], strict=True)])
 
 
 def _each(arms: Arms, colors: Sequence[str]) -> Iterator[tuple[int, Run, str]]:

@@ -326,7 +326,7 @@ def _write(arms: Sequence[Arm], out: Path, title: str) -> Path:
                 chart.title,
                 *(_data_uri(plots.render(chart, curves, theme=theme, file_format="svg")) for theme in plots.COLORS),
             )
-            for chart in plots.CHARTS
+            for chart in plots.charts_of(curves)
         ],
         runs=[(run.name, index) for run, index in runs],
         events=[(name, index, _events(run)) for index, arm in enumerate(arms) for name, run in _eventful(arm)],
@@ -336,7 +336,7 @@ def _write(arms: Sequence[Arm], out: Path, title: str) -> Path:
         ],
     )
     with file_access("write", out):
-        for chart in plots.CHARTS:
+        for chart in plots.charts_of(curves):
             (out / f"{chart.name}.png").write_bytes(plots.render(chart, curves, theme="light", file_format="png"))
         page.write_text(html, encoding="utf-8")
     return page

@@ -81,6 +81,19 @@ def start_train(small_bindings, tmp_path_factory):
 
 
 @pytest.fixture
+def run_experiment():
+    """`run_experiment(module, *arguments)`: a command on one CPU device, to its end."""
+
+    def call(module: str, *arguments: str) -> None:
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+        subprocess.run(
+            [sys.executable, "-m", f"crescendo.experiments.{module}", *arguments], check=True, env=environment
+        )
+
+    return call
+
+
+@pytest.fixture
 def records():
     """`records(run)`: the metrics of a run without what the clock on the wall decides."""
 

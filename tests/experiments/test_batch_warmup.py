@@ -102,9 +102,9 @@ def test_each_arm_goes_on_with_its_best_learning_rate_and_no_finished_run_is_run
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_warmup_ends_where_the_small_batch_ends_with_40_percent_fewer_steps(tmp_path):
+def test_warmup_ends_where_the_small_batch_ends_with_40_percent_fewer_steps(run_experiment, tmp_path):
     """On the standard library's source, 3 seeds."""
-    batch_warmup(tmp_path, seeds=3)
+    run_experiment("batch_warmup", "--run", str(tmp_path), "--seeds", "3")
     runs = [tmp_path / f"{arm}-seed{seed}" for arm in ("constant-2", "warmup-2-8") for seed in range(3)]
     _, warmup = compare([read_run(run) for run in runs])
     print(f"warmup {warmup.loss_difference:+.4f} nats, {100 * warmup.steps_saved:.1f}% fewer steps, mean of 3 seeds")

@@ -154,6 +154,10 @@ def test_a_long_name_never_hides_a_number(make_run: MakeRun):
 HOSTILE_NAME = "_$\\frac{$ </style><script>alert(1)</script><img src=http://evil.example/x> [red] & \"' 界"
 
 
+# Those that every run has.
+PLAIN_CHARTS = [chart for chart in plots.CHARTS if chart.columns == ("loss",)]
+
+
 def embedded(page: str) -> list[str]:
     return [base64.b64decode(data).decode() for data in re.findall(r'data:image/svg\+xml;base64,([^"]+)"', page)]
 
@@ -163,7 +167,7 @@ def assert_stands_alone(page: str) -> None:
     assert "<script" not in page
     assert "default-src 'none'" in page
     pictures = embedded(page)
-    assert len(pictures) == 2 * len(plots.CHARTS)
+    assert len(pictures) == 2 * len(PLAIN_CHARTS)
     without_data = re.sub(r"data:image/svg\+xml;base64,[\w+/=]+", "data:", page)
     for text in (without_data, *pictures):
         references = re.findall(r"""<[^>]*?\b(?:src|srcset|href|action|data)\s*=\s*["']?([^"'\s>]*)""", text)
@@ -194,10 +198,10 @@ def test_the_report_stands_alone_and_shows_what_the_table_shows(make_run: MakeRu
     assert '<tr><th scope="row">versions.jax</th><td>0.11.2</td><td>0.11.2</td></tr>' in page
     assert "40%: batch size 2 → 4 at step 200 (staged: 40%)" in page
     assert "100%: loss is &lt;nan&gt; (step 350)" in page
-    for chart in plots.CHARTS:
+    for chart in PLAIN_CHARTS:
         picture = (page_path.parent / f"{chart.name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
-    assert len(list(page_path.parent.iterdir())) == 1 + len(plots.CHARTS)
+    assert len(list(page_path.parent.iterdir())) == 1 + len(PLAIN_CHARTS)
 
 
 ODD_RUNS: dict[str, dict] = {
@@ -221,7 +225,7 @@ def test_odd_runs_are_drawn_and_compared(make_run: MakeRun, name: str):
         assert headline(found).startswith(("sound: ", f"{name}: "))
         assert name.split("-")[0] in terminal(*order)
         curves = [(arm.name, arm.runs) for arm in found]
-        for chart in plots.CHARTS if order[0] == odd else ():
+        for chart in PLAIN_CHARTS if order[0] == odd else ():
             plots.render(chart, curves, theme="dark", file_format="svg")
     assert ("nan" in terminal(odd)) == (name in ("diverged", "never-finite"))
 
@@ -248,7 +252,7 @@ def test_the_batch_size_is_drawn_as_stairs_over_the_tokens_it_covers(make_run: M
 
 def test_the_smoothed_loss_of_a_constant_is_that_constant(make_run: MakeRun):
     run = read_run(make_run("flat", doublings=(0.5,), train_loss=lambda seen: 1.25))
-    np.testing.assert_allclose(plots.smoothed_loss(run), 1.25, rtol=1e-12)
+    np.testing.assert_allclose(plots.averaged(run, "loss"), 1.25, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.0, "0"), (6.000000001e-4, "6e-4"), (2.5e-3, "2.5e-3"), (1.0, "1e+0")])
@@ -262,6 +266,22 @@ def test_charts_are_the_same_at_every_drawing(make_run: MakeRun):
     curves = [("run", [read_run(make_run("run"))])]
     first, second = (plots.render(plots.CHARTS[3], curves, theme="light", file_format="svg") for _ in range(2))
     assert first == second
+
+
+def test_the_noise_scale_is_drawn_where_a_run_has_it(make_run: MakeRun, tmp_path: Path):
+    run = make_run("measured")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for i, record in enumerate(r for r in records if r["kind"] == "train"):
+        record["noise_scale"] = None if i < 3 else 10.0 + i
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert [chart.name for chart in plots.charts_of([("measured", [read_run(run)])])][-1] == "noise_scale"
+    noise = plots.averaged(read_run(run), "noise_scale")
+    assert np.isnan(noise[2])
+    assert noise[3] == 13.0
+    page = write_report([run, make_run("plain")], tmp_path / "out").read_text(encoding="utf-8")
+    assert len(embedded(page)) == 2 * len(plots.CHARTS)
+    assert (tmp_path / "out" / "noise_scale.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_prints_the_table_and_writes_beside_the_first_run(make_run: MakeRun, capsys: pytest.CaptureFixture):
