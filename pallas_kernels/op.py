@@ -29,6 +29,7 @@ dimensions and which of them are batch-like.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import difflib
 import functools
@@ -47,6 +48,15 @@ GPUS = {"H100": (9.0, 132), "H200": (9.0, 132), "A100": (8.0, 108), "B200": (10.
 
 class Unsupported(NotImplementedError):  # noqa: N818  it is an answer, not a failure
     """An implementation's reason for not serving a call: one line."""
+
+
+_asked_by_name = contextvars.ContextVar("asked_by_name", default=False)
+
+
+def leave_to_others(reason: str) -> None:
+    """Raises `Unsupported` unless this implementation was asked for by name: it would serve, but another is faster."""
+    if not _asked_by_name.get():
+        raise Unsupported(reason)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,10 +206,13 @@ def op(implementations: Mapping[str, str]) -> Callable[[Callable[..., dict]], Ca
             arguments = check(*args, **kwargs)
             refusals = []
             for candidate in _names(name, implementations, implementation):
+                token = _asked_by_name.set(implementation is not None)
                 try:
                     return _load(name, implementations[candidate])(**arguments)
                 except Unsupported as reason:
                     refusals.append(Answer(candidate, str(reason)))
+                finally:
+                    _asked_by_name.reset(token)
             answers = _ask(name, implementations, check, args, kwargs)
             serving = [answer.implementation for answer in answers if not answer.reason]
             advice = f"implementation={' or '.join(map(repr, serving))} serves it" if serving else "none serves it"

@@ -6,6 +6,8 @@ ticket once it runs (`place`): the parts of a row are all taken before those of 
 hold as many programs as a row has parts, some row is complete.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import triton
@@ -14,11 +16,15 @@ import triton.language as tl
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
-def meeting(rows: int, parts: int, numbers: int) -> list[jax.ShapeDtypeStruct]:
-    """What programs leave for each other: `numbers` a part; then, zeroed, the tickets taken and each row's arrivals."""
+def meeting(rows: int, parts: int, numbers: int, first: int) -> tuple[list[jax.ShapeDtypeStruct], dict[str, Any]]:
+    """What programs leave for each other, as results of the kernel from number `first` on, and how to call it.
+
+    `left_ptr` is `numbers` a part; `arrived_ptr`, zeroed, the tickets taken and then the arrivals of each row.
+    """
     if parts == 1:
-        return [jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)]
-    return [jax.ShapeDtypeStruct((numbers, rows, parts), jnp.float32), jax.ShapeDtypeStruct((1 + rows,), jnp.int32)]
+        return [], {"left_ptr": None, "arrived_ptr": None}
+    left = jax.ShapeDtypeStruct((numbers, rows, parts), jnp.float32)
+    return [left, jax.ShapeDtypeStruct((1 + rows,), jnp.int32)], {"zeroed": [first + 1]}
 
 
 @triton.jit

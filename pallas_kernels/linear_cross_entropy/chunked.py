@@ -93,7 +93,7 @@ def rows_in_chunk(rows: int, vocab_size: int, bytes_per_logit: int, multiple: in
     """As many rows as `CHUNK_BYTES` hold, at least `MIN_CHUNK_ROWS`, in chunks of almost the same size.
 
     >>> rows_in_chunk(8192, 50304, 6), rows_in_chunk(17, 50304, 6), rows_in_chunk(17, 50304, 2, multiple=256)
-    (1280, 17, 256)
+    (2048, 17, 256)
     """
     most = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (bytes_per_logit * vocab_size))
     even = -(-rows // math.ceil(rows / most))
@@ -103,7 +103,7 @@ def rows_in_chunk(rows: int, vocab_size: int, bytes_per_logit: int, multiple: in
 
 CHUNK_BYTES = 350 * 2**20
 # Every chunk reads and writes all of dW in float32: fewer rows, and that takes longer than the matmul itself.
-MIN_CHUNK_ROWS = 1024
+MIN_CHUNK_ROWS = 2048
 ROW_ALIGNMENT = 128
 
 

@@ -28,7 +28,7 @@ TILE_K = 64
 SQUARE = 128
 # Blocks of K that are on their way at a time, and rows of tiles that are worked on together.
 STAGES = 4
-TILES_TOGETHER = 8
+TILES_TOGETHER = 4
 
 
 def linear_cross_entropy(x, w, labels, weights, **options):

@@ -42,11 +42,12 @@ def logit_pass(x, w, labels, coefficients, options: chunked.Options) -> chunked.
     none = jnp.zeros((rows,), jnp.float32)
     given = coefficients if coefficients is not None else chunked.RowCoefficients(none, none, none)
     row = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    left, how_met = meeting(rows, parts, 3, first=3)
     lse, target_logit, gradient, *_ = triton_call(
         *(logits, labels, *given),
         kernel=_kernel,
-        out_shape=[row, row, jax.ShapeDtypeStruct(logits.shape if wanted else (1,), x.dtype), *meeting(rows, parts, 3)],
-        zeroed=[4] if parts > 1 else [],
+        out_shape=[row, row, jax.ShapeDtypeStruct(logits.shape if wanted else (1,), x.dtype), *left],
+        **how_met,
         grid=(rows * parts,),
         num_warps=min(32, max(4, block // 512)),
         ROWS=rows,

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from crescendo.pallas_kernels.op import op
 
 MODULES = {name: f"crescendo.pallas_kernels.rms_norm.{name}" for name in ("triton", "mosaic_tpu", "xla", "reference")}
+# XLA fuses a norm with what surrounds it and is about as fast alone (docs/results/row_kernels.md): it comes first.
+XLA_FIRST = {name: MODULES[name] for name in ("xla", "triton", "mosaic_tpu", "reference")}
 
 
-@op(MODULES)
+@op(XLA_FIRST)
 def rms_norm(x, scale, *, eps, residual=None, probe=None):
     r"""`x / rms(x) * scale` over the last axis, computed in float32 at least.
 

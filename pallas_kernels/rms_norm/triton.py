@@ -18,8 +18,8 @@ from crescendo.pallas_kernels.triton_call import triton_call
 
 MAX_WIDTH = 16384
 # Threads that a streaming multiprocessor should have at work; entries of a row that one thread holds.
-THREADS = 1024
-ENTRIES = 16
+THREADS = 2048
+ENTRIES = 8
 
 
 def rms_norm(x, scale, *, eps, residual, probe):
@@ -121,7 +121,7 @@ def _walk(shape) -> dict:
     groups, rows, width = shape
     block = triton.next_power_of_2(width)
     together = max(1, min(2048 // block, triton.next_power_of_2(rows)))
-    warps = min(16, max(4, together * block // (32 * ENTRIES)))
+    warps = min(32, max(4, together * block // (32 * ENTRIES)))
     programs = _programs(groups, -(-rows // together), warps)
     sizes = {"ROWS": rows, "WIDTH": width, "BLOCK": block, "TOGETHER": together, "PROGRAMS": programs}
     return {"grid": (groups, programs), "num_warps": warps, **sizes}

@@ -7,7 +7,7 @@ import pytest
 
 from crescendo.pallas_kernels.linear_cross_entropy import chunked, linear_cross_entropy
 from crescendo.pallas_kernels.linear_cross_entropy.specs import SPECS as ENTROPY_SPECS
-from crescendo.pallas_kernels.op import Unsupported, explain
+from crescendo.pallas_kernels.op import Unsupported
 from crescendo.pallas_kernels.rms_norm import qk_norm_rotary, rms_norm
 from crescendo.pallas_kernels.rms_norm.specs import ROTARY_SPECS
 from crescendo.pallas_kernels.rms_norm.specs import SPECS as NORM_SPECS
@@ -70,10 +70,13 @@ def test_every_implementation_that_serves(op, spec):
     arguments, options = spec.inputs(seed)
     with jax.default_matmul_precision("highest"):
         expected = results(op, "xla", widened(arguments), widened(options), seed)
-    serving = [a.implementation for a in explain(op, *arguments, **options).answers if not a.reason]
-    assert {"triton", "mosaic_gpu"} & set(serving)
-    for implementation in serving:
-        found = results(op, implementation, arguments, options, seed)
+    for implementation in [name for name in op.implementations if name in ("mosaic_gpu", "triton", "xla", "reference")]:
+        try:
+            found = results(op, implementation, arguments, options, seed)
+        except NotImplementedError:
+            if implementation != "mosaic_gpu":
+                raise
+            continue
         assert_close(found, expected, 1e-5 if arguments[0].dtype == jnp.float32 else 1e-2)
 
 
@@ -82,7 +85,8 @@ def test_every_implementation_that_serves(op, spec):
 def test_rows_shared_by_programs_and_rows_too_long_for_that(op, shape, columns, monkeypatch):
     from crescendo.pallas_kernels.softmax import triton
 
-    monkeypatch.setattr(triton, "COLUMNS", columns)
+    monkeypatch.setattr(triton, "ALONE", {"forward": columns, "backward": columns})
+    monkeypatch.setattr(triton, "SHARED", columns)
     seed = int(np.random.default_rng().integers(2**31))
     x = 2 * jax.random.normal(jax.random.key(seed), shape)
     x = x.at[1].set(-jnp.inf).at[0, 5].set(-jnp.inf)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from crescendo.pallas_kernels.op import AbstractDevice, Unsupported, explain, op, target, target_device
+from crescendo.pallas_kernels.op import AbstractDevice, Unsupported, explain, leave_to_others, op, target, target_device
 from crescendo.pallas_kernels.sharded import sharded
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
@@ -26,6 +26,11 @@ def plain(x, power):
     return x**power
 
 
+def modest(x, power):
+    leave_to_others("is slower than the next one")
+    return x**power * 100
+
+
 def broken(x, power):
     raise NotImplementedError("a gap in a library is no answer")
 
@@ -33,7 +38,7 @@ def broken(x, power):
 @pytest.fixture
 def raised(monkeypatch):
     """The op `raised`: a picky implementation, then one that needs a package that isn't there, then a plain one."""
-    for name, function in {"picky": picky, "plain": plain, "broken": broken}.items():
+    for name, function in {"picky": picky, "plain": plain, "broken": broken, "modest": modest}.items():
         module = types.ModuleType(f"made_up_{name}")
         module.raised = function
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -60,6 +65,14 @@ def test_a_named_implementation_fails_loudly_and_names_what_would_work(raised):
         raised(3.0, implementation="picky")
     with pytest.raises(NotImplementedError, match="needs the package no_such_package"):
         raised(3.0, implementation=("absent",))
+
+
+def test_one_that_leaves_a_call_to_others_serves_it_when_asked_by_name(raised):
+    both = op({"modest": "made_up_modest", "plain": "made_up_plain"})(raised.check)
+    assert both(3.0) == 9.0
+    assert both(3.0, implementation="modest") == 900.0
+    assert explain(both, 3.0).chosen == "plain"
+    assert "slower than the next" in str(explain(both, 3.0))
 
 
 def test_unknown_names_and_bad_arguments_are_the_users_mistakes(raised):
