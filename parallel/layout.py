@@ -154,10 +154,11 @@ class Layout:
             ),
             ((*rows, None), ("vocab", None), rows, rows),
             ((), ()),
+            checked=True,  # as a loss that splits the vocabulary may ask
         )
         return local(hidden_BTD, table_VD, labels_BT, weights_BT)
 
-    def _by_device(self, function: Callable, inputs: tuple, outputs: tuple) -> Callable:
+    def _by_device(self, function: Callable, inputs: tuple, outputs: tuple, *, checked: bool = False) -> Callable:
         """`function` on every device's own parts, from the logical axes of its arguments and of its results."""
         context = jax.sharding.get_abstract_mesh()
         manual = frozenset(context.manual_axes)
@@ -172,8 +173,7 @@ class Layout:
             in_specs=tuple(map(spec, inputs)),
             out_specs=spec(outputs) if one and outputs else tuple(map(spec, outputs)),
             axis_names=set(self.mesh.axis_names) - manual,
-            # Inside an unchecked map no other is possible; rings of attention write their gradients by hand.
-            check_vma=False,
+            check_vma=checked,
         )
 
     def order(self, sequence_length: int) -> np.ndarray | None:

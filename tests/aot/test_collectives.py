@@ -151,8 +151,12 @@ def test_a_pod_of_1024_chips_sends_and_holds_what_the_closed_form_says():
     found, expected = traffic(compiled.as_text()), closed_form(config, layout, 1, 2048)
     for kind, size in expected.items():
         print(f"1024 chips {kind:20}{found[kind].sent_bytes / 1e6:10.2f} MB {size / 1e6:10.2f} MB")
-    total = sum(t.sent_bytes for t in found.values())
-    assert total == pytest.approx(sum(expected.values()), rel=0.1)
+    sent = {kind: t.sent_bytes for kind, t in found.items()}
+    assert sent["all-gather"] == pytest.approx(expected["all-gather"], rel=0.05)
+    # This compiler leaves some scattered sums whole, as all-reduces of twice the bytes.
+    scattered = sent["reduce-scatter"] + (sent["all-reduce"] - expected["all-reduce"]) / 2
+    assert scattered == pytest.approx(expected["reduce-scatter"], rel=0.05)
+    assert sent["collective-permute"] + sent["all-to-all"] < 0.02 * sum(sent.values())
     shardings = state_shardings(config, optimizer, layout)
     state = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
     held = device_bytes(state, shardings)
