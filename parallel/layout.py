@@ -211,6 +211,13 @@ class Layout:
             axes=self.deferred,
             keep=lambda gradients: self.lay_out(self.strategy.gradients, gradients, logical_axes),
             scattered=jax.tree.map(self._scattered_dimension, logical_axes, is_leaf=_is_names),
+            others=jax.tree.map(
+                lambda names: PartitionSpec(
+                    *spec_entries(self.strategy.gradients, names, without=frozenset(self.deferred))
+                ),
+                logical_axes,
+                is_leaf=_is_names,
+            ),
         )
 
     def _scattered_dimension(self, names: tuple[str | None, ...]) -> int:
