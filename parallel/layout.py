@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from crescendo.parallel import sequence, vocab
 from crescendo.parallel.accumulate import Spread
-from crescendo.parallel.rules import ACTIVATIONS, BATCH_AXES, Strategy, Table, spec_entries, strategy
+from crescendo.parallel.rules import ACTIVATIONS, BATCH_AXES, TENSOR, Strategy, Table, spec_entries, strategy
 
 Tree = Any
 
@@ -98,6 +98,19 @@ class Layout:
     def constrain(self, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """The activation, laid out by the logical names of its axes; None is a whole axis."""
         return self._lay_out(ACTIVATIONS, array, names)
+
+    def weight(self, array: jax.Array, names: tuple[str, ...]) -> jax.Array:
+        """The weight of a matmul; its gradient is first what the sum over all tokens is, and split only then.
+
+        Left to itself the partitioner may split the gradient first, and gather all devices' activations for that.
+        """
+
+        @jax.custom_vjp
+        def same(array):
+            return array
+
+        same.defvjp(lambda array: (array, None), lambda _, g: (self._lay_out(TENSOR, g, names),))
+        return same(array)
 
     def lay_out(self, table: Table, tree: Tree, logical_axes: Tree) -> Tree:
         """The arrays, laid out by `table` whatever made them."""
