@@ -63,6 +63,7 @@ def measured_gradients(
         spread=spread._replace(
             keep=lambda both: (spread.keep(both[0]), both[1]),
             scattered=(spread.scattered, jax.tree.map(lambda _: -1, probes)),
+            others=(spread.others, jax.tree.map(lambda _: jax.P(), probes)),
         ),
     )
     weight = jnp.maximum(total.weight, 1.0)

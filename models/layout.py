@@ -13,6 +13,10 @@ class Layout(Protocol):
         """The same array, laid out by the logical names of its axes; None is a whole axis."""
         ...
 
+    def weight(self, array: jax.Array, names: tuple[str, ...]) -> jax.Array:
+        """The same array, its gradient summed over the devices before anything else happens to it."""
+        ...
+
     def attend(self, attention: Callable, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool) -> jax.Array:
         """`attention(q, k, v, segment_ids)`, each device having its own rows and heads."""
         ...
@@ -30,6 +34,11 @@ class OneDevice:
     """Everything in one place."""
 
     def constrain(self, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        """The array."""
+        del names
+        return array
+
+    def weight(self, array: jax.Array, names: tuple[str, ...]) -> jax.Array:
         """The array."""
         del names
         return array

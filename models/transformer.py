@@ -43,8 +43,8 @@ class Mlp(nnx.Module):
         )
 
     def __call__(self, x_BTD, layout: Layout):
-        inner_BTF = jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD)
-        return self.down(layout.constrain(inner_BTF, (axes.BATCH, axes.LENGTH, axes.MLP)))
+        inner_BTF = jax.nn.silu(self.gate(x_BTD, layout)) * self.up(x_BTD, layout)
+        return self.down(layout.constrain(inner_BTF, (axes.BATCH, axes.LENGTH, axes.MLP)), layout)
 
 
 class Block(nnx.Module):
@@ -61,9 +61,8 @@ class Block(nnx.Module):
             # Norms are split like the residual stream: said twice, or their float32 insides would cross the devices.
             return layout.constrain(layout.constrain(norm(x_BTD), RESIDUAL), TAKEN_IN)
 
-        x_BTD = x_BTD + layout.constrain(
-            self.attention(take_in(self.attention_norm, x_BTD), attend, cosine, sine), RESIDUAL
-        )
+        mixed_BTD = self.attention(take_in(self.attention_norm, x_BTD), attend, cosine, sine, layout)
+        x_BTD = x_BTD + layout.constrain(mixed_BTD, RESIDUAL)
         return x_BTD + layout.constrain(self.mlp(take_in(self.mlp_norm, x_BTD), layout), RESIDUAL)
 
 

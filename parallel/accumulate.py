@@ -25,12 +25,14 @@ class Spread(NamedTuple):
       axes: the mesh axes along which the sum waits for the end of the step; their product is the number of parts.
       keep: lays a tree of gradients out as they are to be added up.
       scattered: of each gradient, the dimension along which its sum over `fsdp` is left scattered; -1 for whole.
+      others: of each gradient, how the mesh's other axes split it, a `PartitionSpec`.
     """
 
     mesh: Mesh | AbstractMesh | None = None
     axes: tuple[str, ...] = ()
     keep: Callable[[Tree], Tree] = lambda gradients: gradients
     scattered: Tree = None
+    others: Tree = None
 
     @property
     def parts(self) -> int:
@@ -110,7 +112,7 @@ def accumulate(
         return (
             jax.lax.psum(total.loss_sum, spread.axes),
             jax.lax.psum(total.weight, spread.axes),
-            jax.tree.map(lambda g, dimension: _reduce(g, dimension, spread.axes), total.gradients, spread.scattered),
+            _reduce(total.gradients, spread),
             jax.tree.map(lambda x: x[:, None], total.squared_norms),
         )
 
@@ -133,12 +135,26 @@ def _by_part(function: Callable, spread: Spread, out_specs: Tree, *, others: int
     )
 
 
-def _reduce(gradient: jax.Array, dimension: int, axes: tuple[str, ...]) -> jax.Array:
-    if dimension < 0:
-        return jax.lax.psum(gradient, axes)
-    gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dimension, tiled=True)
-    rest = tuple(axis for axis in axes if axis != "fsdp")
-    return jax.lax.psum(gradient, rest) if rest else gradient
+def _reduce(gradients: Tree, spread: Spread) -> Tree:
+    """The sums over the parts."""
+    rest = tuple(axis for axis in spread.axes if axis != "fsdp")
+
+    def one(gradient: jax.Array, dimension: int) -> jax.Array:
+        if dimension < 0:
+            return jax.lax.psum(gradient, spread.axes)
+        gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dimension, tiled=True)
+        return jax.lax.psum(gradient, rest) if rest else gradient
+
+    # Manual over all axes: the partitioner would make a gradient whole before it scatters the sum.
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(
+        lambda gradients: jax.tree.map(one, gradients, spread.scattered),
+        mesh=mesh,
+        in_specs=(spread.others,),
+        out_specs=spread.others,
+        axis_names=set(mesh.axis_names) - set(spread.axes),
+        check_vma=False,
+    )(gradients)
 
 
 def _flatten_parts(x: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from crescendo.parallel import sequence, vocab
 from crescendo.parallel.accumulate import Spread
-from crescendo.parallel.rules import ACTIVATIONS, BATCH_AXES, Strategy, Table, spec_entries, strategy
+from crescendo.parallel.rules import ACTIVATIONS, BATCH_AXES, TENSOR, Strategy, Table, spec_entries, strategy
 
 Tree = Any
 
@@ -99,6 +99,19 @@ class Layout:
         """The activation, laid out by the logical names of its axes; None is a whole axis."""
         return self._lay_out(ACTIVATIONS, array, names)
 
+    def weight(self, array: jax.Array, names: tuple[str, ...]) -> jax.Array:
+        """The weight of a matmul; its gradient is first what the sum over all tokens is, and split only then.
+
+        Left to itself the partitioner may split the gradient first, and gather all devices' activations for that.
+        """
+
+        @jax.custom_vjp
+        def same(array):
+            return array
+
+        same.defvjp(lambda array: (array, None), lambda _, g: (self._lay_out(TENSOR, g, names),))
+        return same(array)
+
     def lay_out(self, table: Table, tree: Tree, logical_axes: Tree) -> Tree:
         """The arrays, laid out by `table` whatever made them."""
         return jax.tree.map(
@@ -154,10 +167,11 @@ class Layout:
             ),
             ((*rows, None), ("vocab", None), rows, rows),
             ((), ()),
+            checked=True,  # as a loss that splits the vocabulary may ask
         )
         return local(hidden_BTD, table_VD, labels_BT, weights_BT)
 
-    def _by_device(self, function: Callable, inputs: tuple, outputs: tuple) -> Callable:
+    def _by_device(self, function: Callable, inputs: tuple, outputs: tuple, *, checked: bool = False) -> Callable:
         """`function` on every device's own parts, from the logical axes of its arguments and of its results."""
         context = jax.sharding.get_abstract_mesh()
         manual = frozenset(context.manual_axes)
@@ -172,8 +186,7 @@ class Layout:
             in_specs=tuple(map(spec, inputs)),
             out_specs=spec(outputs) if one and outputs else tuple(map(spec, outputs)),
             axis_names=set(self.mesh.axis_names) - manual,
-            # Inside an unchecked map no other is possible; rings of attention write their gradients by hand.
-            check_vma=False,
+            check_vma=checked,
         )
 
     def order(self, sequence_length: int) -> np.ndarray | None:
@@ -211,6 +224,13 @@ class Layout:
             axes=self.deferred,
             keep=lambda gradients: self.lay_out(self.strategy.gradients, gradients, logical_axes),
             scattered=jax.tree.map(self._scattered_dimension, logical_axes, is_leaf=_is_names),
+            others=jax.tree.map(
+                lambda names: PartitionSpec(
+                    *spec_entries(self.strategy.gradients, names, without=frozenset(self.deferred))
+                ),
+                logical_axes,
+                is_leaf=_is_names,
+            ),
         )
 
     def _scattered_dimension(self, names: tuple[str | None, ...]) -> int:

@@ -92,6 +92,23 @@ def test_eight_h100s_send_what_the_closed_form_says(name):
         assert found[kind].sent_bytes == pytest.approx(size, rel=0.01, abs=0.01 * total), kind
 
 
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
+def test_three_kinds_together_send_no_more_than_the_closed_form(strategy):
+    devices = topology_devices("h100:1x1x8", H100)
+    layout = parallel.Layout(parallel.make_mesh(data=1, fsdp=2, tensor=2, sequence=2, devices=devices), strategy)
+    config = SMALL.for_platform("gpu")
+    step, _ = lowered(config, layout, 1, 4096)
+    found, expected = traffic(step.compile().as_text()), closed_form(config, layout, 1, 4096)
+    total = sum(expected.values())
+    for kind, size in expected.items():
+        print(
+            f"{strategy:17}{kind:20}{found[kind].count:5.0f}{found[kind].sent_bytes / 1e6:10.2f} MB {size / 1e6:10.2f} MB"
+        )
+        assert found[kind].sent_bytes <= size + 0.01 * total, kind
+    # With `fsdp` the compiler finds gathers of activations that two matmuls can share.
+    assert sum(t.sent_bytes for t in found.values()) >= 0.85 * total
+
+
 def test_zero_moves_two_and_three_times_the_parameters():
     parameters = sum(
         x.size
@@ -151,8 +168,12 @@ def test_a_pod_of_1024_chips_sends_and_holds_what_the_closed_form_says():
     found, expected = traffic(compiled.as_text()), closed_form(config, layout, 1, 2048)
     for kind, size in expected.items():
         print(f"1024 chips {kind:20}{found[kind].sent_bytes / 1e6:10.2f} MB {size / 1e6:10.2f} MB")
-    total = sum(t.sent_bytes for t in found.values())
-    assert total == pytest.approx(sum(expected.values()), rel=0.1)
+    sent = {kind: t.sent_bytes for kind, t in found.items()}
+    assert sent["all-gather"] == pytest.approx(expected["all-gather"], rel=0.05)
+    # This compiler leaves some scattered sums whole, as all-reduces of twice the bytes.
+    scattered = sent["reduce-scatter"] + (sent["all-reduce"] - expected["all-reduce"]) / 2
+    assert scattered == pytest.approx(expected["reduce-scatter"], rel=0.05)
+    assert sent["collective-permute"] + sent["all-to-all"] < 0.02 * sum(sent.values())
     shardings = state_shardings(config, optimizer, layout)
     state = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
     held = device_bytes(state, shardings)
