@@ -155,7 +155,7 @@ def _hide(
             ahead = q_place[:, None] - k_place[None, :]
         else:
             ahead = i[:, None] - j[None, :]
-        if CAUSAL:
+        if CAUSAL:  # noqa: SIM108  evaluated while compiling
             seen = seen & (ahead >= 0)
         else:
             seen = seen & (ahead > -WINDOW)
