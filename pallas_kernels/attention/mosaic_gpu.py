@@ -56,7 +56,8 @@ class ForwardTile:
 
 def tiled(shape, dtype):
     """Shared memory laid out for TMA and the matrix instructions."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    # mypy takes a protocol's method for abstract.
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -116,7 +117,7 @@ def hide(scores, config: Config, rows, columns, first_row, first_column, *, tran
         if config.causal:
             masks.append(ahead >= 0)
         else:
-            masks.append(ahead > -config.window)
+            masks.append(ahead > -(config.window or 0))
         if config.window is not None:
             masks.append(ahead < config.window)
     if keys is not None:

@@ -76,7 +76,7 @@ def backward(
     block_q, block_k = keys_tile.block, keys_tile.rows
     _, ranges = block_ranges(config, operands, block_q, block_k)
     whole, *rest = prepared(block_q, block_k)
-    gradients = {}
+    gradients: dict[str, jax.Array] = {}
     for wanted in (("dk",), ("dv",)) if width > 128 else (("dk", "dv"),):
         results = _keys_kernel(config, whole, keys, keys_tile, wanted, ranges, *rest)
         gradients.update(zip(wanted, results, strict=True))
