@@ -122,7 +122,7 @@ def prepare(
         "segment_ids": np.broadcast_to(index // length + 1, shape).astype(np.int32),
         "positions": np.broadcast_to(index % length, shape).astype(np.int32),
     }
-    layout = jax.tree.map(lambda x: x.sharding, abstract_batch(mesh, compiled.plan, sequence_length))
+    layout = jax.tree.map(lambda x: x.sharding, abstract_batch(compiled.layout, compiled.plan, sequence_length))
     batch = {"rows": rows, "microbatches": np.int32(shape[0]), "examples_seen": np.int32(0)}
     return Loop(compiled, state, jax.device_put(batch, layout), compile_seconds)
 

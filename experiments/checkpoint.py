@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from crescendo.experiments.errors import UserError
 from crescendo.experiments.state import Clock, TrainState
+from crescendo.parallel.hosts import is_leader
 
 
 def _bits(array) -> jax.Array:
@@ -175,9 +177,10 @@ class Checkpoints:
 
     def _set_aside(self, damaged: list[int]) -> None:
         """Moves damaged checkpoints out of the way, so that the run can save there again."""
-        for step in damaged:
+        for step in damaged if is_leader() else ():
             (self.folder / str(step)).rename(self.folder.parent / f"damaged_checkpoint_{step}")
         if damaged:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
             self._manager.reload()
 
     def wait(self) -> None:

@@ -30,12 +30,14 @@ class CompiledStep(NamedTuple):
       plan: how batches are cut.
       abstract_state: shapes, dtypes and shardings of the state.
       peak_bytes: a device's memory at the step's peak, by the compiler's count.
+      layout: where everything lives.
     """
 
     call: Callable
     plan: parallel.BatchPlan
     abstract_state: TrainState
     peak_bytes: int
+    layout: parallel.Layout
 
 
 def lower_step(
@@ -45,7 +47,7 @@ def lower_step(
     plan: parallel.BatchPlan,
     *,
     sequence_length: int,
-    strategy: str = "fsdp",
+    strategy: str | parallel.Strategy = "fsdp",
     max_gradient_norm: float | None = 1.0,
     attention: str | None = None,
     statistics: Collection[str] = (),
@@ -56,19 +58,23 @@ def lower_step(
     """
     platform = mesh.devices.flat[0].platform
     platform = "gpu" if platform == "cuda" else platform
-    shardings = state_shardings(config, optimizer, mesh, strategy)
+    layout = parallel.Layout(mesh, strategy)
+    layout.order(sequence_length)  # raises for a length that the mesh can't divide
+    shardings = state_shardings(config, optimizer, layout)
     step = make_step(
         config,
         optimizer,
         max_gradient_norm=max_gradient_norm,
         attention=attention,
-        mesh=mesh,
+        layout=layout,
         statistics=statistics,
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     # Kernels choose by the device that the step is for.
     with target(mesh.devices.flat[0]):
-        traced = jitted.trace(abstract_state(config, optimizer, shardings), abstract_batch(mesh, plan, sequence_length))
+        traced = jitted.trace(
+            abstract_state(config, optimizer, shardings), abstract_batch(layout, plan, sequence_length)
+        )
     return traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
 
 
@@ -91,7 +97,7 @@ def compile_step(
     sizes: Sequence[int],
     *,
     sequence_length: int,
-    strategy: str = "fsdp",
+    strategy: str | parallel.Strategy = "fsdp",
     max_gradient_norm: float | None = 1.0,
     max_microbatch_examples: int | None = None,
     statistics: Collection[str] = (),
@@ -104,10 +110,15 @@ def compile_step(
       statistics: what else to measure (`make_step`), such as the policy's `statistics`.
 
     Raises:
-      UserError: for a batch size that the devices can't divide, or a model that doesn't fit at one example a device.
+      UserError: for a batch size, a row or a model's dimension that the mesh can't divide, or a model that doesn't fit
+        at one example a device.
     """
-    device = mesh.devices.flat[0]
-    shards = mesh.devices.size
+    device = mesh.local_devices[0]
+    with user_values():
+        layout = parallel.Layout(mesh, strategy)
+        shardings = state_shardings(config, optimizer, layout)
+        layout.order(sequence_length)
+    shards = layout.batch_shards
     bound = max(1, MAX_MICROBATCH_TOKENS[device.platform] // sequence_length) * shards
     if max_microbatch_examples is not None:
         bound = min(bound, max_microbatch_examples)
@@ -127,8 +138,7 @@ def compile_step(
         ).compile()
         peak = peak_bytes(compiled)
         if limit is None or peak <= MEMORY_SHARE * limit:
-            shardings = state_shardings(config, optimizer, mesh, strategy)
-            return CompiledStep(compiled, plan, abstract_state(config, optimizer, shardings), peak)
+            return CompiledStep(compiled, plan, abstract_state(config, optimizer, shardings), peak, layout)
         if plan.microbatch_examples == shards:
             raise UserError(
                 f"one example a device needs {peak / 2**30:.1f} GiB and a device has {limit / 2**30:.1f} GiB: "

@@ -21,7 +21,7 @@ from crescendo.experiments.errors import UserError, user_values
 from crescendo.experiments.interruption import Interrupted
 from crescendo.models import ModelConfig
 from crescendo.optim import batch_size, policies
-from crescendo.parallel import make_mesh
+from crescendo.parallel import make_mesh, strategy
 
 CONFIGS = resources.files("crescendo.experiments.configs")
 
@@ -56,7 +56,7 @@ FACTORIES: dict[str, dict[str, Callable]] = {
         )
     },
     "models": {"model": model},
-    "parallel": {"mesh": make_mesh},
+    "parallel": {"mesh": make_mesh, "strategy": strategy},
     "data": {f.__name__: f for f in (data.text_data, data.stdlib_text, data.text_files, data.tfds_text)},
 }
 

@@ -212,7 +212,7 @@ class Program:
         return make_evaluation(
             self._config,
             self._data.validation,
-            self._mesh,
+            self._compiled.layout,
             self._compiled.abstract_state.parameters,
             evaluation_examples=self._arguments.get("evaluation_examples", 512),
             microbatch_examples=self._compiled.plan.microbatch_examples,
@@ -241,7 +241,7 @@ class Program:
             yield branch, losses
 
     def _run(self, state: TrainState, start: int, branch: Branch) -> list[float]:
-        feed = Feed(Stream(self._data.train, branch.seed), self._compiled.plan, self._mesh)
+        feed = Feed(Stream(self._data.train, branch.seed), self._compiled.plan, self._compiled.layout)
         end, seen, losses = start + self._branch_examples, start, []
         due = [start + round(self._branch_examples * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)]
         waiting: Any = None

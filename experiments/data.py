@@ -216,8 +216,6 @@ class Stream:
     Args:
       rows: the rows to read, at least one.
       seed: of the permutations, in [0, 2**32).
-      process_index: this process's number.
-      process_count: how many processes share each batch.
 
     Raises:
       UserError: if the seed is out of its range.
@@ -229,34 +227,25 @@ class Stream:
       (3, 2)
     """
 
-    def __init__(self, rows: Rows, seed: int, process_index: int = 0, process_count: int = 1):
+    def __init__(self, rows: Rows, seed: int):
         from grain import MapDataset  # takes a second to import
 
         if not 0 <= seed < 2**32:
             raise UserError(f"the data seed = {seed} must lie in 0..{2**32 - 1}")
-        self._rows, self._process_index, self._process_count = rows, process_index, process_count
+        self._rows, self.sequence_length = rows, rows.sequence_length
         self._row_numbers = MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
 
     def read(self, examples_seen: int, count: int) -> dict[str, np.ndarray]:
-        """This process's share of the global examples examples_seen to examples_seen + count - 1.
+        """The global examples examples_seen to examples_seen + count - 1: see `take`."""
+        return self.take(range(examples_seen, examples_seen + count))
 
-        Process p of P gets the p-th of P equal runs, so that the shares one after the other are the global batch.
-
-        Args:
-          examples_seen: the global examples read before, at least 0.
-          count: the global examples to read, a multiple of the number of processes.
+    def take(self, examples: ArrayLike) -> dict[str, np.ndarray]:
+        """The examples of these numbers, counted from the stream's begin: any process can read any share of a batch.
 
         Returns:
-          The arrays of `Rows`, int32 [count / process_count, sequence_length] each.
-
-        Raises:
-          ValueError: if count is no multiple of the number of processes.
+          The arrays of `Rows`, int32 [examples, sequence_length] each.
         """
-        share, left_over = divmod(count, self._process_count)
-        if left_over:
-            raise ValueError(f"count = {count} must be a multiple of the {self._process_count} processes")
-        begin = examples_seen + self._process_index * share
-        return self._rows.take([self._row_numbers[i] for i in range(begin, begin + share)])
+        return self._rows.take([self._row_numbers[i] for i in np.asarray(examples).tolist()])
 
 
 def _hash(content: list) -> str:

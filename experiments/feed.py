@@ -1,11 +1,42 @@
 """Rows of the stream, cut into microbatches and put on the devices ahead of the step that uses them."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from crescendo import parallel
 from crescendo.experiments.data import Stream
+
+
+def put_rows(
+    layout: parallel.Layout, shape: tuple[int, int, int], read: Callable[[np.ndarray], dict[str, np.ndarray]]
+) -> dict[str, jax.Array]:
+    """Rows `[groups, examples, T]` on the devices, of which this process reads only what its own devices hold.
+
+    Args:
+      layout: where they go; its order of tokens within a row is made here, the same for all that goes with tokens.
+      shape: of each array.
+      read: from the numbers of rows, `group * examples + example`, to their arrays `[rows, T]`.
+    """
+    sharding, order = layout.batch(leading=1), layout.order(shape[2])
+    places = sharding.addressable_devices_indices_map(shape).values()
+    parts = [index[1].indices(shape[1]) for index in places if index is not None]
+    begin, end = min(start for start, _, _ in parts), max(stop for _, stop, _ in parts)
+    numbers = np.arange(shape[0])[:, None] * shape[1] + np.arange(begin, end)
+    mine = {name: x.reshape(*numbers.shape, shape[2]) for name, x in read(numbers.ravel()).items()}
+    if order is not None:
+        mine = {name: x[:, :, order] for name, x in mine.items()}
+
+    def put(rows: np.ndarray) -> jax.Array:
+        def part(index):
+            start, stop, _ = index[1].indices(shape[1])
+            return rows[:, start - begin : stop - begin, index[2]]
+
+        with jax.transfer_guard("allow"):  # the loop's guard is against transfers that nobody asked for
+            return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: put(x) for name, x in mine.items()}
 
 
 class Feed:
@@ -14,26 +45,28 @@ class Feed:
     Args:
       stream: the rows, by the clock.
       plan: the shape.
-      mesh: the devices.
+      layout: the devices.
     """
 
-    def __init__(self, stream: Stream, plan: parallel.BatchPlan, mesh: Mesh):
-        self._stream, self._plan = stream, plan
-        self._rows = parallel.batch_sharding(mesh, leading=1)
-        self._replicated = NamedSharding(mesh, PartitionSpec())
+    def __init__(self, stream: Stream, plan: parallel.BatchPlan, layout: parallel.Layout):
+        self._stream, self._plan, self._layout = stream, plan, layout
 
     def read(self, examples_seen: int, batch_size: int) -> dict:
         """The input of one step (`abstract_batch`): the unused microbatches at the end are zeros."""
         microbatch, k_max = self._plan.microbatch_examples, self._plan.max_microbatches
 
-        def cut(rows):
-            buffer = np.zeros((k_max * microbatch, rows.shape[1]), np.int32)
-            buffer[: len(rows)] = rows
-            return buffer.reshape(k_max, microbatch, -1)
+        def read(numbers: np.ndarray) -> dict[str, np.ndarray]:
+            used = numbers[numbers < batch_size]
+            rows = self._stream.take(examples_seen + used)
+            return {name: np.pad(x, ((0, len(numbers) - len(used)), (0, 0))) for name, x in rows.items()}
 
-        rows = {name: cut(x) for name, x in self._stream.read(examples_seen, batch_size).items()}
         return {
-            "rows": jax.device_put(rows, self._rows),
-            "microbatches": jax.device_put(np.int32(batch_size // microbatch), self._replicated),
-            "examples_seen": jax.device_put(np.int32(examples_seen), self._replicated),
+            "rows": put_rows(self._layout, (k_max, microbatch, self._stream.sequence_length), read),
+            "microbatches": self._scalar(batch_size // microbatch),
+            "examples_seen": self._scalar(examples_seen),
         }
+
+    def _scalar(self, value: int) -> jax.Array:
+        """On every device, of every process; `jax.device_put` would compare it between processes first."""
+        with jax.transfer_guard("allow"):
+            return jax.make_array_from_callback((), self._layout.replicated, lambda _: np.int32(value))

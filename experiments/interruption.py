@@ -1,4 +1,7 @@
-"""SIGTERM, Ctrl-C and a deadline as a request that the loop looks at between steps."""
+"""SIGTERM, Ctrl-C and a deadline as a request that the loop looks at between steps.
+
+Of several processes any may get the SIGTERM: JAX's own service picks a step for all of them to stop at.
+"""
 
 import contextlib
 import math
@@ -6,6 +9,9 @@ import signal
 import time
 from collections.abc import Iterator
 from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
 
 
 class Interrupted(Exception):  # noqa: N818 (a request carried out, not an error)
@@ -24,8 +30,22 @@ class Interruption:
     entered: "list[Interruption]" = []  # noqa: RUF012 (one for the process, as its signals are)
 
     def __init__(self) -> None:
-        self.requested: str | None = None
+        self._reason: str | None = None
+        self._looks = 0
         self._before: dict[int, object] = {}
+
+    @property
+    def requested(self) -> str | None:
+        """Why to stop, or None. Several processes look equally often, and get the same answer at the same look."""
+        if self._reason is None and jax.process_count() > 1:
+            self._looks += 1
+            if multihost_utils.reached_preemption_sync_point(self._looks):
+                self._reason = "SIGTERM"
+        return self._reason
+
+    @requested.setter
+    def requested(self, reason: str) -> None:
+        self._reason = reason
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -33,7 +53,8 @@ class Interruption:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __enter__(self) -> "Interruption":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # With several processes the signals are left to JAX's service.
+        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ():
             self._before[number] = signal.signal(number, self._request)
         self.entered.append(self)
         return self

@@ -25,6 +25,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from crescendo.experiments.errors import UserError
 from crescendo.experiments.progress import ProgressLine
+from crescendo.parallel.hosts import is_leader
 
 Record = Mapping[str, Any]
 Columns = dict[str, np.ndarray]
@@ -72,6 +73,8 @@ class Observers:
 def run_observers(folder: Path, *, resume_at_examples: int, total_examples: int, label: str) -> Observers:
     """The observers of a training run: `metrics.jsonl`, TensorBoard events and the progress line.
 
+    Of several processes of one run the first has them.
+
     Args:
       folder: the run folder, which exists.
       resume_at_examples: the clock of the checkpoint that the run goes on from; 0 for a fresh start.
@@ -81,6 +84,8 @@ def run_observers(folder: Path, *, resume_at_examples: int, total_examples: int,
     Raises:
       UserError: if the folder can't be written.
     """
+    if not is_leader():
+        return Observers([])
     return Observers(
         [
             JsonlWriter(folder / "metrics.jsonl", resume_at_examples),

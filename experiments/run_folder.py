@@ -15,6 +15,7 @@ import jax
 
 from crescendo.experiments.errors import UserError
 from crescendo.experiments.metrics import file_access, replace_file
+from crescendo.parallel.hosts import is_leader
 
 PACKAGES = ("crescendo", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -23,9 +24,14 @@ PACKAGES = ("crescendo", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 def locked(folder: Path) -> Iterator[None]:
     """Holds the folder (made when it isn't there) for this process; the kernel lets go of it however that ends.
 
+    Of several processes of one run the first holds it for all.
+
     Raises:
       UserError: while another process holds it, or when it can't be written.
     """
+    if not is_leader():
+        yield
+        return
     with file_access("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")
@@ -57,7 +63,9 @@ def read_info(folder: Path) -> dict | None:
 
 
 def write_info(folder: Path, info: Mapping[str, Any], config: str) -> None:
-    """Writes `run.json` and `config.gin`, each whole or not at all."""
+    """Writes `run.json` and `config.gin`, each whole or not at all; of several processes the first does."""
+    if not is_leader():
+        return
     replace_file(folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
     replace_file(folder / "config.gin", config.encode())
 

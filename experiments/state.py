@@ -7,14 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from crescendo import models, parallel
 from crescendo.experiments.statistics import check_statistics, measured_gradients
 from crescendo.models import ModelConfig
+from crescendo.models.layout import ONE_DEVICE
 from crescendo.models.loss import next_token_loss
 from crescendo.optim.batch_size import current_batch_size, current_learning_rate_factor
 from crescendo.optim.noise_scale import current_noise_scales
+from crescendo.parallel.accumulate import WHOLE
 
 Tree = Any
 
@@ -63,17 +64,22 @@ def initial_state(config: ModelConfig, optimizer: optax.GradientTransformationEx
     return TrainState(parameters, optimizer.init(parameters), jnp.int32(0), jnp.int32(0))
 
 
-def state_shardings(config: ModelConfig, optimizer, mesh: Mesh, strategy: str = "fsdp") -> TrainState:
-    """The sharding of every array: optimizer arrays shaped like a parameter are laid out like it."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    of_parameters = parallel.shard(models.logical_axes(config), mesh, strategy)
+def state_shardings(config: ModelConfig, optimizer, layout: parallel.Layout) -> TrainState:
+    """The sharding of every array; optimizer arrays shaped like a parameter are laid out by the same names.
+
+    Raises:
+      ValueError: a dimension of the model that the mesh can't divide.
+    """
+    replicated, logical_axes = layout.replicated, models.logical_axes(config)
     state = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
+    of_parameters = layout.parameters(logical_axes, state.parameters)
+    layout.check_heads(config.heads, config.kv_heads)
     of_opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda array, parameter, sharding: sharding if array.shape == parameter.shape else replicated,
         state.opt_state,
         state.parameters,
-        of_parameters,
+        layout.optimizer(logical_axes, state.parameters),
         transform_non_params=lambda _: replicated,
     )
     return TrainState(of_parameters, of_opt_state, replicated, replicated)
@@ -94,11 +100,11 @@ def describe_arrays(config: ModelConfig, optimizer) -> dict[str, str]:
     }
 
 
-def abstract_batch(mesh: Mesh, plan: parallel.BatchPlan, sequence_length: int) -> dict:
+def abstract_batch(layout: parallel.Layout, plan: parallel.BatchPlan, sequence_length: int) -> dict:
     """The input of one step: `rows` of shape `[k_max, microbatch, T]`, their `count`, and the clock."""
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
     shape = (plan.max_microbatches, plan.microbatch_examples, sequence_length)
-    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=parallel.batch_sharding(mesh, leading=1))
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.batch(leading=1))
     names = ("tokens", "labels", "segment_ids", "positions")
     return {"rows": dict.fromkeys(names, rows), "microbatches": scalar, "examples_seen": scalar}
 
@@ -109,7 +115,7 @@ def make_step(
     *,
     max_gradient_norm: float | None,
     attention: str | None = None,
-    mesh: Mesh | None = None,
+    layout: parallel.Layout | None = None,
     statistics: Collection[str] = (),
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """`(state, batch) -> (state, metrics)`: gradients over the microbatches, then one optimizer update.
@@ -122,21 +128,29 @@ def make_step(
       optimizer: a chain that ends in `adaptive_batch_size`.
       max_gradient_norm: the mean gradient is scaled down to this l2 norm where it is longer; None: never.
       attention: the implementation that `jax.nn.dot_product_attention` takes.
-      mesh: activations are split over it by examples; None leaves them to the compiler.
+      layout: where everything lives; None: on one device.
       statistics: what else to measure for the transforms, members of `crescendo.optim.batch_size.STATISTICS`.
 
     Raises:
       ValueError: an unknown statistic.
     """
     check_statistics(statistics)
+    logical_axes = models.logical_axes(config)
+    activations = ONE_DEVICE if layout is None else layout
+    spread = WHOLE if layout is None else layout.spread(logical_axes)
 
-    layout = {} if mesh is None else {"constrain": parallel.constrain(mesh)}
+    def split_for_update(tree: Tree) -> Tree:
+        """Each device updates the part of the parameters whose optimizer state it has."""
+        return tree if layout is None else layout.lay_out(layout.strategy.optimizer, tree, logical_axes)
 
     def loss_fn(parameters, rows):
-        return next_token_loss(config, parameters, rows, z_loss=config.z_loss, implementation=attention, **layout)
+        return next_token_loss(
+            config, parameters, rows, z_loss=config.z_loss, implementation=attention, layout=activations
+        )
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        gradients, stats = measured_gradients(loss_fn, state.parameters, batch, statistics)
+        gradients, stats = measured_gradients(loss_fn, state.parameters, batch, statistics, spread)
+        gradients, parameters_before = split_for_update(gradients), split_for_update(state.parameters)
         loss, norm = stats.loss, jnp.sqrt(stats.squared_norm)
         l1_norm = sum(jnp.sum(jnp.abs(g)) for g in jax.tree.leaves(gradients))
         if max_gradient_norm is not None:
@@ -145,17 +159,17 @@ def make_step(
         updates, opt_state = optimizer.update(
             gradients,
             state.opt_state,
-            state.parameters,
+            parameters_before,
             examples_seen=batch["examples_seen"],
             batch_stats=stats,
             value=loss,
         )
-        parameters = optax.apply_updates(state.parameters, updates)
+        parameters = optax.apply_updates(parameters_before, updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         parameters, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (parameters, opt_state),
-            (state.parameters, state.opt_state),
+            (parameters_before, state.opt_state),
         )
         bad = 1 - finite.astype(jnp.int32)
         state = TrainState(parameters, opt_state, state.skipped_steps + bad, (state.skipped_in_a_row + 1) * bad)

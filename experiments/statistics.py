@@ -10,7 +10,7 @@ from crescendo import parallel
 from crescendo.models.norm_probes import example_squared_norms, norm_probes, norm_scales, with_probes
 from crescendo.optim.batch_size import STATISTICS, BatchStats
 from crescendo.optim.noise_scale import layer_squared_norms
-from crescendo.parallel.accumulate import squared_norm
+from crescendo.parallel.accumulate import WHOLE, squared_norm
 
 Tree = Any
 
@@ -23,7 +23,11 @@ def check_statistics(statistics: Collection[str]) -> None:
 
 
 def measured_gradients(
-    loss_fn: Callable, parameters: Tree, batch: dict, statistics: Collection[str] = ()
+    loss_fn: Callable,
+    parameters: Tree,
+    batch: dict,
+    statistics: Collection[str] = (),
+    spread: parallel.Spread = WHOLE,
 ) -> tuple[Tree, BatchStats]:
     """The mean gradient over the batch, and the statistics of `BatchStats` that are always known or asked for.
 
@@ -32,9 +36,10 @@ def measured_gradients(
       parameters: nested dicts of arrays.
       batch: the input of a step; see `abstract_batch`.
       statistics: members of `STATISTICS`.
+      spread: how gradients are summed over the devices. What is measured of microbatches is measured of their parts.
     """
-    count, rows = batch["microbatches"], batch["rows"]
-    examples = rows["tokens"].shape[1]
+    rows = batch["rows"]
+    count, examples = batch["microbatches"] * spread.parts, rows["tokens"].shape[1] // spread.parts
 
     def probed_loss(both, rows):
         return loss_fn(with_probes(*both), rows)
@@ -49,7 +54,18 @@ def measured_gradients(
         return found
 
     probes = norm_probes(parameters, examples) if "norm_layers" in statistics else {}
-    total = parallel.accumulate(probed_loss, (parameters, probes), rows, count, measure=measure)
+    total = parallel.accumulate(
+        probed_loss,
+        (parameters, probes),
+        rows,
+        batch["microbatches"],
+        measure=measure,
+        spread=spread._replace(
+            keep=lambda both: (spread.keep(both[0]), both[1]),
+            scattered=(spread.scattered, jax.tree.map(lambda _: -1, probes)),
+            others=(spread.others, jax.tree.map(lambda _: jax.P(), probes)),
+        ),
+    )
     weight = jnp.maximum(total.weight, 1.0)
     gradients = jax.tree.map(lambda g: g / weight, total.gradients[0])
     squares = total.squared_norms
@@ -72,7 +88,7 @@ def measured_gradients(
             norm_example_squared_norm=jnp.sum(squares["examples"]) * examples / count,
         )
     if {"dot_products", "coordinates"} & set(statistics):
-        found = parallel.deviations(loss_fn, parameters, rows, count, gradients)
+        found = parallel.deviations(loss_fn, parameters, rows, batch["microbatches"], gradients, spread=spread)
         variance = jax.tree.map(lambda x: x * examples / jnp.maximum(count - 1, 1), found.squares)
         # An entry without noise passes at any size, also where it is 0.
         ratios = jax.tree.map(lambda v, g: jnp.max(jnp.where(v > 0, v / jnp.square(g), 0)), variance, gradients)

@@ -21,7 +21,7 @@ from crescendo.experiments.checkpoint import Checkpoints
 from crescendo.experiments.cli import run_command
 from crescendo.experiments.compile import CompilationCounter, compile_step, use_compilation_cache
 from crescendo.experiments.data import Stream, TextData
-from crescendo.experiments.errors import UserError, user_values
+from crescendo.experiments.errors import UserError, hosts_lost, user_values
 from crescendo.experiments.evaluate import make_evaluation
 from crescendo.experiments.feed import Feed
 from crescendo.experiments.interruption import Interrupted, Interruption
@@ -31,11 +31,13 @@ from crescendo.experiments.recorder import Recorder
 from crescendo.experiments.state import Clock, describe_arrays, initial_state
 from crescendo.models import ModelConfig
 from crescendo.optim.batch_size import BatchSizePolicy, constant, current_batch_size
+from crescendo.parallel import hosts
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.train --config debug.gin
   python -m crescendo.experiments.train --config lm_30m.gin --set 'text_files.paths = ["books/*.txt"]'
   python -m crescendo.experiments.train --config debug.gin --set 'train.total_examples = 2048' --run runs/short
+  srun python -m crescendo.experiments.train --config lm_1b.gin --hosts auto
 
 The same command goes on where an interrupted run stopped."""
 
@@ -52,7 +54,7 @@ def train(
     base_batch_size: int | None = None,
     noise_scale: optax.GradientTransformation | None = None,
     mesh: Mesh | None = None,
-    strategy: str = "fsdp",
+    strategy: str | parallel.Strategy = "fsdp",
     seed: int = 0,
     max_gradient_norm: float | None = 1.0,
     max_microbatch_examples: int | None = None,
@@ -80,7 +82,7 @@ def train(
       noise_scale: `@gradient_noise_scale()`, to record the gradient noise scale; None: it isn't measured. It is known
         from batches of at least two microbatches, or with `gradient_noise_scale.norm_layers = True` from any.
       mesh: the devices; all of them along `data` when None.
-      strategy: a key of `crescendo.parallel.STRATEGIES`.
+      strategy: what is split along the mesh's axes: a key of `crescendo.parallel.STRATEGIES`, or `@strategy()`.
       seed: of the parameters and of the order of the data.
       max_gradient_norm: clip the mean gradient to this l2 norm; None: never.
       max_microbatch_examples: a bound below the one that memory sets.
@@ -126,7 +128,7 @@ def train(
         )
     evaluate_every_examples = evaluate_every_examples or max(1, total_examples // 5)
     checkpoint_every_examples = checkpoint_every_examples or max(1, total_examples // 10)
-    folder, console = Path(run), Console()
+    folder, console = Path(run), Console(quiet=not hosts.is_leader())
     mesh = parallel.make_mesh() if mesh is None else mesh
     device = mesh.devices.flat[0]
     config = decide_model(model, data, mesh)
@@ -142,7 +144,7 @@ def train(
         "seed": seed,
     }
     with user_values():
-        parallel.plan_batches(policy.sizes, mesh.devices.size)
+        parallel.plan_batches(policy.sizes, parallel.Layout(mesh, strategy).batch_shards)
     counter = CompilationCounter()
     use_compilation_cache()
     with contextlib.ExitStack() as stack:
@@ -219,12 +221,12 @@ def train(
         evaluate = make_evaluation(
             config,
             data.validation,
-            mesh,
+            compiled.layout,
             compiled.abstract_state.parameters,
             evaluation_examples=evaluation_examples,
             microbatch_examples=plan.microbatch_examples,
         )
-        feed = Feed(Stream(data.train, seed), plan, mesh)
+        feed = Feed(Stream(data.train, seed), plan, compiled.layout)
         recorder = Recorder(observers, data.sequence_length, flops_per_token, peak, clock.seconds)
         pending: tuple[Clock, int, int, dict] | None = None
         # Before the first step this is the policy's start; after a restart, what the last step's metrics said.
@@ -301,10 +303,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = configurables.parser("Train a decoder on packed text.", EXAMPLES)
     parser.add_argument("--run", help="the run's folder (default: runs/NAME of the last config)")
+    parser.add_argument(
+        "--hosts",
+        metavar="auto|HOST:PORT,INDEX,COUNT",
+        help="be one of several processes that share the run's folder: as JAX finds by itself (SLURM, Cloud TPU, ...), "
+        "or by process 0's address, this process's number and how many there are",
+    )
+    parser.add_argument(
+        "--join-seconds", type=float, default=300.0, help="how long to wait for the other processes (default 300)"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.hosts:
+        with user_values():
+            hosts.join(arguments.hosts, timeout_seconds=arguments.join_seconds)
     configs = arguments.config or ["debug.gin"]
     bound = configurables.bind(train, configs, arguments.set)
-    bound(run=arguments.run or f"runs/{Path(configs[-1]).stem}")
+    with hosts_lost():
+        bound(run=arguments.run or f"runs/{Path(configs[-1]).stem}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from flax import nnx
 from crescendo.models import axes
 from crescendo.models.config import ModelConfig
 from crescendo.models.layers import Linear, RMSNorm, rotate
+from crescendo.models.layout import Layout
 from crescendo.pallas_kernels.attention import attention
 
 
@@ -38,9 +39,9 @@ class Attention(nnx.Module):
             self.key_norm = RMSNorm(head_width, axes.HEAD_WIDTH, config.norm_epsilon)
         self.qk_norm = config.qk_norm
 
-    def __call__(self, x_BTD, attend, cosine, sine):
-        q_BTHE, k_BTKE, v_BTKE = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+    def __call__(self, x_BTD, attend, cosine, sine, layout: Layout):
+        q_BTHE, k_BTKE, v_BTKE = (project(x_BTD, layout) for project in (self.query, self.key, self.value))
         if self.qk_norm:
             q_BTHE, k_BTKE = self.query_norm(q_BTHE), self.key_norm(k_BTKE)
         q_BTHE, k_BTKE = rotate(q_BTHE, cosine, sine), rotate(k_BTKE, cosine, sine)
-        return self.output(attend(q_BTHE, k_BTKE, v_BTKE))
+        return self.output(attend(q_BTHE, k_BTKE, v_BTKE), layout)

@@ -13,6 +13,7 @@ The shape letters used in names such as `x_BTD`:
 
 BATCH = "batch"
 LENGTH = "length"
+RESIDUAL_LENGTH = "residual_length"  # tokens of the residual stream and its norms: may be split finer than elsewhere
 EMBED = "embed"
 HEADS = "heads"
 KV_HEADS = "kv_heads"
@@ -26,6 +27,6 @@ CHANNELS = "channels"
 CLASSES = "classes"
 
 ALL = (
-    *(BATCH, LENGTH, EMBED, HEADS, KV_HEADS, HEAD_WIDTH, MLP, VOCAB, LAYERS),
+    *(BATCH, LENGTH, RESIDUAL_LENGTH, EMBED, HEADS, KV_HEADS, HEAD_WIDTH, MLP, VOCAB, LAYERS),
     *(WINDOW, IN_CHANNELS, CHANNELS, CLASSES),
 )

@@ -113,4 +113,15 @@ PRESETS = {
     "1b": ModelConfig(
         vocab_size=128_256, width=2048, layers=16, heads=32, kv_heads=8, mlp_width=8192, rope_theta=500_000.0
     ),
+    "70b": ModelConfig(
+        vocab_size=128_256,
+        width=8192,
+        layers=80,
+        heads=64,
+        kv_heads=8,
+        mlp_width=28_672,
+        tied_head=False,
+        rope_theta=500_000.0,
+        remat="full",
+    ),
 }

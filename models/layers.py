@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from crescendo.models.layout import ONE_DEVICE, Layout
+
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], standard_deviation: float) -> nnx.Param:
     """A float32 parameter drawn from a normal distribution cut at two standard deviations."""
@@ -28,10 +30,10 @@ class Linear(nnx.Module):
             fan_in *= size
         self.kernel = parameter(rngs, (*inputs, *outputs), axes, scale * fan_in**-0.5)
         self.contracted = len(inputs)
-        self.dtype = dtype
+        self.dtype, self.axes = dtype, axes
 
-    def __call__(self, x):
-        kernel = self.kernel[...].astype(self.dtype)
+    def __call__(self, x, layout: Layout = ONE_DEVICE):
+        kernel = layout.weight(self.kernel[...].astype(self.dtype), self.axes)
         return jnp.tensordot(x, kernel, axes=self.contracted)
 
 

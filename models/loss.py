@@ -1,9 +1,13 @@
 """Losses return `(sum, weight)`; the mean is taken once, after all microbatches and devices are added up."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from crescendo.models.config import ModelConfig
-from crescendo.models.transformer import Constrain, apply, unconstrained
+from crescendo.models.layout import ONE_DEVICE, Layout
+from crescendo.models.transformer import apply
 from crescendo.pallas_kernels.linear_cross_entropy import linear_cross_entropy
 
 
@@ -17,6 +21,7 @@ def cross_entropy(
     soft_cap: float | None = None,
     checked: bool = False,
     implementation: str | None = None,
+    vocab_axis: str | None = None,
 ):
     """`sum_i w_i (log Z_i - logit_i[label_i] + z_loss log^2 Z_i)` and `sum_i w_i`, both float32 scalars.
 
@@ -32,7 +37,13 @@ def cross_entropy(
       soft_cap: `c` of `c tanh(logits / c)` (Gemma 2, 2024), or None.
       checked: report labels out of range: at once where they are concrete, else by `checkify`.
       implementation: of the op; None: the first one that serves.
+      vocab_axis: inside `jax.shard_map`, the mesh axis that splits the table by its rows; rows of maxima and sums cross
+        the devices, never logits.
     """
+    if vocab_axis is not None:
+        return _split_cross_entropy(
+            hidden_BTD, table_VD, labels_BT, weights_BT, z_loss=z_loss, soft_cap=soft_cap, vocab_axis=vocab_axis
+        )
     return linear_cross_entropy(
         hidden_BTD,
         table_VD,
@@ -45,6 +56,24 @@ def cross_entropy(
     )
 
 
+def _split_cross_entropy(hidden_BTD, table_VD, labels_BT, weights_BT, *, z_loss, soft_cap, vocab_axis):
+    """The same of a device's own rows of the table, in a `shard_map` of any kind: the op's own needs a checked one."""
+    logits_BTV = jnp.einsum(
+        "btd,vd->btv", hidden_BTD, table_VD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32
+    )
+    if soft_cap is not None:
+        logits_BTV = soft_cap * jnp.tanh(logits_BTV / soft_cap)
+    top_BT = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1)), vocab_axis)
+    sums_BT = jax.lax.psum(jnp.sum(jnp.exp(logits_BTV - top_BT[..., None]), axis=-1), vocab_axis)
+    log_z_BT = top_BT + jnp.log(sums_BT)
+    local_BT = labels_BT - jax.lax.axis_index(vocab_axis) * table_VD.shape[0]
+    ours_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
+    taken_BT = jnp.take_along_axis(logits_BTV, jnp.where(ours_BT, local_BT, 0)[..., None], axis=-1)[..., 0]
+    label_logits_BT = jax.lax.psum(jnp.where(ours_BT, taken_BT, 0.0), vocab_axis)
+    losses_BT = log_z_BT - label_logits_BT + z_loss * jnp.square(log_z_BT)
+    return jnp.sum(losses_BT * weights_BT), jnp.sum(weights_BT)
+
+
 def next_token_loss(
     config: ModelConfig,
     parameters: dict,
@@ -52,7 +81,7 @@ def next_token_loss(
     *,
     z_loss: float = 0.0,
     implementation: str | None = None,
-    constrain: Constrain = unconstrained,
+    layout: Layout = ONE_DEVICE,
 ):
     """The loss of packed rows: `(loss_sum in nats, weight in tokens)`, padding (`segment_ids` 0) left out.
 
@@ -60,13 +89,12 @@ def next_token_loss(
       batch: `tokens`, `labels`, `segment_ids`, `positions`, each int32 `[B, T]`.
       z_loss: `config.z_loss` when training; 0 gives the plain cross-entropy.
       implementation: of the attention.
-      constrain: lays activations out over the devices.
+      layout: how activations lie over the devices.
     """
     model = apply(config, parameters)
     hidden_BTD = model(
-        batch["tokens"], batch["segment_ids"], batch["positions"], implementation=implementation, constrain=constrain
+        batch["tokens"], batch["segment_ids"], batch["positions"], implementation=implementation, layout=layout
     )
     weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
-    return cross_entropy(
-        hidden_BTD, model.output_table(), batch["labels"], weights_BT, z_loss=z_loss, soft_cap=config.logit_soft_cap
-    )
+    loss = functools.partial(cross_entropy, z_loss=z_loss, soft_cap=config.logit_soft_cap)
+    return layout.cross_entropy(loss, hidden_BTD, model.output_table(), batch["labels"], weights_BT)

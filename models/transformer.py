@@ -1,7 +1,6 @@
 """The decoder: embedding, blocks stacked on a leading axis, final norm, output table."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,17 +11,12 @@ from crescendo.models import axes
 from crescendo.models.attention import Attention, packed_attention
 from crescendo.models.config import ModelConfig
 from crescendo.models.layers import Linear, RMSNorm, Table, rotary
+from crescendo.models.layout import ONE_DEVICE, Layout
 
-# Lays an array out over the devices, by the logical names of its axes.
-Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
-# The residual stream is split by examples alone; left to itself the partitioner may split it like the parameters.
-RESIDUAL = (axes.BATCH, axes.LENGTH, None)
-
-
-def unconstrained(array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """Leaves the layout to the compiler."""
-    del names
-    return array
+# Left to itself the partitioner may split activations like the parameters.
+RESIDUAL = (axes.BATCH, axes.RESIDUAL_LENGTH, None)
+# What matmuls take in: where they split their outputs over devices, each needs all the tokens.
+TAKEN_IN = (axes.BATCH, axes.LENGTH, None)
 
 
 REMAT_POLICIES = {
@@ -48,8 +42,9 @@ class Mlp(nnx.Module):
             scale=(2 * config.layers) ** -0.5,
         )
 
-    def __call__(self, x_BTD):
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+    def __call__(self, x_BTD, layout: Layout):
+        inner_BTF = jax.nn.silu(self.gate(x_BTD, layout)) * self.up(x_BTD, layout)
+        return self.down(layout.constrain(inner_BTF, (axes.BATCH, axes.LENGTH, axes.MLP)), layout)
 
 
 class Block(nnx.Module):
@@ -61,9 +56,14 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, axes.EMBED, config.norm_epsilon)
         self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BTD, attend, cosine, sine):
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), attend, cosine, sine)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+    def __call__(self, x_BTD, attend, cosine, sine, layout: Layout):
+        def take_in(norm, x_BTD):
+            # Norms are split like the residual stream: said twice, or their float32 insides would cross the devices.
+            return layout.constrain(layout.constrain(norm(x_BTD), RESIDUAL), TAKEN_IN)
+
+        mixed_BTD = self.attention(take_in(self.attention_norm, x_BTD), attend, cosine, sine, layout)
+        x_BTD = x_BTD + layout.constrain(mixed_BTD, RESIDUAL)
+        return x_BTD + layout.constrain(self.mlp(take_in(self.mlp_norm, x_BTD), layout), RESIDUAL)
 
 
 class Transformer(nnx.Module):
@@ -107,27 +107,26 @@ class Transformer(nnx.Module):
         *,
         causal: bool = True,
         implementation: str | None = None,
-        constrain: Constrain = unconstrained,
+        layout: Layout = ONE_DEVICE,
     ):
         config = self.config
-        # Looked up before the cast: the gradient then adds up the many uses of a token in float32, with the atomics
-        # that GPUs have for it.
-        x_BTD = constrain(self.embedding.table[...][tokens_BT].astype(config.dtype), RESIDUAL)
-        attend = functools.partial(
-            packed_attention, segment_ids_BT=segment_ids_BT, causal=causal, implementation=implementation
-        )
+        x_BTD = layout.constrain(layout.look_up(self.embedding.table[...], tokens_BT, config.dtype), RESIDUAL)
+        attention = functools.partial(packed_attention, causal=causal, implementation=implementation)
         cosine, sine = rotary(positions_BT, config.head_size, config.rope_theta)
         structure, stacked = nnx.split(self.blocks)
 
+        def attend(q_BTHE, k_BTKE, v_BTKE):
+            return layout.attend(attention, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, causal=causal)
+
         def block(x_BTD, parameters):
             layer: Any = nnx.merge(structure, parameters)
-            return constrain(layer(x_BTD, attend, cosine, sine), RESIDUAL), None
+            return layer(x_BTD, attend, cosine, sine, layout), None
 
         if config.remat != "none":
             block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
         unroll = 1 if config.scan_layers else config.layers
         x_BTD, _ = jax.lax.scan(block, x_BTD, stacked, unroll=unroll)
-        return self.final_norm(x_BTD)
+        return layout.constrain(self.final_norm(x_BTD), RESIDUAL)
 
 
 @functools.cache

@@ -1,12 +1,50 @@
-"""Gradients of a batch of any size, one fixed-shape microbatch at a time."""
+"""Gradients of a batch of any size, one fixed-shape microbatch at a time.
 
+Over several devices the sum may wait: each shard of the batch keeps the sum of its own part of every microbatch, and
+the shards are added up once, at the end of the step, instead of after every microbatch. What is measured of a
+microbatch's gradient is then measured of each part's.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
 
 Tree = Any
+
+
+class Spread(NamedTuple):
+    """How gradients are summed over a mesh.
+
+    Attributes:
+      mesh: the devices, or None.
+      axes: the mesh axes along which the sum waits for the end of the step; their product is the number of parts.
+      keep: lays a tree of gradients out as they are to be added up.
+      scattered: of each gradient, the dimension along which its sum over `fsdp` is left scattered; -1 for whole.
+      others: of each gradient, how the mesh's other axes split it, a `PartitionSpec`.
+    """
+
+    mesh: Mesh | AbstractMesh | None = None
+    axes: tuple[str, ...] = ()
+    keep: Callable[[Tree], Tree] = lambda gradients: gradients
+    scattered: Tree = None
+    others: Tree = None
+
+    @property
+    def parts(self) -> int:
+        """In how many parts a microbatch's gradient is measured."""
+        parts = 1
+        for axis in self.axes:
+            assert self.mesh is not None
+            parts *= self.mesh.shape[axis]
+        return parts
+
+
+WHOLE = Spread()
 
 
 class Accumulated(NamedTuple):
@@ -16,8 +54,8 @@ class Accumulated(NamedTuple):
       loss_sum: float32.
       weight: float32, what `loss_sum` and `gradients` are divided by to get means.
       gradients: of `loss_sum`, float32, the parameters' tree.
-      squared_norms: float32 `[k_max, ...]`, what was measured of microbatch i's mean gradient `g_i / w_i`, by default
-        `||g_i / w_i||^2`; 0 from the count on.
+      squared_norms: float32 `[k_max * parts, ...]`, what was measured of part i's mean gradient `g_i / w_i`, by default
+        `||g_i / w_i||^2`; 0 from `count * parts` on. A part is a microbatch, or a shard of one (`Spread`).
     """
 
     loss_sum: jax.Array
@@ -38,6 +76,7 @@ def accumulate(
     count: jax.Array,
     *,
     measure: Callable[[Tree], Tree] = squared_norm,
+    spread: Spread = WHOLE,
 ) -> Accumulated:
     """Adds up loss and gradients over the first `count` of `k_max` microbatches.
 
@@ -48,7 +87,8 @@ def accumulate(
       parameters: a tree of arrays.
       microbatches: a tree of arrays `[k_max, microbatch, ...]`.
       count: int32 scalar in `[1, k_max]`.
-      measure: from a microbatch's gradients to a tree of sums of their squares.
+      measure: from a part's gradients to a tree of sums of their squares.
+      spread: how gradients are summed over the devices.
 
     >>> loss = lambda w, x: (jnp.sum(w * x), jnp.float32(x.size))
     >>> total = accumulate(loss, jnp.float32(2), jnp.arange(6.0).reshape(3, 2), jnp.int32(2))
@@ -61,14 +101,71 @@ def accumulate(
         rows = jax.tree.map(lambda x: jnp.zeros((k_max, *x.shape)).at[index].set(x), squares)
         return Accumulated(loss_sum, weight, gradients, rows)
 
-    return _sum_over_microbatches(one, loss_fn, parameters, microbatches, count)
+    def local(parameters, microbatches, count):
+        return _sum_over_microbatches(one, loss_fn, parameters, microbatches, count, spread.keep)
+
+    if not spread.axes:
+        return local(parameters, microbatches, count)
+
+    def reduced(parameters, microbatches, count):
+        total = local(parameters, microbatches, count)
+        return (
+            jax.lax.psum(total.loss_sum, spread.axes),
+            jax.lax.psum(total.weight, spread.axes),
+            _reduce(total.gradients, spread),
+            jax.tree.map(lambda x: x[:, None], total.squared_norms),
+        )
+
+    specs = jax.tree.map(lambda dimension: P(*(None,) * dimension, "fsdp") if dimension >= 0 else P(), spread.scattered)
+    by_part = _by_part(reduced, spread, (P(), P(), specs, P(None, spread.axes)))
+    loss_sum, weight, gradients, squared_norms = by_part(parameters, microbatches, count)
+    return Accumulated(loss_sum, weight, gradients, jax.tree.map(_flatten_parts, squared_norms))
+
+
+def _by_part(function: Callable, spread: Spread, out_specs: Tree, *, others: int = 0) -> Callable:
+    """`function(parameters, microbatches, count, *others)` on every part of the microbatches, manual over its axes."""
+    # Unchecked, because a checked one would sum the gradients of replicated parameters in every microbatch.
+    return jax.shard_map(
+        function,
+        mesh=spread.mesh,
+        in_specs=(P(), P(None, spread.axes), P(), *(P(),) * others),
+        out_specs=out_specs,
+        axis_names=set(spread.axes),
+        check_vma=False,
+    )
+
+
+def _reduce(gradients: Tree, spread: Spread) -> Tree:
+    """The sums over the parts."""
+    rest = tuple(axis for axis in spread.axes if axis != "fsdp")
+
+    def one(gradient: jax.Array, dimension: int) -> jax.Array:
+        if dimension < 0:
+            return jax.lax.psum(gradient, spread.axes)
+        gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dimension, tiled=True)
+        return jax.lax.psum(gradient, rest) if rest else gradient
+
+    # Manual over all axes: the partitioner would make a gradient whole before it scatters the sum.
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(
+        lambda gradients: jax.tree.map(one, gradients, spread.scattered),
+        mesh=mesh,
+        in_specs=(spread.others,),
+        out_specs=spread.others,
+        axis_names=set(mesh.axis_names) - set(spread.axes),
+        check_vma=False,
+    )(gradients)
+
+
+def _flatten_parts(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, *x.shape[2:])
 
 
 class Deviations(NamedTuple):
-    """How the microbatches' mean gradients `g_i` lie about the batch's, `g`.
+    """How the parts' mean gradients `g_i` lie about the batch's, `g`.
 
     Attributes:
-      dot_products: float32 `[k_max]`, `<g_i, g>`; 0 from the count on.
+      dot_products: float32 `[k_max * parts]`, `<g_i, g>`; 0 from `count * parts` on.
       squares: float32, `sum_i (g_i - g)^2`, entry by entry, the parameters' tree.
     """
 
@@ -77,12 +174,18 @@ class Deviations(NamedTuple):
 
 
 def deviations(
-    loss_fn: Callable, parameters: Tree, microbatches: Tree, count: jax.Array, mean_gradients: Tree
+    loss_fn: Callable,
+    parameters: Tree,
+    microbatches: Tree,
+    count: jax.Array,
+    mean_gradients: Tree,
+    *,
+    spread: Spread = WHOLE,
 ) -> Deviations:
-    """Computes every microbatch's gradient again, to compare it with the batch's: as expensive as `accumulate`.
+    """Computes every part's gradient again, to compare it with the batch's: as expensive as `accumulate`.
 
     Args:
-      loss_fn, parameters, microbatches, count: as given to `accumulate`.
+      loss_fn, parameters, microbatches, count, spread: as given to `accumulate`.
       mean_gradients: `g`, its gradients over its weight.
 
     >>> loss = lambda w, x: (jnp.sum(w * x), jnp.float32(x.size))
@@ -91,16 +194,31 @@ def deviations(
     [0.75 3.75 0.  ] 2.0
     """
 
-    def one(index, k_max, loss_sum, weight, gradients) -> Deviations:
+    def one(index, k_max, loss_sum, weight, gradients, mean_gradients) -> Deviations:
         means = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), gradients)
         dot_product = sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), means, mean_gradients)))
         squares = jax.tree.map(lambda a, b: jnp.square(a - b), means, mean_gradients)
         return Deviations(jnp.zeros(k_max).at[index].set(dot_product), squares)
 
-    return _sum_over_microbatches(one, loss_fn, parameters, microbatches, count)
+    def local(parameters, microbatches, count, mean_gradients):
+        term = functools.partial(one, mean_gradients=mean_gradients)
+        return _sum_over_microbatches(term, loss_fn, parameters, microbatches, count, spread.keep)
+
+    if not spread.axes:
+        return local(parameters, microbatches, count, mean_gradients)
+
+    def reduced(*arguments):
+        found = local(*arguments)
+        return found.dot_products[:, None], jax.tree.map(lambda x: jax.lax.psum(x, spread.axes), found.squares)
+
+    by_part = _by_part(reduced, spread, (P(None, spread.axes), P()), others=1)
+    dot_products, squares = by_part(parameters, microbatches, count, mean_gradients)
+    return Deviations(_flatten_parts(dot_products), squares)
 
 
-def _sum_over_microbatches(one: Callable, loss_fn: Callable, parameters: Tree, microbatches: Tree, count: jax.Array):
+def _sum_over_microbatches(
+    one: Callable, loss_fn: Callable, parameters: Tree, microbatches: Tree, count: jax.Array, keep: Callable
+):
     """The sum of `one(index, k_max, loss_sum, weight, gradients in float32)` over the first `count` microbatches."""
     k_max = jax.tree.leaves(microbatches)[0].shape[0]
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
@@ -108,7 +226,7 @@ def _sum_over_microbatches(one: Callable, loss_fn: Callable, parameters: Tree, m
     def term(index):
         microbatch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), microbatches)
         (loss_sum, weight), gradients = value_and_grad(parameters, microbatch)
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+        gradients = keep(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
         return one(index, k_max, loss_sum, weight, gradients)
 
     if k_max == 1:

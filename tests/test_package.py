@@ -89,7 +89,7 @@ def test_files_stay_short():
 COMMANDS = [
     *(
         f"experiments.{name}"
-        for name in ("train", "report", "batch_warmup", "refine_schedule", "large_batch", "benchmark")
+        for name in ("train", "report", "batch_warmup", "refine_schedule", "large_batch", "benchmark", "describe")
     ),
     "models.describe",
     "pallas_kernels.bench",

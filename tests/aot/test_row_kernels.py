@@ -79,7 +79,8 @@ def test_triton_kernels_interpreted(op, spec, interpreted):
     options = {n: a.astype(jnp.float32) if n == "residual" else a for n, a in options.items()}
     found, expected = (gradients(op, which, wide, options) for which in ("triton", "reference"))
     for f, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert jnp.linalg.norm((f - e).ravel()) <= 1e-5 * max(1.0, jnp.linalg.norm(e.ravel()))
+        # Both sides round float32 sums of up to 70,000 terms, in another order: up to 3e-5 was seen on random inputs.
+        assert jnp.linalg.norm((f - e).ravel()) <= 1e-4 * max(1.0, jnp.linalg.norm(e.ravel()))
 
 
 @pytest.mark.parametrize("op", [softmax, log_softmax], ids=name)

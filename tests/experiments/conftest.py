@@ -66,6 +66,7 @@ def start_train(small_bindings, tmp_path_factory):
 
     def call(run: Path, *bindings: str, **options) -> subprocess.Popen:
         arguments = [part for binding in (*small_bindings, *bindings) for part in ("--set", binding)]
+        arguments += options.pop("arguments", [])
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(
             [sys.executable, "-m", "crescendo.experiments.train", "--run", str(run), *arguments],

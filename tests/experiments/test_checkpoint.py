@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crescendo.experiments.checkpoint import FirstOfEach, fingerprints
-from crescendo.parallel import batch_sharding, make_mesh
+from crescendo.parallel import Layout, make_mesh
 
 
 @settings(deadline=None, max_examples=50)
@@ -26,7 +26,7 @@ def test_swapped_entries_change_it_and_the_layout_does_not(dtype):
     values = np.arange(16).reshape(8, 2).astype(bool if dtype == "bool" else np.int32)
     array = jnp.asarray(values).astype(dtype)
     swapped = jnp.asarray(values[::-1]).astype(dtype)
-    sharded = jax.device_put(array, batch_sharding(make_mesh()))
+    sharded = jax.device_put(array, Layout(make_mesh()).batch())
     assert int(fingerprints(array)) == int(fingerprints(sharded))
     assert int(fingerprints(array)) != int(fingerprints(swapped))
 

@@ -52,7 +52,7 @@ def test_a_step_takes_batches_of_several_sizes_and_lowers_the_loss(rows):
     optimizer = optax.chain(optim.adamw(1e-2), adaptive_batch_size(staged([4, 16], starts_examples=[0, 64])))
     compiled = compile_step(config, optimizer, mesh, [4, 16], sequence_length=256)
     state = jax.jit(lambda: initial_state(config, optimizer, 0))()
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_batch(mesh, compiled.plan, 256))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_batch(compiled.layout, compiled.plan, 256))
     assert compiled.plan.max_microbatches == 4
     losses = []
     for count in (1, 1, 4, 4, 2, 2):

@@ -90,7 +90,7 @@ def test_sharded_examples_give_the_same_gradients(parameters, batch):
 
     mesh = parallel.make_mesh()
     assert mesh.devices.size == 8
-    sharded = jax.device_put(batch, parallel.batch_sharding(mesh))
+    sharded = jax.device_put(batch, jax.sharding.NamedSharding(mesh, jax.P(("data", "fsdp"))))
     spread = jax.device_put(parameters, NamedSharding(mesh, PartitionSpec()))
     gradient = jax.jit(jax.grad(loss))
     jax.tree.map(
@@ -109,7 +109,7 @@ def test_every_parameter_names_its_axes(parameters):
 
     jax.tree.map(check, parameters, named)
     mesh = parallel.make_mesh()
-    jax.device_put(parameters, parallel.shard(named, mesh))
+    jax.device_put(parameters, parallel.Layout(mesh).parameters(named))
 
 
 def test_the_default_is_small_and_bfloat16_on_a_gpu():

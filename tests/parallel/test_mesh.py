@@ -1,47 +1,134 @@
-"""Meshes and the rules that place arrays on them."""
+"""Meshes, and the layouts of arrays on them."""
+
+import math
+import types
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from crescendo.models import ModelConfig, logical_axes
 from crescendo.models import axes as names
-from crescendo.parallel import STRATEGIES, batch_sharding, make_mesh, shard
+from crescendo.parallel import STRATEGIES, Layout, MeshSpec, make_mesh, strategy
+from crescendo.parallel.mesh import AXES, slow_factors
+from crescendo.parallel.rules import ACTIVATIONS
+
+DEBUG = ModelConfig.preset("debug").for_platform("cpu")
+
+
+def above_one(mesh) -> dict[str, int]:
+    return {axis: size for axis, size in mesh.shape.items() if size > 1}
 
 
 def test_minus_one_takes_the_rest():
-    assert dict(make_mesh(data=-1, fsdp=2).shape) == {"data": 4, "fsdp": 2}
-    assert dict(make_mesh(data=1, fsdp=-1).shape) == {"data": 1, "fsdp": 8}
+    assert above_one(make_mesh(data=-1, fsdp=2)) == {"data": 4, "fsdp": 2}
+    assert above_one(make_mesh(data=1, fsdp=-1)) == {"fsdp": 8}
+    assert above_one(make_mesh(data=2, tensor=2, sequence=-1)) == {"data": 2, "sequence": 2, "tensor": 2}
+    assert tuple(make_mesh().shape) == AXES
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (-1, 3), (-1, -1), (0, 8), (4, 4)])
-def test_a_mesh_that_does_not_cover_the_devices_is_refused(data, fsdp):
-    with pytest.raises(ValueError, match=f"data = {data}, fsdp = {fsdp}"):
-        make_mesh(data=data, fsdp=fsdp)
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, "data = 3, fsdp = 1 does not cover the 8 devices: their product must be 8"),
+        ({"data": 4, "fsdp": 4}, "data = 4, fsdp = 4 does not cover the 8 devices"),
+        ({"tensor": 3}, "tensor = 3 does not cover the 8 devices: 3 must divide 8"),
+        ({"fsdp": -1}, "one of them may be -1"),
+        ({"data": 0, "fsdp": 8}, "each must be at least 1"),
+        ({"sequence": -2}, "each must be at least 1"),
+    ],
+)
+def test_a_mesh_that_does_not_cover_the_devices_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(**sizes)
 
 
-def test_rules_name_logical_axes_that_exist():
-    for table in STRATEGIES.values():
+def fake_devices(hosts: int, on_each: int) -> list:
+    numbers = np.random.default_rng(0).permutation(hosts * on_each)  # in no order
+    return [types.SimpleNamespace(id=i, process_index=i // on_each, platform="gpu") for i in numbers.tolist()]
+
+
+@given(st.data())
+def test_slow_links_are_crossed_by_the_fewest_axes(data):
+    sizes = {axis: 2 ** data.draw(st.integers(0, 3)) for axis in AXES}
+    groups = 2 ** data.draw(st.integers(0, sum(n.bit_length() - 1 for n in sizes.values())))
+    factors = dict(zip(AXES, slow_factors(sizes, groups), strict=True))
+    assert math.prod(factors.values()) == groups
+    assert all(sizes[axis] % n == 0 for axis, n in factors.items())
+    if groups <= sizes["data"]:
+        assert factors["data"] == groups
+
+
+def test_a_host_keeps_the_fast_axes_to_itself(monkeypatch):
+    made = []
+    monkeypatch.setattr("crescendo.parallel.mesh._mesh", lambda devices: made.append(devices))
+    MeshSpec(data=4, fsdp=2, tensor=4).make(fake_devices(hosts=4, on_each=8))
+    hosts = np.vectorize(lambda d: d.process_index)(made[0])
+    for replica in range(4):
+        assert len(set(hosts[:, replica].ravel())) == 1
+    # Where data alone is too small, fsdp crosses hosts too, tensor still does not.
+    MeshSpec(data=2, fsdp=4, tensor=4).make(fake_devices(hosts=4, on_each=8))
+    hosts = np.vectorize(lambda d: d.process_index)(made[1])
+    assert all(len(set(along.ravel())) == 1 for along in hosts.reshape(-1, 4))
+
+
+def test_rules_name_axes_that_exist():
+    for table in (ACTIVATIONS, *(t for s in STRATEGIES.values() for t in (s.parameters, s.gradients, s.optimizer))):
         assert set(table) <= set(names.ALL)
-    used = jax.tree.leaves(logical_axes(ModelConfig.preset("debug").for_platform("cpu")))
+        assert all(axis in AXES for axes in table.values() for axis in axes)
+    used = jax.tree.leaves(logical_axes(DEBUG))
     assert set(used) <= set(names.ALL)
     assert len(names.ALL) <= 15
 
 
-def test_fsdp_splits_every_matrix_and_data_splits_none():
-    mesh = make_mesh(data=2, fsdp=4)
-    axes = logical_axes(ModelConfig.preset("debug").for_platform("cpu"))
-    for spec in (s.spec for s in jax.tree.leaves(shard(axes["blocks"]["mlp"], mesh, "fsdp"))):
-        assert "fsdp" in spec
-    assert all(s.is_fully_replicated for s in jax.tree.leaves(shard(axes, mesh, "data")))
-    with pytest.raises(ValueError, match="no sharding strategy 'zero'"):
-        shard(axes, mesh, "zero")
+@pytest.mark.parametrize(("name", "split"), [("data", ""), ("zero1", "o"), ("zero2", "go"), ("fsdp", "pgo")])
+def test_what_each_strategy_splits(name, split):
+    layout, axes = Layout(make_mesh(data=2, fsdp=4), name), logical_axes(DEBUG)
+    for letter, shardings in (
+        ("p", layout.parameters(axes)),
+        ("g", layout.gradients(axes)),
+        ("o", layout.optimizer(axes)),
+    ):
+        matrices = [s for s in jax.tree.leaves(shardings["blocks"]["mlp"])]
+        assert all(s.is_fully_replicated == (letter not in split) for s in matrices)
 
 
-def test_a_batch_is_split_over_all_devices():
-    mesh = make_mesh(data=2, fsdp=4)
-    sharding = batch_sharding(mesh, leading=1)
-    assert sharding.spec == PartitionSpec(None, ("data", "fsdp"))
-    array = jax.device_put(np.zeros((3, 8, 5)), sharding)
-    assert {shard.data.shape for shard in array.addressable_shards} == {(3, 1, 5)}
+def test_tensor_parallel_splits_columns_then_rows():
+    layout = Layout(make_mesh(data=4, tensor=2), "data")
+    specs = jax.tree.map(lambda s: s.spec, layout.parameters(logical_axes(DEBUG)))
+    assert specs["blocks"]["mlp"]["up"]["kernel"] == PartitionSpec(None, None, "tensor")
+    assert specs["blocks"]["mlp"]["down"]["kernel"] == PartitionSpec(None, "tensor", None)
+    assert specs["embedding"]["table"] == PartitionSpec("tensor", None)
+
+
+def test_a_batch_is_split_by_examples_and_tokens():
+    layout = Layout(make_mesh(data=2, fsdp=2, sequence=2))
+    array = jax.device_put(np.zeros((3, 8, 6)), layout.batch(leading=1))
+    assert {shard.data.shape for shard in array.addressable_shards} == {(3, 2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "plan", "message"),
+    [
+        ({"stage": 2}, "fsdp", "stage = 2: this strategy splits no layers"),
+        ({"sequence": 4}, strategy(ulysses=3), "ulysses = 3 does not divide the mesh's sequence = 4: use one of"),
+        ({}, "zero", "no sharding strategy 'zero'; there are data, zero1, zero2, fsdp"),
+    ],
+)
+def test_layouts_that_make_no_sense_are_refused(sizes, plan, message):
+    with pytest.raises(ValueError, match=message):
+        Layout(make_mesh(**sizes), plan)
+
+
+def test_rows_and_heads_that_the_mesh_cannot_divide_are_refused():
+    layout = Layout(make_mesh(data=1, tensor=2, sequence=4))
+    with pytest.raises(ValueError, match=r"sequence_length = 100 does not divide .* multiple of 8, such as 96 or 104"):
+        layout.order(100)
+    layout = Layout(make_mesh(data=1, sequence=8), strategy(ulysses=8))
+    with pytest.raises(
+        ValueError, match=r"ulysses = 8 can't split the 4 query and 2 key heads .* use one of \[1, 2, 4\]"
+    ):
+        layout.check_heads(4, 2)

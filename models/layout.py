@@ -1,0 +1,60 @@
+"""How a model's arrays lie over devices; here for one device, `crescendo.parallel.Layout` is the same for a mesh."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+
+
+class Layout(Protocol):
+    """What a model asks of a mesh, in logical axis names; it calls these and knows nothing of the rest."""
+
+    def constrain(self, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        """The same array, laid out by the logical names of its axes; None is a whole axis."""
+        ...
+
+    def weight(self, array: jax.Array, names: tuple[str, ...]) -> jax.Array:
+        """The same array, its gradient summed over the devices before anything else happens to it."""
+        ...
+
+    def attend(self, attention: Callable, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool) -> jax.Array:
+        """`attention(q, k, v, segment_ids)`, each device having its own rows and heads."""
+        ...
+
+    def look_up(self, table_VD, tokens_BT, dtype) -> jax.Array:
+        """`table[tokens]` in `dtype`."""
+        ...
+
+    def cross_entropy(self, loss: Callable, hidden_BTD, table_VD, labels_BT, weights_BT) -> tuple[jax.Array, jax.Array]:
+        """The sums of `loss(hidden, table, labels, weights, vocab_axis=...)` over all rows."""
+        ...
+
+
+class OneDevice:
+    """Everything in one place."""
+
+    def constrain(self, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        """The array."""
+        del names
+        return array
+
+    def weight(self, array: jax.Array, names: tuple[str, ...]) -> jax.Array:
+        """The array."""
+        del names
+        return array
+
+    def attend(self, attention: Callable, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool) -> jax.Array:
+        """`attention(q, k, v, segment_ids)`."""
+        del causal
+        return attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT)
+
+    def look_up(self, table_VD, tokens_BT, dtype) -> jax.Array:
+        """`table[tokens]`: before the cast, so that the gradient adds up the uses of a token in float32."""
+        return table_VD[tokens_BT].astype(dtype)
+
+    def cross_entropy(self, loss: Callable, hidden_BTD, table_VD, labels_BT, weights_BT) -> tuple[jax.Array, jax.Array]:
+        """`loss(hidden, table, labels, weights)`."""
+        return loss(hidden_BTD, table_VD, labels_BT, weights_BT)
+
+
+ONE_DEVICE = OneDevice()

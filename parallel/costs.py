@@ -1,0 +1,143 @@
+"""What a training step sends between devices, in closed form: the bytes that each device sends, by kind of collective.
+
+With Psi parameters, ZeRO moves 2, 2, 2 and 3 Psi a step (data, zero1, zero2, fsdp), the last two once a microbatch; a
+layer's tensor parallelism moves its residual stream ten times; ring attention its keys and values, Ulysses its heads.
+Sums of scalars and of whole vectors are left out.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from crescendo.parallel.collectives import KINDS
+from crescendo.parallel.layout import Layout
+from crescendo.parallel.rules import Table
+
+Tree = Any
+FLOAT32 = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step computes.
+
+    Attributes:
+      microbatches: in a step.
+      examples: of a microbatch, over all devices.
+      sequence_length: tokens in a row.
+      layers, width, heads, kv_heads, head_width: of the model.
+      compute_bytes: of a number in matmuls and activations.
+      full_remat: whether the backward pass computes the layers again.
+    """
+
+    microbatches: int
+    examples: int
+    sequence_length: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    compute_bytes: int = 2
+    full_remat: bool = False
+
+
+def step_traffic(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) -> dict[str, float]:
+    """Bytes sent by each device in one step, by kind of collective.
+
+    Args:
+      layout: mesh and strategy.
+      arrays: the parameters' shapes.
+      logical_axes: their names.
+      work: what is computed.
+    """
+    sent = dict.fromkeys(KINDS, 0.0)
+    for part in (_parameters(layout, arrays, logical_axes, work), _tensor(layout, work), _sequence(layout, work)):
+        for kind, size in part.items():
+            sent[kind] += size
+    return sent
+
+
+def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) -> dict[str, float]:
+    """Parameters and gradients."""
+    sizes, strategy = layout.sizes, layout.strategy
+    sent = dict.fromkeys(KINDS, 0.0)
+
+    def ways(table: Table, names, axes) -> int:
+        used = {axis for name in names for axis in table.get(name or "", ())}
+        return math.prod(sizes[axis] for axis in used & set(axes))
+
+    for names, array in zip(
+        jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, tuple)), jax.tree.leaves(arrays), strict=True
+    ):
+        stacked = "layers" in names
+        # Matrices of layers are cast before they cross; tables and vectors, which are used in float32, are not.
+        matrix = stacked and len(names) > 2
+        each = work.compute_bytes if matrix else FLOAT32
+        count = math.prod(array.shape) / ways(strategy.parameters, names, ("tensor",))
+        split = ("fsdp", "sequence")
+        of_parameters = ways(strategy.parameters, names, split)
+        of_gradients = ways(strategy.gradients, names, split)
+        of_updates = ways(strategy.optimizer, names, split)
+        k = work.microbatches
+        if of_parameters > 1:  # gathered for the forward pass, and a layer again for the backward pass
+            sent["all-gather"] += k * (1 + stacked) * _share(of_parameters) * count * each
+        elif of_updates > 1:
+            sent["all-gather"] += _share(of_updates) * count * FLOAT32
+        if of_gradients > 1:
+            sent["reduce-scatter"] += k * _share(of_gradients) * count * each
+            count /= of_gradients
+        elif sizes["sequence"] > 1:
+            sent["all-reduce"] += 2 * k * _share(sizes["sequence"]) * count * each
+        rest = [axis for axis in layout.deferred if axis != "fsdp"]
+        if "fsdp" in layout.deferred:
+            if ways(strategy.optimizer, names, ("fsdp",)) > 1:
+                sent["reduce-scatter"] += _share(sizes["fsdp"]) * count * FLOAT32
+                count /= sizes["fsdp"]
+            else:
+                rest.append("fsdp")
+        sent["all-reduce"] += 2 * _share(math.prod(sizes[axis] for axis in rest)) * count * FLOAT32
+    return sent
+
+
+def _tensor(layout: Layout, work: Work) -> dict[str, float]:
+    """Megatron with sequence-split norms: a layer takes in all tokens twice and gives back its share of them twice.
+
+    Forward that is two gathers and two scattered sums; backward their transposes, and the two gathers again, because
+    what is kept for the backward pass is split. Embedding and output gather and scatter once each way.
+    """
+    ways = layout.sizes["tensor"]
+    residual = _rows(layout, work) * work.width * work.compute_bytes * _share(ways) * work.microbatches
+    recomputed = work.full_remat  # the sum behind attention is needed again, the one behind the feed-forward part not
+    return {
+        "all-gather": residual * (6 * work.layers + 2),
+        "reduce-scatter": residual * ((4 + recomputed) * work.layers + 2),
+    }
+
+
+def _sequence(layout: Layout, work: Work) -> dict[str, float]:
+    """Ring and Ulysses attention."""
+    degree = layout.strategy.ulysses
+    ring = layout.sizes["sequence"] // degree
+    forwards = 1 + work.full_remat
+    # Of one head over the device's tokens; groups of Ulysses trade tokens for heads, which changes no size.
+    head = _rows(layout, work) * work.head_width * work.microbatches * work.layers / layout.sizes["tensor"]
+    kv_heads = max(work.kv_heads, degree * layout.sizes["tensor"]) if degree > 1 else work.kv_heads
+    sent = dict.fromkeys(KINDS, 0.0)
+    keys_and_values = 2 * kv_heads * head
+    # Once forward and once backward, where layers that are computed again use the same; their gradients in float32.
+    sent["collective-permute"] = (ring - 1) * keys_and_values * (2 * work.compute_bytes + FLOAT32)
+    traded = (2 * work.heads + 2 * kv_heads) * head * work.compute_bytes
+    sent["all-to-all"] = _share(degree) * traded * (forwards + 1)
+    return sent
+
+
+def _rows(layout: Layout, work: Work) -> float:
+    """Tokens of a microbatch on a device, where `tensor` doesn't split them."""
+    return work.examples / layout.batch_shards * work.sequence_length / layout.sizes["sequence"]
+
+
+def _share(ways: int) -> float:
+    return (ways - 1) / ways

@@ -1,0 +1,279 @@
+"""A mesh and a strategy together: the sharding of every array of a training step."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from crescendo.parallel import sequence, vocab
+from crescendo.parallel.accumulate import Spread
+from crescendo.parallel.rules import ACTIVATIONS, BATCH_AXES, TENSOR, Strategy, Table, spec_entries, strategy
+
+Tree = Any
+
+
+class Layout:
+    """Where parameters, gradients, optimizer state, batches and activations live.
+
+    Args:
+      mesh: as `make_mesh` makes it; one without devices (`MeshSpec.abstract`) will do for all but running.
+      plan: a `Strategy`, or the name of one.
+
+    Attributes:
+      parts: how many parts of a microbatch keep their gradients apart until the end of a step.
+      batch_shards: how many parts a microbatch is split in, by examples.
+
+    Raises:
+      ValueError: an unknown strategy, an axis that it doesn't use, or a Ulysses degree that doesn't divide the axis
+        `sequence`.
+
+    >>> from crescendo.parallel.mesh import MeshSpec
+    >>> layout = Layout(MeshSpec(data=2, fsdp=4).abstract(8), "fsdp")
+    >>> layout.parameters({"table": ("vocab", "embed")})["table"].spec
+    P('tensor', ('fsdp', 'sequence'))
+    >>> layout.batch_shards, layout.parts
+    (8, 2)
+    """
+
+    def __init__(self, mesh: Mesh | AbstractMesh, plan: str | Strategy = "fsdp"):
+        self.mesh = mesh
+        self.strategy = strategy(plan) if isinstance(plan, str) else plan
+        self.sizes = dict(mesh.shape)
+        if self.sizes["stage"] > 1:
+            raise ValueError(f"mesh stage = {self.sizes['stage']}: this strategy splits no layers, use stage = 1")
+        if self.sizes["sequence"] % self.strategy.ulysses:
+            raise ValueError(
+                f"ulysses = {self.strategy.ulysses} does not divide the mesh's sequence = {self.sizes['sequence']}: "
+                f"use one of {divisors(self.sizes['sequence'])}"
+            )
+        self.deferred = tuple(axis for axis in self.strategy.deferred if self.sizes[axis] > 1)
+        self.parts = math.prod(self.sizes[axis] for axis in self.deferred)
+        self.batch_shards = math.prod(self.sizes[axis] for axis in BATCH_AXES)
+
+    def parameters(self, logical_axes: Tree, arrays: Tree | None = None) -> Tree:
+        """The shardings of parameters; see `shardings`."""
+        return self.shardings(self.strategy.parameters, logical_axes, arrays)
+
+    def gradients(self, logical_axes: Tree) -> Tree:
+        """The shardings in which gradients are added up."""
+        return self.shardings(self.strategy.gradients, logical_axes)
+
+    def optimizer(self, logical_axes: Tree, arrays: Tree | None = None) -> Tree:
+        """The shardings of optimizer arrays that are shaped like a parameter."""
+        return self.shardings(self.strategy.optimizer, logical_axes, arrays)
+
+    def shardings(self, table: Table, logical_axes: Tree, arrays: Tree | None = None) -> Tree:
+        """The `NamedSharding` of every array, from the logical names of its axes.
+
+        Args:
+          table: from logical axis to mesh axes.
+          logical_axes: a tree with tuples of names as leaves.
+          arrays: the tree's arrays or their shapes: checked when given.
+
+        Raises:
+          ValueError: names the first dimension that its mesh axes can't divide, and what sizes would do.
+        """
+        if arrays is not None:
+            check_divides(self.sizes, table, logical_axes, arrays)
+
+        def sharding(names):
+            return NamedSharding(self.mesh, PartitionSpec(*spec_entries(table, names)))
+
+        return jax.tree.map(sharding, logical_axes, is_leaf=_is_names)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """Whole on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def batch(self, *, leading: int = 0) -> NamedSharding:
+        """The sharding of rows `[..., B, T]`, behind `leading` other axes."""
+        entries = spec_entries(ACTIVATIONS, (*(None,) * leading, "batch", "length"))
+        return NamedSharding(self.mesh, PartitionSpec(*entries))
+
+    def constrain(self, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        """The activation, laid out by the logical names of its axes; None is a whole axis."""
+        return self._lay_out(ACTIVATIONS, array, names)
+
+    def weight(self, array: jax.Array, names: tuple[str, ...]) -> jax.Array:
+        """The weight of a matmul; its gradient is first what the sum over all tokens is, and split only then.
+
+        Left to itself the partitioner may split the gradient first, and gather all devices' activations for that.
+        """
+
+        @jax.custom_vjp
+        def same(array):
+            return array
+
+        same.defvjp(lambda array: (array, None), lambda _, g: (self._lay_out(TENSOR, g, names),))
+        return same(array)
+
+    def lay_out(self, table: Table, tree: Tree, logical_axes: Tree) -> Tree:
+        """The arrays, laid out by `table` whatever made them."""
+        return jax.tree.map(
+            lambda names, array: self._lay_out(table, array, names), logical_axes, tree, is_leaf=_is_names
+        )
+
+    def _lay_out(self, table: Table, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        context = jax.sharding.get_abstract_mesh()
+        manual = frozenset(context.manual_axes)  # inside a shard_map these axes are spoken for
+        spec = PartitionSpec(*spec_entries(table, names, manual))
+        return jax.lax.with_sharding_constraint(array, NamedSharding(context if manual else self.mesh, spec))
+
+    def attend(self, attention: Callable, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool) -> jax.Array:
+        """`attention(q, k, v, segment_ids)` on each device's own rows and heads.
+
+        Where `sequence` is above 1, ring or Ulysses attention takes its place (`crescendo.parallel.sequence`).
+        """
+        if self.mesh.size == 1:
+            return attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT)
+        if self.sizes["sequence"] > 1:
+            attention = functools.partial(
+                sequence.attention,
+                ring=self.sizes["sequence"] // self.strategy.ulysses,
+                ulysses=self.strategy.ulysses,
+                causal=causal,
+            )
+        heads, rows = ("batch", "length", "heads", None), ("batch", "length")
+        local = self._by_device(attention, (heads, heads, heads, rows), heads)
+        return local(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT)
+
+    def look_up(self, table_VD, tokens_BT, dtype) -> jax.Array:
+        """`table[tokens]` in `dtype`, of a table whose rows are split over `tensor`."""
+        ways = self.sizes["tensor"]
+        local = self._by_device(
+            lambda table, tokens: vocab.look_up(table, tokens, dtype, ways=ways),
+            (("vocab", None), ("batch", "length")),
+            ("batch", "residual_length", None),
+        )
+        return local(table_VD, tokens_BT)
+
+    def cross_entropy(self, loss: Callable, hidden_BTD, table_VD, labels_BT, weights_BT) -> tuple[jax.Array, jax.Array]:
+        """The sums of `loss(hidden, table, labels, weights, vocab_axis=...)` over all rows."""
+        if self.mesh.size == 1:
+            return loss(hidden_BTD, table_VD, labels_BT, weights_BT)
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        rows = ("batch", "length")
+        local = self._by_device(
+            functools.partial(
+                vocab.cross_entropy,
+                loss,
+                ways=self.sizes["tensor"],
+                rows=tuple(axis for axis in (*BATCH_AXES, "sequence") if axis not in manual),
+            ),
+            ((*rows, None), ("vocab", None), rows, rows),
+            ((), ()),
+            checked=True,  # as a loss that splits the vocabulary may ask
+        )
+        return local(hidden_BTD, table_VD, labels_BT, weights_BT)
+
+    def _by_device(self, function: Callable, inputs: tuple, outputs: tuple, *, checked: bool = False) -> Callable:
+        """`function` on every device's own parts, from the logical axes of its arguments and of its results."""
+        context = jax.sharding.get_abstract_mesh()
+        manual = frozenset(context.manual_axes)
+
+        def spec(names):
+            return PartitionSpec(*spec_entries(ACTIVATIONS, names, manual))
+
+        one = all(isinstance(name, str | None) for name in outputs)
+        return jax.shard_map(
+            function,
+            mesh=context if manual else self.mesh,
+            in_specs=tuple(map(spec, inputs)),
+            out_specs=spec(outputs) if one and outputs else tuple(map(spec, outputs)),
+            axis_names=set(self.mesh.axis_names) - manual,
+            check_vma=checked,
+        )
+
+    def order(self, sequence_length: int) -> np.ndarray | None:
+        """The order in which a row's tokens must be put on the devices (`sequence.zigzag`), or None: as they are.
+
+        Raises:
+          ValueError: for a length that the mesh can't divide.
+        """
+        ring, split = self.sizes["sequence"] // self.strategy.ulysses, self.sizes["sequence"] * self.sizes["tensor"]
+        multiple = math.lcm(split, 2 * ring * self.strategy.ulysses) if ring > 1 else split
+        if sequence_length % multiple:
+            below, above = sequence_length // multiple * multiple, -(-sequence_length // multiple) * multiple
+            nearest = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(
+                f"sequence_length = {sequence_length} does not divide over sequence = {self.sizes['sequence']}, "
+                f"tensor = {self.sizes['tensor']}: use a multiple of {multiple}, such as {nearest}"
+            )
+        return sequence.zigzag(sequence_length, ring) if ring > 1 else None
+
+    def check_heads(self, heads: int, kv_heads: int) -> None:
+        """Raises ValueError where the Ulysses degree can't divide the heads of a device."""
+        tensor, degree = self.sizes["tensor"], self.strategy.ulysses
+        local, local_kv = heads // tensor, kv_heads // tensor
+        if local % degree or (local_kv % degree and degree % local_kv):
+            possible = [n for n in divisors(local) if local_kv % n == 0 or n % local_kv == 0]
+            raise ValueError(
+                f"ulysses = {degree} can't split the {local} query and {local_kv} key heads of a device (heads = "
+                f"{heads}, kv_heads = {kv_heads}, tensor = {tensor}): use one of {possible}"
+            )
+
+    def spread(self, logical_axes: Tree) -> Spread:
+        """How `accumulate` sums gradients over this mesh."""
+        return Spread(
+            mesh=self.mesh,
+            axes=self.deferred,
+            keep=lambda gradients: self.lay_out(self.strategy.gradients, gradients, logical_axes),
+            scattered=jax.tree.map(self._scattered_dimension, logical_axes, is_leaf=_is_names),
+            others=jax.tree.map(
+                lambda names: PartitionSpec(
+                    *spec_entries(self.strategy.gradients, names, without=frozenset(self.deferred))
+                ),
+                logical_axes,
+                is_leaf=_is_names,
+            ),
+        )
+
+    def _scattered_dimension(self, names: tuple[str | None, ...]) -> int:
+        """Along which dimension a deferred sum over `fsdp` is scattered, or -1."""
+        if "fsdp" not in self.deferred:
+            return -1
+        return next((i for i, name in enumerate(names) if "fsdp" in self.strategy.optimizer.get(name or "", ())), -1)
+
+
+def check_divides(sizes: dict[str, int], table: Table, logical_axes: Tree, arrays: Tree) -> None:
+    """Raises ValueError for the first dimension of an array that its mesh axes can't divide.
+
+    >>> check_divides({"tensor": 4}, {"heads": ("tensor",)}, {"query": ("heads",)}, {"query": np.zeros(6)})
+    Traceback (most recent call last):
+    ...
+    ValueError: parameter query: its axis heads = 6 does not divide over tensor = 4: use a tensor of 1, 2, 3 or 6, or \
+heads = 4 or 8
+    """
+    named = jax.tree_util.tree_leaves_with_path(logical_axes, is_leaf=_is_names)
+    for (path, names), array in zip(named, jax.tree.leaves(arrays), strict=True):
+        for name, size in zip(names, array.shape, strict=True):
+            axes = [axis for axis in table.get(name or "", ()) if sizes[axis] > 1]
+            ways = math.prod(sizes[axis] for axis in axes)
+            if size % ways:
+                *rest, last = map(str, divisors(size))
+                would = f"{', '.join(rest)} or {last}" if rest else last
+                below, above = size // ways * ways, -(-size // ways) * ways
+                shown = " x ".join(f"{axis} = {sizes[axis]}" for axis in axes)
+                raise ValueError(
+                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='.')}: its axis {name} = {size} "
+                    f"does not divide over {shown}: use a {' x '.join(axes)} of {would}, or {name} = "
+                    + (f"{below} or {above}" if below else f"{above}")
+                )
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of n, increasing.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    return [i for i in range(1, n + 1) if n % i == 0]
+
+
+def _is_names(x: Any) -> bool:
+    return isinstance(x, tuple)

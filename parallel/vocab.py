@@ -1,0 +1,45 @@
+"""The vocabulary split over devices: each has some rows of the table; rows of sums cross between them, never logits.
+
+Both run inside `shard_map`, manual over `AXIS`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+AXIS = "tensor"
+
+
+def look_up(table_VD, tokens_BT, dtype, *, ways: int):
+    """`table[tokens]` `[B, T / ways, D]`: of the device's share of the tokens, whosever rows they are.
+
+    Args:
+      table_VD: this device's rows of the table.
+      tokens_BT: int32, the same on all the devices.
+      dtype: of the result; gradients are added up in the table's own.
+      ways: how many devices split the table.
+    """
+    if ways == 1:
+        return table_VD[tokens_BT].astype(dtype)
+    local_BT = tokens_BT - jax.lax.axis_index(AXIS) * table_VD.shape[0]
+    ours_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
+    found_BTD = jnp.where(ours_BT[..., None], table_VD[jnp.where(ours_BT, local_BT, 0)], 0).astype(dtype)
+    # Of the addends one is not 0, so the sum is exact in any dtype.
+    return jax.lax.psum_scatter(found_BTD, AXIS, scatter_dimension=1, tiled=True)
+
+
+def cross_entropy(loss: Callable, hidden_BTD, table_VD, labels_BT, weights_BT, *, ways: int, rows: tuple[str, ...]):
+    """The loss over all rows, from this device's rows and its part of the vocabulary.
+
+    Args:
+      loss: `(hidden, table, labels, weights, vocab_axis=...) -> (loss_sum, weight)`.
+      hidden_BTD, labels_BT, weights_BT: this device's rows.
+      table_VD: its part of the output table.
+      ways: how many devices split the vocabulary.
+      rows: the mesh axes that split the rows.
+    """
+    split = {"vocab_axis": AXIS} if ways > 1 else {}
+    loss_sum, weight = loss(hidden_BTD, table_VD, labels_BT, weights_BT, **split)
+    axes = rows if ways > 1 else (*rows, AXIS)  # along an axis of one device nothing is added up, but said to be equal
+    return jax.lax.psum(loss_sum, axes), jax.lax.psum(weight, rows)

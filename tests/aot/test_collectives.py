@@ -1,0 +1,184 @@
+"""What compiled steps send between devices, against the closed form, for eight H100s and for a pod of TPUs."""
+
+import functools
+import re
+from pathlib import Path
+
+import jax
+import optax
+import pytest
+
+from crescendo import models, optim, parallel
+from crescendo.experiments import compile as compiling
+from crescendo.experiments.describe import topology_devices
+from crescendo.experiments.state import abstract_state, initial_state, state_shardings
+from crescendo.models import ModelConfig
+from crescendo.optim.batch_size import adaptive_batch_size, constant
+from crescendo.parallel.collectives import collectives, traffic
+from crescendo.parallel.costs import Work, step_traffic
+from crescendo.parallel.describe import device_bytes
+
+pytestmark = [pytest.mark.aot, pytest.mark.timeout(1200)]
+H100 = Path(__file__).parent / "h100.txtpb"
+SMALL = ModelConfig.preset(
+    "debug", width=512, layers=2, heads=8, kv_heads=8, mlp_width=1536, vocab_size=8192, scan_layers=True
+)
+# name: axes, strategy, Ulysses degree, microbatches, and what the backward pass computes again
+STEPS: dict[str, tuple[dict, str, int, int, str]] = {
+    "data": ({"data": 8}, "data", 1, 1, "none"),
+    "zero1": ({"data": 1, "fsdp": 8}, "zero1", 1, 2, "none"),
+    "zero2": ({"data": 1, "fsdp": 8}, "zero2", 1, 2, "none"),
+    "fsdp": ({"data": 2, "fsdp": 4}, "fsdp", 1, 2, "none"),
+    "tensor": ({"data": 1, "tensor": 8}, "fsdp", 1, 1, "none"),
+    "fsdp and tensor": ({"data": 1, "fsdp": 2, "tensor": 4}, "fsdp", 1, 1, "full"),
+    "ring": ({"data": 1, "sequence": 8}, "fsdp", 1, 1, "none"),
+    "ulysses": ({"data": 1, "sequence": 8}, "fsdp", 8, 1, "none"),
+    "ring and ulysses": ({"data": 1, "fsdp": 2, "sequence": 4}, "fsdp", 2, 1, "full"),
+}
+
+
+def lowered(config: ModelConfig, layout: parallel.Layout, microbatches: int, sequence_length: int):
+    plan = parallel.BatchPlan(layout.batch_shards, microbatches)
+    optimizer = optax.chain(optim.adamw(1e-3), adaptive_batch_size(constant(layout.batch_shards * microbatches)))
+    step = compiling.lower_step(
+        config,
+        optimizer,
+        layout.mesh,
+        plan,
+        sequence_length=sequence_length,
+        strategy=layout.strategy,
+        attention="xla",
+    )
+    return step, optimizer
+
+
+def closed_form(config: ModelConfig, layout: parallel.Layout, microbatches: int, sequence_length: int):
+    arrays = jax.eval_shape(functools.partial(models.initialize, config), jax.random.key(0))
+    work = Work(
+        microbatches=microbatches,
+        examples=layout.batch_shards,
+        sequence_length=sequence_length,
+        layers=config.layers,
+        width=config.width,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_width=config.head_size,
+        full_remat=config.remat == "full",
+    )
+    return step_traffic(layout, arrays, models.logical_axes(config), work)
+
+
+@functools.cache
+def compiled_for_h100s(name: str):
+    axes, strategy, ulysses, microbatches, remat = STEPS[name]
+    devices = topology_devices("h100:1x1x8", H100)
+    layout = parallel.Layout(parallel.make_mesh(**axes, devices=devices), parallel.strategy(strategy, ulysses=ulysses))
+    config = ModelConfig(**{**SMALL.__dict__, "remat": remat}).for_platform("gpu")
+    step, _ = lowered(config, layout, microbatches, 1024)
+    return step.compile().as_text(), config, layout, microbatches
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_eight_h100s_send_what_the_closed_form_says(name):
+    text, config, layout, microbatches = compiled_for_h100s(name)
+    found, expected = traffic(text, microbatches=microbatches), closed_form(config, layout, microbatches, 1024)
+    total = sum(expected.values())
+    for kind, size in expected.items():
+        print(
+            f"{name:17}{kind:20}{found[kind].count:5.0f}{found[kind].sent_bytes / 1e6:10.2f} MB {size / 1e6:10.2f} MB"
+        )
+    for kind, size in expected.items():
+        # Sums of scalars and whole vectors are not in the closed form: under 1% of all here.
+        assert found[kind].sent_bytes == pytest.approx(size, rel=0.01, abs=0.01 * total), kind
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
+def test_three_kinds_together_send_no_more_than_the_closed_form(strategy):
+    devices = topology_devices("h100:1x1x8", H100)
+    layout = parallel.Layout(parallel.make_mesh(data=1, fsdp=2, tensor=2, sequence=2, devices=devices), strategy)
+    config = SMALL.for_platform("gpu")
+    step, _ = lowered(config, layout, 1, 4096)
+    found, expected = traffic(step.compile().as_text()), closed_form(config, layout, 1, 4096)
+    total = sum(expected.values())
+    for kind, size in expected.items():
+        sent = f"{found[kind].sent_bytes / 1e6:10.2f} MB"
+        print(f"{strategy:17}{kind:20}{found[kind].count:5.0f}{sent} {size / 1e6:10.2f} MB")
+        assert found[kind].sent_bytes <= size + 0.01 * total, kind
+    # With `fsdp` the compiler finds gathers of activations that two matmuls can share.
+    assert sum(t.sent_bytes for t in found.values()) >= 0.85 * total
+
+
+def test_zero_moves_two_and_three_times_the_parameters():
+    parameters = sum(
+        x.size
+        for x in jax.tree.leaves(
+            jax.eval_shape(lambda: models.initialize(SMALL.for_platform("gpu"), jax.random.key(0)))
+        )
+    )
+    share = 7 / 8
+    for name, worth in (("data", 2), ("zero1", 2)):
+        text, _, _, microbatches = compiled_for_h100s(name)
+        sent = sum(t.sent_bytes for t in traffic(text, microbatches=microbatches).values())
+        assert sent == pytest.approx(worth * share * 4 * parameters, rel=0.01)
+    # Of layers, in bfloat16: gathered twice and scattered once in each of two microbatches.
+    text, config, _, microbatches = compiled_for_h100s("fsdp")
+    blocks = jax.eval_shape(lambda: models.initialize(config, jax.random.key(0)))["blocks"]
+    in_loops = [c for c in collectives(text, microbatches=microbatches) if c.runs == config.layers * microbatches]
+    expected = 3 * microbatches * (3 / 4) * 2 * sum(x.size for x in jax.tree.leaves(blocks))
+    assert sum(c.runs * c.sent_bytes for c in in_loops) == pytest.approx(expected, rel=0.01)
+
+
+def test_fsdp_gathers_one_layer_at_a_time():
+    text, config, _, microbatches = compiled_for_h100s("fsdp")
+    gathers = [c for c in collectives(text, microbatches=microbatches) if c.kind == "all-gather"]
+    blocks = jax.eval_shape(lambda: models.initialize(config, jax.random.key(0)))["blocks"]
+    one_layer = 2 * sum(x.size for x in jax.tree.leaves(blocks)) / config.layers
+    tables = 4 * config.vocab_size * config.width
+    of_layers = [c for c in gathers if c.runs == config.layers * microbatches]
+    assert of_layers
+    assert all(c.result_bytes < 1.01 * one_layer for c in of_layers)
+    assert all(c.result_bytes < 1.01 * tables for c in gathers)
+    assert not any(len(dims) > 2 and dims[0] == config.layers for c in gathers for _, dims in c.shapes)
+
+
+def test_the_ring_sends_while_it_computes():
+    text, _, _, _ = compiled_for_h100s("ring")
+    lines = text.splitlines()
+    waits = []
+    for i, line in enumerate(lines):
+        if start := re.search(r"%(collective-permute-start[\w.]*) = ", line):
+            done = next(j for j in range(i, len(lines)) if f"collective-permute-done(%{start[1]})" in lines[j])
+            between = "\n".join(lines[i + 1 : done])
+            waits.append(bool(re.search(r"custom-call|fusion\(|conditional\(| dot\(|call\(", between)))
+    assert len(waits) >= 14  # seven steps forward, seven backward
+    assert sum(waits) >= 0.7 * len(waits)
+
+
+def test_a_pod_of_1024_chips_sends_and_holds_what_the_closed_form_says():
+    layout = parallel.Layout(
+        parallel.make_mesh(data=8, fsdp=32, tensor=4, devices=topology_devices("v5p:8x8x16", None))
+    )
+    config = ModelConfig.preset(
+        "1b", width=4096, layers=8, kv_heads=8, mlp_width=14_336, vocab_size=8192, remat="full", scan_layers=True
+    ).for_platform("tpu")
+    step, optimizer = lowered(config, layout, 1, 2048)
+    # As plain collectives: by itself the compiler turns some into rings of matmuls and permutes.
+    compiled = step.compile(compiler_options={"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"})
+    found, expected = traffic(compiled.as_text()), closed_form(config, layout, 1, 2048)
+    for kind, size in expected.items():
+        print(f"1024 chips {kind:20}{found[kind].sent_bytes / 1e6:10.2f} MB {size / 1e6:10.2f} MB")
+    sent = {kind: t.sent_bytes for kind, t in found.items()}
+    assert sent["all-gather"] == pytest.approx(expected["all-gather"], rel=0.05)
+    # This compiler leaves some scattered sums whole, as all-reduces of twice the bytes.
+    scattered = sent["reduce-scatter"] + (sent["all-reduce"] - expected["all-reduce"]) / 2
+    assert scattered == pytest.approx(expected["reduce-scatter"], rel=0.05)
+    assert sent["collective-permute"] + sent["all-to-all"] < 0.02 * sum(sent.values())
+    shardings = state_shardings(config, optimizer, layout)
+    state = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
+    held = device_bytes(state, shardings)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    rows = 4 * 4 * 2048  # tokens, labels, segment ids and positions of one row
+    # Arrays are padded to the hardware's tiles.
+    assert held + rows <= memory.argument_size_in_bytes <= 1.1 * (held + rows)
+    assert jax.tree.leaves(abstract_state(config, optimizer, shardings))[0].sharding.mesh.size == 1024

@@ -1,0 +1,71 @@
+"""The description of a model over a mesh, with no devices."""
+
+import re
+import runpy
+import time
+
+import jax
+import pytest
+
+from crescendo import models, parallel
+from crescendo.experiments import describe
+from crescendo.experiments.errors import UserError
+from crescendo.models import ModelConfig
+from crescendo.parallel.describe import describe_sharding, device_bytes
+
+
+def test_70b_over_4096_devices_is_described_without_any(capsys):
+    began = time.monotonic()
+    describe.main(["--model", "70b", "--devices", "4096", "--fsdp", "512", "--tensor", "8", "--batch-size", "512"])
+    assert time.monotonic() - began < 30
+    shown = capsys.readouterr().out
+    assert "70,553,726,976 parameters" in shown
+    held = dict(re.findall(r"│ (.*?) +│ +([\d.]+) │", shown))
+    # 70.55e9 numbers of 4 bytes over 4096 devices, but for the norms of queries and keys.
+    assert float(held["parameters, float32"]) == pytest.approx(70.55e9 * 4 / 4096 / 2**30, rel=0.02)
+    assert float(held["optimizer state"]) == pytest.approx(2 * 70.55e9 * 4 / 4096 / 2**30, rel=0.02)
+
+
+def test_the_command_of_the_package_is_the_same(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["describe", "--model", "debug", "--devices", "8"])
+    runpy.run_module("crescendo.parallel.describe", run_name="__main__")
+    assert "fsdp 8" in capsys.readouterr().out
+
+
+def test_what_stays_whole_is_warned_of():
+    config = ModelConfig.preset("124m").for_platform("gpu")
+    arrays = jax.eval_shape(lambda: models.initialize(config, jax.random.key(0)))
+    mesh = parallel.MeshSpec(data=2, fsdp=4).abstract(8)
+    for strategy, expected in (("zero2", True), ("fsdp", False)):
+        layout = parallel.Layout(mesh, strategy)
+        _, warnings = describe_sharding(arrays, models.logical_axes(config), layout)
+        assert any("embedding.table (147 MiB) is whole on each of the 8" in line for line in warnings) == expected
+    axes = models.logical_axes(config)
+    held = {
+        name: device_bytes(arrays, getattr(parallel.Layout(mesh, strategy), name)(axes))
+        for strategy in ("zero2",)
+        for name in ("parameters", "gradients")
+    }
+    # All but the norms of queries and keys is split four ways.
+    assert held["gradients"] == pytest.approx(held["parameters"] / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--devices", "0"], "--devices 0 must be at least 1"),
+        (["--devices", "6", "--tensor", "4"], "does not cover the 6 devices"),
+        (
+            ["--model", "70b", "--devices", "64", "--tensor", "16"],
+            r"kv_heads = 8 does not divide over tensor = 16: use",
+        ),
+        (["--devices", "8", "--sequence", "4", "--sequence-length", "100"], "sequence_length = 100 does not divide"),
+        (["--devices", "8", "--fsdp", "1", "--sequence", "8", "--ulysses", "8"], "ulysses = 8 can't split the 4 query"),
+        (["--devices", "8", "--batch-size", "12"], "batch_size = 12 does not divide over 8 devices: use 8 or 16"),
+        (["--topology", "h100:1x1x8"], "needs --target FILE"),
+        (["--topology", "abacus:3"], "--topology abacus:3: .*; names are such as v5e:4x4"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message):
+    with pytest.raises(UserError, match=message):
+        describe.main(arguments)

@@ -1,0 +1,239 @@
+"""The same training on many meshes: ten steps of the debug model against one device, to 1e-5 in float32.
+
+Batches change their size on the way, are accumulated from microbatches, rows are packed, and the noise scale is on.
+"""
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crescendo import models, optim, parallel
+from crescendo.experiments.checkpoint import Checkpoints
+from crescendo.experiments.data import Rows, Stream
+from crescendo.experiments.feed import Feed
+from crescendo.experiments.packing import pack
+from crescendo.experiments.state import (
+    Clock,
+    TrainState,
+    abstract_batch,
+    abstract_state,
+    initial_state,
+    make_step,
+    state_shardings,
+)
+from crescendo.models import ModelConfig
+from crescendo.optim.batch_size import adaptive_batch_size, staged
+from crescendo.optim.noise_scale import GradientNoiseScaleState, gradient_noise_scale
+
+LENGTH = 32
+SIZES = [8, 16, 24]
+STATISTICS = ("layers", "norm_layers", "dot_products", "coordinates")
+CONFIG = dataclasses.replace(
+    ModelConfig.preset(
+        "debug", width=32, layers=2, heads=8, kv_heads=4, mlp_width=64, vocab_size=128, scan_layers=True
+    ),
+    z_loss=1e-4,
+).for_platform("cpu")
+MESHES: dict[str, tuple[dict, parallel.Strategy]] = {
+    "data 8": ({"data": 8}, parallel.strategy("data")),
+    "zero1 8": ({"data": 1, "fsdp": 8}, parallel.strategy("zero1")),
+    "zero2 8": ({"data": 1, "fsdp": 8}, parallel.strategy("zero2")),
+    "fsdp 8": ({"data": 1, "fsdp": 8}, parallel.strategy("fsdp")),
+    "zero1 2x4": ({"data": 2, "fsdp": 4}, parallel.strategy("zero1")),
+    "zero2 2x4": ({"data": 2, "fsdp": 4}, parallel.strategy("zero2")),
+    "fsdp 2x4": ({"data": 2, "fsdp": 4}, parallel.strategy("fsdp")),
+    "data 2, tensor 4": ({"data": 2, "tensor": 4}, parallel.strategy("data")),
+    "zero1 4, tensor 2": ({"data": 1, "fsdp": 4, "tensor": 2}, parallel.strategy("zero1")),
+    "data 2, fsdp 2, tensor 2": ({"data": 2, "fsdp": 2, "tensor": 2}, parallel.strategy("fsdp")),
+    "fsdp 4, tensor 2": ({"data": 1, "fsdp": 4, "tensor": 2}, parallel.strategy("fsdp")),
+    "ring 8": ({"data": 1, "sequence": 8}, parallel.strategy("fsdp")),
+    "ulysses 4": ({"data": 2, "sequence": 4}, parallel.strategy("fsdp", ulysses=4)),
+    "ring 2, ulysses 2": ({"data": 1, "fsdp": 2, "sequence": 4}, parallel.strategy("fsdp", ulysses=2)),
+    "fsdp 2, tensor 2, ring 2": ({"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2}, parallel.strategy("fsdp")),
+    "data 2, tensor 2, ring 2": ({"data": 2, "tensor": 2, "sequence": 2}, parallel.strategy("zero1")),
+    "zero1 2, tensor 2, ulysses 2": (
+        {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2},
+        parallel.strategy("zero1", ulysses=2),
+    ),
+    "expert 2, fsdp 2, tensor 2": ({"data": 1, "expert": 2, "fsdp": 2, "tensor": 2}, parallel.strategy("zero2")),
+}
+# Of the quick ones, `deviations` (a second pass) is left out: it takes as long to compile as all the rest.
+QUICK = {"zero1 2, tensor 2, ulysses 2": STATISTICS[:2], "fsdp 2, tensor 2, ring 2": STATISTICS[:2]}
+
+
+@functools.cache
+def rows() -> Rows:
+    random = np.random.default_rng(0)
+    ends = np.cumsum(random.integers(3, 60, size=300))
+    tokens = random.integers(1, CONFIG.vocab_size, size=ends[-1] + 1)
+    return Rows(tokens, pack(np.array([0, *ends]), capacity=LENGTH), LENGTH)
+
+
+def optimizer():
+    return optax.chain(
+        gradient_noise_scale(0.9, groups="layer", norm_layers=True),
+        optim.lamb(1e-2, weight_decay=0.1),
+        adaptive_batch_size(staged(SIZES, starts_examples=[0, 24, 72])),
+    )
+
+
+def layout_of(name: str) -> parallel.Layout:
+    axes, strategy = MESHES[name]
+    return parallel.Layout(parallel.make_mesh(**axes), strategy)
+
+
+class Trainer:
+    """The debug model's training on a layout: `state` and `clock`, moved by `run`."""
+
+    def __init__(self, layout: parallel.Layout, plan: parallel.BatchPlan, statistics=()):
+        chain = optimizer()
+        self.layout, self.shardings = layout, state_shardings(CONFIG, chain, layout)
+        step = make_step(CONFIG, chain, max_gradient_norm=1.0, layout=layout, statistics=statistics)
+        quick = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
+        self.step = jax.jit(step, out_shardings=(self.shardings, None), compiler_options=quick)
+        self.state = jax.jit(lambda: initial_state(CONFIG, chain, 0), out_shardings=self.shardings)()
+        self.clock = Clock(batch_size=SIZES[0])
+        self.feed = Feed(Stream(rows(), seed=0), plan, layout)
+
+    def run(self, steps: int) -> list[dict]:
+        """The metrics of so many steps."""
+        found = []
+        for _ in range(steps):
+            seen, size = self.clock.examples_seen, self.clock.batch_size
+            self.state, metrics = self.step(self.state, self.feed.read(seen, size))
+            found.append(jax.tree.map(float, jax.device_get(metrics)))
+            self.clock = Clock(seen + size, self.clock.steps + 1, int(found[-1]["next_batch_size"]))
+        assert self.step._cache_size() <= 1  # batches of other sizes are the same program
+        return found
+
+
+@functools.cache
+def on_one_device(microbatch: int, statistics) -> tuple[TrainState, list[dict]]:
+    layout = parallel.Layout(parallel.make_mesh(devices=jax.devices()[:1]))
+    trainer = Trainer(layout, parallel.BatchPlan(microbatch, SIZES[-1] // microbatch), statistics)
+    found = trainer.run(10)
+    return trainer.state, found
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("name", "statistics"),
+    [*QUICK.items(), *(pytest.param(name, STATISTICS, marks=pytest.mark.slow) for name in MESHES)],
+)
+def test_ten_steps_equal_those_of_one_device(name, statistics):
+    trainer = Trainer(layout_of(name), parallel.BatchPlan(8, 3), statistics)
+    layout, found = trainer.layout, trainer.run(10)
+    state = trainer.state
+    # Gradients that are summed once a step are measured part by part: the same as so much smaller microbatches.
+    expected_state, expected = on_one_device(8 // layout.parts, statistics)
+    for ours, theirs in zip(found, expected, strict=True):
+        for metric in theirs.keys() - {"noise_scale", "noise_scale_error"}:
+            tolerance = 1e-3 if "noise_scale" in metric else 1e-5  # a ratio of differences
+            np.testing.assert_allclose(ours[metric], theirs[metric], rtol=tolerance, atol=1e-5, err_msg=metric)
+    for ours, theirs in zip(noise_averages(state), noise_averages(expected_state), strict=True):
+        (trace, gradient, *_), (expected_trace, expected_gradient, *_) = ours.moments, theirs.moments
+        np.testing.assert_allclose(trace, expected_trace, rtol=1e-4, atol=1e-5 * np.max(np.abs(expected_trace)))
+        # ||G||^2 is what is left of two nearly equal numbers, and is known as well as the larger one.
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=1e-5 * np.max(np.abs(expected_trace)))
+    assert {record["next_batch_size"] for record in found} == set(SIZES)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), state.parameters, expected_state.parameters
+    )
+    assert laid_out(state, trainer.shardings)
+
+
+def noise_averages(state) -> tuple:
+    """All that the noise scale is made of: of everything, by layer, and of the normalisation layers."""
+    (found,) = (x for x in state.opt_state if isinstance(x, GradientNoiseScaleState))
+    return found.total, found.groups, found.norm_layers
+
+
+def laid_out(state, shardings) -> bool:
+    return jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings))
+
+
+@functools.cache
+def saved_by(name: str) -> tuple[Path, TrainState]:
+    """A checkpoint written on a mesh, and what was written."""
+    folder, shardings = Path(tempfile.mkdtemp()), state_shardings(CONFIG, optimizer(), layout_of(name))
+    random, shapes = np.random.default_rng(0), jax.eval_shape(lambda: initial_state(CONFIG, optimizer(), 0))
+    state = jax.device_put(jax.tree.map(lambda x: random.normal(size=x.shape).astype(x.dtype), shapes), shardings)
+    save(folder, state, Clock(8, 1, 16))
+    return folder, state
+
+
+def save(folder: Path, state: TrainState, clock: Clock) -> None:
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(state, clock)
+    checkpoints.close()
+
+
+def restore(folder: Path, shardings) -> tuple[TrainState, Clock]:
+    checkpoints = Checkpoints(folder)
+    restored = checkpoints.restore(abstract_state(CONFIG, optimizer(), shardings), report=pytest.fail)
+    checkpoints.close()
+    assert restored is not None
+    return restored
+
+
+@given(writer=st.sampled_from(list(MESHES)), reader=st.sampled_from(list(MESHES)))
+@settings(deadline=None, max_examples=4)
+def test_a_checkpoint_of_any_mesh_restores_on_any_other(writer, reader):
+    folder, written = saved_by(writer)
+    shardings = state_shardings(CONFIG, optimizer(), layout_of(reader))
+    read, clock = restore(folder, shardings)
+    assert clock == Clock(8, 1, 16)
+    assert laid_out(read, shardings)
+    jax.tree.map(np.testing.assert_array_equal, read, written)
+
+
+@functools.cache
+def trainer_of(name: str) -> Trainer:
+    return Trainer(layout_of(name), parallel.BatchPlan(8, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@given(st.lists(st.sampled_from(list(MESHES)), min_size=2, max_size=3, unique=True))
+@settings(deadline=None, max_examples=5)
+def test_training_goes_on_from_mesh_to_mesh_with_the_same_losses(names):
+    expected = [record["loss"] for record in on_one_device(8, ())[1]]
+    losses: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        start = trainer_of(names[0])
+        state = jax.jit(lambda: initial_state(CONFIG, optimizer(), 0), out_shardings=start.shardings)()
+        save(Path(folder), state, Clock(batch_size=SIZES[0]))
+        for name in names:
+            trainer = trainer_of(name)
+            trainer.state, trainer.clock = restore(Path(folder), trainer.shardings)
+            losses += [record["loss"] for record in trainer.run(10 // len(names))]
+            save(Path(folder), trainer.state, trainer.clock)
+    np.testing.assert_allclose(losses, expected[: len(losses)], rtol=1e-5)
+
+
+def test_batches_lie_where_the_step_wants_them():
+    layout = parallel.Layout(parallel.make_mesh(data=2, sequence=4))
+    plan = parallel.BatchPlan(8, 3)
+    batch = Feed(Stream(rows(), seed=0), plan, layout).read(0, 16)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_batch(layout, plan, LENGTH))
+    jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(f"{x.sharding} is not {s}"), batch, shardings)
+    # In the ring's order; the third microbatch is not used.
+    tokens = Stream(rows(), seed=0).read(0, 16)["tokens"].reshape(2, 8, LENGTH)
+    order = parallel.sequence.zigzag(LENGTH, 4)
+    np.testing.assert_array_equal(batch["rows"]["tokens"], np.concatenate([tokens[..., order], 0 * tokens[:1]]))
+
+
+def test_models_that_a_mesh_cannot_divide_are_refused_by_name():
+    layout = parallel.Layout(parallel.make_mesh(data=1, tensor=8))
+    message = r"parameter blocks\.attention\.key\.kernel: its axis kv_heads = 4 does not divide over tensor = 8: use a "
+    with pytest.raises(ValueError, match=message + "tensor of 1, 2 or 4, or kv_heads = 8"):
+        state_shardings(CONFIG, optimizer(), layout)
+    assert models.logical_axes(CONFIG)["blocks"]["attention"]["key"]["kernel"][2] == "kv_heads"
