@@ -54,7 +54,7 @@ def sharded(
 
     @call.def_vmap
     def _(size, in_batched, *arrays):
-        arrays = [
+        whole = [
             array if mapped else jnp.broadcast_to(array, (size, *array.shape))
             for array, mapped in zip(arrays, in_batched, strict=True)
         ]
@@ -71,7 +71,7 @@ def sharded(
             [f"{letter} {spec}" for spec in outputs],
             batch=[letter, *batch],
         )
-        return mapped(*arrays), (True,) * len(outputs)
+        return mapped(*whole), (True,) * len(outputs)
 
     return call
 

@@ -74,7 +74,7 @@ def visible(config: Config, q_segments, k_segments, q_positions, k_positions):
         mask = q_segments[..., :, None] == k_segments[..., None, :]
     if config.masks:
         ahead = q_positions[..., :, None] - k_positions[..., None, :]
-        near = ahead >= 0 if config.causal else ahead > -config.window
+        near = ahead >= 0 if config.causal else -ahead < (config.window or 0)
         if config.window is not None:
             near &= ahead < config.window
         mask = near if mask is None else mask & near

@@ -11,7 +11,6 @@ The grid is persistent: a block of threads takes every n-th tile, and the loads 
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -57,7 +56,8 @@ class ForwardTile:
 
 def tiled(shape, dtype):
     """Shared memory laid out for TMA and the matrix instructions."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    # mypy takes a protocol's method for abstract.
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -89,13 +89,14 @@ def along_columns(vector, shape):
     return lax.broadcast_in_dim(vector, shape, (1,))
 
 
-def visible_pairs(config: Config, rows, columns, first_row, first_column, shape, *, transposed=False, keys=None):
-    """The mask of one block of scores, bool of `shape`, or None.
+def hide(scores, config: Config, rows, columns, first_row, first_column, *, transposed=False, keys=None):
+    """One block of scores with -inf where the query doesn't see the key.
 
     `rows` and `columns` are the (segments, positions) of the queries and keys, either None; `transposed` where the
     block's rows are keys. `keys` masks the columns from that index on.
     """
     q_dim, k_dim = (1, 0) if transposed else (0, 1)
+    shape = scores.shape
     over = {0: along_rows, 1: along_columns}
     (q_segments, q_positions), (k_segments, k_positions) = rows, columns
 
@@ -116,12 +117,14 @@ def visible_pairs(config: Config, rows, columns, first_row, first_column, shape,
         if config.causal:
             masks.append(ahead >= 0)
         else:
-            masks.append(ahead > -config.window)
+            masks.append(ahead > -(config.window or 0))
         if config.window is not None:
             masks.append(ahead < config.window)
     if keys is not None:
         masks.append(index(k_dim, first_column) < keys)
-    return functools.reduce(jnp.logical_and, masks) if masks else None
+    for mask in masks:  # one after the other: all at once would need more registers
+        scores = jnp.where(mask, scores, -jnp.inf)
+    return scores
 
 
 def check(operands: Operands):
@@ -322,18 +325,18 @@ def _forward(config: Config, tile: ForwardTile, keys: int):
                                 plgpu.load(meta_smem.at[i, slot], layout=COLUMN_LAYOUT, optimized=False)
                                 for i in range(len(k_metas))
                             ]
-                            if k_info:
-                                plgpu.commit_smem()  # these reads come before the copy that overwrites the slot
-                            seen = visible_pairs(
+                            scores = hide(
+                                scores,
                                 config,
                                 unpack(operands, q_info),
                                 unpack(operands, k_info),
                                 first_row,
                                 j * tile.block_k,
-                                shape,
                                 keys=ragged,
                             )
-                            return scores if seen is None else jnp.where(seen, scores, -jnp.inf)
+                            if k_info:
+                                plgpu.commit_smem()  # these reads come before the copy that overwrites the slot
+                            return scores
 
                         edge = (j < full_lo) | (j >= full_hi)
                         if config.masks or q_meta or ragged:

@@ -76,7 +76,7 @@ def backward(
     block_q, block_k = keys_tile.block, keys_tile.rows
     _, ranges = block_ranges(config, operands, block_q, block_k)
     whole, *rest = prepared(block_q, block_k)
-    gradients = {}
+    gradients: dict[str, jax.Array] = {}
     for wanted in (("dk",), ("dv",)) if width > 128 else (("dk", "dv"),):
         results = _keys_kernel(config, whole, keys, keys_tile, wanted, ranges, *rest)
         gradients.update(zip(wanted, results, strict=True))
@@ -215,17 +215,17 @@ def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, wanted, r
                             plgpu.load(meta_smem.at[j, slot], layout=shared.COLUMN_LAYOUT, optimized=False)
                             for j in range(len(q_metas))
                         ]
-                        seen = shared.visible_pairs(
+                        scores = shared.hide(
+                            scores,
                             config,
                             shared.unpack(operands, q_info),
                             shared.unpack(operands, k_info),
                             q_block * tile.block,
                             first_row,
-                            shape,
                             transposed=True,
                             keys=ragged,
                         )
-                        return scores if seen is None else jnp.where(seen, scores, -jnp.inf)
+                        return scores
 
                     def products(scores_acc, dweights_acc, dk_acc, dv_acc):
                         shared.product(scores_acc, k_smem.at[wg], q_smem.at[slot].transpose((1, 0)))
@@ -398,18 +398,18 @@ def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, ranges
                             plgpu.load(meta_smem.at[i, slot], layout=shared.COLUMN_LAYOUT, optimized=False)
                             for i in range(len(k_metas))
                         ]
-                        if k_info:
-                            plgpu.commit_smem()  # these reads come before the copy that overwrites the slot
-                        seen = shared.visible_pairs(
+                        scores = shared.hide(
+                            scores,
                             config,
                             shared.unpack(operands, q_info),
                             shared.unpack(operands, k_info),
                             first_row,
                             j * tile.block,
-                            shape,
                             keys=ragged,
                         )
-                        return scores if seen is None else jnp.where(seen, scores, -jnp.inf)
+                        if k_info:
+                            plgpu.commit_smem()  # these reads come before the copy that overwrites the slot
+                        return scores
 
                     def products(scores_acc, dweights_acc, dq_acc):
                         shared.product(scores_acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))

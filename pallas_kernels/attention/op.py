@@ -9,7 +9,7 @@ from crescendo.pallas_kernels.attention.contract import Config, Operands
 from crescendo.pallas_kernels.op import op
 
 HERE = "crescendo.pallas_kernels.attention"
-IMPLEMENTATIONS = {name: f"{HERE}.{name}" for name in ("mosaic_gpu", "cudnn", "xla", "reference")}
+IMPLEMENTATIONS = {name: f"{HERE}.{name}" for name in ("mosaic_gpu", "cudnn", "triton", "xla", "reference")}
 
 
 @op(IMPLEMENTATIONS)

@@ -35,7 +35,7 @@ def visible_pairs(length: int, keys: int, *, causal: bool, window: int | None, s
         return float(length * keys)
     if causal and window is None and length == keys:
         return length * (length + 1) / 2
-    near = q - k >= 0 if causal else q - k > -window
+    near = q - k >= 0 if causal else k - q < (window or 0)
     return float((near if window is None else near & (q - k < window)).sum())
 
 

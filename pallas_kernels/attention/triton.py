@@ -1,0 +1,298 @@
+"""jax-triton, Ampere and later: forward and backward after FlashAttention-2, deterministic."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, attend, block_ranges, per_device
+from crescendo.pallas_kernels.op import Unsupported, require_gpu
+from crescendo.pallas_kernels.triton_call import triton_call
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+FLOOR: tl.constexpr = tl.constexpr(
+    -1e30
+)  # the least maximum: finite, so that a row which has seen nothing makes no NaN
+
+
+def attention(config: Config, operands: Operands, return_lse: bool):
+    require_gpu(8.0)
+    if operands.q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise Unsupported(f"needs bfloat16 or float16, not {operands.q.dtype}")
+    if operands.bias is not None:
+        raise Unsupported("takes no bias")
+    if operands.dims[-1] > 256:
+        raise Unsupported(f"needs a head width of at most 256, not {operands.dims[-1]}")
+    return attend(per_device(Kernels(forward, backward)), config, operands, return_lse)
+
+
+def _blocks(width: int, *, backward: bool) -> tuple[int, int, int]:
+    """Queries and keys of a block, and warps."""
+    if width <= 64:
+        return (64, 64, 4) if backward else (128, 64, 4)
+    if width <= 128:
+        return (64, 64, 8) if backward else (128, 64, 8)
+    return (32, 32, 8) if backward else (64, 32, 8)
+
+
+def _constants(config: Config, operands: Operands, block_q: int, block_k: int, ranges) -> dict[str, Any]:
+    _, length, keys, heads, kv_heads, width = operands.dims
+    return dict(
+        T=length,
+        S=keys,
+        H=heads,
+        K=kv_heads,
+        D=width,
+        BLOCK_D=max(16, triton.next_power_of_2(width)),
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        SCALE=config.scale,
+        CAP=config.soft_cap or 0.0,
+        CAUSAL=config.causal,
+        WINDOW=config.window or 0,
+        SEGMENTS=operands.q_segments is not None,
+        POSITIONS=operands.q_positions is not None,
+        PER_ROW=ranges.shape[0] > 1,
+        BLOCKS=ranges.shape[1],
+    )
+
+
+def _metadata(operands: Operands, ranges):
+    """The ranges, and the metadata, with the ranges in the place of what is absent."""
+    return [ranges, *(ranges if array is None else array.astype(jnp.int32) for array in operands.metadata)]
+
+
+def forward(config: Config, operands: Operands):
+    batch, length, _, heads, _, width = operands.dims
+    block_q, block_k, warps = _blocks(width, backward=False)
+    ranges = jnp.stack(block_ranges(config, operands, block_q, block_k)[0], -1)
+    return triton_call(
+        *operands[:3],
+        *_metadata(operands, ranges),
+        kernel=_forward_kernel,
+        out_shape=[
+            jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype),
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        ],
+        grid=(triton.cdiv(length, block_q), heads, batch),
+        num_warps=warps,
+        num_stages=2,
+        **_constants(config, operands, block_q, block_k, ranges),
+    )
+
+
+def backward(config: Config, operands: Operands, lse, dout, delta):
+    batch, length, keys, heads, kv_heads, width = operands.dims
+    block_q, block_k, warps = _blocks(width, backward=True)
+    # exp(score - inf) = 0: rows that see nothing take no part.
+    lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf)
+    arrays = (*operands[:3], dout, lse, delta.astype(jnp.float32))
+    both = [jnp.stack(ranges, -1) for ranges in block_ranges(config, operands, block_q, block_k)]
+
+    def call(kernel, ranges, like, grid):
+        return triton_call(
+            *arrays,
+            *_metadata(operands, ranges),
+            kernel=kernel,
+            out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in like],
+            grid=grid,
+            num_warps=warps,
+            num_stages=2 if width <= 128 else 1,
+            **_constants(config, operands, block_q, block_k, ranges),
+        )
+
+    (dq,) = call(_queries_kernel, both[0], [operands.q], (triton.cdiv(length, block_q), heads, batch))
+    dk, dv = call(_keys_kernel, both[1], operands[1:3], (triton.cdiv(keys, block_k), kv_heads, batch))
+    return dq, dk, dv, None
+
+
+@triton.jit
+def _range(ranges, row, block, PER_ROW: tl.constexpr, BLOCKS: tl.constexpr):
+    """lo, full_lo, full_hi, hi of one block."""
+    at = ranges + 4 * block + (4 * BLOCKS * row if PER_ROW else 0)
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def _tile(pointer, row, head, index, N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers to rows `index` of `[B, N, HEADS, D]`, and which of them are there."""
+    d = tl.arange(0, BLOCK_D)
+    base = pointer + (row.to(tl.int64) * N * HEADS + head) * D
+    there = (index < N)[:, None] & (d < D)[None, :]
+    return base + index.to(tl.int64)[:, None] * (HEADS * D) + d[None, :], there
+
+
+@triton.jit
+def _capped(products, SCALE: tl.constexpr, CAP: tl.constexpr):
+    """Scores, and the derivative of their cap."""
+    scores = products * SCALE
+    slope = scores
+    if CAP > 0:
+        capped = 2 * tl.sigmoid(2 * scores / CAP) - 1
+        slope = 1 - capped * capped
+        scores = CAP * capped
+    return scores, slope
+
+
+@triton.jit
+def _hide(
+    scores, i, j, q_ids, k_ids, q_places, k_places, row,
+    T: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SEGMENTS: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """-inf where query i doesn't see key j."""
+    seen = (i < T)[:, None] & (j < S)[None, :]
+    if SEGMENTS:
+        q_id = tl.load(q_ids + row * T + i, mask=i < T, other=0)
+        k_id = tl.load(k_ids + row * S + j, mask=j < S, other=0)
+        seen = seen & (q_id[:, None] == k_id[None, :])
+    if CAUSAL or WINDOW > 0:
+        if POSITIONS:
+            q_place = tl.load(q_places + row * T + i, mask=i < T, other=0)
+            k_place = tl.load(k_places + row * S + j, mask=j < S, other=0)
+            ahead = q_place[:, None] - k_place[None, :]
+        else:
+            ahead = i[:, None] - j[None, :]
+        if CAUSAL:  # noqa: SIM108  evaluated while compiling
+            seen = seen & (ahead >= 0)
+        else:
+            seen = seen & (ahead > -WINDOW)
+        if WINDOW > 0:
+            seen = seen & (ahead < WINDOW)
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def _forward_kernel(
+    q_pointer, k_pointer, v_pointer, ranges, q_ids, k_ids, q_places, k_places, out_pointer, lse_pointer,
+    T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, POSITIONS: tl.constexpr, PER_ROW: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first, where causal
+    head, row = tl.program_id(1), tl.program_id(2)
+    i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q_at, q_there = _tile(q_pointer, row, head, i, T, H, D, BLOCK_D)
+    q = tl.load(q_at, mask=q_there, other=0.0)
+    maximum = tl.full([BLOCK_Q], FLOOR, tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    mixed = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    lo, full_lo, full_hi, hi = _range(ranges, row, block, PER_ROW, BLOCKS)
+    for step in range(lo, hi):
+        j = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        k_at, k_there = _tile(k_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
+        scores, _slope = _capped(tl.dot(q, tl.trans(tl.load(k_at, mask=k_there, other=0.0))), SCALE, CAP)
+        if (step < full_lo) | (step >= full_hi):
+            scores = _hide(
+                scores, i, j, q_ids, k_ids, q_places, k_places, row, T, S, CAUSAL, WINDOW, SEGMENTS, POSITIONS
+            )
+        scores = scores * LOG2E
+        new = tl.maximum(maximum, tl.max(scores, 1))
+        weights = tl.exp2(scores - new[:, None])
+        shrink = tl.exp2(maximum - new)
+        total = total * shrink + tl.sum(weights, 1)
+        v_at, v_there = _tile(v_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
+        v = tl.load(v_at, mask=v_there, other=0.0)
+        mixed = tl.dot(weights.to(v.dtype), v, mixed * shrink[:, None])
+        maximum = new
+    seen = total > 0
+    safe = tl.where(seen, total, 1.0)
+    out_at, out_there = _tile(out_pointer, row, head, i, T, H, D, BLOCK_D)
+    tl.store(out_at, (mixed / safe[:, None]).to(q.dtype), mask=out_there)
+    lse = tl.where(seen, (maximum + tl.log2(safe)) / LOG2E, float("-inf"))
+    tl.store(lse_pointer + (row * H + head) * T + i, lse, mask=i < T)
+
+
+@triton.jit
+def _gradient_of_scores(
+    q, k, v, dout, lse, delta, edge, i, j, q_ids, k_ids, q_places, k_places, row,
+    T: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """The weights P of one block, and the gradient of its products q.k."""
+    scores, slope = _capped(tl.dot(q, tl.trans(k)), SCALE, CAP)
+    if edge:
+        scores = _hide(scores, i, j, q_ids, k_ids, q_places, k_places, row, T, S, CAUSAL, WINDOW, SEGMENTS, POSITIONS)
+    weights = tl.exp2((scores - lse[:, None]) * LOG2E)
+    dscores = weights * (tl.dot(dout, tl.trans(v)) - delta[:, None]) * SCALE
+    if CAP > 0:
+        dscores = dscores * slope
+    return weights, dscores
+
+
+@triton.jit
+def _queries_kernel(
+    q_pointer, k_pointer, v_pointer, dout_pointer, lse_pointer, delta_pointer,
+    ranges, q_ids, k_ids, q_places, k_places, dq_pointer,
+    T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, POSITIONS: tl.constexpr, PER_ROW: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    head, row = tl.program_id(1), tl.program_id(2)
+    i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    q_at, q_there = _tile(q_pointer, row, head, i, T, H, D, BLOCK_D)
+    q = tl.load(q_at, mask=q_there, other=0.0)
+    dout_at, dout_there = _tile(dout_pointer, row, head, i, T, H, D, BLOCK_D)
+    dout = tl.load(dout_at, mask=dout_there, other=0.0)
+    lse = tl.load(lse_pointer + (row * H + head) * T + i, mask=i < T, other=float("inf"))
+    delta = tl.load(delta_pointer + (row * H + head) * T + i, mask=i < T, other=0.0)
+    dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    lo, full_lo, full_hi, hi = _range(ranges, row, block, PER_ROW, BLOCKS)
+    for step in range(lo, hi):
+        j = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        k_at, k_there = _tile(k_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
+        k = tl.load(k_at, mask=k_there, other=0.0)
+        v_at, v_there = _tile(v_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
+        v = tl.load(v_at, mask=v_there, other=0.0)
+        _weights, dscores = _gradient_of_scores(
+            q, k, v, dout, lse, delta, (step < full_lo) | (step >= full_hi), i, j, q_ids, k_ids, q_places, k_places,
+            row, T, S, SCALE, CAP, CAUSAL, WINDOW, SEGMENTS, POSITIONS,
+        )  # fmt: skip
+        dq = tl.dot(dscores.to(k.dtype), k, dq)
+    dq_at, dq_there = _tile(dq_pointer, row, head, i, T, H, D, BLOCK_D)
+    tl.store(dq_at, dq.to(q.dtype), mask=dq_there)
+
+
+@triton.jit
+def _keys_kernel(
+    q_pointer, k_pointer, v_pointer, dout_pointer, lse_pointer, delta_pointer,
+    ranges, q_ids, k_ids, q_places, k_places, dk_pointer, dv_pointer,
+    T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, POSITIONS: tl.constexpr, PER_ROW: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    block, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    j = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_at, k_there = _tile(k_pointer, row, kv_head, j, S, K, D, BLOCK_D)
+    k = tl.load(k_at, mask=k_there, other=0.0)
+    v_at, v_there = _tile(v_pointer, row, kv_head, j, S, K, D, BLOCK_D)
+    v = tl.load(v_at, mask=v_there, other=0.0)
+    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    lo, full_lo, full_hi, hi = _range(ranges, row, block, PER_ROW, BLOCKS)
+    for turn in range(0, (hi - lo) * (H // K)):
+        step = lo + turn % (hi - lo)
+        head = kv_head * (H // K) + turn // (hi - lo)
+        i = step * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        q_at, q_there = _tile(q_pointer, row, head, i, T, H, D, BLOCK_D)
+        q = tl.load(q_at, mask=q_there, other=0.0)
+        dout_at, dout_there = _tile(dout_pointer, row, head, i, T, H, D, BLOCK_D)
+        dout = tl.load(dout_at, mask=dout_there, other=0.0)
+        lse = tl.load(lse_pointer + (row * H + head) * T + i, mask=i < T, other=float("inf"))
+        delta = tl.load(delta_pointer + (row * H + head) * T + i, mask=i < T, other=0.0)
+        weights, dscores = _gradient_of_scores(
+            q, k, v, dout, lse, delta, (step < full_lo) | (step >= full_hi), i, j, q_ids, k_ids, q_places, k_places,
+            row, T, S, SCALE, CAP, CAUSAL, WINDOW, SEGMENTS, POSITIONS,
+        )  # fmt: skip
+        dv = tl.dot(tl.trans(weights.to(dout.dtype)), dout, dv)
+        dk = tl.dot(tl.trans(dscores.to(q.dtype)), q, dk)
+    dk_at, dk_there = _tile(dk_pointer, row, kv_head, j, S, K, D, BLOCK_D)
+    tl.store(dk_at, dk.to(k.dtype), mask=dk_there)
+    dv_at, dv_there = _tile(dv_pointer, row, kv_head, j, S, K, D, BLOCK_D)
+    tl.store(dv_at, dv.to(v.dtype), mask=dv_there)
