@@ -31,7 +31,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(AOT_VENV)/.installed: pyproject.toml constraints.txt | $(AOT_VENV)/bin/python
 	@echo "installing the compilers for GPU and TPU (about two minutes)" \
 	  && $(call install,$(AOT_VENV),-e '.[dev$(comma)tpu]') \
-	  && $(call install,$(AOT_VENV),--no-deps jax-cuda13-plugin jax-cuda13-pjrt) \
+	  && $(call install,$(AOT_VENV),--no-deps jax-cuda13-plugin jax-cuda13-pjrt jax-triton triton) \
 	  && $(call install,$(AOT_VENV),nvidia-cuda-nvcc) && touch $@
 comma := ,
 

@@ -13,6 +13,7 @@ from crescendo.experiments import cache, hardware
 from crescendo.experiments.errors import UserError, user_values
 from crescendo.experiments.state import TrainState, abstract_batch, abstract_state, make_step, state_shardings
 from crescendo.models import ModelConfig
+from crescendo.pallas_kernels.op import target
 
 # Past this many tokens on a device a larger microbatch makes no step faster, and only takes memory (on two shared
 # CPU cores, the debug model: 14,300 tokens/s in microbatches of 512 tokens, 7,900 in ones of 1,024).
@@ -39,11 +40,6 @@ class CompiledStep(NamedTuple):
     layout: parallel.Layout
 
 
-def attention_implementation(platform: str, config: ModelConfig) -> str:
-    """cuDNN's flash attention where it can serve; otherwise what XLA makes of the plain formula."""
-    return "cudnn" if platform == "gpu" and config.dtype == "bfloat16" else "xla"
-
-
 def lower_step(
     config: ModelConfig,
     optimizer: optax.GradientTransformationExtraArgs,
@@ -58,7 +54,7 @@ def lower_step(
 ) -> jax.stages.Lowered:
     """The step for the mesh's devices, which need not be there: topology descriptions will do.
 
-    `attention` names the implementation; None leaves it to `attention_implementation`.
+    `attention` names the implementation; None leaves it to the device.
     """
     platform = mesh.devices.flat[0].platform
     platform = "gpu" if platform == "cuda" else platform
@@ -69,12 +65,16 @@ def lower_step(
         config,
         optimizer,
         max_gradient_norm=max_gradient_norm,
-        attention=attention or attention_implementation(platform, config),
+        attention=attention,
         layout=layout,
         statistics=statistics,
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    traced = jitted.trace(abstract_state(config, optimizer, shardings), abstract_batch(layout, plan, sequence_length))
+    # Kernels choose by the device that the step is for.
+    with target(mesh.devices.flat[0]):
+        traced = jitted.trace(
+            abstract_state(config, optimizer, shardings), abstract_batch(layout, plan, sequence_length)
+        )
     return traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
 
 

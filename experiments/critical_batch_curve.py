@@ -82,8 +82,9 @@ def critical_batch_at(losses: Mapping[int, float], batch_size: int, tolerance: f
 def over_seeds(found: Sequence[CriticalBatch]) -> CriticalBatch:
     """The geometric mean of the seeds' values, and the interval that holds all of theirs.
 
-    >>> over_seeds([CriticalBatch(4.0, 2.0, 8.0), CriticalBatch(16.0, 16.0, None)])
-    CriticalBatch(value=8.0, low=2.0, high=None)
+    >>> found = over_seeds([CriticalBatch(4.0, 2.0, 8.0), CriticalBatch(16.0, 16.0, None)])
+    >>> round(found.value, 6), found.low, found.high
+    (8.0, 2.0, None)
     """
     highs = [each.high for each in found]
     return CriticalBatch(

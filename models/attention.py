@@ -1,25 +1,17 @@
 """Grouped-query attention over packed rows."""
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from crescendo.models import axes
 from crescendo.models.config import ModelConfig
 from crescendo.models.layers import Linear, RMSNorm, rotate
 from crescendo.models.layout import Layout
+from crescendo.pallas_kernels.attention import attention
 
 
-def packed_mask(segment_ids_BT, *, causal: bool = True):
-    """`[B, 1, T, T]`, True where a query may see a key: in the same document and, if `causal`, not later."""
-    same_document = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
-    return same_document & jnp.tri(segment_ids_BT.shape[1], dtype=bool) if causal else same_document
-
-
-def packed_attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool, implementation=None):
-    """Attention within documents, `[B, T, H, E]`."""
-    mask_BHTT = packed_mask(segment_ids_BT, causal=causal)
-    return jax.nn.dot_product_attention(q_BTHE, k_BTKE, v_BTKE, mask=mask_BHTT, implementation=implementation)
+def packed_attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool, implementation: str | None = None):
+    """Attention within documents, `[B, T, H, E]`; if `causal`, to keys that are not later."""
+    return attention(q_BTHE, k_BTKE, v_BTKE, causal=causal, segment_ids=segment_ids_BT, implementation=implementation)
 
 
 class Attention(nnx.Module):

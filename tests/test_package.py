@@ -67,8 +67,13 @@ def test_gin_is_imported_in_one_place():
 
 @pytest.mark.parametrize("name", modules())
 def test_examples_in_docstrings_run(name):
-    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
-    assert result.failed == 0
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("triton", "jax_triton"):
+            raise
+        pytest.skip(f"{missing.name} belongs to the GPU's extra")
+    assert doctest.testmod(module, optionflags=doctest.IGNORE_EXCEPTION_DETAIL).failed == 0
 
 
 def test_files_stay_short():
@@ -87,6 +92,7 @@ COMMANDS = [
         for name in ("train", "report", "batch_warmup", "refine_schedule", "large_batch", "benchmark", "describe")
     ),
     "models.describe",
+    "pallas_kernels.bench",
     "optim.plot",
 ]
 

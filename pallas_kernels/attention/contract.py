@@ -1,0 +1,252 @@
+"""What every implementation is given: the operands, the constants, which keys a query sees, and the derivative rule."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crescendo.pallas_kernels.sharded import sharded
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The constants of a call.
+
+    A score is `soft_cap * tanh(scale * q.k / soft_cap) + bias`, without the cap where `soft_cap` is None. Where
+    `sees_itself`, query i is sure to see key i, and no row is empty.
+    """
+
+    scale: float
+    causal: bool = False
+    window: int | None = None
+    soft_cap: float | None = None
+    sees_itself: bool = False
+
+    @property
+    def masks(self) -> bool:
+        """Whether positions matter."""
+        return self.causal or self.window is not None
+
+
+class Operands(NamedTuple):
+    """The arrays of a call; those that are absent are None.
+
+    `q` is `[B, T, H, D]`, `k` and `v` `[B, S, K, D]`, `bias` broadcasts to `[B, H, T, S]`; the others are int32
+    `[B, T]` or `[B, S]`.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    bias: Any = None
+    q_segments: Any = None
+    k_segments: Any = None
+    q_positions: Any = None
+    k_positions: Any = None
+
+    @property
+    def dims(self) -> tuple[int, int, int, int, int, int]:
+        """B, T, S, H, K, D."""
+        (batch, length, heads, width), (_, keys, kv_heads, _) = self.q.shape, self.k.shape
+        return batch, length, keys, heads, kv_heads, width
+
+    @property
+    def metadata(self) -> tuple:
+        return self[4:]
+
+
+def positions(operands: Operands) -> tuple[Any, Any]:
+    """Of queries and keys, `[B or 1, T]` and `[B or 1, S]`."""
+    if operands.q_positions is not None:
+        return operands.q_positions, operands.k_positions
+    _, length, keys, *_ = operands.dims
+    return jnp.arange(length, dtype=jnp.int32)[None], jnp.arange(keys, dtype=jnp.int32)[None]
+
+
+def visible(config: Config, q_segments, k_segments, q_positions, k_positions):
+    """Which keys each query sees: bool `[..., T, S]`, or None where it sees all; segments may be None."""
+    mask = None
+    if q_segments is not None:
+        mask = q_segments[..., :, None] == k_segments[..., None, :]
+    if config.masks:
+        ahead = q_positions[..., :, None] - k_positions[..., None, :]
+        near = ahead >= 0 if config.causal else ahead > -config.window
+        if config.window is not None:
+            near &= ahead < config.window
+        mask = near if mask is None else mask & near
+    return mask
+
+
+class Ranges(NamedTuple):
+    """The key blocks that a query block needs: from `lo` to `hi`, those from `full_lo` to `full_hi` without a mask."""
+
+    lo: Any
+    full_lo: Any
+    full_hi: Any
+    hi: Any
+
+
+def _reduced(array, block: int, fill_low, fill_high):
+    """Minimum and maximum of each block of `array[..., N]`."""
+    extra = -array.shape[-1] % block
+    pad = [(0, 0)] * (array.ndim - 1) + [(0, extra)]
+    low = jnp.pad(array, pad, constant_values=fill_low).reshape(*array.shape[:-1], -1, block).min(-1)
+    high = jnp.pad(array, pad, constant_values=fill_high).reshape(*array.shape[:-1], -1, block).max(-1)
+    return low, high
+
+
+def block_ranges(config: Config, operands: Operands, block_q: int, block_k: int) -> tuple[Ranges, Ranges]:
+    """For every query block the key blocks it needs, and the other way round: int32 `[B or 1, blocks]`.
+
+    A block outside of its range holds no visible pair; one inside may, and is computed under the mask. Segments are
+    compared by the least and the greatest id of a block and by the set of ids modulo 32, so that any ids are right
+    and those of packed rows, padding at the end among them, are tight.
+    """
+    keys = operands.dims[2]
+    big = np.iinfo(np.int32).max
+    q_positions, k_positions = positions(operands)
+    q_low, q_high = _reduced(q_positions, block_q, big, -big)
+    k_low, k_high = _reduced(k_positions, block_k, big, -big)
+    q_low, q_high, k_low, k_high = q_low[..., :, None], q_high[..., :, None], k_low[..., None, :], k_high[..., None, :]
+    active = jnp.ones((1, q_low.shape[-2], k_low.shape[-1]), bool)
+    full = active
+    if config.causal:
+        active, full = active & (k_low <= q_high), full & (k_high <= q_low)
+    if config.window is not None:
+        active, full = active & (k_high > q_low - config.window), full & (k_low > q_high - config.window)
+        if not config.causal:
+            active, full = active & (k_low < q_high + config.window), full & (k_high < q_low + config.window)
+    if operands.q_segments is not None:
+        q_low, q_high = (x[..., :, None] for x in _reduced(operands.q_segments, block_q, big, -big))
+        k_low, k_high = (x[..., None, :] for x in _reduced(operands.k_segments, block_k, big, -big))
+        q_ids, k_ids = _id_sets(operands.q_segments, block_q)[..., :, None], _id_sets(operands.k_segments, block_k)
+        active = active & (q_low <= k_high) & (k_low <= q_high) & ((q_ids & k_ids[..., None, :]) != 0)
+        full = full & (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+    if keys % block_k:
+        full = full & (jnp.arange(full.shape[-1]) < keys // block_k)
+    return _runs(active, full), _runs(active.swapaxes(-1, -2), full.swapaxes(-1, -2))
+
+
+def _id_sets(segments, block: int):
+    """The ids of each block, modulo 32, as the bits of a uint32."""
+    extra = -segments.shape[-1] % block
+    bits = jnp.left_shift(jnp.uint32(1), (segments % 32).astype(jnp.uint32))
+    bits = jnp.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, extra)]).reshape(*bits.shape[:-1], -1, block)
+    return jax.lax.reduce(bits, np.uint32(0), jax.lax.bitwise_or, (bits.ndim - 1,))
+
+
+def _runs(active, full) -> Ranges:
+    """The range of active blocks along the last axis, and in it the first run of full ones."""
+    count = active.shape[-1]
+    index = jnp.arange(count, dtype=jnp.int32)
+    lo = jnp.where(active, index, count).min(-1)
+    hi = jnp.where(active, index + 1, 0).max(-1)
+    lo = jnp.minimum(lo, hi)
+    full = full & active
+    full_lo = jnp.minimum(jnp.where(full, index, count).min(-1), hi)
+    full_hi = jnp.where(~full & (index >= full_lo[..., None]), index, count).min(-1)
+    full_hi = jnp.minimum(full_hi, hi)
+    return Ranges(*(array.astype(jnp.int32) for array in (lo, full_lo, full_hi, hi)))
+
+
+class Kernels(NamedTuple):
+    """A pair of functions: the forward pass and its derivative.
+
+    `forward(config, operands)` gives `out [B, T, H, D]` and `lse`, float32 `[B, H, T]` (-inf where a query sees
+    nothing). `backward(config, operands, lse, dout, delta)` gives the gradients of q, k, v and bias (None where it is
+    absent); with P = exp(score - lse), dScore = P * (dout.v - delta), and `delta`, float32 `[B, H, T]`, holds the
+    gradient of `lse` too.
+    """
+
+    forward: Callable
+    backward: Callable
+
+
+# Letters of the operands' dimensions: key heads k, each with a group g of query heads.
+LETTERS = Operands("b t k g d", "b s k d", "b s k d", None, "b t", "b s", "b t", "b s")
+
+
+def per_device(kernels: Kernels) -> Kernels:
+    """Kernels that take no bias, run by every device of a mesh on its own examples and key heads, and under `vmap`."""
+
+    def run(function, operands: Operands, extra: dict[str, Any], outputs: list[str]):
+        _, _, _, heads, kv_heads, width = operands.dims
+
+        def grouped(array):
+            return array.reshape(*array.shape[:2], kv_heads, heads // kv_heads, width)
+
+        present = [i for i, array in enumerate(operands) if array is not None]
+        arrays = [grouped(operands.q), *(operands[i] for i in present[1:]), *extra.values()]
+
+        def local(*arrays):
+            fields: list[Any] = [None] * len(operands)
+            for i, array in zip(present, arrays, strict=False):
+                fields[i] = array
+            batch, length, here, groups, width = fields[0].shape
+            fields[0] = fields[0].reshape(batch, length, here * groups, width)
+            return function(Operands(*fields), here, groups, *arrays[len(present) :])
+
+        letters = [*(LETTERS[i] for i in present), *extra]
+        return sharded(local, letters, outputs, batch=("b", "k"))(*arrays)
+
+    def split(array, axis, kv_heads, groups):
+        return array.reshape(*array.shape[:axis], kv_heads, groups, *array.shape[axis + 1 :])
+
+    def forward(config, operands):
+        def local(operands, kv_heads, groups):
+            out, lse = kernels.forward(config, operands)
+            return split(out, 2, kv_heads, groups), split(lse, 1, kv_heads, groups)
+
+        out, lse = run(local, operands, {}, ["b t k g d", "b k g t"])
+        return out.reshape(operands.q.shape), lse.reshape(lse.shape[0], -1, lse.shape[-1])
+
+    def backward(config, operands, lse, dout, delta):
+        _, _, _, heads, kv_heads, _ = operands.dims
+
+        def local(operands, kv_heads, groups, lse, delta, dout):
+            rows = (array.reshape(array.shape[0], -1, array.shape[-1]) for array in (lse, delta))
+            dout = dout.reshape(operands.q.shape)
+            dq, dk, dv, _ = kernels.backward(config, operands, next(rows), dout, next(rows))
+            return split(dq, 2, kv_heads, groups), dk, dv
+
+        groups = heads // kv_heads
+        lse, delta = (split(array, 1, kv_heads, groups) for array in (lse, delta))
+        extra = {"b k g t": lse, " b k g t": delta, "b t k g d": split(dout, 2, kv_heads, groups)}
+        dq, dk, dv = run(local, operands, extra, ["b t k g d", "b s k d", "b s k d"])
+        return dq.reshape(operands.q.shape), dk, dv, None
+
+    return Kernels(forward, backward)
+
+
+def attend(kernels: Kernels, config: Config, operands: Operands, return_lse: bool):
+    """Runs a pair of kernels as one differentiable function."""
+    out, lse = _attend(kernels, config, operands)
+    return (out, lse.swapaxes(1, 2)) if return_lse else out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(kernels: Kernels, config: Config, operands: Operands):
+    return kernels.forward(config, operands)
+
+
+def _attend_forward(kernels, config, operands):
+    out, lse = kernels.forward(config, operands)
+    return (out, lse), (operands, out, lse)
+
+
+def _attend_backward(kernels, config, residuals, cotangents):
+    operands, out, lse = residuals
+    dout, dlse = cotangents
+    f32 = jnp.promote_types(out.dtype, jnp.float32)
+    # sum_j P_j (dout.v_j) = dout.out; the gradient of lse adds P * dlse to that of the scores.
+    delta = jnp.einsum("bthd,bthd->bht", out.astype(f32), dout.astype(f32)) - jnp.where(jnp.isfinite(lse), dlse, 0)
+    dq, dk, dv, dbias = kernels.backward(config, operands, lse, dout, delta)
+    nothing = tuple(None for _ in operands.metadata)
+    return (Operands(dq, dk, dv, dbias, *nothing),)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -1,0 +1,468 @@
+"""Attention for Hopper GPUs in Pallas' Mosaic GPU dialect: the forward pass, after FlashAttention-3.
+
+A block of threads holds a tile of queries, 64 rows to each of its consumer warpgroups, and walks over the blocks of
+keys that the tile can see. A producer warpgroup keeps the blocks coming by TMA. In each step a consumer issues the
+scores of the next block and, behind them, the product of the last block's weights with v: the softmax of the new scores
+runs while the tensor cores work on that product, and the consumers take turns at issuing, so that one's softmax
+also hides behind another's products. Blocks that causality, window or segments hide are never loaded
+(`contract.block_ranges`), and only blocks on an edge pay for a mask.
+
+The grid is persistent: a block of threads takes every n-th tile, and the loads of a tile run ahead into the next one.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, attend, block_ranges, per_device
+from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2.0)
+FLOOR = -1e30  # the least maximum: finite, so that a row which has seen nothing yet makes no NaN
+ROWS = 64  # of a warpgroup's matrix instruction
+# Of a thread of the producer and of a consumer, by the number of consumers: together at most a core's 65,536.
+REGISTERS = {1: (40, 240), 2: (24, 240), 3: (32, 160)}
+ROW_LAYOUT, COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardTile:
+    """How the forward pass is cut up.
+
+    Attributes:
+      block_k: keys of a step.
+      consumers: warpgroups with 64 queries each.
+      stages: blocks of k and of v in flight.
+      turns: whether the consumers issue in turns.
+      persistent: whether a block of threads takes several tiles.
+    """
+
+    block_k: int
+    consumers: int = 2
+    stages: int = 2
+    turns: bool = True
+    persistent: bool = True
+
+    @property
+    def block_q(self) -> int:
+        return ROWS * self.consumers
+
+
+def tiled(shape, dtype):
+    """Shared memory laid out for TMA and the matrix instructions."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def row_vector(value, size=ROWS):
+    return plgpu.layout_cast(jnp.full((size,), value, jnp.float32), ROW_LAYOUT)
+
+
+def begin(accumulator, value):
+    """Sets a matrix instruction's accumulator to registers' values."""
+    accumulator[...] = value
+
+
+def product(accumulator, a, b):
+    """Issues `accumulator += a @ b`; `a` may be in registers."""
+    plgpu.wgmma(accumulator, a, b)
+
+
+def finish(accumulator, in_flight: int = 0):
+    """The accumulator's value, once at most that many later products are in flight."""
+    return plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
+
+
+def along_rows(vector, shape):
+    """A value for each row, over the columns."""
+    return lax.broadcast_in_dim(vector, shape, (0,))
+
+
+def along_columns(vector, shape):
+    return lax.broadcast_in_dim(vector, shape, (1,))
+
+
+def visible_pairs(config: Config, rows, columns, first_row, first_column, shape, *, transposed=False, keys=None):
+    """The mask of one block of scores, bool of `shape`, or None.
+
+    `rows` and `columns` are the (segments, positions) of the queries and keys, either None; `transposed` where the
+    block's rows are keys. `keys` masks the columns from that index on.
+    """
+    q_dim, k_dim = (1, 0) if transposed else (0, 1)
+    over = {0: along_rows, 1: along_columns}
+    (q_segments, q_positions), (k_segments, k_positions) = rows, columns
+
+    def index(dim, first):
+        return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA) + first
+
+    def spread(vector, dim):
+        return over[dim](vector, shape)
+
+    masks = []
+    if q_segments is not None:
+        masks.append(spread(q_segments, q_dim) == spread(k_segments, k_dim))
+    if config.masks:
+        if q_positions is None:
+            ahead = index(q_dim, first_row - first_column) - index(k_dim, 0)
+        else:
+            ahead = spread(q_positions, q_dim) - spread(k_positions, k_dim)
+        if config.causal:
+            masks.append(ahead >= 0)
+        else:
+            masks.append(ahead > -config.window)
+        if config.window is not None:
+            masks.append(ahead < config.window)
+    if keys is not None:
+        masks.append(index(k_dim, first_column) < keys)
+    return functools.reduce(jnp.logical_and, masks) if masks else None
+
+
+def check(operands: Operands):
+    """Refuses what these kernels don't do."""
+    require_gpu(9.0, 10.0)
+    width = operands.dims[-1]
+    if operands.q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise Unsupported(f"needs bfloat16 or float16, not {operands.q.dtype}")
+    if operands.bias is not None:
+        raise Unsupported("takes no bias")
+    if width > 256:
+        raise Unsupported(f"needs a head width of at most 256, not {width}")
+
+
+def attention(config: Config, operands: Operands, return_lse: bool):
+    from crescendo.pallas_kernels.attention import mosaic_gpu_backward
+
+    check(operands)
+    kernels = per_device(Kernels(forward, mosaic_gpu_backward.backward))
+    return attend(kernels, config, operands, return_lse)
+
+
+def padded(operands: Operands, block_q: int, block_k: int) -> Operands:
+    """Lengths filled up to whole blocks and widths to a multiple of 64.
+
+    Padded keys are hidden by the mask; what padded queries compute is dropped.
+    """
+    _, length, keys, _, _, width = operands.dims
+    more_q, more_k, more_d = -length % block_q, -keys % block_k, -width % 64
+    if not (more_q or more_k or more_d):
+        return operands
+
+    def pad(array, more, more_d=0, value=0):
+        widths = [(0, 0), (0, more)] + [(0, 0)] * (array.ndim - 2)
+        if array.ndim == 4:
+            widths[3] = (0, more_d)
+        return jnp.pad(array, widths, constant_values=value)
+
+    def meta(array, more):
+        return None if array is None else pad(array, more)
+
+    return operands._replace(
+        q=pad(operands.q, more_q, more_d),
+        k=pad(operands.k, more_k, more_d),
+        v=pad(operands.v, more_k, more_d),
+        q_segments=meta(operands.q_segments, more_q),
+        k_segments=meta(operands.k_segments, more_k),
+        q_positions=meta(operands.q_positions, more_q),
+        k_positions=meta(operands.k_positions, more_k),
+    )
+
+
+def stacked_ranges(ranges):
+    """`[B or 1, blocks, 4]`: lo, full_lo, full_hi, hi."""
+    return jnp.stack([jnp.asarray(array) for array in ranges], axis=-1)
+
+
+def forward_tile(operands: Operands) -> ForwardTile:
+    width = operands.dims[-1]
+    if width <= 64:
+        return ForwardTile(block_k=128, consumers=2, stages=2)
+    if width <= 128:
+        return ForwardTile(block_k=128, consumers=2, stages=2)
+    return ForwardTile(block_k=64, consumers=2, stages=2)
+
+
+def forward(config: Config, operands: Operands, tile: ForwardTile | None = None):
+    """`out [B, T, H, D]` and `lse [B, H, T]`."""
+    tile = tile or forward_tile(operands)
+    _, length, keys, _, _, true_width = operands.dims
+    ranges, _ = block_ranges(config, operands, tile.block_q, tile.block_k)
+    whole = padded(operands, tile.block_q, tile.block_k)
+    out, lse = _forward(config, tile, keys)(whole, stacked_ranges(ranges))
+    return out[:, :length, :, :true_width], lse[:, :, :length]
+
+
+def _forward(config: Config, tile: ForwardTile, keys: int):
+    """The kernel's call: `(padded operands, ranges) -> (out, lse)`."""
+
+    def call(operands: Operands, ranges):
+        batch, length, _, heads, kv_heads, width = operands.dims
+        q, k, v = operands[:3]
+        dtype = q.dtype
+        metadata = [array for array in operands.metadata if array is not None]
+        q_meta, k_meta = metadata[0::2], metadata[1::2]
+        tiles_q = length // tile.block_q
+        tiles = batch * heads * tiles_q
+        blocks = min(tiles, target_device().cores) if tile.persistent else tiles
+        ragged = keys if keys % tile.block_k else None
+        # Wide heads leave no room for a tile of results beside that of queries.
+        own_out = width <= 128
+        shape = (ROWS, tile.block_k)
+
+        def body(q_ref, k_ref, v_ref, ranges_ref, *rest):
+            q_metas, rest = rest[: len(q_meta)], rest[len(q_meta) :]
+            k_metas, rest = rest[: len(k_meta)], rest[len(k_meta) :]
+            out_ref, lse_ref, *scratch = rest
+            q_smem, k_smem, v_smem, out_smem, lse_smem, meta_smem, *barriers = scratch
+            q_full, q_free, k_full, k_free, v_full, v_free, turn = barriers
+            out_smem = out_smem if own_out else q_smem
+            block = lax.axis_index("block")
+            warpgroup = lax.axis_index("wg")
+            rounds = (tiles - block + blocks - 1) // blocks
+
+            def place(n):
+                """Batch, head, tile of queries (longest first where causal) and the range of blocks of keys."""
+                index = block + n * blocks
+                tile_q = tiles_q - 1 - lax.rem(index, tiles_q)
+                rest = lax.div(index, tiles_q)
+                head, row = lax.rem(rest, heads), lax.div(rest, heads)
+                at = (row if ranges.shape[0] > 1 else 0, tile_q)
+                return row, head, tile_q, tuple(ranges_ref[(*at, i)] for i in range(4))
+
+            @pl.when(warpgroup == tile.consumers)
+            def _producer():
+                plgpu.set_max_registers(REGISTERS[tile.consumers][0], action="decrease")
+
+                def one_tile(n, step):
+                    row, head, tile_q, (lo, _, _, hi) = place(n)
+                    kv_head = lax.div(head, heads // kv_heads)
+                    for wg in range(tile.consumers):
+
+                        @pl.when(n > 0)
+                        def _():
+                            plgpu.barrier_wait(q_free.at[wg])  # noqa: B023
+
+                        rows = pl.ds(tile_q * tile.block_q + wg * ROWS, ROWS)
+                        plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], q_smem.at[wg], q_full.at[wg])
+
+                    def one_block(j, step):
+                        slot = lax.rem(step, tile.stages)
+                        columns = pl.ds(j * tile.block_k, tile.block_k)
+
+                        @pl.when(step >= tile.stages)
+                        def _():
+                            plgpu.barrier_wait(k_free.at[slot])
+
+                        plgpu.copy_gmem_to_smem(k_ref.at[row, columns, kv_head], k_smem.at[slot], k_full.at[slot])
+                        for i, meta in enumerate(k_metas):
+                            plgpu.copy_gmem_to_smem(meta.at[row, columns], meta_smem.at[i, slot], k_full.at[slot])
+
+                        @pl.when(step >= tile.stages)
+                        def _():
+                            plgpu.barrier_wait(v_free.at[slot])
+
+                        plgpu.copy_gmem_to_smem(v_ref.at[row, columns, kv_head], v_smem.at[slot], v_full.at[slot])
+                        return step + 1
+
+                    return lax.fori_loop(lo, hi, one_block, step)
+
+                steps = lax.fori_loop(0, rounds, one_tile, jnp.int32(0))
+
+                # Nobody leaves before every arrival has been seen.
+                @pl.loop(jnp.maximum(steps - tile.stages, 0), steps)
+                def _(step):
+                    plgpu.barrier_wait(k_free.at[lax.rem(step, tile.stages)])
+                    plgpu.barrier_wait(v_free.at[lax.rem(step, tile.stages)])
+
+                for wg in range(tile.consumers):
+                    plgpu.barrier_wait(q_free.at[wg])
+
+            @pl.when(warpgroup < tile.consumers)
+            def _consumer():
+                plgpu.set_max_registers(REGISTERS[tile.consumers][1], action="increase")
+                wg = warpgroup
+                if tile.turns:
+                    # The last one gives the first its first turn.
+                    pl.when(wg == tile.consumers - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+                following = lax.rem(wg + 1, tile.consumers)
+
+                def take_turn():
+                    if tile.turns:
+                        plgpu.barrier_wait(turn.at[wg])
+
+                def pass_turn():
+                    if tile.turns:
+                        plgpu.barrier_arrive(turn.at[following])
+
+                def one_tile(n, step):
+                    row, head, tile_q, (lo, full_lo, full_hi, hi) = place(n)
+                    first_row = tile_q * tile.block_q + wg * ROWS
+                    q_info = [
+                        plgpu.load(meta.at[row, pl.ds(first_row, ROWS)], layout=ROW_LAYOUT, optimized=False)
+                        for meta in q_metas
+                    ]
+                    plgpu.barrier_wait(q_full.at[wg])
+
+                    def softmax(scores, slot, j, maximum, total):
+                        """The block's weights, the new maximum and sum, and what older sums shrink by."""
+                        if config.soft_cap is not None:
+                            scores = config.soft_cap * jnp.tanh(scores * (config.scale / config.soft_cap))
+                            factor = LOG2_E
+                        else:
+                            factor = config.scale * LOG2_E
+
+                        def masked(scores):
+                            k_info = [
+                                plgpu.load(meta_smem.at[i, slot], layout=COLUMN_LAYOUT, optimized=False)
+                                for i in range(len(k_metas))
+                            ]
+                            if k_info:
+                                plgpu.commit_smem()  # these reads come before the copy that overwrites the slot
+                            seen = visible_pairs(
+                                config,
+                                unpack(operands, q_info),
+                                unpack(operands, k_info),
+                                first_row,
+                                j * tile.block_k,
+                                shape,
+                                keys=ragged,
+                            )
+                            return scores if seen is None else jnp.where(seen, scores, -jnp.inf)
+
+                        edge = (j < full_lo) | (j >= full_hi)
+                        if config.masks or q_meta or ragged:
+                            scores = lax.cond(edge, masked, lambda scores: scores, scores)
+                        plgpu.barrier_arrive(k_free.at[slot])
+                        new = jnp.maximum(maximum, scores.max(axis=1) * factor)
+                        weights = jnp.exp2(scores * factor - along_rows(new, shape))
+                        shrink = jnp.exp2(maximum - new)
+                        return weights.astype(dtype), new, total * shrink + weights.sum(axis=1), shrink
+
+                    @pl.when(hi > lo)
+                    def _():
+                        plgpu.barrier_wait(k_full.at[lax.rem(step, tile.stages)])
+
+                    def first_scores(acc):
+                        slot = lax.rem(step, tile.stages)
+                        take_turn()
+                        product(acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
+                        pass_turn()
+                        return finish(acc)
+
+                    def attend_tile():
+                        slot = lax.rem(step, tile.stages)
+                        scores = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
+                        start = softmax(scores, slot, lo, row_vector(FLOOR), row_vector(0.0))
+                        weights, maximum, total, _ = start
+                        mixed = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
+
+                        def one_block(j, carry):
+                            weights, maximum, total, mixed = carry
+                            at = step + (j - lo)
+                            slot, last = lax.rem(at, tile.stages), lax.rem(at - 1, tile.stages)
+                            plgpu.barrier_wait(k_full.at[slot])
+                            plgpu.barrier_wait(v_full.at[last])
+
+                            def overlapped(scores_acc, mixed_acc):
+                                begin(mixed_acc, mixed)
+                                take_turn()
+                                product(scores_acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
+                                product(mixed_acc, weights, v_smem.at[last])
+                                pass_turn()
+                                scores = finish(scores_acc, in_flight=1)
+                                result = softmax(scores, slot, j, maximum, total)
+                                return *result, finish(mixed_acc)
+
+                            weights, maximum, total, shrink, mixed = pl.run_scoped(
+                                overlapped, plgpu.ACC(shape, jnp.float32), plgpu.ACC((ROWS, width), jnp.float32)
+                            )
+                            plgpu.barrier_arrive(v_free.at[last])
+                            return weights, maximum, total, mixed * along_rows(shrink, (ROWS, width))
+
+                        weights, maximum, total, mixed = lax.fori_loop(
+                            lo + 1, hi, one_block, (weights, maximum, total, mixed)
+                        )
+                        last = lax.rem(step + (hi - lo) - 1, tile.stages)
+                        if own_out:
+                            plgpu.barrier_arrive(q_free.at[wg])
+                        plgpu.barrier_wait(v_full.at[last])
+
+                        def last_product(acc):
+                            begin(acc, mixed)
+                            product(acc, weights, v_smem.at[last])
+                            return finish(acc)
+
+                        mixed = pl.run_scoped(last_product, plgpu.ACC((ROWS, width), jnp.float32))
+                        plgpu.barrier_arrive(v_free.at[last])
+                        seen = total > 0.0
+                        total = jnp.where(seen, total, 1.0)
+                        mixed = mixed * along_rows(jnp.where(seen, 1.0 / total, 0.0), (ROWS, width))
+                        lse = jnp.where(seen, (maximum + jnp.log2(total)) * LN_2, -jnp.inf)
+                        return mixed, lse
+
+                    def nothing():
+                        if own_out:
+                            plgpu.barrier_arrive(q_free.at[wg])
+                        mixed = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
+                        return mixed, row_vector(-jnp.inf)
+
+                    mixed, lse = lax.cond(hi > lo, attend_tile, nothing)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left the buffer
+                    out_smem.at[wg][...] = mixed.astype(dtype)
+                    lse_smem.at[wg][...] = lse
+                    plgpu.commit_smem()
+                    rows = pl.ds(first_row, ROWS)
+                    plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[row, rows, head])
+                    plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[row, head, rows])
+                    if not own_out:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        plgpu.barrier_arrive(q_free.at[wg])
+                    return step + (hi - lo)
+
+                lax.fori_loop(0, rounds, one_tile, jnp.int32(0))
+                pl.when(wg == 0)(take_turn)
+                plgpu.wait_smem_to_gmem(0)
+
+        kernel = plgpu.kernel(
+            body,
+            out_type=(
+                jax.ShapeDtypeStruct(q.shape, dtype),
+                jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+            ),
+            scratch_types=(
+                tiled((tile.consumers, ROWS, width), dtype),
+                tiled((tile.stages, tile.block_k, width), dtype),
+                tiled((tile.stages, tile.block_k, width), dtype),
+                tiled((tile.consumers, ROWS, width), dtype) if own_out else None,
+                plgpu.SMEM((tile.consumers, ROWS), jnp.float32),
+                plgpu.SMEM((len(k_meta), tile.stages, tile.block_k), jnp.int32) if k_meta else None,
+                plgpu.Barrier(num_barriers=tile.consumers),
+                plgpu.Barrier(num_barriers=tile.consumers),
+                plgpu.Barrier(num_arrivals=1 + len(k_meta), num_barriers=tile.stages),
+                plgpu.Barrier(num_arrivals=tile.consumers, num_barriers=tile.stages),
+                plgpu.Barrier(num_barriers=tile.stages),
+                plgpu.Barrier(num_arrivals=tile.consumers, num_barriers=tile.stages),
+                plgpu.Barrier(num_barriers=tile.consumers),
+            ),
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+            grid=(blocks,),
+            grid_names=("block",),
+            num_threads=tile.consumers + 1,
+            thread_name="wg",
+        )
+        return kernel(q, k, v, ranges, *q_meta, *k_meta)
+
+    return call
+
+
+def unpack(operands: Operands, present: list) -> tuple:
+    """(segments, positions) from those that are there."""
+    given = iter(present)
+    segments = next(given) if operands.q_segments is not None else None
+    return segments, next(given, None)

@@ -1,0 +1,465 @@
+"""Attention for Hopper GPUs in Pallas' Mosaic GPU dialect: the backward pass, deterministic.
+
+Two kernels recompute the weights from the log-sum-exp. One holds a tile of keys and walks over the queries that see it,
+of all the query heads of its group, with the gradients of k and v in registers; its scores are transposed, so that
+the weights are the left operand of the next product without passing through memory. The other holds a tile of
+queries and walks over the keys, with the gradient of q in registers. No two blocks of threads add to the same place.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from crescendo.pallas_kernels.attention import mosaic_gpu as shared
+from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges
+from crescendo.pallas_kernels.op import target_device
+
+ROWS, LOG2_E = shared.ROWS, shared.LOG2_E
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardTile:
+    """How one of the backward kernels is cut up.
+
+    Attributes:
+      block: queries (or keys) of a step.
+      consumers: warpgroups, each with 64 keys (or queries) of the tile.
+      stages: blocks in flight.
+      persistent: whether a block of threads takes several tiles.
+    """
+
+    block: int
+    consumers: int = 2
+    stages: int = 2
+    persistent: bool = True
+
+    @property
+    def rows(self) -> int:
+        return ROWS * self.consumers
+
+
+def tiles_for(operands: Operands) -> tuple[BackwardTile, BackwardTile]:
+    """Of the kernel for k and v, and of the one for q."""
+    width = operands.dims[-1]
+    if width <= 64:
+        return BackwardTile(block=128), BackwardTile(block=128)
+    if width <= 128:
+        return BackwardTile(block=64), BackwardTile(block=128)
+    return BackwardTile(block=64, consumers=1), BackwardTile(block=64, consumers=1)
+
+
+def backward(
+    config: Config,
+    operands: Operands,
+    lse,
+    dout,
+    delta,
+    tiles: tuple[BackwardTile, BackwardTile] | None = None,
+):
+    """The gradients of q, k and v (and None for the bias, which these kernels don't take)."""
+    keys_tile, queries_tile = tiles or tiles_for(operands)
+    _, length, keys, _, _, width = operands.dims
+    # exp(score - inf) = 0: rows that see nothing, and rows of padding, take no part.
+    lse = jnp.where(jnp.isfinite(lse), lse * LOG2_E, jnp.inf)
+
+    def prepared(block_q, block_k):
+        whole = shared.padded(operands, block_q, block_k)
+        more = [(0, 0), (0, 0), (0, whole.q.shape[1] - length)]
+        rows = jnp.pad(lse, more, constant_values=jnp.inf), jnp.pad(delta.astype(jnp.float32), more)
+        return whole, shared.padded(operands._replace(q=dout), block_q, block_k).q, *rows
+
+    # Wide heads leave registers for one gradient at a time.
+    block_q, block_k = keys_tile.block, keys_tile.rows
+    _, ranges = block_ranges(config, operands, block_q, block_k)
+    whole, *rest = prepared(block_q, block_k)
+    gradients = {}
+    for wanted in (("dk",), ("dv",)) if width > 128 else (("dk", "dv"),):
+        results = _keys_kernel(config, whole, keys, keys_tile, wanted, ranges, *rest)
+        gradients.update(zip(wanted, results, strict=True))
+    dk, dv = (gradients[name][:, :keys, :, :width] for name in ("dk", "dv"))
+
+    block_q, block_k = queries_tile.rows, queries_tile.block
+    ranges, _ = block_ranges(config, operands, block_q, block_k)
+    whole, *rest = prepared(block_q, block_k)
+    (dq,) = _queries_kernel(config, whole, keys, queries_tile, ranges, *rest)
+    return dq[:, :length, :, :width], dk, dv, None
+
+
+def _weights(config: Config, scores, lse, masked, edge):
+    """`P = exp(score - lse)`, and the derivative of the capped score (None without a cap)."""
+    slope, factor = None, config.scale * LOG2_E
+    if config.soft_cap is not None:
+        capped = jnp.tanh(scores * (config.scale / config.soft_cap))
+        scores, slope, factor = config.soft_cap * capped, 1 - capped * capped, LOG2_E
+    scores = lax.cond(edge, masked, lambda scores: scores, scores)
+    return jnp.exp2(scores * factor - lse), slope
+
+
+def _zeros(shape):
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _split(operands: Operands):
+    """The metadata that are there, of queries and of keys."""
+    return [[a for a in operands.metadata[side::2] if a is not None] for side in (0, 1)]
+
+
+def _launch(body, tile: BackwardTile, tiles: int, out_type, scratch):
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        grid=(min(tiles, target_device().cores) if tile.persistent else tiles,),
+        grid_names=("block",),
+        num_threads=tile.consumers + 1,
+        thread_name="wg",
+    )
+
+
+def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, wanted, ranges, dout, lse, delta):
+    """The gradients named in `wanted`, of k and v."""
+    batch, _, padded_keys, heads, kv_heads, width = operands.dims
+    groups, dtype = heads // kv_heads, operands.q.dtype
+    tiles_k = padded_keys // tile.rows
+    tiles = batch * kv_heads * tiles_k
+    blocks = min(tiles, target_device().cores) if tile.persistent else tiles
+    ranges = shared.stacked_ranges(ranges)
+    q_meta, k_meta = _split(operands)
+    want_dk, want_dv = "dk" in wanted, "dv" in wanted
+    shape = (ROWS, tile.block)
+    ragged = keys if keys % tile.rows else None
+
+    def body(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ranges_ref, *rest):
+        q_metas, rest = rest[: len(q_meta)], rest[len(q_meta) :]
+        k_metas, rest = rest[: len(k_meta)], rest[len(k_meta) :]
+        out_refs, scratch = rest[: len(wanted)], rest[len(wanted) :]
+        k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, meta_smem, *barriers = scratch
+        own_full, own_free, q_full, q_free, dout_full, dout_free = barriers
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
+        rounds = (tiles - block + blocks - 1) // blocks
+
+        def place(n):
+            index = block + n * blocks
+            tile_k, rest = lax.rem(index, tiles_k), lax.div(index, tiles_k)
+            kv_head, row = lax.rem(rest, kv_heads), lax.div(rest, kv_heads)
+            at = (row if ranges.shape[0] > 1 else 0, tile_k)
+            return row, kv_head, tile_k, tuple(ranges_ref[(*at, i)] for i in range(4))
+
+        @pl.when(warpgroup == tile.consumers)
+        def _producer():
+            plgpu.set_max_registers(shared.REGISTERS[tile.consumers][0], action="decrease")
+
+            def one_tile(n, step):
+                row, kv_head, tile_k, (lo, _, _, hi) = place(n)
+                for wg in range(tile.consumers):
+
+                    @pl.when(n > 0)
+                    def _():
+                        plgpu.barrier_wait(own_free.at[wg])  # noqa: B023
+
+                    rows = pl.ds(tile_k * tile.rows + wg * ROWS, ROWS)
+                    plgpu.copy_gmem_to_smem(k_ref.at[row, rows, kv_head], k_smem.at[wg], own_full.at[wg])
+                    plgpu.copy_gmem_to_smem(v_ref.at[row, rows, kv_head], v_smem.at[wg], own_full.at[wg])
+
+                def one_block(i, step):
+                    slot = lax.rem(step, tile.stages)
+                    head = kv_head * groups + lax.div(i, hi - lo)
+                    columns = pl.ds((lo + lax.rem(i, hi - lo)) * tile.block, tile.block)
+                    pl.when(step >= tile.stages)(lambda: plgpu.barrier_wait(q_free.at[slot]))
+                    plgpu.copy_gmem_to_smem(q_ref.at[row, columns, head], q_smem.at[slot], q_full.at[slot])
+                    plgpu.copy_gmem_to_smem(lse_ref.at[row, head, columns], lse_smem.at[slot], q_full.at[slot])
+                    for j, meta in enumerate(q_metas):
+                        plgpu.copy_gmem_to_smem(meta.at[row, columns], meta_smem.at[j, slot], q_full.at[slot])
+                    pl.when(step >= tile.stages)(lambda: plgpu.barrier_wait(dout_free.at[slot]))
+                    plgpu.copy_gmem_to_smem(dout_ref.at[row, columns, head], dout_smem.at[slot], dout_full.at[slot])
+                    plgpu.copy_gmem_to_smem(delta_ref.at[row, head, columns], delta_smem.at[slot], dout_full.at[slot])
+                    return step + 1
+
+                return lax.fori_loop(0, groups * (hi - lo), one_block, step)
+
+            steps = lax.fori_loop(0, rounds, one_tile, jnp.int32(0))
+
+            @pl.loop(jnp.maximum(steps - tile.stages, 0), steps)
+            def _(step):
+                plgpu.barrier_wait(q_free.at[lax.rem(step, tile.stages)])
+                plgpu.barrier_wait(dout_free.at[lax.rem(step, tile.stages)])
+
+            for wg in range(tile.consumers):
+                plgpu.barrier_wait(own_free.at[wg])
+
+        @pl.when(warpgroup < tile.consumers)
+        def _consumer():
+            plgpu.set_max_registers(shared.REGISTERS[tile.consumers][1], action="increase")
+            wg = warpgroup
+
+            def one_tile(n, step):
+                row, kv_head, tile_k, (lo, full_lo, full_hi, hi) = place(n)
+                first_row = tile_k * tile.rows + wg * ROWS
+                rows = pl.ds(first_row, ROWS)
+                k_info = [plgpu.load(meta.at[row, rows], layout=shared.ROW_LAYOUT, optimized=False) for meta in k_metas]
+                plgpu.barrier_wait(own_full.at[wg])
+
+                def one_block(i, carry):
+                    dk, dv = carry
+                    slot = lax.rem(step + i, tile.stages)
+                    q_block = lo + lax.rem(i, hi - lo)
+                    plgpu.barrier_wait(q_full.at[slot])
+
+                    def masked(scores):
+                        q_info = [
+                            plgpu.load(meta_smem.at[j, slot], layout=shared.COLUMN_LAYOUT, optimized=False)
+                            for j in range(len(q_metas))
+                        ]
+                        seen = shared.visible_pairs(
+                            config,
+                            shared.unpack(operands, q_info),
+                            shared.unpack(operands, k_info),
+                            q_block * tile.block,
+                            first_row,
+                            shape,
+                            transposed=True,
+                            keys=ragged,
+                        )
+                        return scores if seen is None else jnp.where(seen, scores, -jnp.inf)
+
+                    def products(scores_acc, dweights_acc, dk_acc, dv_acc):
+                        shared.product(scores_acc, k_smem.at[wg], q_smem.at[slot].transpose((1, 0)))
+                        plgpu.barrier_wait(dout_full.at[slot])
+                        if want_dk:
+                            shared.product(dweights_acc, v_smem.at[wg], dout_smem.at[slot].transpose((1, 0)))
+                        scores = shared.finish(scores_acc, in_flight=int(want_dk))
+                        lse = plgpu.load(lse_smem.at[slot], layout=shared.COLUMN_LAYOUT, optimized=False)
+                        edge = (q_block < full_lo) | (q_block >= full_hi)
+                        weights, slope = _weights(config, scores, shared.along_columns(lse, shape), masked, edge)
+                        if want_dv:
+                            shared.begin(dv_acc, dv)
+                            shared.product(dv_acc, weights.astype(dtype), dout_smem.at[slot])
+                        new_dk = dk
+                        if want_dk:
+                            dweights = shared.finish(dweights_acc, in_flight=int(want_dv))
+                            delta = plgpu.load(delta_smem.at[slot], layout=shared.COLUMN_LAYOUT, optimized=False)
+                            dscores = weights * (dweights - shared.along_columns(delta, shape))
+                            dscores = dscores if slope is None else dscores * slope
+                            shared.begin(dk_acc, dk)
+                            shared.product(dk_acc, dscores.astype(dtype), q_smem.at[slot])
+                        new_dv = shared.finish(dv_acc, in_flight=int(want_dk)) if want_dv else dv
+                        plgpu.commit_smem()  # what was read above comes before the copies that overwrite it
+                        plgpu.barrier_arrive(dout_free.at[slot])
+                        if want_dk:
+                            new_dk = shared.finish(dk_acc)
+                        plgpu.barrier_arrive(q_free.at[slot])
+                        return new_dk, new_dv
+
+                    gradient = plgpu.ACC((ROWS, width), jnp.float32)
+                    return pl.run_scoped(
+                        products,
+                        plgpu.ACC(shape, jnp.float32),
+                        plgpu.ACC(shape, jnp.float32) if want_dk else None,
+                        gradient if want_dk else None,
+                        gradient if want_dv else None,
+                    )
+
+                start = (
+                    _zeros((ROWS, width)) if want_dk else None,
+                    _zeros((ROWS, width)) if want_dv else None,
+                )
+                steps = groups * (hi - lo)
+                dk, dv = lax.fori_loop(0, steps, one_block, start)
+                results = {"dk": (k_smem, None if dk is None else dk * config.scale), "dv": (v_smem, dv)}
+                for name in wanted:
+                    buffer, value = results[name]
+                    buffer.at[wg][...] = value.astype(dtype)
+                plgpu.commit_smem()
+                for name, out_ref in zip(wanted, out_refs, strict=True):
+                    plgpu.copy_smem_to_gmem(results[name][0].at[wg], out_ref.at[row, rows, kv_head])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(own_free.at[wg])
+                return step + steps
+
+            lax.fori_loop(0, rounds, one_tile, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0)
+
+    own, passing = (tile.consumers, ROWS, width), (tile.stages, tile.block, width)
+    scratch = (
+        shared.tiled(own, dtype),
+        shared.tiled(own, dtype),
+        shared.tiled(passing, dtype),
+        shared.tiled(passing, dtype),
+        plgpu.SMEM((tile.stages, tile.block), jnp.float32),
+        plgpu.SMEM((tile.stages, tile.block), jnp.float32),
+        plgpu.SMEM((len(q_meta), tile.stages, tile.block), jnp.int32) if q_meta else None,
+        plgpu.Barrier(num_barriers=tile.consumers, num_arrivals=2),
+        plgpu.Barrier(num_barriers=tile.consumers),
+        plgpu.Barrier(num_barriers=tile.stages, num_arrivals=2 + len(q_meta)),
+        plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.consumers),
+        plgpu.Barrier(num_barriers=tile.stages, num_arrivals=2),
+        plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.consumers),
+    )
+    out_type = tuple(jax.ShapeDtypeStruct(operands.k.shape, dtype) for _ in wanted)
+    kernel = _launch(body, tile, tiles, out_type, scratch)
+    return kernel(*operands[:3], dout, lse, delta, ranges, *q_meta, *k_meta)
+
+
+def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, ranges, dout, lse, delta):
+    """The gradient of q."""
+    batch, length, _, heads, kv_heads, width = operands.dims
+    groups, dtype = heads // kv_heads, operands.q.dtype
+    tiles_q = length // tile.rows
+    tiles = batch * heads * tiles_q
+    blocks = min(tiles, target_device().cores) if tile.persistent else tiles
+    ranges = shared.stacked_ranges(ranges)
+    q_meta, k_meta = _split(operands)
+    shape = (ROWS, tile.block)
+    ragged = keys if keys % tile.block else None
+
+    def body(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ranges_ref, *rest):
+        q_metas, rest = rest[: len(q_meta)], rest[len(q_meta) :]
+        k_metas, rest = rest[: len(k_meta)], rest[len(k_meta) :]
+        dq_ref, q_smem, dout_smem, k_smem, v_smem, meta_smem, *barriers = rest
+        own_full, own_free, k_full, k_free, v_full, v_free = barriers
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
+        rounds = (tiles - block + blocks - 1) // blocks
+
+        def place(n):
+            index = block + n * blocks
+            tile_q, rest = tiles_q - 1 - lax.rem(index, tiles_q), lax.div(index, tiles_q)
+            head, row = lax.rem(rest, heads), lax.div(rest, heads)
+            at = (row if ranges.shape[0] > 1 else 0, tile_q)
+            return row, head, tile_q, tuple(ranges_ref[(*at, i)] for i in range(4))
+
+        @pl.when(warpgroup == tile.consumers)
+        def _producer():
+            plgpu.set_max_registers(shared.REGISTERS[tile.consumers][0], action="decrease")
+
+            def one_tile(n, step):
+                row, head, tile_q, (lo, _, _, hi) = place(n)
+                kv_head = lax.div(head, groups)
+                for wg in range(tile.consumers):
+
+                    @pl.when(n > 0)
+                    def _():
+                        plgpu.barrier_wait(own_free.at[wg])  # noqa: B023
+
+                    rows = pl.ds(tile_q * tile.rows + wg * ROWS, ROWS)
+                    plgpu.copy_gmem_to_smem(q_ref.at[row, rows, head], q_smem.at[wg], own_full.at[wg])
+                    plgpu.copy_gmem_to_smem(dout_ref.at[row, rows, head], dout_smem.at[wg], own_full.at[wg])
+
+                def one_block(j, step):
+                    slot = lax.rem(step, tile.stages)
+                    columns = pl.ds(j * tile.block, tile.block)
+                    pl.when(step >= tile.stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+                    plgpu.copy_gmem_to_smem(k_ref.at[row, columns, kv_head], k_smem.at[slot], k_full.at[slot])
+                    for i, meta in enumerate(k_metas):
+                        plgpu.copy_gmem_to_smem(meta.at[row, columns], meta_smem.at[i, slot], k_full.at[slot])
+                    pl.when(step >= tile.stages)(lambda: plgpu.barrier_wait(v_free.at[slot]))
+                    plgpu.copy_gmem_to_smem(v_ref.at[row, columns, kv_head], v_smem.at[slot], v_full.at[slot])
+                    return step + 1
+
+                return lax.fori_loop(lo, hi, one_block, step)
+
+            steps = lax.fori_loop(0, rounds, one_tile, jnp.int32(0))
+
+            @pl.loop(jnp.maximum(steps - tile.stages, 0), steps)
+            def _(step):
+                plgpu.barrier_wait(k_free.at[lax.rem(step, tile.stages)])
+                plgpu.barrier_wait(v_free.at[lax.rem(step, tile.stages)])
+
+            for wg in range(tile.consumers):
+                plgpu.barrier_wait(own_free.at[wg])
+
+        @pl.when(warpgroup < tile.consumers)
+        def _consumer():
+            plgpu.set_max_registers(shared.REGISTERS[tile.consumers][1], action="increase")
+            wg = warpgroup
+
+            def one_tile(n, step):
+                row, head, tile_q, (lo, full_lo, full_hi, hi) = place(n)
+                first_row = tile_q * tile.rows + wg * ROWS
+                rows = pl.ds(first_row, ROWS)
+
+                def load_rows(ref):
+                    return plgpu.load(ref, layout=shared.ROW_LAYOUT, optimized=False)
+
+                q_info = [load_rows(meta.at[row, rows]) for meta in q_metas]
+                lse, delta = load_rows(lse_ref.at[row, head, rows]), load_rows(delta_ref.at[row, head, rows])
+                plgpu.barrier_wait(own_full.at[wg])
+
+                def one_block(j, dq):
+                    slot = lax.rem(step + (j - lo), tile.stages)
+                    plgpu.barrier_wait(k_full.at[slot])
+
+                    def masked(scores):
+                        k_info = [
+                            plgpu.load(meta_smem.at[i, slot], layout=shared.COLUMN_LAYOUT, optimized=False)
+                            for i in range(len(k_metas))
+                        ]
+                        if k_info:
+                            plgpu.commit_smem()  # these reads come before the copy that overwrites the slot
+                        seen = shared.visible_pairs(
+                            config,
+                            shared.unpack(operands, q_info),
+                            shared.unpack(operands, k_info),
+                            first_row,
+                            j * tile.block,
+                            shape,
+                            keys=ragged,
+                        )
+                        return scores if seen is None else jnp.where(seen, scores, -jnp.inf)
+
+                    def products(scores_acc, dweights_acc, dq_acc):
+                        shared.product(scores_acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
+                        plgpu.barrier_wait(v_full.at[slot])
+                        shared.product(dweights_acc, dout_smem.at[wg], v_smem.at[slot].transpose((1, 0)))
+                        scores = shared.finish(scores_acc, in_flight=1)
+                        edge = (j < full_lo) | (j >= full_hi)
+                        weights, slope = _weights(config, scores, shared.along_rows(lse, shape), masked, edge)
+                        dweights = shared.finish(dweights_acc)
+                        plgpu.barrier_arrive(v_free.at[slot])
+                        dscores = weights * (dweights - shared.along_rows(delta, shape))
+                        dscores = dscores if slope is None else dscores * slope
+                        shared.begin(dq_acc, dq)
+                        shared.product(dq_acc, dscores.astype(dtype), k_smem.at[slot])
+                        dq_new = shared.finish(dq_acc)
+                        plgpu.barrier_arrive(k_free.at[slot])
+                        return dq_new
+
+                    return pl.run_scoped(
+                        products,
+                        plgpu.ACC(shape, jnp.float32),
+                        plgpu.ACC(shape, jnp.float32),
+                        plgpu.ACC((ROWS, width), jnp.float32),
+                    )
+
+                dq = lax.fori_loop(lo, hi, one_block, _zeros((ROWS, width)))
+                q_smem.at[wg][...] = (dq * config.scale).astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(q_smem.at[wg], dq_ref.at[row, rows, head])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(own_free.at[wg])
+                return step + (hi - lo)
+
+            lax.fori_loop(0, rounds, one_tile, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0)
+
+    own, passing = (tile.consumers, ROWS, width), (tile.stages, tile.block, width)
+    scratch = (
+        shared.tiled(own, dtype),
+        shared.tiled(own, dtype),
+        shared.tiled(passing, dtype),
+        shared.tiled(passing, dtype),
+        plgpu.SMEM((len(k_meta), tile.stages, tile.block), jnp.int32) if k_meta else None,
+        plgpu.Barrier(num_barriers=tile.consumers, num_arrivals=2),
+        plgpu.Barrier(num_barriers=tile.consumers),
+        plgpu.Barrier(num_barriers=tile.stages, num_arrivals=1 + len(k_meta)),
+        plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.consumers),
+        plgpu.Barrier(num_barriers=tile.stages),
+        plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.consumers),
+    )
+    out_type = (jax.ShapeDtypeStruct(operands.q.shape, dtype),)
+    kernel = _launch(body, tile, tiles, out_type, scratch)
+    return kernel(*operands[:3], dout, lse, delta, ranges, *q_meta, *k_meta)

@@ -1,0 +1,131 @@
+"""The op `attention`: its contract and its implementations in order of preference."""
+
+import math
+import numbers
+
+import jax.numpy as jnp
+
+from crescendo.pallas_kernels.attention.contract import Config, Operands
+from crescendo.pallas_kernels.op import op
+
+HERE = "crescendo.pallas_kernels.attention"
+IMPLEMENTATIONS = {name: f"{HERE}.{name}" for name in ("mosaic_gpu", "cudnn", "xla", "reference")}
+
+
+@op(IMPLEMENTATIONS)
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    segment_ids=None,
+    positions=None,
+    bias=None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    return_lse: bool = False,
+):
+    """`softmax(scale q k^T + bias) v`, without the matrix of scores in memory.
+
+    Query head h attends with key head `h // (H // K)`. A query that sees no key gives 0, and its gradients are 0.
+
+    Args:
+      q: `[B, T, H, D]`.
+      k, v: `[B, S, K, D]`, H a multiple of K, of q's dtype.
+      causal: a query sees keys whose position is not greater than its own.
+      window: keeps keys at a distance less than this: `i - w < j`, and `j <= i` when causal, `j < i + w` otherwise.
+      segment_ids: int `[B, T]` (where S = T), or a pair of `[B, T]` and `[B, S]`: queries see keys of their segment.
+      positions: likewise, int; `arange` from 0 on both sides where it is None. `causal` and `window` compare them.
+      bias: added to the scores; its shape broadcasts to `[B, H, T, S]`.
+      scale: `D ** -0.5` where it is None.
+      soft_cap: scores become `soft_cap * tanh(score / soft_cap)`, before the bias.
+      return_lse: also returns `log(sum(exp(scores)))`, float32 `[B, T, H]` (-inf where nothing is seen), which is
+        differentiable too, so that parts of a longer attention can be merged.
+
+    Returns:
+      `[B, T, H, D]` in q's dtype, or the pair with the log-sum-exp.
+
+    Raises:
+      ValueError, TypeError: for arguments that no implementation could take.
+      NotImplementedError: if none of the named implementations serves the call; the message says which would.
+
+    >>> q, k = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 4, 1, 8))
+    >>> attention(q, k, k, causal=True).shape
+    (1, 4, 2, 8)
+    >>> out, lse = attention(q, k, k, segment_ids=jnp.array([[1, 1, 2, 2]]), return_lse=True)
+    >>> lse.shape
+    (1, 4, 2)
+
+    References:
+      Dao, "FlashAttention-2", 2023 (arXiv:2307.08691); Shah et al., "FlashAttention-3", 2024 (arXiv:2407.08608);
+      Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", 2021 (arXiv:2112.05682).
+    """
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise TypeError(f"{name} must be an array, not {type(array).__name__}")
+        if len(array.shape) != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions [batch, length, heads, width], not the shape {array.shape}"
+            )
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating-point, not {array.dtype}")
+    batch, length, heads, width = q.shape
+    keys, kv_heads = k.shape[1], k.shape[2]
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, not {k.shape} and {v.shape}")
+    if k.shape[0] != batch or k.shape[3] != width:
+        raise ValueError(f"q {q.shape} and k {k.shape} must agree in batch and width")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}: cast them first")
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"q {q.shape} and k {k.shape} must not be empty")
+    if heads % kv_heads:
+        raise ValueError(f"q has {heads} heads, which is no multiple of k's {kv_heads}")
+    if window is not None and (not isinstance(window, numbers.Integral) or window < 1):
+        raise ValueError(f"window must be a whole number of at least 1, or None, not {window!r}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, not {scale!r}")
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"soft_cap must be positive and finite, or None, not {soft_cap!r}")
+    if bias is not None:
+        full = (batch, heads, length, keys)
+        if len(bias.shape) != 4 or any(size not in (1, whole) for size, whole in zip(bias.shape, full, strict=True)):
+            raise ValueError(f"bias {bias.shape} must broadcast to [batch, heads, length, keys] = {full}")
+    config = Config(
+        scale=width**-0.5 if scale is None else float(scale),
+        causal=bool(causal),
+        window=None if window is None else int(window),
+        soft_cap=None if soft_cap is None else float(soft_cap),
+        sees_itself=not isinstance(segment_ids, tuple) and positions is None and length == keys,
+    )
+    if not config.causal and config.window is None:
+        positions = None  # nothing reads them
+    operands = Operands(
+        q,
+        k,
+        v,
+        bias,
+        *_pair("segment_ids", segment_ids, batch, length, keys),
+        *_pair("positions", positions, batch, length, keys),
+    )
+    return {"config": config, "operands": operands, "return_lse": bool(return_lse)}
+
+
+def _pair(name: str, value, batch: int, length: int, keys: int):
+    """One array for both sides, or a pair, checked."""
+    if value is None:
+        return None, None
+    if not isinstance(value, tuple):
+        if length != keys:
+            raise ValueError(f"{name} must be a pair for q and k, whose lengths differ: {length} and {keys}")
+        value = (value, value)
+    if len(value) != 2:
+        raise ValueError(f"{name} must be one array or a pair, not {len(value)} of them")
+    for side, array, size in (("q", value[0], length), ("k", value[1], keys)):
+        if tuple(array.shape) != (batch, size):
+            raise ValueError(f"{name} for {side} must have the shape {(batch, size)}, not {tuple(array.shape)}")
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(f"{name} for {side} must be integers, not {array.dtype}")
+    return value

@@ -1,0 +1,31 @@
+"""The specification: the whole matrix of scores, in float32 (float64 for float64 inputs)."""
+
+import jax.numpy as jnp
+
+from crescendo.pallas_kernels.attention.contract import Operands, positions, visible
+
+
+def attention(config, operands: Operands, return_lse: bool):
+    q, k, v, bias, q_segments, k_segments, *_ = operands
+    batch, length, keys, heads, kv_heads, width = operands.dims
+    exact = jnp.promote_types(q.dtype, jnp.float32)
+    grouped = q.astype(exact).reshape(batch, length, kv_heads, heads // kv_heads, width)
+    scores = config.scale * jnp.einsum("btkgd,bskd->bkgts", grouped, k.astype(exact))
+    scores = scores.reshape(batch, heads, length, keys)
+    if config.soft_cap is not None:
+        scores = config.soft_cap * jnp.tanh(scores / config.soft_cap)
+    if bias is not None:
+        scores = scores + bias.astype(exact)
+    mask = visible(config, q_segments, k_segments, *positions(operands))
+    if mask is not None:
+        scores = jnp.where(mask[:, None], scores, -jnp.inf)
+    # A row that sees nothing (its maximum is -inf) gives 0, and so do its gradients.
+    maximum = scores.max(-1, keepdims=True, initial=-jnp.inf)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(maximum), maximum, 0))
+    total = weights.sum(-1, keepdims=True)
+    seen = total > 0
+    safe = jnp.where(seen, total, 1)
+    lse = jnp.where(seen, jnp.log(safe) + jnp.where(seen, maximum, 0), -jnp.inf)[..., 0]
+    weights = (weights / safe).reshape(batch, kv_heads, heads // kv_heads, length, keys)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights, v.astype(exact)).reshape(batch, length, heads, width).astype(q.dtype)
+    return (out, lse.swapaxes(1, 2)) if return_lse else out

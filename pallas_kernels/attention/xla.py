@@ -1,0 +1,148 @@
+"""Chunked over the keys with an online softmax, on any device; memory linear in the length, backward too."""
+
+import jax
+import jax.numpy as jnp
+
+from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, attend, positions, visible
+
+CHUNK_KEYS = 512
+
+
+def attention(config: Config, operands: Operands, return_lse: bool):
+    return attend(Kernels(forward, backward), config, operands, return_lse)
+
+
+def _chunks(operands: Operands):
+    """Everything with a key dimension, cut into chunks on a leading axis, and the chunks' first keys."""
+    _, _, keys, *_ = operands.dims
+    chunk = min(CHUNK_KEYS, keys)
+    count = -(-keys // chunk)
+
+    def cut(array, axis):
+        if array is None or array.shape[axis] != keys:
+            return None
+        pad = [(0, 0)] * array.ndim
+        pad[axis] = (0, count * chunk - array.shape[axis])
+        padded = jnp.pad(array, pad)
+        shape = (*array.shape[:axis], count, chunk, *array.shape[axis + 1 :])
+        return jnp.moveaxis(padded.reshape(shape), axis, 0)
+
+    parts = {
+        "k": cut(operands.k, 1),
+        "v": cut(operands.v, 1),
+        "bias": cut(operands.bias, 3),
+        "segments": _rows(operands.k_segments, count, chunk),
+        "positions": _rows(positions(operands)[1], count, chunk),
+        "first": jnp.arange(count, dtype=jnp.int32) * chunk,
+    }
+    return parts
+
+
+def _rows(array, count, chunk):
+    """`[B, S]` as `[count, B, chunk]`."""
+    if array is None:
+        return None
+    padded = jnp.pad(jnp.asarray(array), ((0, 0), (0, count * chunk - array.shape[1])))
+    return jnp.moveaxis(padded.reshape(array.shape[0], count, chunk), 1, 0)
+
+
+def _scores(config: Config, operands: Operands, grouped, part, exact):
+    """Scores of one chunk, float `[B, K, G, T, chunk]`, -inf where unseen, and the capped part's derivative or None."""
+    _, _, keys, heads, kv_heads, _ = operands.dims
+    scores = config.scale * jnp.einsum("btkgd,bskd->bkgts", grouped, part["k"], preferred_element_type=exact)
+    slope = None
+    if config.soft_cap is not None:
+        capped = jnp.tanh(scores / config.soft_cap)
+        scores, slope = config.soft_cap * capped, 1 - capped**2
+    bias = operands.bias if part["bias"] is None else part["bias"]
+    if bias is not None:
+        scores = scores + _grouped_bias(bias.astype(exact), kv_heads, heads // kv_heads)
+    chunk = part["k"].shape[1]
+    mask = (part["first"] + jnp.arange(chunk) < keys)[None, None, :]
+    seen = visible(config, operands.q_segments, part["segments"], positions(operands)[0], part["positions"])
+    mask = mask if seen is None else mask & seen
+    return jnp.where(mask[:, None, None], scores, -jnp.inf), slope
+
+
+def _grouped_bias(bias, kv_heads, groups):
+    """`[B, H, T, S]` as `[B, K, G, T, S]`, where each size may be 1."""
+    split = (1, 1) if bias.shape[1] == 1 else (kv_heads, groups)
+    return bias.reshape(bias.shape[0], *split, *bias.shape[2:])
+
+
+def _grouped(array, kv_heads):
+    """`[B, T, H, D]` as `[B, T, K, G, D]`."""
+    return array.reshape(*array.shape[:2], kv_heads, -1, array.shape[-1])
+
+
+def _varying(start, operands: Operands):
+    """Inside `shard_map` a carry must vary over the mesh axes that the operands vary over."""
+    axes = frozenset().union(*(jax.typeof(array).mat.varying for array in jax.tree.leaves(operands)))
+    return jax.tree.map(lambda array: jax.lax.pcast(array, tuple(axes), to="varying"), start) if axes else start
+
+
+def forward(config: Config, operands: Operands):
+    q, _, v = operands[:3]
+    batch, length, _, heads, kv_heads, width = operands.dims
+    exact = jnp.promote_types(q.dtype, jnp.float32)
+    grouped = _grouped(q, kv_heads)
+    parts = _chunks(operands)
+
+    def step(carry, part):
+        maximum, total, out = carry
+        scores, _ = _scores(config, operands, grouped, part, exact)
+        new = jnp.maximum(maximum, scores.max(-1))
+        safe = jnp.where(jnp.isfinite(new), new, 0)
+        weights = jnp.exp(scores - safe[..., None])
+        shrink = jnp.exp(maximum - safe)
+        mixed = jnp.einsum("bkgts,bskd->bkgtd", weights.astype(v.dtype), part["v"], preferred_element_type=exact)
+        return (new, total * shrink + weights.sum(-1), out * shrink[..., None] + mixed), None
+
+    # Made from the queries, so that it has their sharding.
+    out = jnp.zeros_like(jnp.moveaxis(grouped, 1, 3), dtype=exact)
+    start = jnp.full_like(out[..., 0], -jnp.inf), out[..., 0], out
+    (maximum, total, out), _ = jax.lax.scan(step, _varying(start, operands), parts)
+    seen = total > 0
+    out = out / jnp.where(seen, total, 1)[..., None]
+    lse = jnp.where(seen, jnp.log(jnp.where(seen, total, 1)) + jnp.where(seen, maximum, 0), -jnp.inf)
+    out = jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width)
+    return out.astype(q.dtype), lse.reshape(batch, heads, length)
+
+
+def backward(config: Config, operands: Operands, lse, dout, delta):
+    q, k, v, bias = operands[:4]
+    batch, length, keys, heads, kv_heads, _ = operands.dims
+    groups = heads // kv_heads
+    exact = jnp.promote_types(q.dtype, jnp.float32)
+    grouped, dout = _grouped(q, kv_heads), _grouped(dout, kv_heads)
+    lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf).reshape(batch, kv_heads, groups, length, 1)
+    delta = delta.reshape(batch, kv_heads, groups, length, 1)
+    parts = _chunks(operands)
+
+    def step(dq, part):
+        scores, slope = _scores(config, operands, grouped, part, exact)
+        weights = jnp.exp(scores - lse)
+        dv = jnp.einsum("bkgts,btkgd->bskd", weights.astype(v.dtype), dout, preferred_element_type=exact)
+        dweights = jnp.einsum("btkgd,bskd->bkgts", dout, part["v"], preferred_element_type=exact)
+        dscores = weights * (dweights - delta)
+        dbias = None
+        if bias is not None:
+            dbias = dscores.reshape(batch, heads, length, -1)
+            axes = tuple(axis for axis in range(3) if bias.shape[axis] == 1)
+            dbias = dbias.sum(axes, keepdims=True)
+        dscores = config.scale * (dscores if slope is None else dscores * slope)
+        dk = jnp.einsum("bkgts,btkgd->bskd", dscores.astype(q.dtype), grouped, preferred_element_type=exact)
+        dq = dq + jnp.einsum("bkgts,bskd->btkgd", dscores.astype(k.dtype), part["k"], preferred_element_type=exact)
+        return dq, (dk, dv, dbias)
+
+    dq, (dk, dv, dbias) = jax.lax.scan(step, _varying(jnp.zeros_like(grouped, dtype=exact), operands), parts)
+
+    def joined(array, axis):
+        array = jnp.moveaxis(array, 0, axis)
+        return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
+
+    dk, dv = joined(dk, 1)[:, :keys], joined(dv, 1)[:, :keys]
+    if bias is not None:
+        dbias = joined(dbias, 3)[..., :keys]
+        dbias = (dbias.sum(3, keepdims=True) if bias.shape[3] == 1 else dbias).astype(bias.dtype)
+    return dq.reshape(q.shape).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dbias

@@ -1,0 +1,230 @@
+"""Times ops over their specs, beside what a user would pick otherwise: `python -m crescendo.pallas_kernels.bench OP`.
+
+A spec's call is timed forward, and forward and backward (the gradients of its `differentiable` arguments, for random
+cotangents). `OP/peers.py` names the others: `PEERS`, functions of the op's own arguments, and `torch_peers()`,
+functions of the same arrays as tensors, compiled by torch where it is installed.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from crescendo.pallas_kernels.op import Spec, Unsupported, explain
+
+# An op's package, and the name of its specs there.
+OPS = {
+    "softmax": ("softmax", "SPECS"),
+    "log_softmax": ("softmax", "SPECS"),
+    "linear_cross_entropy": ("linear_cross_entropy", "SPECS"),
+    "rms_norm": ("rms_norm", "SPECS"),
+    "qk_norm_rotary": ("rms_norm", "ROTARY_SPECS"),
+}
+EXAMPLES = """examples:
+  python -m crescendo.pallas_kernels.bench softmax
+  python -m crescendo.pallas_kernels.bench linear_cross_entropy --passes backward --tags speed
+  python -m crescendo.pallas_kernels.bench rms_norm --only triton xla --json rms_norm.json"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One measurement.
+
+    Attributes:
+      seconds: a call's, the median.
+      extra_bytes: what the compiled program needs beside its arguments and results; None for peers of torch.
+      error: why there is no measurement.
+    """
+
+    op: str
+    spec: str
+    who: str
+    passes: str
+    seconds: float | None
+    extra_bytes: int | None = None
+    error: str = ""
+
+
+def seconds_per_call(call: Callable[[], Any], wait: Callable[[Any], Any], at_least: float = 0.02) -> float:
+    """The median over five runs of so many calls that a run takes `at_least` seconds, dispatched without waiting."""
+    wait(call())
+    start = time.perf_counter()
+    wait(call())
+    calls = max(2, min(200, round(at_least / (time.perf_counter() - start))))
+    runs = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = call()
+        wait(result)
+        runs.append((time.perf_counter() - start) / calls)
+    return statistics.median(runs)
+
+
+def compiled(function: Callable, spec: Spec, passes: str):
+    """The spec's call of `function` and its arrays: `(compiled, arguments)`.
+
+    Args:
+      function: takes the op's arguments.
+      passes: "forward" or "backward", which is both.
+    """
+    arguments, options = spec.inputs()
+    named = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
+    fixed = {name: value for name, value in options.items() if name not in named}
+
+    def forward(arguments, named):
+        return function(*arguments, **named, **fixed)
+
+    def backward(arguments, named, cotangents):
+        def of(differentiable):
+            merged = list(arguments)
+            for i, value in zip(spec.differentiable, differentiable, strict=True):
+                merged[i] = value
+            return forward(merged, named)
+
+        results, back = jax.vjp(of, [arguments[i] for i in spec.differentiable])
+        return results, back(cotangents)
+
+    if passes == "forward":
+        return jax.jit(forward).lower(arguments, named).compile(), (arguments, named)
+    random = lambda y: jax.random.normal(jax.random.key(1), y.shape, y.dtype)  # noqa: E731
+    cotangents = jax.tree.map(random, jax.eval_shape(forward, arguments, named))
+    return jax.jit(backward).lower(arguments, named, cotangents).compile(), (arguments, named, cotangents)
+
+
+def measure(op_name: str, spec: Spec, who: str, function: Callable, passes: str) -> Result:
+    """Compiles and times one call; what fails says why."""
+    try:
+        program, arrays = compiled(function, spec, passes)
+        seconds = seconds_per_call(lambda: program(*arrays), jax.block_until_ready)
+    except Unsupported as reason:
+        return Result(op_name, spec.name, who, passes, None, error=str(reason))
+    except Exception as error:
+        return Result(op_name, spec.name, who, passes, None, error=f"{type(error).__name__}: {error}".split("\n")[0])
+    memory = program.memory_analysis()
+    return Result(op_name, spec.name, who, passes, seconds, memory.temp_size_in_bytes if memory else None)
+
+
+def measure_torch(op_name: str, spec: Spec, who: str, function: Callable, passes: str) -> Result:
+    """The same for a function of tensors, compiled by torch."""
+    try:
+        import torch
+
+        def tensor(array):
+            wide = np.asarray(array.astype(jnp.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array)
+            dtype = getattr(torch, array.dtype.name) if wide.dtype.kind == "f" else None
+            return torch.from_numpy(np.array(wide)).to("cuda", dtype)
+
+        arguments, options = jax.tree.map(
+            lambda a: tensor(a) if isinstance(a, jax.Array) else a, spec.inputs(), is_leaf=lambda a: a is None
+        )
+        inputs = [arguments[i].requires_grad_() for i in spec.differentiable]
+        run = torch.compile(lambda *arguments: function(*arguments, **options), dynamic=False)
+
+        def forward():
+            with torch.no_grad():
+                return run(*arguments)
+
+        results = forward()
+        listed = lambda y: [y] if isinstance(y, torch.Tensor) else list(y)  # noqa: E731
+        cotangents = [torch.randn_like(y) for y in listed(results)]
+
+        def backward():
+            return torch.autograd.grad(listed(run(*arguments)), inputs, cotangents)
+
+        call = forward if passes == "forward" else backward
+        seconds = seconds_per_call(call, lambda _: torch.cuda.synchronize())
+    except Exception as error:
+        return Result(op_name, spec.name, who, passes, None, error=f"{type(error).__name__}: {error}".split("\n")[0])
+    return Result(op_name, spec.name, who, passes, seconds)
+
+
+def candidates(op_name: str, only: Sequence[str] = ()) -> list[tuple[str, Callable, Callable]]:
+    """`(name, function, measure or measure_torch)`: implementations in order of preference, then the peers."""
+    package = f"crescendo.pallas_kernels.{OPS[op_name][0]}"
+    op = getattr(importlib.import_module(package), op_name)
+    peers = importlib.import_module(f"{package}.peers")
+    found: list[tuple[str, Callable, Callable]] = []
+    for name in op.implementations:
+        found.append((name, functools.partial(op, implementation=name), measure))  # noqa: PERF401
+    found += [(name, function, measure) for name, function in peers.PEERS.get(op_name, {}).items()]
+    found += [(name, function, measure_torch) for name, function in peers.torch_peers(op_name).items()]
+    return [entry for entry in found if (entry[0] in only if only else entry[0] != "reference")]
+
+
+def specs(op_name: str, tags: Iterable[str]) -> list[Spec]:
+    """Those that carry all the tags."""
+    package, name = OPS[op_name]
+    module = importlib.import_module(f"crescendo.pallas_kernels.{package}.specs")
+    return [spec for spec in getattr(module, name) if set(tags) <= spec.tags]
+
+
+def table(op_name: str, results: Sequence[Result], found: Sequence[Spec]) -> Table:
+    """Rows of measurements, with the rate that the spec's own operations or bytes make of them."""
+    by_name = {spec.name: spec for spec in found}
+    kind = jax.devices()[0].device_kind
+    shown = Table("call", "passes", "who", "ms", "TFLOP/s", "GB/s", "GiB extra", title=f"{op_name} on {kind}")
+    for result in results:
+        spec = by_name[result.spec]
+        # Backward of a matmul takes two of its size; of a pass over memory, the gradient in and out besides.
+        factor = (3.0, 2.5) if result.passes == "backward" else (1.0, 1.0)
+        if result.seconds is None:
+            shown.add_row(result.spec, result.passes, result.who, "-", "-", "-", result.error[:60])
+            continue
+        flops = f"{spec.flops * factor[0] / result.seconds / 1e12:,.0f}" if spec.flops else "-"
+        rate = f"{spec.bytes * factor[1] / result.seconds / 1e9:,.0f}" if not spec.flops else "-"
+        extra = "-" if result.extra_bytes is None else f"{result.extra_bytes / 2**30:.2f}"
+        shown.add_row(result.spec, result.passes, result.who, f"{1e3 * result.seconds:,.3f}", flops, rate, extra)
+    return shown
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description="Times ops over their specs, beside their peers, on the device at hand.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("op", choices=list(OPS), metavar="OP", help=", ".join(OPS))
+    parser.add_argument("--passes", nargs="+", choices=["forward", "backward"], default=["forward", "backward"])
+    parser.add_argument("--tags", nargs="+", default=["speed"], help="of the specs, all of them (default speed)")
+    parser.add_argument("--only", nargs="+", default=[], help="these implementations and peers (default all)")
+    parser.add_argument("--json", type=Path, help="write the measurements to this file")
+    arguments = parser.parse_args(argv)
+    found, who = specs(arguments.op, arguments.tags), candidates(arguments.op, arguments.only)
+    if not found or not who:
+        what = f"no spec with the tags {arguments.tags}" if not found else f"nobody named {arguments.only}"
+        print(f"{arguments.op} has {what}: see --help", file=sys.stderr)
+        raise SystemExit(2)
+    console = Console()
+    results: list[Result] = []
+    total = len(found) * len(who) * len(arguments.passes)
+    with console.status("") as status:
+        for spec in found:
+            for passes in arguments.passes:
+                for name, function, timed in who:
+                    status.update(f"{len(results) + 1} of {total}: {spec.name}, {passes}, {name}")
+                    results.append(timed(arguments.op, spec, name, function, passes))
+    console.print(table(arguments.op, results, found))
+    op = getattr(importlib.import_module(f"crescendo.pallas_kernels.{OPS[arguments.op][0]}"), arguments.op)
+    args, options = found[0].abstract()
+    console.print(str(explain(op, *args, **options)))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

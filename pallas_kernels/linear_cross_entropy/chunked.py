@@ -1,0 +1,296 @@
+"""Gradients computed in the forward pass, rows in chunks: three matmuls in all, and logits of one chunk at a time.
+
+Differentiating the loss of a chunk of rows needs its logits; once they are there, so are both of their gradients:
+`dX` of the chunk is final and `dW` is added to a float32 accumulator. The backward pass scales what the forward pass
+found. Recomputing logits in the backward would take a fourth matmul; keeping them, `N x V` numbers.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from crescendo.pallas_kernels.op import target, target_device
+
+
+class RowCoefficients(NamedTuple):
+    """What multiplies the terms of a row's logit gradient: `(a + b lse) p - c q`, with `q` the target distribution.
+
+    Attributes:
+      constant: `a` of each row, `[C]`, as all of them.
+      lse: `b` of each row.
+      target: `c` of each row.
+    """
+
+    constant: jax.Array
+    lse: jax.Array
+    target: jax.Array
+
+
+class Rows(NamedTuple):
+    """What is found for each row of a chunk: `[C]` each, and the gradient `[C, V]` in the inputs' dtype or None."""
+
+    lse: jax.Array
+    target_logit: jax.Array
+    gradient: Any
+
+
+# (x, w, labels, coefficients | None, options) -> Rows
+LogitPass = Callable[[jax.Array, jax.Array, jax.Array, RowCoefficients | None, "Options"], Rows]
+
+
+def _add_product(dw, gradient, x):
+    """`dw + gradient^T x`, or the product alone."""
+    rows = tuple(range(x.ndim - 1))
+    product = jax.lax.dot_general(gradient, x, ((rows, rows), ((), ())), preferred_element_type=_wide(x.dtype))
+    return product if dw is None else dw + product
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """One implementation.
+
+    Attributes:
+      logit_pass: `(x, w, labels, coefficients or None, options) -> Rows`, without a gradient where None.
+      add_product: `(dw, gradient, x) -> dw`.
+      bytes_per_logit: from the inputs' dtype to the bytes that a chunk takes for each of its logits.
+      row_multiple: that the rows of a chunk must be of.
+    """
+
+    logit_pass: LogitPass
+    add_product: Callable = _add_product
+    # The float32 logit and its gradient.
+    bytes_per_logit: Callable = lambda dtype: _wide(dtype).itemsize + dtype.itemsize
+    row_multiple: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is fixed when a call is traced."""
+
+    kernels: Kernels
+    z_loss: float
+    soft_cap: float | None
+    label_smoothing: float
+    vocab_axis: Any  # a mesh axis or several, None for a whole w
+
+    def vocab_size(self, w: jax.Array) -> int:
+        """Of all shards together."""
+        return w.shape[0] * (1 if self.vocab_axis is None else jax.lax.axis_size(self.vocab_axis))
+
+
+def rows_in_chunk(rows: int, vocab_size: int, bytes_per_logit: int, multiple: int = 1) -> int:
+    """As many rows as `CHUNK_BYTES` hold, at least `MIN_CHUNK_ROWS`, in chunks of almost the same size.
+
+    >>> rows_in_chunk(8192, 50304, 6), rows_in_chunk(17, 50304, 6), rows_in_chunk(17, 50304, 2, multiple=256)
+    (2048, 17, 256)
+    """
+    most = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (bytes_per_logit * vocab_size))
+    even = -(-rows // math.ceil(rows / most))
+    aligned = math.lcm(multiple, ROW_ALIGNMENT) if even < rows else multiple
+    return min(-(-even // aligned) * aligned, -(-rows // multiple) * multiple)
+
+
+CHUNK_BYTES = 350 * 2**20
+# Every chunk reads and writes all of dW in float32: fewer rows, and that takes longer than the matmul itself.
+MIN_CHUNK_ROWS = 2048
+ROW_ALIGNMENT = 128
+
+
+def chunked(x, w, labels, weights, *, return_lse, **options):
+    """The op by way of `options["kernels"]`."""
+    axes = _varying(x) - _varying(w)
+    if axes:  # transposed, this sums the gradient of a w that all devices share
+        w = jax.lax.pcast(w, tuple(axes), to="varying")
+    loss_sum, weight_sum, lse = _loss(Options(**options), x, w, labels, weights)
+    return (loss_sum, weight_sum, lse) if return_lse else (loss_sum, weight_sum)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(options: Options, x, w, labels, weights):
+    found = _everywhere(options, (False, False), x, w, labels, weights)
+    return _totals(found, weights)[:3]
+
+
+def _forward(options: Options, x, w, labels, weights):
+    needs = x.perturbed, w.perturbed
+    x, w, labels, weights = x.value, w.value, labels.value, weights.value
+    found = _everywhere(options, needs, x, w, labels, weights)
+    loss_sum, weight_sum, lse, losses = _totals(found, weights)
+    return (loss_sum, weight_sum, lse), (x, w, labels, weights, losses, found["dx"], found["dw"])
+
+
+def _backward(options: Options, kept, cotangents):
+    x, w, labels, weights, losses, dx, dw = kept
+    of_loss, of_weight, of_lse = cotangents
+    scale = jnp.zeros((), losses.dtype) if isinstance(of_loss, SymbolicZero) else of_loss
+    dweights = (losses * scale).astype(weights.dtype)
+    if not isinstance(of_weight, SymbolicZero):
+        dweights += of_weight.astype(weights.dtype)
+    dx, dw = (None if d is None else d * scale for d in (dx, dw))
+    if not isinstance(of_lse, SymbolicZero):
+        # Rare (a loss of the log-sum-exps themselves): a pass of its own.
+        more = _everywhere(options, (dx is not None, dw is not None), x, w, labels, weights, of_lse)
+        dx, dw = (None if d is None else d + more[name] for d, name in ((dx, "dx"), (dw, "dw")))
+    return None if dx is None else dx.astype(x.dtype), None if dw is None else dw.astype(w.dtype), None, dweights
+
+
+_loss.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _totals(found, weights):
+    """`(loss_sum, weight_sum, lse, losses)`; a row of weight 0 counts nothing, whatever is in it."""
+    losses = jnp.where(weights == 0, 0, found["losses"])
+    return jnp.sum(losses * weights), jnp.sum(weights), found["lse"], losses
+
+
+def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weights, *of_lse) -> dict[str, Any]:
+    """`_over_chunks` under any mesh and `vmap`: each device takes its rows and its part of the vocabulary."""
+    w = w.astype(x.dtype)  # before it moves between devices
+    arrays = (x, w, labels, weights, *of_lse)
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = (*x.shape[:-1],)
+
+    device = target_device()
+
+    def local(row_axes, vocab_axis, *arrays):
+        # The partitioner asks for a device's part later, outside of the context that says which device it is for.
+        known = jax.sharding.get_abstract_mesh().abstract_device is not None
+        with contextlib.nullcontext() if known else target(device.abstract):
+            found = _over_chunks(dataclasses.replace(options, vocab_axis=vocab_axis), needs, *arrays)
+        if row_axes and needs[1]:
+            found["dw"] = jax.lax.psum(found["dw"], row_axes)
+        return found
+
+    def specs(of_rows, of_vocab):
+        ins = (P(*of_rows, None), P(of_vocab, None), *(P(*of_rows),) * (2 + len(of_lse)))
+        outs = {"losses": P(*of_rows), "lse": P(*of_rows), "dx": ins[0], "dw": ins[1]}
+        return ins, {name: spec for name, spec in outs.items() if name not in without}
+
+    without = {name for name, needed in zip(("dx", "dw"), needs, strict=True) if not needed}
+    if AxisType.Manual in mesh.axis_types:
+        return local((), options.vocab_axis, *arrays)
+    if AxisType.Explicit in mesh.axis_types:
+        of_rows, of_vocab = jax.typeof(x).sharding.spec[:-1], jax.typeof(w).sharding.spec[0]
+        ins, outs = specs(of_rows, of_vocab)
+        run = functools.partial(local, _flat(of_rows), of_vocab)
+        found = jax.shard_map(lambda *a: _given(run(*a)), in_specs=ins, out_specs=outs, check_vma=False)(*arrays)
+        return {"dx": None, "dw": None, **found}
+
+    if device.platform == "tpu":
+        # JAX's callback for the partitioner is not there. It splits the formula itself, by all axes but the last.
+        return _over_chunks(options, needs, *arrays, last_axis=True)
+
+    def partition(mesh, arg_shapes, result_shape):
+        of_rows, (of_vocab, _) = _padded(arg_shapes[0], len(rows) + 1)[:-1], _padded(arg_shapes[1], 2)
+        if set(_flat(of_rows)) & set(_flat((of_vocab,))):
+            of_vocab = None
+        ins, outs = specs(of_rows, of_vocab)
+        place = functools.partial(jax.tree.map, lambda spec: NamedSharding(mesh, spec))
+        run = functools.partial(local, _flat(of_rows), of_vocab)
+        return mesh, lambda *a: _given(run(*a)), place(outs), place(ins)
+
+    letters = " ".join(f"r{i}" for i in range(len(rows)))
+    table = {"losses": letters, "lse": letters, "dx": f"{letters} d", "dw": "v d"}
+    results = ", ".join(text for name, text in sorted(table.items()) if name not in without)
+    split = custom_partitioning(lambda *a: _given(local((), None, *a)))
+    split.def_partition(
+        partition,
+        sharding_rule=f"{letters} d, v d{f', {letters}' * (2 + len(of_lse))} -> {results}",
+        need_replication_factors=("d",),
+    )
+    return {"dx": None, "dw": None, **sequential_vmap(split)(*arrays)}
+
+
+def _given(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _flat(axes) -> tuple[str, ...]:
+    """The names in the entries of a partition specification."""
+    return tuple(
+        name for entry in axes if entry is not None for name in ((entry,) if isinstance(entry, str) else entry)
+    )
+
+
+def _padded(shape, length: int):
+    spec = tuple(shape.sharding.spec)
+    return spec + (None,) * (length - len(spec))
+
+
+def _over_chunks(
+    options: Options, needs: tuple[bool, bool], x, w, labels, weights, of_lse=None, *, last_axis: bool = False
+) -> dict[str, Any]:
+    """`losses` and `lse`, and `dx` and `dw` of the loss (or, given its cotangents, of the lse alone) where needed.
+
+    The rows are cut as they are in memory, or along the last of their axes only, so that the others may be split.
+    """
+    needs_dx, needs_dw = needs
+    wide, kernels = _wide(x.dtype), options.kernels
+    shape = x.shape[:-1]
+    rows = {"x": x, "labels": labels, "weights": weights.astype(wide)}
+    if of_lse is not None:
+        rows["of_lse"] = of_lse.astype(wide)
+    if last_axis:
+        rows = {name: jnp.moveaxis(a, len(shape) - 1, 0) for name, a in rows.items()}
+    else:
+        rows = {name: a.reshape(-1, *a.shape[len(shape) :]) for name, a in rows.items()}
+    n, together = rows["labels"].shape[0], max(1, math.prod(rows["labels"].shape[1:]))
+    chunk = rows_in_chunk(n, w.shape[0] * together, kernels.bytes_per_logit(x.dtype), kernels.row_multiple)
+
+    def one(rows, dw):
+        coefficients = None
+        if needs_dx or needs_dw:
+            weights, zeros = rows["weights"], jnp.zeros_like(rows["weights"])
+            coefficients = RowCoefficients(weights, 2 * options.z_loss * weights, weights)
+            if of_lse is not None:
+                coefficients = RowCoefficients(rows["of_lse"], zeros, zeros)
+        found = kernels.logit_pass(rows["x"], w, rows["labels"], coefficients, options)
+        losses = found.lse - found.target_logit + options.z_loss * jnp.square(found.lse)
+        dx = None
+        if needs_dx:
+            dx = jnp.dot(found.gradient, w, preferred_element_type=wide)
+            if options.vocab_axis is not None:
+                dx = jax.lax.psum(dx, options.vocab_axis)
+            dx = dx.astype(x.dtype)
+        if needs_dw:
+            dw = kernels.add_product(dw, found.gradient, rows["x"])
+        return dw, {"losses": losses, "lse": found.lse, "dx": dx}
+
+    start = None
+    if needs_dw and (chunk != n or kernels.add_product is not _add_product):
+        start = jnp.zeros(w.shape, wide)
+        if axes := _varying(x) | _varying(w):
+            start = jax.lax.pcast(start, tuple(axes), to="varying")
+    if chunk == n:
+        dw, found = one(rows, start)
+    else:
+        count = -(-n // chunk)
+        padding = count * chunk - n
+        # Padded rows have weight 0: they add nothing to dW, and their own results are cut off.
+        padded = {name: jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)) for name, a in rows.items()}
+        split = {name: a.reshape(count, chunk, *a.shape[1:]) for name, a in padded.items()}
+        dw, found = jax.lax.scan(lambda dw, rows: one(rows, dw), start, split)
+        found = jax.tree.map(lambda a: a.reshape(count * chunk, *a.shape[2:])[:n], found)
+    if last_axis:
+        return {"dw": dw, **jax.tree.map(lambda a: jnp.moveaxis(a, 0, len(shape) - 1), found)}
+    return {"dw": dw, **jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), found)}
+
+
+def _wide(dtype):
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _varying(array) -> frozenset[str]:
+    """The mesh axes that an array varies over inside `shard_map`."""
+    return jax.typeof(array).manual_axis_type.varying

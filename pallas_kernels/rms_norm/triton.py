@@ -1,0 +1,348 @@
+"""jax-triton, Ampere and later: every activation is read once and written once, forward and backward.
+
+A program walks over rows of one group, loading the next one while it works on this one. Backward it keeps its share
+of the scale's gradient in registers; the shares, one for each program, are added up at the end.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from crescendo.pallas_kernels.op import Unsupported, target_device
+from crescendo.pallas_kernels.rms_norm import gradient
+from crescendo.pallas_kernels.sharded import sharded
+from crescendo.pallas_kernels.triton_call import triton_call
+
+MAX_WIDTH = 16384
+# Threads that a streaming multiprocessor should have at work; entries of a row that one thread holds.
+THREADS = 2048
+ENTRIES = 8
+
+
+def rms_norm(x, scale, *, eps, residual, probe):
+    """See the op."""
+    _check(x, scale)
+    return gradient.rms_norm(KERNELS, x, scale, eps, residual, probe)
+
+
+def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
+    """See the op."""
+    _check(q, k, q_scale, k_scale)
+    if q.shape[-1] > 512:
+        raise Unsupported(f"takes heads of at most 512, not {q.shape[-1]}")
+    return gradient.qk_norm_rotary(KERNELS, q, k, q_scale, k_scale, cosine, sine, eps)
+
+
+def _check(x, *others) -> None:
+    for array in (x, *others):
+        if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise Unsupported(f"takes float32, bfloat16 and float16, not {array.dtype}")
+        if array.size == 0:
+            raise Unsupported(f"has nothing to do for an array {list(array.shape)}")
+    if x.shape[-1] > MAX_WIDTH:
+        raise Unsupported(f"takes rows of at most {MAX_WIDTH:,}, not {x.shape[-1]:,}")
+    if target_device().platform != "gpu":
+        raise Unsupported(f"needs an NVIDIA GPU, not {target_device()}")
+
+
+def forward(x, residual, scale, eps):
+    """`(y, h)`."""
+
+    def local(x, scale, *residual):
+        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        results = triton_call(
+            *(x, scale, *(residual or (x,))),
+            kernel=_forward,
+            out_shape=[like, like] if residual else [like, jax.ShapeDtypeStruct((1,), x.dtype)],
+            HAS_RESIDUAL=bool(residual),
+            EPS=eps,
+            **_walk(x.shape),
+        )
+        return results if residual else results[:1]
+
+    if residual is None:
+        return sharded(local, ["g r d", "g d"], ["g r d"], batch=["g"])(x, scale)[0], x
+    run = sharded(local, ["g r d", "g d", "g r d"], ["g r d", "g r d"], batch=["g"])
+    return run(x, scale, residual)
+
+
+def backward(h, scale, dy, dh, eps):
+    """`(dx, dscale)`."""
+
+    def local(h, scale, dy, *dh):
+        walk = _walk(h.shape)
+        like = jax.ShapeDtypeStruct(h.shape, h.dtype)
+        shape = jax.ShapeDtypeStruct((h.shape[0], walk["PROGRAMS"], h.shape[2]), jnp.float32)
+        arrays = (h, scale, dy, *(dh or (dy,)))
+        dx, shares = triton_call(*arrays, kernel=_backward, out_shape=[like, shape], HAS_SUM=bool(dh), EPS=eps, **walk)
+        return dx, jnp.sum(shares, axis=1)
+
+    rows = ["g r d"] * (1 if dh is None else 2)
+    run = sharded(local, ["g r d", "g d", *rows], ["g r d", "g d"], batch=["g"])
+    return run(h, scale, *((dy,) if dh is None else (dy, dh)))
+
+
+def rotary_forward(x, scale, cosine, sine, eps):
+    """`y`."""
+
+    def local(x, scale, cosine, sine):
+        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return triton_call(
+            *(x, scale, cosine, sine), kernel=_rotary_forward, out_shape=[like], EPS=eps, **_walk_heads(x.shape)
+        )
+
+    return sharded(local, ["b t h e", "b e", "b t c", "b t c"], ["b t h e"], batch=["b"])(x, scale, cosine, sine)[0]
+
+
+def rotary_backward(x, scale, cosine, sine, dy, eps):
+    """`(dx, dscale)`."""
+
+    def local(x, scale, cosine, sine, dy):
+        walk = _walk_heads(x.shape)
+        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        shape = jax.ShapeDtypeStruct((x.shape[0], walk["PROGRAMS"], x.shape[3]), jnp.float32)
+        dx, shares = triton_call(
+            *(x, scale, cosine, sine, dy), kernel=_rotary_backward, out_shape=[like, shape], EPS=eps, **walk
+        )
+        return dx, jnp.sum(shares, axis=1)
+
+    ins = ["b t h e", "b e", "b t c", "b t c", "b t h e"]
+    return sharded(local, ins, ["b t h e", "b e"], batch=["b"])(x, scale, cosine, sine, dy)
+
+
+KERNELS = gradient.Kernels(forward, backward, rotary_forward, rotary_backward)
+
+
+def _walk(shape) -> dict:
+    """Programs, warps and sizes for `[G, R, D]`."""
+    groups, rows, width = shape
+    block = triton.next_power_of_2(width)
+    together = max(1, min(2048 // block, triton.next_power_of_2(rows)))
+    warps = min(32, max(4, together * block // (32 * ENTRIES)))
+    programs = _programs(groups, -(-rows // together), warps)
+    sizes = {"ROWS": rows, "WIDTH": width, "BLOCK": block, "TOGETHER": together, "PROGRAMS": programs}
+    return {"grid": (groups, programs), "num_warps": warps, **sizes}
+
+
+def _walk_heads(shape) -> dict:
+    """Programs, warps and sizes for `[B, T, H, E]`."""
+    batch, length, heads, width = shape
+    block = triton.next_power_of_2(width // 2)
+    together = max(1, min(1024 // block, triton.next_power_of_2(length * heads)))
+    programs = _programs(batch, -(-length * heads // together), 4)
+    sizes = {"ROWS": length * heads, "HEADS": heads, "WIDTH": width, "BLOCK": block, "TOGETHER": together}
+    return {"grid": (batch, programs), "num_warps": 4, "PROGRAMS": programs, **sizes}
+
+
+def _programs(groups: int, steps: int, warps: int) -> int:
+    """Programs for each group: together they fill the device, and each has something to do."""
+    wanted = target_device().cores * max(1, THREADS // (32 * warps))
+    return max(1, min(steps, math.ceil(wanted / groups)))
+
+
+@triton.jit
+def _rows_of(step, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr):
+    """Where the entries of a step's rows are in their group, and which exist: `[TOGETHER, BLOCK]`."""
+    rows = step * TOGETHER + tl.arange(0, TOGETHER)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    return rows.to(tl.int64) * WIDTH + columns, (rows < ROWS) & (columns < WIDTH)
+
+
+@triton.jit
+def _forward(
+    x_ptr,
+    scale_ptr,
+    residual_ptr,
+    y_ptr,
+    h_ptr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    scale = tl.load(scale_ptr + group * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+    start = group * ROWS * WIDTH
+    steps = tl.cdiv(ROWS, TOGETHER)
+    step = tl.program_id(1)
+    offsets, exists = _rows_of(step, ROWS, WIDTH, BLOCK, TOGETHER)
+    x = tl.load(x_ptr + start + offsets, mask=exists, other=0.0)
+    residual = tl.load(residual_ptr + start + offsets, mask=exists, other=0.0) if HAS_RESIDUAL else x
+    while step < steps:
+        ahead_offsets, ahead_exists = _rows_of(step + PROGRAMS, ROWS, WIDTH, BLOCK, TOGETHER)
+        ahead_x = tl.load(x_ptr + start + ahead_offsets, mask=ahead_exists, other=0.0)
+        ahead_residual = (
+            tl.load(residual_ptr + start + ahead_offsets, mask=ahead_exists, other=0.0) if HAS_RESIDUAL else ahead_x
+        )
+        if HAS_RESIDUAL:
+            h = (x.to(tl.float32) + residual.to(tl.float32)).to(x_ptr.dtype.element_ty)
+            tl.store(h_ptr + start + offsets, h, mask=exists)
+        else:
+            h = x
+        h = h.to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(h * h, axis=1) * (1.0 / WIDTH) + EPS)
+        y = h * inverse[:, None] * scale
+        tl.store(y_ptr + start + offsets, y.to(y_ptr.dtype.element_ty), mask=exists)
+        x, residual, offsets, exists = ahead_x, ahead_residual, ahead_offsets, ahead_exists
+        step += PROGRAMS
+
+
+@triton.jit
+def _backward(
+    h_ptr,
+    scale_ptr,
+    dy_ptr,
+    dh_ptr,
+    dx_ptr,
+    shares_ptr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    HAS_SUM: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    scale = tl.load(scale_ptr + group * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+    start = group * ROWS * WIDTH
+    steps = tl.cdiv(ROWS, TOGETHER)
+    step = tl.program_id(1)
+    offsets, exists = _rows_of(step, ROWS, WIDTH, BLOCK, TOGETHER)
+    h = tl.load(h_ptr + start + offsets, mask=exists, other=0.0)
+    dy = tl.load(dy_ptr + start + offsets, mask=exists, other=0.0)
+    share = tl.zeros([BLOCK], tl.float32)
+    while step < steps:
+        ahead_offsets, ahead_exists = _rows_of(step + PROGRAMS, ROWS, WIDTH, BLOCK, TOGETHER)
+        ahead_h = tl.load(h_ptr + start + ahead_offsets, mask=ahead_exists, other=0.0)
+        ahead_dy = tl.load(dy_ptr + start + ahead_offsets, mask=ahead_exists, other=0.0)
+        h = h.to(tl.float32)
+        dy = dy.to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(h * h, axis=1) * (1.0 / WIDTH) + EPS)[:, None]
+        u = h * inverse
+        g = dy * scale
+        share += tl.sum(dy * u, axis=0)
+        dx = inverse * (g - u * (tl.sum(g * u, axis=1) * (1.0 / WIDTH))[:, None])
+        if HAS_SUM:
+            dx += tl.load(dh_ptr + start + offsets, mask=exists, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + start + offsets, dx.to(dx_ptr.dtype.element_ty), mask=exists)
+        h, dy, offsets, exists = ahead_h, ahead_dy, ahead_offsets, ahead_exists
+        step += PROGRAMS
+    place = (group * PROGRAMS + tl.program_id(1)) * WIDTH
+    tl.store(shares_ptr + place + columns, share, mask=columns < WIDTH)
+
+
+@triton.jit
+def _halves_of(step, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr):
+    """The rows of a step, where the entries of their first halves are, and which exist: `[TOGETHER, BLOCK]`."""
+    rows = step * TOGETHER + tl.arange(0, TOGETHER)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    return rows, rows.to(tl.int64) * WIDTH + columns, (rows < ROWS) & (columns < WIDTH // 2)
+
+
+@triton.jit
+def _rotary_forward(
+    x_ptr,
+    scale_ptr,
+    cosine_ptr,
+    sine_ptr,
+    y_ptr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    HALF: tl.constexpr = WIDTH // 2
+    group = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    scale = scale_ptr + group * WIDTH + columns
+    scale1 = tl.load(scale, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
+    scale2 = tl.load(scale + HALF, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
+    start = group * ROWS * WIDTH
+    angles = group * (ROWS // HEADS) * HALF
+    steps = tl.cdiv(ROWS, TOGETHER)
+    step = tl.program_id(1)
+    while step < steps:
+        rows, offsets, exists = _halves_of(step, ROWS, WIDTH, BLOCK, TOGETHER)
+        x1 = tl.load(x_ptr + start + offsets, mask=exists, other=0.0).to(tl.float32)
+        x2 = tl.load(x_ptr + start + offsets + HALF, mask=exists, other=0.0).to(tl.float32)
+        turn = angles + (rows // HEADS) * HALF + columns[None, :]
+        cosine = tl.load(cosine_ptr + turn, mask=exists, other=0.0)
+        sine = tl.load(sine_ptr + turn, mask=exists, other=0.0)
+        inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) * (1.0 / WIDTH) + EPS)[:, None]
+        u1 = x1 * inverse * scale1
+        u2 = x2 * inverse * scale2
+        y1 = u1 * cosine - u2 * sine
+        y2 = u2 * cosine + u1 * sine
+        tl.store(y_ptr + start + offsets, y1.to(y_ptr.dtype.element_ty), mask=exists)
+        tl.store(y_ptr + start + offsets + HALF, y2.to(y_ptr.dtype.element_ty), mask=exists)
+        step += PROGRAMS
+
+
+@triton.jit
+def _rotary_backward(
+    x_ptr,
+    scale_ptr,
+    cosine_ptr,
+    sine_ptr,
+    dy_ptr,
+    dx_ptr,
+    shares_ptr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    HALF: tl.constexpr = WIDTH // 2
+    group = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    scale = scale_ptr + group * WIDTH + columns
+    scale1 = tl.load(scale, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
+    scale2 = tl.load(scale + HALF, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
+    start = group * ROWS * WIDTH
+    angles = group * (ROWS // HEADS) * HALF
+    share1 = tl.zeros([TOGETHER, BLOCK], tl.float32)
+    share2 = tl.zeros([TOGETHER, BLOCK], tl.float32)
+    steps = tl.cdiv(ROWS, TOGETHER)
+    step = tl.program_id(1)
+    while step < steps:
+        rows, offsets, exists = _halves_of(step, ROWS, WIDTH, BLOCK, TOGETHER)
+        x1 = tl.load(x_ptr + start + offsets, mask=exists, other=0.0).to(tl.float32)
+        x2 = tl.load(x_ptr + start + offsets + HALF, mask=exists, other=0.0).to(tl.float32)
+        dy1 = tl.load(dy_ptr + start + offsets, mask=exists, other=0.0).to(tl.float32)
+        dy2 = tl.load(dy_ptr + start + offsets + HALF, mask=exists, other=0.0).to(tl.float32)
+        turn = angles + (rows // HEADS) * HALF + columns[None, :]
+        cosine = tl.load(cosine_ptr + turn, mask=exists, other=0.0)
+        sine = tl.load(sine_ptr + turn, mask=exists, other=0.0)
+        d1 = dy1 * cosine + dy2 * sine
+        d2 = dy2 * cosine - dy1 * sine
+        inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) * (1.0 / WIDTH) + EPS)[:, None]
+        u1 = x1 * inverse
+        u2 = x2 * inverse
+        share1 += d1 * u1
+        share2 += d2 * u2
+        g1 = d1 * scale1
+        g2 = d2 * scale2
+        mean = tl.sum(g1 * u1 + g2 * u2, axis=1)[:, None] * (1.0 / WIDTH)
+        dx1 = inverse * (g1 - u1 * mean)
+        dx2 = inverse * (g2 - u2 * mean)
+        tl.store(dx_ptr + start + offsets, dx1.to(dx_ptr.dtype.element_ty), mask=exists)
+        tl.store(dx_ptr + start + offsets + HALF, dx2.to(dx_ptr.dtype.element_ty), mask=exists)
+        step += PROGRAMS
+    place = shares_ptr + (group * PROGRAMS + tl.program_id(1)) * WIDTH + columns
+    tl.store(place, tl.sum(share1, axis=0), mask=columns < HALF)
+    tl.store(place + HALF, tl.sum(share2, axis=0), mask=columns < HALF)

@@ -1,0 +1,67 @@
+"""For any device: XLA's own fusions, with the shared gradient, which keeps only h."""
+
+import jax
+import jax.numpy as jnp
+
+from crescendo.pallas_kernels.rms_norm import gradient
+
+
+def rms_norm(x, scale, *, eps, residual, probe):
+    """See the op."""
+    return gradient.rms_norm(KERNELS, x, scale, eps, residual, probe)
+
+
+def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
+    """See the op."""
+    return gradient.qk_norm_rotary(KERNELS, q, k, q_scale, k_scale, cosine, sine, eps)
+
+
+def forward(x_GRD, residual_GRD, scale_GD, eps):
+    """`(y, h)`."""
+    h = x_GRD if residual_GRD is None else x_GRD + residual_GRD
+    wide, inverse = _inverse(h, eps)
+    return (wide * inverse * scale_GD[:, None, :]).astype(h.dtype), h
+
+
+def backward(h_GRD, scale_GD, dy_GRD, dh_GRD, eps):
+    """`(dx, dscale)`; with u = h inverse and g = dy scale, `dx = inverse (g - u mean(g u))`."""
+    dx, dscale_GD = _gradients(h_GRD, scale_GD[:, None, :], dy_GRD, eps, axes=(1,))
+    dx = dx if dh_GRD is None else dx + dh_GRD
+    return dx.astype(h_GRD.dtype), dscale_GD
+
+
+def rotary_forward(x_BTHE, scale_BE, cosine_BTC, sine_BTC, eps):
+    """`y`."""
+    wide, inverse = _inverse(x_BTHE, eps)
+    turned = _turn(wide * inverse * scale_BE[:, None, None, :], cosine_BTC[:, :, None], sine_BTC[:, :, None])
+    return turned.astype(x_BTHE.dtype)
+
+
+def rotary_backward(x_BTHE, scale_BE, cosine_BTC, sine_BTC, dy_BTHE, eps):
+    """`(dx, dscale)`: turned back, then as the norm's."""
+    wide = jnp.promote_types(x_BTHE.dtype, jnp.float32)
+    dy = _turn(dy_BTHE.astype(wide), cosine_BTC[:, :, None], -sine_BTC[:, :, None])
+    dx, dscale_BE = _gradients(x_BTHE, scale_BE[:, None, None, :], dy, eps, axes=(1, 2))
+    return dx.astype(x_BTHE.dtype), dscale_BE
+
+
+KERNELS = gradient.Kernels(forward, backward, rotary_forward, rotary_backward)
+
+
+def _inverse(h, eps):
+    """h and `1 / rms`, in at least float32."""
+    wide = h.astype(jnp.promote_types(h.dtype, jnp.float32))
+    return wide, jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+
+
+def _gradients(h, scale, dy, eps, axes):
+    wide, inverse = _inverse(h, eps)
+    u, dy = wide * inverse, dy.astype(wide.dtype)
+    g = dy * scale
+    dx = inverse * (g - u * jnp.mean(g * u, axis=-1, keepdims=True))
+    return dx, jnp.sum(dy * u, axis=axes)
+
+
+def _turn(x, cosine, sine):
+    x1, x2 = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([x1 * cosine - x2 * sine, x2 * cosine + x1 * sine], axis=-1)

@@ -1,0 +1,51 @@
+"""The gradient that the implementations share: of the results alone, and of x where a cap bends the logits."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is fixed when a call is traced.
+
+    Attributes:
+      forward: `(x, mask, options) -> y`.
+      backward: `(y, dy, x, options) -> dx`; x is None where there is no soft cap.
+      log: whether y is a log-softmax.
+    """
+
+    forward: Callable
+    backward: Callable
+    log: bool
+    axis: int
+    scale: float
+    soft_cap: float | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def differentiable(options: Options, x, mask):
+    """`forward` with `backward` as its gradient."""
+    return options.forward(x, mask, options)
+
+
+def _forward(options: Options, x, mask):
+    y = options.forward(x, mask, options)
+    return y, (y, None if options.soft_cap is None else x)
+
+
+def _backward(options: Options, kept, dy):
+    y, x = kept
+    return options.backward(y, dy, x, options).astype(y.dtype), None
+
+
+differentiable.defvjp(_forward, _backward)
+
+
+def logits(x, scale: float, soft_cap: float | None):
+    """`c tanh(s x / c)` in at least float32, and where an entry counts: everywhere but at -inf."""
+    scaled = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * scale
+    return (scaled if soft_cap is None else soft_cap * jnp.tanh(scaled / soft_cap)), scaled != -jnp.inf

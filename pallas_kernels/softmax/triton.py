@@ -1,0 +1,382 @@
+"""jax-triton, Ampere and later: rows held on chip (`triton_rows`), read once and written once.
+
+At 32,768 columns a program (16,384 backward), rows of four million columns (two) are on chip as a whole. Longer ones
+take two kernels, by pairs (mantissa, exponent): two reads and one write, as there is no pass for the maximum (Dukhan
+and Ablavatski, 2020).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from crescendo.pallas_kernels.op import Unsupported, leave_to_others, target_device
+from crescendo.pallas_kernels.sharded import sharded
+from crescendo.pallas_kernels.softmax.gradient import Options, differentiable
+from crescendo.pallas_kernels.triton_call import triton_call
+from crescendo.pallas_kernels.triton_rows import LOG2E, capped, meet, meeting, place
+
+# Columns of a program that has a row to itself, forward and backward; of one that shares its row; and entries of one
+# whose rows are shorter.
+ALONE = {"forward": 32768, "backward": 16384}
+SHARED = 8192
+ENTRIES = 4096
+# Below this XLA's fusion of a forward pass is at least as fast: 59 us and 72 us at 16,384 rows of 1,024.
+FEW_COLUMNS = 2048
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# ln 2 in two parts: n * LN2_HIGH is exact for |n| < 2^15 (the last bits of LN2_HIGH are 0).
+LN2_HIGH: tl.constexpr = tl.constexpr(0.693145751953125)
+LN2_LOW: tl.constexpr = tl.constexpr(1.42860682030941723212e-6)
+
+
+def softmax(x, *, axis, scale, soft_cap, mask):
+    """See the op."""
+    return _call(x, axis, scale, soft_cap, mask, log=False)
+
+
+def log_softmax(x, *, axis, scale, soft_cap, mask):
+    """See the op."""
+    return _call(x, axis, scale, soft_cap, mask, log=True)
+
+
+def _call(x, axis, scale, soft_cap, mask, *, log: bool):
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise Unsupported(f"takes float32, bfloat16 and float16, not {x.dtype}")
+    if x.size == 0:
+        raise Unsupported(f"has nothing to do for x {list(x.shape)}")
+    if target_device().platform != "gpu":
+        raise Unsupported(f"needs an NVIDIA GPU, not {target_device()}")
+    if x.shape[axis] <= FEW_COLUMNS:
+        leave_to_others(f"is no faster than XLA for rows of at most {FEW_COLUMNS:,} entries, here {x.shape[axis]:,}")
+    options = Options(_forward, _backward, log, -1, scale, soft_cap)
+    if mask is not None:
+        mask = jnp.moveaxis(jnp.broadcast_to(mask, x.shape), axis, -1)
+    moved = jnp.moveaxis(x, axis, -1)
+    return jnp.moveaxis(differentiable(options, moved, mask), -1, axis)
+
+
+def _forward(x, mask, options: Options):
+    arrays = [x] if mask is None else [x, mask.astype(jnp.int8)]
+    return _on_rows(_forward_rows, arrays, options)
+
+
+def _backward(y, dy, x, options: Options):
+    return _on_rows(_backward_rows, [y, dy.astype(y.dtype)] if x is None else [y, dy.astype(y.dtype), x], options)
+
+
+def _on_rows(function, arrays, options: Options):
+    """`function(options, *arrays)` on `[rows, columns]`, under any mesh that splits the rows."""
+    shape = arrays[0].shape if arrays[0].ndim > 1 else (1, *arrays[0].shape)
+    leading = [f"r{i}" for i in range(len(shape) - 1)]
+    letters = " ".join([*leading, "c"])
+
+    def local(*parts):
+        rows = [part.reshape(-1, part.shape[-1]) for part in parts]
+        return (function(options, *rows).reshape(parts[0].shape),)
+
+    run = sharded(local, [letters] * len(arrays), [letters], batch=leading)
+    return run(*(array.reshape(shape) for array in arrays))[0].reshape(arrays[0].shape)
+
+
+def _geometry(shape, passes: str) -> dict[str, Any]:
+    """Blocks, programs and warps for rows of that shape."""
+    rows, columns = shape
+    block = triton.next_power_of_2(columns)
+    if block > ALONE[passes]:
+        # A row has at most as many parts as there are streaming multiprocessors, if it fits on chip at all.
+        block = SHARED
+        while block < ALONE[passes] and -(-columns // block) > target_device().cores:
+            block *= 2
+    parts = -(-columns // block)
+    together = max(1, min(ENTRIES // block, triton.next_power_of_2(rows)))
+    warps = min(32, max(4, together * block // 512))
+    grid = (rows * parts,) if parts > 1 else (-(-rows // together),)
+    constants = {"ROWS": rows, "COLUMNS": columns, "PARTS": parts, "TOGETHER": together, "BLOCK": block}
+    return {"grid": grid, "num_warps": warps, **constants}
+
+
+def _forward_rows(options: Options, x, mask=None):
+    geometry = _geometry(x.shape, "forward")
+    how: dict[str, Any] = {
+        "SCALE": options.scale,
+        "CAP": options.soft_cap or 0.0,
+        "LOG": options.log,
+        "MASKED": mask is not None,
+    }
+    arrays = (x, x if mask is None else mask)
+    y = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    if geometry["PARTS"] <= target_device().cores:
+        left, how_met = meeting(geometry["ROWS"], geometry["PARTS"], 2, first=1)
+        results = triton_call(*arrays, kernel=_forward_kernel, out_shape=[y, *left], **how_met, **geometry, **how)
+        return results[0]
+    rows, parts = geometry["ROWS"], geometry["PARTS"]
+    long = {k: v for k, v in geometry.items() if k != "TOGETHER"}
+    shape = jax.ShapeDtypeStruct((rows, parts, 2), jnp.float32)
+    (pairs,) = triton_call(*arrays, kernel=_pairs_kernel, out_shape=[shape], **long, **how)
+    # A row's pairs are few: XLA adds them up.
+    mantissas, exponents = pairs[..., 0], pairs[..., 1]
+    exponent = jnp.max(exponents, axis=1)
+    mantissa = jnp.sum(mantissas * jnp.exp2(exponents - exponent[:, None]), axis=1)
+    totals = jnp.stack([mantissa, exponent], axis=1)
+    return triton_call(*arrays, totals, kernel=_scale_kernel, out_shape=[y], **long, **how)[0]
+
+
+def _backward_rows(options: Options, y, dy, x=None):
+    geometry = _geometry(y.shape, "backward")
+    how: dict[str, Any] = {"SCALE": options.scale, "CAP": options.soft_cap or 0.0, "LOG": options.log}
+    arrays = (y, dy, y if x is None else x)
+    dx = jax.ShapeDtypeStruct(y.shape, y.dtype)
+    if geometry["PARTS"] <= target_device().cores:
+        left, how_met = meeting(geometry["ROWS"], geometry["PARTS"], 1, first=1)
+        results = triton_call(*arrays, kernel=_backward_kernel, out_shape=[dx, *left], **how_met, **geometry, **how)
+        return results[0]
+    long = {k: v for k, v in geometry.items() if k != "TOGETHER"}
+    shape = jax.ShapeDtypeStruct((geometry["ROWS"], geometry["PARTS"]), jnp.float32)
+    (sums,) = triton_call(*arrays[:2], kernel=_sums_kernel, out_shape=[shape], **long, LOG=options.log)
+    total = jnp.sum(sums, axis=1)
+    return triton_call(*arrays, total, kernel=_gradient_kernel, out_shape=[dx], **long, **how)[0]
+
+
+@triton.jit
+def _offsets(row, part, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the program's entries are, and which of them exist: `[TOGETHER, BLOCK]`."""
+    rows = row + tl.arange(0, TOGETHER)[:, None]
+    columns = part * BLOCK + tl.arange(0, BLOCK)[None, :]
+    exists = columns < COLUMNS
+    return rows.to(tl.int64) * COLUMNS + columns, exists & (rows < ROWS)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    mask_ptr,
+    y_ptr,
+    left_ptr,
+    arrived_ptr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    LOG: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    row, part = place(arrived_ptr, ROWS, PARTS, TOGETHER)
+    offsets, exists = _offsets(row, part, ROWS, COLUMNS, TOGETHER, BLOCK)
+    x = tl.load(x_ptr + offsets, mask=exists, other=-float("inf"))
+    logits = capped(x, SCALE, CAP)
+    if MASKED:
+        seen = tl.load(mask_ptr + offsets, mask=exists, other=0)
+        logits = tl.where(seen != 0, logits, -float("inf"))
+    logits = tl.where(exists, logits, -float("inf"))
+    top = tl.max(logits, axis=1)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    exponentials = tl.exp2((logits - top[:, None]) * LOG2E)
+    total = tl.sum(exponentials, axis=1)
+    if PARTS > 1:
+        one = tl.arange(0, 1)
+        left = left_ptr + row * PARTS
+        tl.store(left + part + one, tl.where(total > 0, top, -float("inf")))
+        tl.store(left + ROWS * PARTS + part + one, total)
+        meet(arrived_ptr, row, PARTS)
+        others = tl.arange(0, triton.next_power_of_2(PARTS))
+        tops = tl.load(left + others, mask=others < PARTS, other=-float("inf"), cache_modifier=".cg")
+        totals = tl.load(left + ROWS * PARTS + others, mask=others < PARTS, other=0.0, cache_modifier=".cg")
+        highest = tl.max(tops, axis=0)
+        highest = tl.where(highest == -float("inf"), 0.0, highest)
+        total = tl.sum(totals * tl.exp2((tops - highest) * LOG2E), axis=0)
+        total = tl.where(total == 0, 1.0, total) + tl.zeros([1], tl.float32)
+        if LOG:
+            y = logits - highest - tl.log2(total)[:, None] * LN2
+        else:
+            y = exponentials * (tl.exp2((top - highest) * LOG2E) / total)[:, None]
+    else:
+        total = tl.where(total == 0, 1.0, total)
+        y = logits - top[:, None] - (tl.log2(total) * LN2)[:, None] if LOG else exponentials * (1.0 / total)[:, None]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _terms(y, dy, LOG: tl.constexpr):
+    """The cotangents that count, and what their row adds up."""
+    y = y.to(tl.float32)
+    dy = dy.to(tl.float32)
+    if LOG:
+        dy = tl.where(y == -float("inf"), 0.0, dy)
+        return dy, dy
+    return dy, y * dy
+
+
+@triton.jit
+def _gradient(y, dy, x, total, SCALE: tl.constexpr, CAP: tl.constexpr, LOG: tl.constexpr):
+    """The gradient of x, given the row's sum of terms."""
+    y = y.to(tl.float32)
+    dx = dy - tl.exp2(y * LOG2E) * total if LOG else y * (dy - total)
+    if CAP > 0:
+        t = capped(x, SCALE, CAP) * (1 / CAP)
+        dx = tl.where(t == -float("inf"), 0.0, dx * (1 - t * t))
+    return dx * SCALE
+
+
+@triton.jit
+def _backward_kernel(
+    y_ptr,
+    dy_ptr,
+    x_ptr,
+    dx_ptr,
+    left_ptr,
+    arrived_ptr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    LOG: tl.constexpr,
+):
+    row, part = place(arrived_ptr, ROWS, PARTS, TOGETHER)
+    offsets, exists = _offsets(row, part, ROWS, COLUMNS, TOGETHER, BLOCK)
+    y = tl.load(y_ptr + offsets, mask=exists, other=-float("inf") if LOG else 0.0)
+    dy = tl.load(dy_ptr + offsets, mask=exists, other=0.0)
+    dy, terms = _terms(y, dy, LOG)
+    total = tl.sum(terms, axis=1)
+    if PARTS > 1:
+        left = left_ptr + row * PARTS
+        tl.store(left + part + tl.arange(0, 1), total)
+        meet(arrived_ptr, row, PARTS)
+        others = tl.arange(0, triton.next_power_of_2(PARTS))
+        sums = tl.load(left + others, mask=others < PARTS, other=0.0, cache_modifier=".cg")
+        total = tl.sum(sums, axis=0) + tl.zeros([1], tl.float32)
+    x = tl.load(x_ptr + offsets, mask=exists, other=0.0) if CAP > 0 else y
+    dx = _gradient(y, dy, x, total[:, None], SCALE, CAP, LOG)
+    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _pair(logits):
+    """`exp(logits) = mantissa 2^exponent`, the mantissa in [1/sqrt 2, sqrt 2]; 0 and -inf for -inf."""
+    seen = logits != -float("inf")
+    value = tl.where(seen, logits, 0.0)
+    exponent = tl.floor(value * LOG2E + 0.5)
+    rest = value - exponent * LN2_HIGH - exponent * LN2_LOW
+    return tl.where(seen, tl.exp2(rest * LOG2E), 0.0), tl.where(seen, exponent, -float("inf"))
+
+
+@triton.jit
+def _long_logits(x_ptr, mask_ptr, offsets, exists, SCALE: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr):
+    x = tl.load(x_ptr + offsets, mask=exists, other=-float("inf"))
+    logits = tl.where(exists, capped(x, SCALE, CAP), -float("inf"))
+    if MASKED:
+        seen = tl.load(mask_ptr + offsets, mask=exists, other=0)
+        logits = tl.where(seen != 0, logits, -float("inf"))
+    return logits
+
+
+@triton.jit
+def _pairs_kernel(
+    x_ptr,
+    mask_ptr,
+    pairs_ptr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    LOG: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    columns = (program % PARTS) * BLOCK + tl.arange(0, BLOCK)
+    offsets = (program // PARTS) * COLUMNS + columns
+    logits = _long_logits(x_ptr, mask_ptr, offsets, columns < COLUMNS, SCALE, CAP, MASKED)
+    mantissas, exponents = _pair(logits)
+    exponent = tl.maximum(tl.max(exponents, axis=0), -1e30)
+    mantissa = tl.sum(mantissas * tl.exp2(exponents - exponent), axis=0)
+    tl.store(pairs_ptr + program * 2, mantissa)
+    tl.store(pairs_ptr + program * 2 + 1, exponent)
+
+
+@triton.jit
+def _scale_kernel(
+    x_ptr,
+    mask_ptr,
+    totals_ptr,
+    y_ptr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    LOG: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    row = program // PARTS
+    columns = (program % PARTS) * BLOCK + tl.arange(0, BLOCK)
+    offsets = row * COLUMNS + columns
+    exists = columns < COLUMNS
+    logits = _long_logits(x_ptr, mask_ptr, offsets, exists, SCALE, CAP, MASKED)
+    total = tl.load(totals_ptr + row * 2)
+    exponent = tl.load(totals_ptr + row * 2 + 1)
+    total = tl.where(total == 0, 1.0, total)
+    if LOG:
+        y = logits - exponent * LN2_HIGH - (exponent * LN2_LOW + tl.log2(total) * LN2)
+    else:
+        mantissas, exponents = _pair(logits)
+        y = mantissas * (1.0 / total) * tl.exp2(exponents - exponent)
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _sums_kernel(
+    y_ptr,
+    dy_ptr,
+    sums_ptr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LOG: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    columns = (program % PARTS) * BLOCK + tl.arange(0, BLOCK)
+    offsets = (program // PARTS) * COLUMNS + columns
+    y = tl.load(y_ptr + offsets, mask=columns < COLUMNS, other=-float("inf") if LOG else 0.0)
+    dy = tl.load(dy_ptr + offsets, mask=columns < COLUMNS, other=0.0)
+    dy, terms = _terms(y, dy, LOG)
+    tl.store(sums_ptr + program, tl.sum(terms, axis=0))
+
+
+@triton.jit
+def _gradient_kernel(
+    y_ptr,
+    dy_ptr,
+    x_ptr,
+    totals_ptr,
+    dx_ptr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    LOG: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    row = program // PARTS
+    columns = (program % PARTS) * BLOCK + tl.arange(0, BLOCK)
+    offsets = row * COLUMNS + columns
+    exists = columns < COLUMNS
+    y = tl.load(y_ptr + offsets, mask=exists, other=-float("inf") if LOG else 0.0)
+    dy = tl.load(dy_ptr + offsets, mask=exists, other=0.0)
+    dy, _ = _terms(y, dy, LOG)
+    x = tl.load(x_ptr + offsets, mask=exists, other=0.0) if CAP > 0 else y
+    dx = _gradient(y, dy, x, tl.load(totals_ptr + row), SCALE, CAP, LOG)
+    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=exists)

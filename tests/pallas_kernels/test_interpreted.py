@@ -1,0 +1,136 @@
+"""The Pallas kernels for GPU and TPU under JAX's interpreters, with their race detectors."""
+
+import contextlib
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
+
+from crescendo.pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from crescendo.pallas_kernels.linear_cross_entropy import mosaic_gpu as hopper
+from crescendo.pallas_kernels.linear_cross_entropy.specs import EVERY_OPTION
+from crescendo.pallas_kernels.op import Device, target
+from crescendo.pallas_kernels.rms_norm import rms_norm
+from crescendo.pallas_kernels.rms_norm.specs import SPECS as NORM_SPECS
+from crescendo.pallas_kernels.softmax import log_softmax, softmax
+from crescendo.pallas_kernels.softmax.specs import SPECS as SOFTMAX_SPECS
+
+TPU = AbstractDevice("TPU v5e", 1, "tpu")
+OPTIONS = {name: value for name, value in EVERY_OPTION.items() if name != "weighted"}
+
+
+@contextlib.contextmanager
+def on_tpu():
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        yield
+    assert not interpret_pallas_call.races.races_found
+
+
+@contextlib.contextmanager
+def on_gpu():
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+    assert not gpu_callbacks.get_races().races_found
+
+
+def distance(found, expected) -> float:
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30)
+
+
+@pytest.fixture
+def hopper_of_two_cores(monkeypatch):
+    """Two cores share the tiles. The interpreter can't add by copying: dW starts at 0, so writing is the same."""
+    copy = plgpu.copy_smem_to_gmem
+    monkeypatch.setattr(hopper, "target_device", lambda: Device("gpu", "interpreter", 9.0, 2))
+    monkeypatch.setattr(hopper, "require_gpu", lambda *args, **kwargs: None)
+    monkeypatch.setattr(plgpu, "copy_smem_to_gmem", lambda *args, reduction_op=None: copy(*args))
+
+
+def test_linear_cross_entropy_for_hopper(hopper_of_two_cores):
+    random = np.random.default_rng()
+    x, w = (jnp.asarray(random.normal(size=shape), jnp.bfloat16) for shape in ((300, 256), (384, 256)))
+    w, labels = w / 8, jnp.asarray(random.integers(0, 384, 300))
+
+    def run(implementation, x, w):
+        loss = lambda x, w: linear_cross_entropy(x, w, labels, **OPTIONS, implementation=implementation)[0]  # noqa: E731
+        return jax.tree.leaves(jax.value_and_grad(loss, (0, 1))(x, w))
+
+    with on_gpu():
+        found = run("mosaic_gpu", x, w)
+    expected = run("reference", x.astype(jnp.float32), w.astype(jnp.float32))
+    assert distance(found[0], expected[0]) < 1e-5
+    assert max(distance(f, e) for f, e in zip(found[1:], expected[1:], strict=True)) < 4e-3
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+    """Small blocks, and kernels that take this machine for a TPU."""
+    for package in ("softmax", "rms_norm"):
+        module = importlib.import_module(f"crescendo.pallas_kernels.{package}.mosaic_tpu")
+        monkeypatch.setattr(module, "require_whole_rows", lambda width: None)
+        monkeypatch.setattr(module, "block_rows", lambda rows, width: min(rows, 8))
+
+
+def results(op, implementation, arguments, options):
+    """Gradients of a sum of sines, and the results themselves."""
+    named = {n: a for n, a in options.items() if isinstance(a, jax.Array)}
+    fixed = {n: a for n, a in options.items() if n not in named}
+
+    def loss(arguments, named):
+        found = jax.tree.leaves(op(*arguments, **named, **fixed, implementation=implementation))
+        found = [jnp.where(jnp.isfinite(y), y, 0).astype(jnp.float32) for y in found]
+        return sum(jnp.sum(jnp.sin(y)) for y in found), found
+
+    return jax.tree.leaves(jax.grad(loss, has_aux=True)(arguments, named))
+
+
+@pytest.mark.parametrize(
+    ("op", "spec"),
+    [
+        (op, s)
+        for s in SOFTMAX_SPECS
+        for op in (softmax, log_softmax)
+        if "small" in s.tags and (op is softmax or "capped" in s.name)
+    ],
+    ids=lambda value: getattr(value, "name", None) or value.__name__,
+)
+def test_softmax_for_tpu(op, spec, tpu):
+    arguments, options = spec.inputs(np.random.default_rng().integers(2**31))
+    wide = [a.astype(jnp.float32) for a in arguments]
+    with on_tpu():
+        found = results(op, "mosaic_tpu", wide, options)
+    for f, e in zip(found, results(op, "reference", wide, options), strict=True):
+        assert jnp.linalg.norm((f - e).ravel()) <= 1e-5 * max(1.0, jnp.linalg.norm(e.ravel()))
+
+
+@pytest.mark.parametrize(
+    "spec", [s for s in NORM_SPECS if s.name in ("17 x 4099", "examples")], ids=lambda spec: spec.name
+)
+def test_rms_norm_for_tpu(spec, tpu):
+    arguments, options = spec.inputs(np.random.default_rng().integers(2**31))
+    wide = [a.astype(jnp.float32) for a in arguments]
+    options = {n: a.astype(jnp.float32) if n == "residual" else a for n, a in options.items()}
+    with on_tpu():
+        found = results(rms_norm, "mosaic_tpu", wide, options)
+    for f, e in zip(found, results(rms_norm, "reference", wide, options), strict=True):
+        assert jnp.linalg.norm((f - e).ravel()) <= 1e-5 * max(1.0, jnp.linalg.norm(e.ravel()))
+
+
+def test_kernels_for_tpu_leave_calls_that_xla_would_have_to_split():
+    x = jax.ShapeDtypeStruct((64, 256), jnp.float32)
+    run = lambda x: softmax(x, implementation="mosaic_tpu")  # noqa: E731
+    with target(TPU):
+        with pytest.raises(NotImplementedError, match=r"mosaic_tpu: .*inside jax.shard_map"):
+            jax.jit(run).trace(x)
+        mesh = AbstractMesh((1,), ("x",), abstract_device=TPU)
+        mapped = jax.shard_map(run, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert "tpu_custom_call" in jax.jit(mapped).trace(x).lower(lowering_platforms=("tpu",)).as_text()

@@ -1,0 +1,158 @@
+"""RMSNorm and norm with rotary positions: values and gradients in float64, per-example norms, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from crescendo.pallas_kernels.op import target
+from crescendo.pallas_kernels.rms_norm import qk_norm_rotary, rms_norm
+from crescendo.pallas_kernels.rms_norm.specs import ROTARY_SPECS, SPECS
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+CASES = [(op, spec) for op, specs in ((rms_norm, SPECS), (qk_norm_rotary, ROTARY_SPECS)) for spec in specs]
+SMALL = [case for case in CASES if "small" in case[1].tags]
+H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+
+
+def name(value):
+    return getattr(value, "name", None) or getattr(value, "__name__", None)
+
+
+def results_and_gradients(op, implementation, arguments, options, seed):
+    """All results, and the gradients of all floating arguments for random cotangents."""
+    floating = {i: a for i, a in enumerate(arguments)}
+    named = {n: a for n, a in options.items() if isinstance(a, jax.Array)}
+    fixed = {n: a for n, a in options.items() if n not in named}
+
+    def run(positional, named):
+        return op(*(positional[i] for i in range(len(arguments))), **named, **fixed, implementation=implementation)
+
+    random = np.random.default_rng(seed)
+    shapes = jax.eval_shape(run, floating, named)
+    cotangents = jax.tree.map(lambda y: jnp.asarray(random.normal(size=y.shape)).astype(y.dtype), shapes)
+
+    @jax.jit
+    def both(floating, named, cotangents):
+        y, back = jax.vjp(run, floating, named)
+        return y, back(cotangents)
+
+    return jax.tree.leaves(both(floating, named, cotangents))
+
+
+def exact(op, arguments, options, seed):
+    """By the reference, in float64."""
+    widen = lambda a: np.asarray(a.astype(jnp.float32), np.float64) if isinstance(a, jax.Array) else a  # noqa: E731
+    arguments, options = jax.tree.map(widen, arguments), {n: widen(a) for n, a in options.items()}
+    with jax.enable_x64(True):
+        as_jax = lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a  # noqa: E731
+        options = {n: as_jax(a) for n, a in options.items()}
+        return results_and_gradients(op, "reference", tuple(map(as_jax, arguments)), options, seed)
+
+
+def distance(found, expected) -> float:
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    # In a row of one entry x / rms(x) is a sign, whose gradient vanishes but for epsilon: there the error is absolute.
+    return np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1.0)
+
+
+@pytest.mark.parametrize(("op", "spec"), SMALL, ids=name)
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_values_and_gradients(op, spec, implementation):
+    seed = np.random.default_rng().integers(2**31)
+    arguments, options = spec.inputs(seed)
+    found = results_and_gradients(op, implementation, arguments, options, seed)
+    for f, e in zip(found, exact(op, arguments, options, seed), strict=True):
+        assert distance(f, e) < (1e-5 if arguments[0].dtype == jnp.float32 else 1e-2)
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 2**31 - 1))
+def test_the_mean_square_is_one_and_lengths_do_not_matter(shape, seed):
+    random = np.random.default_rng(seed)
+    x = jnp.asarray(random.normal(size=shape) + 0.1, jnp.float32)
+    norm = jax.jit(lambda x: rms_norm(x, jnp.ones(shape[-1]), eps=0.0, implementation="xla"))
+    y = norm(x)
+    np.testing.assert_allclose(jnp.mean(y * y, -1), 1, rtol=1e-5)
+    np.testing.assert_allclose(norm(-7 * x), -y, rtol=1e-4)
+    # So a gradient is orthogonal to x.
+    dx = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(norm(x)))))(x)
+    np.testing.assert_allclose(jnp.sum(dx * x, -1), 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_the_probe_is_given_the_squared_norms_of_per_example_gradients_of_all_layers(implementation):
+    random = np.random.default_rng()
+    x = jnp.asarray(random.normal(size=(3, 5, 8)), jnp.float32)
+    scales = [jnp.asarray(random.normal(size=8), jnp.float32) for _ in range(2)]
+
+    def loss(scales, x, probe=None):
+        for scale in scales:
+            x = jnp.sin(rms_norm(x, scale, eps=1e-5, probe=probe, implementation=implementation))
+        return jnp.sum(x)
+
+    alone = [jax.grad(loss)(scales, x[b : b + 1]) for b in range(3)]
+    expected = [sum(jnp.sum(g**2) for g in gradients) for gradients in alone]
+    gradients, norms = jax.grad(loss, (0, 2))(scales, x, jnp.zeros(3))
+    np.testing.assert_allclose(norms, expected, rtol=1e-4)
+    for g, e in zip(gradients, jax.grad(loss)(scales, x), strict=True):
+        np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_split_over_devices_equal_the_whole():
+    random = np.random.default_rng()
+    x = jnp.asarray(random.normal(size=(64, 24)), jnp.float32)
+    scale = jnp.asarray(random.normal(size=24), jnp.float32)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    loss = lambda x, scale: jnp.sum(jnp.sin(rms_norm(x, scale, eps=1e-5, implementation="xla")))  # noqa: E731
+    run = jax.jit(jax.grad(loss, (0, 1)))
+    placed = jax.device_put(x, NamedSharding(mesh, P("data"))), jax.device_put(scale, NamedSharding(mesh, P()))
+    compiled = run.lower(*placed).compile()
+    for f, e in zip(compiled(*placed), run(x, scale), strict=True):
+        np.testing.assert_allclose(f, e, rtol=1e-5, atol=1e-5)
+    assert "all-gather" not in compiled.as_text()
+
+
+X, S = jnp.ones((2, 3, 4)), jnp.ones(4)
+Q, A = jnp.ones((2, 3, 2, 4)), jnp.ones((1, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: rms_norm(X, jnp.ones(3), eps=0), ValueError, r"scale \[3\] .* x \[2, 3, 4\]"),
+        (lambda: rms_norm(X, jnp.ones((3, 4)), eps=0), ValueError, r"scale \[3, 4\]"),
+        (lambda: rms_norm(X, S, eps=-1.0), ValueError, "eps = -1.0"),
+        (lambda: rms_norm(X, S, eps=0, residual=X[0]), ValueError, r"residual float32\[3, 4\]"),
+        (lambda: rms_norm(X, S, eps=0, residual=X.astype(jnp.bfloat16)), TypeError, "residual bfloat16"),
+        (lambda: rms_norm(X, S, eps=0, probe=jnp.zeros(3)), ValueError, r"probe \[3\]"),
+        (lambda: rms_norm(X.astype(int), S, eps=0), TypeError, "x is int32"),
+        (lambda: rms_norm(X, S, eps=0, implementation="triton"), NotImplementedError, "'xla' or 'reference' serves"),
+        (lambda: qk_norm_rotary(Q, Q[:1], S, S, A, A, eps=0), ValueError, r"k \[1, 3, 2, 4\]"),
+        (lambda: qk_norm_rotary(Q[..., :3], Q[..., :3], S, S, A, A, eps=0), ValueError, "width 3 must be even"),
+        (lambda: qk_norm_rotary(Q, Q, S[:2], S, A, A, eps=0), ValueError, r"q_scale \[2\]"),
+        (lambda: qk_norm_rotary(Q, Q, S, S, A[..., 0], A, eps=0), ValueError, r"cosine \[1, 3\]"),
+    ],
+)
+def test_mistakes_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_lowers_for_devices_that_are_not_here(platform):
+    for op, spec in CASES:
+        arguments, options = spec.abstract()
+        named = {n: a for n, a in options.items() if isinstance(a, jax.ShapeDtypeStruct)}
+        fixed = {n: a for n, a in options.items() if n not in named}
+
+        def loss(arguments, named, op=op, fixed=fixed):
+            results = op(*arguments, **named, **fixed, implementation="xla")
+            return sum(jnp.sum(y.astype(jnp.float32)) for y in jax.tree.leaves(results))
+
+        with target(H100 if platform == "cuda" else AbstractDevice("TPU v5e", 1, "tpu")):
+            jax.jit(jax.grad(loss)).trace(arguments, named).lower(lowering_platforms=(platform,))

@@ -1,0 +1,138 @@
+"""Softmax and log-softmax: values and gradients against the reference in float64, masks, extremes, errors."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AbstractDevice
+
+from crescendo.pallas_kernels.op import explain, target
+from crescendo.pallas_kernels.softmax import log_softmax, softmax
+from crescendo.pallas_kernels.softmax.specs import SPECS
+
+SMALL = [spec for spec in SPECS if "small" in spec.tags]
+H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+OPS = [softmax, log_softmax]
+
+
+def value_and_gradient(op, implementation, options, x, cotangent):
+    mask, fixed = options.get("mask"), {name: value for name, value in options.items() if name != "mask"}
+
+    @jax.jit
+    def both(x, mask, cotangent):
+        y, back = jax.vjp(lambda x: op(x, mask=mask, **fixed, implementation=implementation), x)
+        return y, back(cotangent.astype(y.dtype))[0]
+
+    return both(x, mask, cotangent)
+
+
+def exact(op, options, x, cotangent):
+    wide = np.asarray(x.astype(jnp.float32), np.float64)
+    with jax.enable_x64(True):
+        return value_and_gradient(op, "reference", options, jnp.asarray(wide), jnp.asarray(np.asarray(cotangent)))
+
+
+def close(found, expected, tolerance) -> bool:
+    """The same entries are -inf, none is NaN, and the others agree in the l2 norm."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    finite = np.isfinite(expected)
+    assert (np.isneginf(found) == ~finite).all()
+    error = np.linalg.norm((found - expected)[finite])
+    return error <= tolerance * max(np.linalg.norm(expected[finite]), 1e-30)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+@pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.name)
+def test_values_and_gradients(op, spec):
+    random = np.random.default_rng()
+    (x,), options = spec.inputs(random.integers(2**31))
+    cotangent = jnp.asarray(random.normal(size=x.shape), jnp.float32)
+    results = value_and_gradient(op, "xla", options, x, cotangent)
+    for found, expected in zip(results, exact(op, options, x, cotangent), strict=True):
+        assert found.dtype == x.dtype
+        assert close(found, expected, 1e-5 if x.dtype == jnp.float32 else 1e-2)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    st.lists(st.integers(1, 7), min_size=1, max_size=3),
+    st.integers(0, 2),
+    st.booleans(),
+    st.floats(-1e4, 1e4, width=32),
+    st.integers(0, 2**31 - 1),
+)
+def test_rows_add_up_to_one_and_a_shift_changes_nothing(shape, axis, masked, shift, seed):
+    random = np.random.default_rng(seed)
+    axis = min(axis, len(shape) - 1)
+    x = np.where(random.random(shape) < 0.2, -np.inf, random.normal(size=shape) * 3).astype(np.float32)
+    mask = jnp.asarray(random.random(shape) < 0.6) if masked else None
+    seen = np.isfinite(x) & (np.asarray(mask) if masked else True)
+    for implementation in ("xla", "reference"):
+        run = functools.partial(jax.jit, static_argnums=1)(
+            lambda x, op: op(x, axis, mask=mask, implementation=implementation)  # noqa: B023
+        )
+        y = run(jnp.asarray(x), softmax)
+        np.testing.assert_allclose(jnp.sum(y, axis), seen.any(axis).astype(float), rtol=1e-5)
+        assert (np.asarray(y)[~seen] == 0).all()
+        # The shift rounds x itself: by 2^-24 of 1e4.
+        shifted = run(jnp.asarray(x + np.float32(shift)), softmax)
+        np.testing.assert_allclose(shifted, y, atol=2e-3)
+        logs = run(jnp.asarray(x), log_softmax)
+        np.testing.assert_allclose(jnp.exp(logs), y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_extremes_give_no_nan(implementation):
+    x = jnp.array([[1e4, -1e4, -jnp.inf], [-jnp.inf] * 3, [-1e4, -1e4, -1e4]])
+    run = functools.partial(value_and_gradient, implementation=implementation, options={}, x=x)
+    y, dx = run(softmax, cotangent=jnp.ones_like(x))
+    np.testing.assert_allclose(y, [[1, 0, 0], [0, 0, 0], [1 / 3] * 3], rtol=1e-6)
+    np.testing.assert_allclose(dx, 0, atol=1e-6)
+    y, dx = run(log_softmax, cotangent=jnp.array([[1.0, 2.0, 3.0]] * 3))
+    np.testing.assert_allclose(y, [[0, -2e4, -jnp.inf], [-jnp.inf] * 3, [-np.log(3)] * 3], rtol=1e-6)
+    # An entry of -inf has no gradient and gives none.
+    np.testing.assert_allclose(dx, [[-2, 2, 0], [0, 0, 0], [-1, 0, 1]], atol=1e-5)
+
+
+def test_vmap_and_empty_rows():
+    x = jnp.asarray(np.random.default_rng().normal(size=(3, 4, 5)), jnp.float32)
+    mapped = jax.vmap(lambda x: softmax(x, implementation="xla"))(x)
+    np.testing.assert_allclose(mapped, jax.nn.softmax(x), rtol=1e-6)
+    for shape in ((0, 4), (4, 0)):
+        assert softmax(jnp.zeros(shape)).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "error", "message"),
+    [
+        (jnp.ones(3, jnp.int32), {}, TypeError, "x is int32"),
+        (jnp.ones((3, 4)), {"axis": 2}, ValueError, r"axis = 2 .* x \[3, 4\]"),
+        (jnp.ones((3, 4)), {"mask": jnp.ones((3, 5), bool)}, ValueError, r"mask \[3, 5\] .* x \[3, 4\]"),
+        (jnp.ones((3, 4)), {"mask": jnp.ones((2, 3, 4), bool)}, ValueError, r"mask \[2, 3, 4\]"),
+        (jnp.ones(3), {"mask": jnp.ones(3)}, TypeError, "mask is float32"),
+        (jnp.ones(3), {"soft_cap": -1.0}, ValueError, "soft_cap = -1.0"),
+        (jnp.ones(3), {"scale": float("nan")}, ValueError, "scale = nan"),
+        (jnp.ones(3), {"implementation": "triton"}, NotImplementedError, "triton: .*'xla' or 'reference' serves"),
+    ],
+)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_mistakes_are_named(op, x, options, error, message):
+    with pytest.raises(error, match=message):
+        op(x, **options)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_lowers_for_devices_that_are_not_here(platform):
+    for spec in SPECS:
+        (x,), options = spec.abstract()
+        mask = options.pop("mask", None)
+        loss = lambda x, mask: jnp.sum(softmax(x, mask=mask, **options, implementation="xla"))  # noqa: B023, E731
+        device = H100 if platform == "cuda" else AbstractDevice("TPU v5e", 1, "tpu")
+        with target(device):
+            assert explain(softmax, x, mask=mask, **options).chosen is not None
+            jax.jit(jax.grad(loss)).trace(x, mask).lower(lowering_platforms=(platform,))
