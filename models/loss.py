@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 
 from crescendo.models.config import ModelConfig
@@ -37,13 +36,9 @@ def cross_entropy(
       soft_cap: `c` of `c tanh(logits / c)` (Gemma 2, 2024), or None.
       checked: report labels out of range: at once where they are concrete, else by `checkify`.
       implementation: of the op; None: the first one that serves.
-      vocab_axis: inside `jax.shard_map`, the mesh axis that splits the table by its rows; rows of maxima and sums cross
-        the devices, never logits.
+      vocab_axis: inside a checked `jax.shard_map`, the mesh axis that splits the table by its rows; rows of maxima and
+        sums cross the devices, never logits.
     """
-    if vocab_axis is not None:
-        return _split_cross_entropy(
-            hidden_BTD, table_VD, labels_BT, weights_BT, z_loss=z_loss, soft_cap=soft_cap, vocab_axis=vocab_axis
-        )
     return linear_cross_entropy(
         hidden_BTD,
         table_VD,
@@ -52,26 +47,9 @@ def cross_entropy(
         z_loss=z_loss,
         soft_cap=soft_cap,
         checked=checked,
+        vocab_axis=vocab_axis,
         implementation=implementation,
     )
-
-
-def _split_cross_entropy(hidden_BTD, table_VD, labels_BT, weights_BT, *, z_loss, soft_cap, vocab_axis):
-    """The same of a device's own rows of the table, in a `shard_map` of any kind: the op's own needs a checked one."""
-    logits_BTV = jnp.einsum(
-        "btd,vd->btv", hidden_BTD, table_VD.astype(hidden_BTD.dtype), preferred_element_type=jnp.float32
-    )
-    if soft_cap is not None:
-        logits_BTV = soft_cap * jnp.tanh(logits_BTV / soft_cap)
-    top_BT = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1)), vocab_axis)
-    sums_BT = jax.lax.psum(jnp.sum(jnp.exp(logits_BTV - top_BT[..., None]), axis=-1), vocab_axis)
-    log_z_BT = top_BT + jnp.log(sums_BT)
-    local_BT = labels_BT - jax.lax.axis_index(vocab_axis) * table_VD.shape[0]
-    ours_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
-    taken_BT = jnp.take_along_axis(logits_BTV, jnp.where(ours_BT, local_BT, 0)[..., None], axis=-1)[..., 0]
-    label_logits_BT = jax.lax.psum(jnp.where(ours_BT, taken_BT, 0.0), vocab_axis)
-    losses_BT = log_z_BT - label_logits_BT + z_loss * jnp.square(log_z_BT)
-    return jnp.sum(losses_BT * weights_BT), jnp.sum(weights_BT)
 
 
 def next_token_loss(

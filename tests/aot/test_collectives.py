@@ -14,7 +14,7 @@ from crescendo.experiments.describe import topology_devices
 from crescendo.experiments.state import abstract_state, initial_state, state_shardings
 from crescendo.models import ModelConfig
 from crescendo.optim.batch_size import adaptive_batch_size, constant
-from crescendo.parallel.collectives import collectives, traffic
+from crescendo.parallel.collectives import Traffic, collectives, traffic
 from crescendo.parallel.costs import Work, step_traffic
 from crescendo.parallel.describe import device_bytes
 
@@ -68,6 +68,11 @@ def closed_form(config: ModelConfig, layout: parallel.Layout, microbatches: int,
     return step_traffic(layout, arrays, models.logical_axes(config), work)
 
 
+def row(name: str, kind: str, found: Traffic, expected: float) -> str:
+    """A line of the table: how often, and megabytes a device sends, as compiled and in closed form."""
+    return f"{name:17}{kind:20}{found.count:5.0f}{found.sent_bytes / 1e6:10.2f} MB {expected / 1e6:10.2f} MB"
+
+
 @functools.cache
 def compiled_for_h100s(name: str):
     axes, strategy, ulysses, microbatches, remat = STEPS[name]
@@ -84,9 +89,7 @@ def test_eight_h100s_send_what_the_closed_form_says(name):
     found, expected = traffic(text, microbatches=microbatches), closed_form(config, layout, microbatches, 1024)
     total = sum(expected.values())
     for kind, size in expected.items():
-        print(
-            f"{name:17}{kind:20}{found[kind].count:5.0f}{found[kind].sent_bytes / 1e6:10.2f} MB {size / 1e6:10.2f} MB"
-        )
+        print(row(name, kind, found[kind], size))
     for kind, size in expected.items():
         # Sums of scalars and whole vectors are not in the closed form: under 1% of all here.
         assert found[kind].sent_bytes == pytest.approx(size, rel=0.01, abs=0.01 * total), kind
@@ -101,8 +104,7 @@ def test_three_kinds_together_send_no_more_than_the_closed_form(strategy):
     found, expected = traffic(step.compile().as_text()), closed_form(config, layout, 1, 4096)
     total = sum(expected.values())
     for kind, size in expected.items():
-        sent = f"{found[kind].sent_bytes / 1e6:10.2f} MB"
-        print(f"{strategy:17}{kind:20}{found[kind].count:5.0f}{sent} {size / 1e6:10.2f} MB")
+        print(row(strategy, kind, found[kind], size))
         assert found[kind].sent_bytes <= size + 0.01 * total, kind
     # With `fsdp` the compiler finds gathers of activations that two matmuls can share.
     assert sum(t.sent_bytes for t in found.values()) >= 0.85 * total
@@ -166,7 +168,7 @@ def test_a_pod_of_1024_chips_sends_and_holds_what_the_closed_form_says():
     compiled = step.compile(compiler_options={"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"})
     found, expected = traffic(compiled.as_text()), closed_form(config, layout, 1, 2048)
     for kind, size in expected.items():
-        print(f"1024 chips {kind:20}{found[kind].sent_bytes / 1e6:10.2f} MB {size / 1e6:10.2f} MB")
+        print(row("1024 chips", kind, found[kind], size))
     sent = {kind: t.sent_bytes for kind, t in found.items()}
     assert sent["all-gather"] == pytest.approx(expected["all-gather"], rel=0.05)
     # This compiler leaves some scattered sums whole, as all-reduces of twice the bytes.

@@ -1,7 +1,8 @@
 """The description of a model over a mesh, with no devices."""
 
 import re
-import runpy
+import subprocess
+import sys
 import time
 
 import jax
@@ -26,10 +27,13 @@ def test_70b_over_4096_devices_is_described_without_any(capsys):
     assert float(held["optimizer state"]) == pytest.approx(2 * 70.55e9 * 4 / 4096 / 2**30, rel=0.02)
 
 
-def test_the_command_of_the_package_is_the_same(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["describe", "--model", "debug", "--devices", "8"])
-    runpy.run_module("crescendo.parallel.describe", run_name="__main__")
-    assert "fsdp 8" in capsys.readouterr().out
+def test_the_command_of_the_package_is_the_same():
+    command = [sys.executable, "-m", "crescendo.parallel.describe", "--devices"]
+    shown = subprocess.run([*command, "8"], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "fsdp 8" in shown.stdout
+    refused = subprocess.run([*command, "0"], capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr) == (2, "error: --devices 0 must be at least 1\n")
 
 
 def test_what_stays_whole_is_warned_of():
