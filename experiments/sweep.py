@@ -179,7 +179,7 @@ def run_points(
     running: list[Job] = []
     pruned: set[str] = set()
     begin, more = time.monotonic(), True
-    with Interruption() as interruption, Live(console=console, refresh_per_second=2) as live:
+    with Interruption() as interruption, Live(console=console, refresh_per_second=2, transient=True) as live:
         stopped = False
         while more or running:
             while more and free and not interruption.requested:
@@ -284,11 +284,8 @@ def search(folder: Path, texts: Sequence[str], trials: int, outcomes: Outcomes, 
         if budget == 0:
             return None
         budget -= 1
-        if left:
-            # Optuna has no public way to take up a trial that another process left running.
-            trial = optuna.trial.Trial(study, left.pop(0)._trial_id)
-        else:
-            trial = study.ask(distributions)
+        # Optuna has no public way to take up a trial that another process left running.
+        trial = optuna.trial.Trial(study, left.pop(0)._trial_id) if left else study.ask(distributions)
         point = _trial_point(trial)
         trial_of[point.name] = trial
         return point
@@ -351,8 +348,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = configurables.parser("Train at many settings: grids, zips, chains of them, or a search.", EXAMPLES)
     add = parser.add_argument
-    add("--grid", dest="parts", action="append", type=lambda t: axis(t), metavar="'NAME = [VALUE, ...]'")
-    add("--zip", dest="parts", action="append", type=lambda t: zipped(t), metavar="'A = [...]; B = [...]'")
+    add("--grid", dest="parts", action="append", type=axis, metavar="'NAME = [VALUE, ...]'")
+    add("--zip", dest="parts", action="append", type=zipped, metavar="'A = [...]; B = [...]'")
     add("--chain", dest="parts", action="append_const", const=None, help="what follows comes after, not times, before")
     add("--search", action="append", default=[], metavar="'NAME = log(LOW, HIGH)'", help="or uniform, int, choice")
     add("--trials", type=int, default=20, help="of a search (default 20)")
