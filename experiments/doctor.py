@@ -51,25 +51,22 @@ def devices() -> Iterator[Line]:
 def kernels() -> Iterator[Line]:
     """What each implementation of each kernel says of a typical call on this machine's first device."""
     try:
-        package = importlib.import_module("crescendo.pallas_kernels")
         explain = importlib.import_module("crescendo.pallas_kernels.op").explain
     except ImportError as error:
         yield "none", f"{error}"
         return
     bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
-    calls = {
-        "attention": [bf16(2, 1024, 8, 64)] * 3,
-        "softmax": [bf16(1024, 4096)],
-        "rms_norm": [bf16(1024, 1024), bf16(1024)],
-        "linear_cross_entropy": [bf16(1024, 768), bf16(768, 50304), jax.ShapeDtypeStruct((1024,), jnp.int32)],
+    calls: dict[str, tuple[list, dict]] = {
+        "attention": ([bf16(2, 1024, 8, 64)] * 3, {}),
+        "softmax": ([bf16(1024, 4096)], {}),
+        "rms_norm": ([bf16(1024, 1024), bf16(1024)], {"eps": 1e-6}),
+        "linear_cross_entropy": ([bf16(1024, 768), bf16(768, 50304), jax.ShapeDtypeStruct((1024,), jnp.int32)], {}),
     }
-    for name, arguments in calls.items():
-        function = getattr(package, name, None)
-        if function is None:
-            continue
+    for name, (arguments, options) in calls.items():
         try:
-            yield name, str(explain(function, *arguments))
-        except (TypeError, ValueError, NotImplementedError) as error:
+            function = getattr(importlib.import_module(f"crescendo.pallas_kernels.{name}"), name)
+            yield name, str(explain(function, *arguments, **options))
+        except (ImportError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
             yield name, f"no answer: {error}"
 
 
