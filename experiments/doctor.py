@@ -60,7 +60,7 @@ def kernels() -> Iterator[Line]:
         "attention": ([bf16(2, 1024, 8, 64)] * 3, {}),
         "softmax": ([bf16(1024, 4096)], {}),
         "rms_norm": ([bf16(1024, 1024), bf16(1024)], {"eps": 1e-6}),
-        "linear_cross_entropy": ([bf16(1024, 768), bf16(768, 50304), jax.ShapeDtypeStruct((1024,), jnp.int32)], {}),
+        "linear_cross_entropy": ([bf16(1024, 768), bf16(50304, 768), jax.ShapeDtypeStruct((1024,), jnp.int32)], {}),
     }
     for name, (arguments, options) in calls.items():
         try:
