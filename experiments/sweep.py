@@ -238,7 +238,7 @@ def run_points(
                 time.sleep(_POLL_SECONDS)
     outcomes.save()
     if interruption.requested:
-        raise Interrupted(f"{interruption.requested}: the runs in {folder} are saved; the same command goes on")
+        raise Interrupted(f"{interruption.requested}: the sweep in {folder} stopped; the same command goes on")
 
 
 def _last_line(log: Path) -> str:
