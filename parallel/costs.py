@@ -106,14 +106,17 @@ def _tensor(layout: Layout, work: Work) -> dict[str, float]:
     """Megatron with sequence-split norms: a layer takes in all tokens twice and gives back its share of them twice.
 
     Forward that is two gathers and two scattered sums; backward their transposes, and the two gathers again, because
-    what is kept for the backward pass is split. Embedding and output gather and scatter once each way.
+    what is kept for the backward pass is split. Embedding and output gather once each way; the embedding scatters once,
+    and the loss, whose gradients are computed with it, adds up those of its hidden states whole and in float32.
     """
     ways = layout.sizes["tensor"]
-    residual = _rows(layout, work) * work.width * work.compute_bytes * _share(ways) * work.microbatches
+    entries = _rows(layout, work) * work.width * _share(ways) * work.microbatches
+    residual = entries * work.compute_bytes
     recomputed = work.full_remat  # the sum behind attention is needed again, the one behind the feed-forward part not
     return {
         "all-gather": residual * (6 * work.layers + 2),
-        "reduce-scatter": residual * ((4 + recomputed) * work.layers + 2),
+        "reduce-scatter": residual * ((4 + recomputed) * work.layers + 1),
+        "all-reduce": 2 * entries * FLOAT32,
     }
 
 

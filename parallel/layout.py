@@ -167,7 +167,8 @@ class Layout:
             ),
             ((*rows, None), ("vocab", None), rows, rows),
             ((), ()),
-            checked=True,  # as a loss that splits the vocabulary may ask
+            # A loss that splits the vocabulary asks to be checked; kernels, which don't, can't be.
+            checked=self.sizes["tensor"] > 1,
         )
         return local(hidden_BTD, table_VD, labels_BT, weights_BT)
 

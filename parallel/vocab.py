@@ -41,5 +41,4 @@ def cross_entropy(loss: Callable, hidden_BTD, table_VD, labels_BT, weights_BT, *
     """
     split = {"vocab_axis": AXIS} if ways > 1 else {}
     loss_sum, weight = loss(hidden_BTD, table_VD, labels_BT, weights_BT, **split)
-    axes = rows if ways > 1 else (*rows, AXIS)  # along an axis of one device nothing is added up, but said to be equal
-    return jax.lax.psum(loss_sum, axes), jax.lax.psum(weight, rows)
+    return jax.lax.psum(loss_sum, rows), jax.lax.psum(weight, rows)
