@@ -27,6 +27,7 @@ from crescendo.pallas_kernels.op import Spec, Unsupported, explain
 
 # An op's package, and the name of its specs there.
 OPS = {
+    "attention": ("attention", "SPECS"),
     "softmax": ("softmax", "SPECS"),
     "log_softmax": ("softmax", "SPECS"),
     "linear_cross_entropy": ("linear_cross_entropy", "SPECS"),
