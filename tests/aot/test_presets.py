@@ -60,8 +60,7 @@ def compiled(target: str, preset: str):
 
 @pytest.mark.aot
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("preset", SHAPES)
-@pytest.mark.parametrize("target", ["h100", "v5e:2x2", "v5p:8x8x16"])
+@pytest.mark.parametrize(("target", "preset"), [(t, p) for t, budgets in BUDGETS_MIB.items() for p in budgets])
 def test_the_step_compiles_within_its_memory_budget(target, preset):
     peak_mib = compiling.peak_bytes(compiled(target, preset)) / 2**20
     print(f"{target} {preset}: {peak_mib:,.0f} MiB of {BUDGETS_MIB[target][preset]:,} MiB")
