@@ -66,6 +66,7 @@ def train(
     keep_checkpoint_every_examples: int | None = None,
     keep_checkpoints_at_examples: Sequence[int] = (),
     max_bad_steps: int = 10,
+    writers: Sequence[str] = (),
     label: str | None = None,
     operative_config: Callable[[], str] = configurables.operative_config,
 ) -> dict:
@@ -96,6 +97,7 @@ def train(
       keep_checkpoint_every_examples: one so often stays for ever; None: none.
       keep_checkpoints_at_examples: also save at the first step that reaches each of these, and keep it for ever.
       max_bad_steps: stop after so many steps in a row without a finite loss.
+      writers: who gets the metrics besides `metrics.jsonl` and TensorBoard, such as ["wandb"] (Weights & Biases).
       label: the run's name in reports; the folder's when None.
       operative_config: gives the configuration text to keep with the run.
 
@@ -217,7 +219,11 @@ def train(
         if hosts.is_leader():
             replace_file(folder / "tokenizer.json", data.tokenizer.to_json().encode())
         observers = run_observers(
-            folder, resume_at_examples=clock.examples_seen, total_examples=total_examples, label=info["name"]
+            folder,
+            resume_at_examples=clock.examples_seen,
+            total_examples=total_examples,
+            label=info["name"],
+            writers=writers,
         )
         stack.callback(observers.close)
         if clock.examples_seen >= total_examples:
