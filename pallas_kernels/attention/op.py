@@ -9,7 +9,9 @@ from crescendo.pallas_kernels.attention.contract import Config, Operands
 from crescendo.pallas_kernels.op import op
 
 HERE = "crescendo.pallas_kernels.attention"
-IMPLEMENTATIONS = {name: f"{HERE}.{name}" for name in ("mosaic_gpu", "cudnn", "triton", "xla", "reference")}
+IMPLEMENTATIONS = {
+    name: f"{HERE}.{name}" for name in ("mosaic_gpu", "cudnn", "triton", "mosaic_tpu", "xla", "reference")
+}
 
 
 @op(IMPLEMENTATIONS)
