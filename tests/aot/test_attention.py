@@ -87,7 +87,7 @@ def test_triton_kernels_compile(width):
 
 @pytest.mark.parametrize(
     "spec",
-    [spec for spec in SPECS if spec.tags & {"small", "awkward"} and "bias" not in spec.name],
+    [spec for spec in SPECS if spec.tags & {"small", "awkward"}],
     ids=lambda s: s.name,
 )
 def test_triton_kernels_interpreted(spec, monkeypatch):
