@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from crescendo.pallas_kernels.attention.contract import Config, Operands
-from crescendo.pallas_kernels.op import Unsupported, require_gpu
+from crescendo.pallas_kernels.op import Unsupported, leave_to_others, require_gpu
 
 
 def attention(config: Config, operands: Operands, return_lse: bool):
@@ -25,6 +25,8 @@ def attention(config: Config, operands: Operands, return_lse: bool):
     for reason, refused in refusals.items():
         if refused:
             raise Unsupported(reason)
+    if bias is not None:
+        leave_to_others("would give NaN where a row's bias is -inf everywhere")
     mask = None
     if operands.q_segments is not None:
         # Dense, quadratic in the length; causality and windows are cuDNN's own.

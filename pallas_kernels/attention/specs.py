@@ -189,7 +189,8 @@ SPECS = (
     spec("bias", (2, 64, 64, 2, 2, 64), "small", "awkward", bias_shape=(1, 2, 64, 64)),
     spec("bias-of-keys", (2, 50, 70, 2, 2, 64), "awkward", bias_shape=(2, 1, 1, 70), causal=True),
     spec("bias-shared", (2, 90, 150, 4, 2, 64), "awkward", bias_shape=(1, 1, 90, 150), soft_cap=5.0),
-    spec("bias-of-heads", (1, 150, 150, 4, 2, 64), "awkward", bias_shape=(1, 4, 1, 1), causal=True, window=60),
+    # Of a bias that all keys share only the log-sum-exp has a gradient.
+    spec("bias-of-queries", (1, 150, 150, 4, 2, 64), "awkward", bias_shape=(1, 4, 150, 1), causal=True, soft_cap=5.0),
     spec("bias-hides", (2, 90, 150, 4, 2, 64), "awkward", bias_shape=(2, 4, 90, 150), hidden=0.3),
     spec("ring", (2, 160, 160, 2, 1, 64), "awkward", ring=True, causal=True, mean_tokens=50),
     spec("ring-window", (1, 101, 203, 2, 2, 64), "awkward", ring=True, causal=True, window=90),

@@ -1,5 +1,7 @@
 """Attention: every implementation against the reference in float64, on this machine or in an interpreter."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from crescendo.pallas_kernels.attention import attention, mosaic_gpu
+from crescendo.pallas_kernels.attention import attention, checking, mosaic_gpu
 from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges, positions, visible
 from crescendo.pallas_kernels.attention.specs import SPECS
 from crescendo.pallas_kernels.op import explain, target
@@ -23,50 +25,24 @@ A100 = AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platfo
 BY_NAME = {spec.name: spec for spec in SPECS}
 
 
-def error(array, exact) -> float:
-    array, exact = np.asarray(array, np.float64), np.asarray(exact, np.float64)
-    return float(np.linalg.norm(array - exact) / max(np.linalg.norm(exact), 1e-30))
+@functools.cache
+def drawn(spec, dtype=None, seed=0):
+    """The spec's inputs in `dtype`, cotangents, and everything about them in float64."""
+    given, cotangents = checking.case(spec, seed, dtype), checking.cotangents(spec, seed)
+    return given, cotangents, checking.exactly(given)(cotangents)
 
 
-def everything(implementation, arrays, kwargs, cotangents):
-    """Result, log-sum-exp with 0 for -inf, where it is finite, and the gradients of both together."""
-
-    def call(*arrays):
-        bias = {"bias": arrays[3]} if len(arrays) > 3 else {}
-        return attention(*arrays[:3], **kwargs, **bias, return_lse=True, implementation=implementation)
-
-    (out, lse), pull = jax.vjp(call, *arrays)
-    dout, dlse = cotangents
-    gradients = pull((dout.astype(out.dtype), jnp.where(jnp.isfinite(lse), dlse, 0).astype(lse.dtype)))
-    return out, jnp.where(jnp.isfinite(lse), lse, 0), jnp.isfinite(lse), *gradients
-
-
-def _compiled(implementation, kwargs):
-    return jax.jit(lambda arrays, cotangents: everything(implementation, arrays, kwargs, cotangents))
-
-
-def exact_and_given(spec, dtype, seed):
-    """The spec's inputs in `dtype`, and everything about them in float64."""
-    arrays, kwargs = spec.inputs(seed)
-    bias = kwargs.pop("bias", None)
-    arrays = [array.astype(dtype) for array in (*arrays, *([] if bias is None else [bias]))]
-    rng = np.random.default_rng(seed)
-    cotangents = rng.normal(size=arrays[0].shape).astype("f"), rng.normal(size=arrays[0].shape[:3]).astype("f")
-    cotangents = tuple(np.asarray(jnp.asarray(c).astype(dtype), np.float32) for c in cotangents)
-    with jax.enable_x64(True):
-        doubles = [jnp.asarray(np.asarray(array, np.float64)) for array in arrays]
-        exact = _compiled("reference", kwargs)(doubles, tuple(jnp.asarray(c, jnp.float64) for c in cotangents))
-        exact = [np.asarray(array) for array in exact]
-    return arrays, kwargs, tuple(map(jnp.asarray, cotangents)), exact
+def compute(implementation, given, cotangents):
+    run = functools.partial(checking.everything, implementation, given.options)
+    return jax.tree.map(np.asarray, jax.jit(run)(given.arrays, given.metadata, cotangents))
 
 
 def compare(implementation, spec, dtype, tolerance, seed=0):
-    arrays, kwargs, cotangents, exact = exact_and_given(spec, dtype, seed)
-    results = _compiled(implementation, kwargs)(arrays, cotangents)
-    np.testing.assert_array_equal(results[2], exact[2])
-    for i, (result, wanted) in enumerate(zip(results, exact, strict=True)):
-        assert np.isfinite(np.asarray(result, np.float64)).all(), (spec.name, i)
-        assert error(result, wanted) < tolerance, (spec.name, i)
+    given, cotangents, exact = drawn(spec, dtype, seed)
+    results = compute(implementation, given, cotangents)
+    np.testing.assert_array_equal(results["seen"], exact["seen"])
+    errors = {name: checking.error(result, exact[name]) for name, result in results.items()}
+    assert all(value < tolerance for value in errors.values()), (spec.name, errors)
 
 
 @pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
@@ -207,13 +183,9 @@ def test_bad_input_is_named():
     "name", ["packed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("odd", "empty-rows", "one-token"))]
 )
 def test_hopper_kernels_are_right_and_free_of_races(name, interpreted, monkeypatch):
-    arrays, kwargs, cotangents, exact = exact_and_given(BY_NAME[name], jnp.bfloat16, 0)
     monkeypatch.setattr(mosaic_gpu, "per_device", lambda kernels: kernels)
     with interpreted():
-        results = [np.asarray(result) for result in _compiled("mosaic_gpu", kwargs)(arrays, cotangents)]
-    np.testing.assert_array_equal(results[2], exact[2])
-    for result, wanted in zip(results, exact, strict=True):
-        assert error(result, wanted) < 1e-2
+        compare("mosaic_gpu", BY_NAME[name], None, 1e-2)
 
 
 @pytest.mark.parametrize("name", ["packed-gpt2", "gemma-local"])
