@@ -43,7 +43,6 @@ def arms(
     chosen: Sequence[str] = ("constant", "warmup", "large"),
     largest: int | None = None,
     curve: str | None = None,
-    sequence_length: str = "%SEQUENCE_LENGTH",
 ) -> dict[str, list[str]]:
     """The gin bindings of each arm, by its name; the learning rate of all is meant for the small batch.
 
@@ -54,7 +53,6 @@ def arms(
       chosen: members of `ARMS`.
       largest: the large batch, and the cap of those that grow; where None, what the doublings lead to.
       curve: the file of a measured curve, for the arm "curve".
-      sequence_length: the gin value that the arm "curve" gets.
 
     >>> list(arms(2, [0.35, 0.65], 1000))
     ['constant-2', 'warmup-2-8', 'constant-8']
@@ -96,7 +94,7 @@ def arms(
             lambda: growing(
                 "critical_batch_following",
                 f"critical_batch_following.curve = {curve!r}",
-                f"critical_batch_following.sequence_length = {sequence_length}",
+                "critical_batch_following.sequence_length = %SEQUENCE_LENGTH",
             ),
         ),
         "noise-scale": (f"noise-scale-{batch_size}-{largest}", lambda: growing("noise_scale_following", halves)),

@@ -1,6 +1,7 @@
 """Rows of the stream, cut into microbatches and put on the devices ahead of the step that uses them."""
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -42,6 +43,9 @@ def put_rows(
 class Feed:
     """Batches of any size in one fixed shape.
 
+    While a step runs, the batch that follows if the size stays is read in a thread: a step's call can last as long as
+    the step (a loop whose trip count the host must know does, on GPUs), and the device would wait.
+
     Args:
       stream: the rows, by the clock.
       plan: the shape.
@@ -50,9 +54,19 @@ class Feed:
 
     def __init__(self, stream: Stream, plan: parallel.BatchPlan, layout: parallel.Layout):
         self._stream, self._plan, self._layout = stream, plan, layout
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
+        self._ahead: tuple[tuple[int, int], Future[dict]] | None = None
 
     def read(self, examples_seen: int, batch_size: int) -> dict:
         """The input of one step (`abstract_batch`): the unused microbatches at the end are zeros."""
+        wanted, following = (examples_seen, batch_size), (examples_seen + batch_size, batch_size)
+        if self._ahead is None or self._ahead[0] != wanted:
+            self._ahead = wanted, self._thread.submit(self._read, *wanted)
+        batch = self._ahead[1].result()
+        self._ahead = following, self._thread.submit(self._read, *following)
+        return batch
+
+    def _read(self, examples_seen: int, batch_size: int) -> dict:
         microbatch, k_max = self._plan.microbatch_examples, self._plan.max_microbatches
 
         def read(numbers: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """From the arrays that a step returns to the records that observers see."""
 
+import collections
 import dataclasses
 import math
 import time
@@ -13,6 +14,9 @@ from crescendo.experiments.state import NOISE_SCALES, Clock
 REPORTED = ("loss", "learning_rate", "gradient_norm", "gradient_l1_norm", "skipped_steps")
 # Those that only some runs have, null where nothing is known yet.
 OPTIONAL = tuple(f"{name}{suffix}" for name in NOISE_SCALES.values() for suffix in ("", "_error"))
+# A call can last as long as its step, or not wait at all, so that about an evaluation the time between two readings is
+# that of no step or of two: the throughput is a mean over as many steps as these.
+THROUGHPUT_STEPS = 16
 
 
 @dataclasses.dataclass
@@ -35,6 +39,9 @@ class Recorder:
     seconds: float = 0.0
     evaluated_at: int = 0
     _mark: float = dataclasses.field(default_factory=time.perf_counter)
+    _recent: collections.deque[tuple[int, float]] = dataclasses.field(
+        default_factory=lambda: collections.deque(maxlen=THROUGHPUT_STEPS)
+    )
 
     def restart_timer(self) -> None:
         """Leaves the time since the last record out of the training time."""
@@ -53,7 +60,8 @@ class Recorder:
         now = time.perf_counter()
         elapsed, self._mark = now - self._mark, now
         self.seconds += elapsed
-        tokens_per_second = examples * self.sequence_length / elapsed
+        self._recent.append((examples * self.sequence_length, elapsed))
+        tokens_per_second = sum(tokens for tokens, _ in self._recent) / sum(seconds for _, seconds in self._recent)
         peak = self.peak_flops_per_second
         self.observe(
             {

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import statistics
 import sys
@@ -34,8 +35,12 @@ OPS = {
     "rms_norm": ("rms_norm", "SPECS"),
     "qk_norm_rotary": ("rms_norm", "ROTARY_SPECS"),
 }
+# What forward and backward cost, in forward passes: a matmul's derivative is two of its size; attention's also computes
+# the scores anew.
+PASSES = {"attention": 3.5}
 EXAMPLES = """examples:
   python -m crescendo.pallas_kernels.bench softmax
+  python -m crescendo.pallas_kernels.bench attention --plot attention.png
   python -m crescendo.pallas_kernels.bench linear_cross_entropy --passes backward --tags speed
   python -m crescendo.pallas_kernels.bench rms_norm --only triton xla --json rms_norm.json"""
 
@@ -124,6 +129,8 @@ def measure_torch(op_name: str, spec: Spec, who: str, function: Callable, passes
     try:
         import torch
 
+        torch.compiler.reset()  # each spec is another program
+
         def tensor(array):
             wide = np.asarray(array.astype(jnp.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array)
             dtype = getattr(torch, array.dtype.name) if wide.dtype.kind == "f" else None
@@ -173,23 +180,77 @@ def specs(op_name: str, tags: Iterable[str]) -> list[Spec]:
     return [spec for spec in getattr(module, name) if set(tags) <= spec.tags]
 
 
-def table(op_name: str, results: Sequence[Result], found: Sequence[Spec]) -> Table:
-    """Rows of measurements, with the rate that the spec's own operations or bytes make of them."""
-    by_name = {spec.name: spec for spec in found}
-    kind = jax.devices()[0].device_kind
-    shown = Table("call", "passes", "who", "ms", "TFLOP/s", "GB/s", "GiB extra", title=f"{op_name} on {kind}")
+def best_peers(op_name: str, results: Sequence[Result]) -> dict[tuple[str, str], float]:
+    """The seconds of the fastest that isn't this project's own kernel, by spec and passes; cuDNN's and XLA's count."""
+    implementations = getattr(importlib.import_module(f"crescendo.pallas_kernels.{OPS[op_name][0]}"), op_name)
+    ours = set(implementations.implementations) - {"cudnn", "xla"}
+    best: dict[tuple[str, str], float] = {}
     for result in results:
-        spec = by_name[result.spec]
-        # Backward of a matmul takes two of its size; of a pass over memory, the gradient in and out besides.
-        factor = (3.0, 2.5) if result.passes == "backward" else (1.0, 1.0)
-        if result.seconds is None:
-            shown.add_row(result.spec, result.passes, result.who, "-", "-", "-", result.error[:60])
-            continue
-        flops = f"{spec.flops * factor[0] / result.seconds / 1e12:,.0f}" if spec.flops else "-"
-        rate = f"{spec.bytes * factor[1] / result.seconds / 1e9:,.0f}" if not spec.flops else "-"
-        extra = "-" if result.extra_bytes is None else f"{result.extra_bytes / 2**30:.2f}"
-        shown.add_row(result.spec, result.passes, result.who, f"{1e3 * result.seconds:,.3f}", flops, rate, extra)
+        if result.seconds is not None and result.who not in ours:
+            key = result.spec, result.passes
+            best[key] = min(result.seconds, best.get(key, result.seconds))
+    return best
+
+
+def rate(result: Result, spec: Spec) -> tuple[float, str]:
+    """What the spec's own operations or bytes make of a measurement, and the unit."""
+    assert result.seconds is not None
+    whole = result.passes == "backward"
+    if spec.flops:
+        return spec.flops * (PASSES.get(result.op, 3.0) if whole else 1.0) / result.seconds / 1e12, "TFLOP/s"
+    # Of a pass over memory, the gradient goes in and out besides.
+    return spec.bytes * (2.5 if whole else 1.0) / result.seconds / 1e9, "GB/s"
+
+
+def row(result: Result, spec: Spec, best: dict[tuple[str, str], float]) -> list[str]:
+    """A measurement, for people."""
+    named = [result.spec, result.passes, result.who]
+    if result.seconds is None:
+        return [*named, "-", "-", "-", "-", result.error[:60]]
+    found, unit = rate(result, spec)
+    extra = "-" if result.extra_bytes is None else f"{result.extra_bytes / 2**30:.2f}"
+    against = best.get((result.spec, result.passes))
+    ratio = "-" if against is None else f"{against / result.seconds:.2f}"
+    return [*named, f"{1e3 * result.seconds:,.3f}", f"{found:,.0f}", unit, extra, ratio]
+
+
+def table(op_name: str, results: Sequence[Result], found: Sequence[Spec]) -> Table:
+    """Rows of measurements; the last column is the speed over that of the best peer."""
+    by_name, best = {spec.name: spec for spec in found}, best_peers(op_name, results)
+    kind = jax.devices()[0].device_kind
+    columns = ("call", "passes", "who", "ms", "rate", "unit", "GiB extra", "x best peer")
+    shown = Table(*columns, title=f"{op_name} on {kind}")
+    for result in results:
+        shown.add_row(*row(result, by_name[result.spec], best))
     return shown
+
+
+def draw(op_name: str, results: Sequence[Result], found: Sequence[Spec]) -> bytes:
+    """A PNG: a panel for each kind of pass, a group of bars for each spec."""
+    from matplotlib.figure import Figure
+
+    by_name = {spec.name: spec for spec in found}
+    measured = [result for result in results if result.seconds is not None]
+    passes, names = (list(dict.fromkeys(getattr(r, field) for r in measured)) for field in ("passes", "who"))
+    figure = Figure(figsize=(2 + 1.6 * len(found), 3.4 * len(passes)), layout="constrained")
+    panels = figure.subplots(len(passes), 1, squeeze=False)[:, 0]
+    width = 0.8 / len(names)
+    for panel, which in zip(panels, passes, strict=True):
+        unit = ""
+        for place, name in enumerate(names):
+            chosen = [r for r in measured if r.passes == which and r.who == name]
+            at = [found.index(by_name[r.spec]) + (place - (len(names) - 1) / 2) * width for r in chosen]
+            heights = [rate(r, by_name[r.spec]) for r in chosen]
+            unit = heights[0][1] if heights else unit
+            panel.bar(at, [height for height, _ in heights], width, label=name)
+        panel.set_xticks(range(len(found)), [spec.name.replace(" ", "\n") for spec in found], fontsize=7)
+        panel.set_ylabel(unit)
+        panel.set_title("forward" if which == "forward" else "forward and backward", fontsize=10)
+    panels[0].legend(fontsize=7, ncols=min(4, len(names)))
+    figure.suptitle(f"{op_name} on {jax.devices()[0].device_kind}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -204,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tags", nargs="+", default=["speed"], help="of the specs, all of them (default speed)")
     parser.add_argument("--only", nargs="+", default=[], help="these implementations and peers (default all)")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
+    parser.add_argument("--plot", type=Path, help="draw the measurements into this PNG")
     arguments = parser.parse_args(argv)
     found, who = specs(arguments.op, arguments.tags), candidates(arguments.op, arguments.only)
     if not found or not who:
@@ -219,10 +281,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for name, function, timed in who:
                     status.update(f"{len(results) + 1} of {total}: {spec.name}, {passes}, {name}")
                     results.append(timed(arguments.op, spec, name, function, passes))
+                    console.print("  ".join(row(results[-1], spec, best_peers(arguments.op, results))))
     console.print(table(arguments.op, results, found))
     op = getattr(importlib.import_module(f"crescendo.pallas_kernels.{OPS[arguments.op][0]}"), arguments.op)
     args, options = found[0].abstract()
     console.print(str(explain(op, *args, **options)))
+    if arguments.plot:
+        arguments.plot.write_bytes(draw(arguments.op, results, found))
     if arguments.json:
         arguments.json.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1) + "\n")
 

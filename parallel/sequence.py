@@ -1,10 +1,10 @@
 r"""Attention over rows whose tokens are split over devices: a ring, Ulysses, or both.
 
 **Ring** (Liu et al. 2023, https://arxiv.org/abs/2310.01889): keys and values travel from device to device while each
-attends with the block it has; partial results are merged by their log-sum-exp. The next block is on its way while the
-present one is used. The backward pass runs the ring again, with the gradients of keys and values travelling behind
-them, so no device ever holds the whole sequence. Per layer a device sends :math:`2 N h_{kv} (R - 1) / R` numbers
-forward, for a row of N tokens over R devices.
+attends with the block it has, by the fused kernels; partial results are merged by their log-sum-exp. The next block is
+on its way while the present one is used. The backward pass runs the ring again, with the gradients of keys and values
+travelling behind them, so no device ever holds the whole sequence. Per layer a device sends
+:math:`2 N h_{kv} (R - 1) / R` numbers forward, for a row of N tokens over R devices.
 
 **Zig-zag order**: under a causal mask a contiguous split leaves the first device nearly idle. A row is cut into 2 R
 chunks, and device i holds chunks i and 2 R - 1 - i: then every device has the same work in every step, and past the
@@ -22,6 +22,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from crescendo.pallas_kernels.attention import Config, Operands, kernels
 
 AXIS = "sequence"
 
@@ -92,8 +94,8 @@ def _ring_forward(q, k, v, segment_ids, ring: int, ulysses: int, causal: bool):
 
             def after(q, k, v, segments, segments_k):
                 mixed, log_sum = block_forward(q[:, half:], k, v, segments[:, half:], segments_k)
-                nothing = ((0, 0), (half, 0), (0, 0))
-                return jnp.pad(mixed, (*nothing, (0, 0))), jnp.pad(log_sum, nothing, constant_values=-jnp.inf)
+                mixed = jnp.pad(mixed, ((0, 0), (half, 0), (0, 0), (0, 0)))
+                return mixed, jnp.pad(log_sum, ((0, 0), (0, 0), (half, 0)), constant_values=-jnp.inf)
 
             part = jax.lax.cond(place >= step, before, after, q, k_now, v_now, segment_ids, segments_now)
             mixed, log_sum = _merge(mixed, log_sum, *part)
@@ -110,7 +112,7 @@ def _ring_backward(ring: int, ulysses: int, causal: bool, residuals, d_output):
     shift = _shift(ring, ulysses)
     place = jax.lax.axis_index(AXIS) // ulysses
     half = q.shape[1] // 2
-    delta = jnp.sum(d_output.astype(jnp.float32) * output.astype(jnp.float32), axis=-1)
+    delta = jnp.einsum("bthe,bthe->bht", d_output.astype(jnp.float32), output.astype(jnp.float32))
     block = (k, v, segment_ids)
     gradients = None  # of the block's keys and values: they travel one step behind it
     for step in range(ring):
@@ -126,7 +128,9 @@ def _ring_backward(ring: int, ulysses: int, causal: bool, residuals, d_output):
                 return dq, *(jnp.pad(x, ((0, 0), (0, half), (0, 0), (0, 0))) for x in dkv)
 
             def after(of_queries, k, v, segments_k):
-                dq, *dkv = block_backward(tuple(x[:, half:] for x in of_queries), k, v, segments_k)
+                q, d_output, log_sum, delta, segments_q = of_queries
+                later = (q[:, half:], d_output[:, half:], log_sum[..., half:], delta[..., half:], segments_q[:, half:])
+                dq, *dkv = block_backward(later, k, v, segments_k)
                 return jnp.pad(dq, ((0, 0), (half, 0), (0, 0), (0, 0))), *dkv
 
             dq_now, *found = jax.lax.cond(place >= step, before, after, of_queries, k_now, v_now, segments_now)
@@ -154,58 +158,35 @@ def _shift(ring: int, ulysses: int) -> Callable:
 def _merge(mixed, log_sum, mixed_now, log_sum_now):
     """The attention over two sets of keys, from that over each; a query sees at least itself in the first."""
     together = jnp.logaddexp(log_sum, log_sum_now)
-    weigh = lambda x, of: x * jnp.exp(of - together)[..., None]  # noqa: E731
+    weigh = lambda x, of: x * jnp.exp(of - together).swapaxes(1, 2)[..., None]  # noqa: E731
     return weigh(mixed, log_sum) + weigh(mixed_now, log_sum_now), together
 
 
-def _scores(q, k, segments_q, segments_k, causal: bool):
-    """`[B, K, G, Tq, Tk]`, float32, -inf where a query doesn't see a key; query heads in groups of G per key head."""
-    batch, tokens, heads, width = q.shape
-    grouped = q.reshape(batch, tokens, k.shape[2], heads // k.shape[2], width)
-    scores = jnp.einsum("btkge,bske->bkgts", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
-    seen = segments_q[:, :, None] == segments_k[:, None, :]
-    if causal:
-        seen &= jnp.tri(tokens, k.shape[1], dtype=bool)
-    return jnp.where(seen[:, None, None], scores, -jnp.inf)
+def _block(q, k, v, segments_q, segments_k, causal: bool):
+    """A block's attention as the kernels take it, and the kernels that serve it."""
+    config = Config(q.shape[-1] ** -0.5, causal=causal, sees_itself=causal)
+    operands = Operands(q, k, v, None, segments_q, segments_k)
+    return kernels(config, operands), config, operands
 
 
 def block_forward(q, k, v, segments_q, segments_k, *, causal: bool = False):
-    """Attention over one block: `[B, Tq, H, E]` and its log-sum-exp `[B, Tq, H]`, both float32; 0 and -inf of nothing.
+    """Attention over one block: `[B, Tq, H, E]` and its log-sum-exp `[B, H, Tq]`, both float32; 0 and -inf of nothing.
+
+    Causal is meant for a block of a query's own tokens, each of which sees itself.
 
     >>> q = jnp.ones((1, 2, 1, 4))
     >>> mixed, log_sum = block_forward(q, q, q, jnp.array([[1, 2]]), jnp.array([[2, 2]]))
-    >>> print(mixed[0, :, 0, 0], log_sum[0, :, 0])
+    >>> print(mixed[0, :, 0, 0], log_sum[0, 0])
     [0. 1.] [     -inf 2.6931472]
     """
-    scores = _scores(q, k, segments_q, segments_k, causal)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    shares = (weights / jnp.where(total > 0, total, 1.0)).astype(v.dtype)
-    mixed = jnp.einsum("bkgts,bske->btkge", shares, v, preferred_element_type=jnp.float32)
-    log_sum = jnp.moveaxis((top + jnp.log(total))[..., 0], -1, 1)
-    return mixed.reshape(q.shape), log_sum.reshape(q.shape[:-1])
+    serving, config, operands = _block(q, k, v, segments_q, segments_k, causal)
+    mixed, log_sum = serving.forward(config, operands)
+    return mixed.astype(jnp.float32), log_sum
 
 
 def block_backward(of_queries, k, v, segments_k, *, causal: bool = False):
-    """`(dq, dk, dv)` of one block, float32, from the whole row's log-sum-exp and `delta = sum(dO O)`.
-
-    With P = exp(S - log-sum-exp): dV = P^T dO, dS = P (dO V^T - delta), dQ = dS K / sqrt(E), dK = dS^T Q / sqrt(E).
-    """
+    """`(dq, dk, dv)` of one block, float32, from the whole row's log-sum-exp and `delta = sum(dO O)`."""
     q, d_output, log_sum, delta, segments_q = of_queries
-    batch, tokens, heads, width = q.shape
-    groups = (batch, tokens, k.shape[2], heads // k.shape[2])
-
-    def by_group(x_BTH):
-        return jnp.moveaxis(x_BTH.reshape(groups), 1, -1)[..., None]
-
-    exact = {"preferred_element_type": jnp.float32}
-    weights = jnp.exp(_scores(q, k, segments_q, segments_k, causal) - by_group(log_sum))
-    grouped = d_output.reshape(*groups, width)
-    dv = jnp.einsum("bkgts,btkge->bske", weights.astype(v.dtype), grouped, **exact)
-    d_weights = jnp.einsum("btkge,bske->bkgts", grouped, v, **exact)
-    d_scores = (weights * (d_weights - by_group(delta)) * width**-0.5).astype(q.dtype)
-    dq = jnp.einsum("bkgts,bske->btkge", d_scores, k, **exact).reshape(q.shape)
-    dk = jnp.einsum("bkgts,btkge->bske", d_scores, q.reshape(*groups, width), **exact)
-    return dq, dk, dv
+    serving, config, operands = _block(q, k, v, segments_q, segments_k, causal)
+    dq, dk, dv, _ = serving.backward(config, operands, log_sum, d_output, delta)
+    return tuple(x.astype(jnp.float32) for x in (dq, dk, dv))

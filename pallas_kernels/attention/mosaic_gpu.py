@@ -139,12 +139,16 @@ def check(operands: Operands):
         raise Unsupported(f"needs a head width of at most 256, not {width}")
 
 
-def attention(config: Config, operands: Operands, return_lse: bool):
+def kernels(config: Config, operands: Operands) -> Kernels:
     from crescendo.pallas_kernels.attention import mosaic_gpu_backward
 
+    del config  # any will do
     check(operands)
-    kernels = per_device(Kernels(forward, mosaic_gpu_backward.backward))
-    return attend(kernels, config, operands, return_lse)
+    return per_device(Kernels(forward, mosaic_gpu_backward.backward))
+
+
+def attention(config: Config, operands: Operands, return_lse: bool):
+    return attend(kernels(config, operands), config, operands, return_lse)
 
 
 def padded(operands: Operands, block_q: int, block_k: int) -> Operands:

@@ -123,6 +123,16 @@ def attention(
     return {"config": config, "operands": operands, "return_lse": bool(return_lse)}
 
 
+@op({name: module for name, module in IMPLEMENTATIONS.items() if name not in ("cudnn", "reference")})
+def kernels(config: Config, operands: Operands):
+    """The forward and the backward pass of the implementation that serves a call (`contract.Kernels`).
+
+    For whoever merges parts of a longer attention and has a derivative rule of his own: the backward pass takes the
+    log-sum-exp of the whole.
+    """
+    return {"config": config, "operands": operands}
+
+
 def _pair(name: str, value, batch: int, length: int, keys: int):
     """One array for both sides, or a pair, checked."""
     if value is None:

@@ -2,7 +2,16 @@
 
 from collections.abc import Callable
 
-PEERS: dict[str, dict[str, Callable]] = {}
+
+def _tokamax(q, k, v, *, causal=False, **options):
+    import tokamax
+
+    if options:
+        raise NotImplementedError(f"tokamax isn't asked for {', '.join(options)}")
+    return tokamax.dot_product_attention(q, k, v, is_causal=causal, implementation="mosaic")
+
+
+PEERS: dict[str, dict[str, Callable]] = {"attention": {"tokamax": _tokamax}}
 
 
 def torch_peers(op_name: str) -> dict[str, Callable]:

@@ -8,8 +8,13 @@ from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operand
 CHUNK_KEYS = 512
 
 
+def kernels(config: Config, operands: Operands) -> Kernels:
+    del config, operands  # any will do
+    return Kernels(forward, backward)
+
+
 def attention(config: Config, operands: Operands, return_lse: bool):
-    return attend(Kernels(forward, backward), config, operands, return_lse)
+    return attend(kernels(config, operands), config, operands, return_lse)
 
 
 def _chunks(operands: Operands):

@@ -1,0 +1,33 @@
+"""The benchmark's command, with small calls on the CPU: it times nothing that a test could hold."""
+
+import json
+
+import pytest
+
+from crescendo.pallas_kernels import bench
+
+
+def test_it_prints_compares_and_draws(tmp_path, capsys):
+    arguments = ["rms_norm", "--tags", "small", "--only", "xla", "jax", "triton", "--passes", "forward"]
+    files = ["--json", str(tmp_path / "found.json"), "--plot", str(tmp_path / "found.png")]
+    bench.main([*arguments, *files])
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {r["who"] for r in found if r["seconds"] is not None} == {"xla", "jax"}
+    assert all(r["error"] for r in found if r["who"] == "triton")
+    assert "x best peer" in printed
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("passes", "matmuls"), [("forward", 1.0), ("backward", 3.5)])
+def test_attention_counts_the_scores_that_the_backward_computes_anew(passes, matmuls):
+    (spec,) = (spec for spec in bench.specs("attention", ["speed"]) if spec.name == "full")
+    speed, unit = bench.rate(bench.Result("attention", spec.name, "cudnn", passes, 1e-3), spec)
+    assert (speed, unit) == (pytest.approx(matmuls * 4 * 4 * 16 * 4096**2 * 128 / 1e9), "TFLOP/s")
+
+
+def test_who_or_what_is_not_there_is_said(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["rms_norm", "--only", "nobody"])
+    assert stopped.value.code == 2
+    assert "nobody named ['nobody']" in capsys.readouterr().err
