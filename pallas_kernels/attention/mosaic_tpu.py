@@ -38,13 +38,18 @@ FLOOR = -1e30  # the least maximum: finite, so that a row which has seen nothing
 DOWN, ALONG = ((0,), (0,)), ((1,), (1,))  # what a product sums over: rows, or columns, of both its operands
 
 
-def attention(config: Config, operands: Operands, return_lse: bool):
+def kernels(config: Config, operands: Operands) -> Kernels:
+    del config  # any will do
     require_tpu()
     if operands.q.dtype not in (jnp.bfloat16, jnp.float32):
         raise Unsupported(f"takes float32 and bfloat16, not {operands.q.dtype}")
     if operands.dims[-1] > 512:
         raise Unsupported(f"needs a head width of at most 512, not {operands.dims[-1]}")
-    return attend(per_device(Kernels(forward, backward)), config, operands, return_lse)
+    return per_device(Kernels(forward, backward))
+
+
+def attention(config: Config, operands: Operands, return_lse: bool):
+    return attend(kernels(config, operands), config, operands, return_lse)
 
 
 class Call:
