@@ -32,11 +32,12 @@ def case(spec: Spec, seed: int | None = None, dtype: Any = None) -> Case:
     return Case(arrays, metadata, kwargs)
 
 
-def cotangents(spec: Spec, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def cotangents(spec: Spec, seed: int) -> tuple[jax.Array, jax.Array]:
     """Of result and log-sum-exp: float32, exact in bfloat16."""
-    shape, rng = spec.abstract()[0][0].shape, np.random.default_rng(seed)
-    drawn = rng.normal(size=shape), rng.normal(size=shape[:3])
-    return tuple(np.asarray(jnp.asarray(array, jnp.bfloat16), np.float32) for array in drawn)  # type: ignore[return-value]
+    shape = spec.abstract()[0][0].shape
+    of_out, of_lse = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1))
+    drawn = jax.random.normal(of_out, shape, jnp.bfloat16), jax.random.normal(of_lse, shape[:3], jnp.bfloat16)
+    return drawn[0].astype(jnp.float32), drawn[1].astype(jnp.float32)
 
 
 def everything(implementation, options, arrays, metadata, cotangents, return_lse: bool = True) -> dict[str, jax.Array]:
@@ -71,10 +72,12 @@ def exactly(case: Case) -> Callable[..., dict[str, np.ndarray]]:
     return at
 
 
-def error(found, exact) -> float:
-    """Of the difference's norm to that of the exact array; NaN where something is not finite.
+def error(found, exact, xp: Any = np):
+    """The norm of the difference to that of the exact array; NaN where something is not finite.
 
-    Entries that are 1e-3 in the mean count as that large: below, both are rounding (one key seen has no gradient of q).
+    In float64 on the host, or in float32 where `xp` is `jax.numpy`. Entries that are 1e-3 in the mean count as that
+    large: below, both are rounding (where one key is seen, q has no gradient).
     """
-    found, exact = np.asarray(found, np.float64), np.asarray(exact, np.float64)
-    return float(np.linalg.norm(found - exact) / max(np.linalg.norm(exact), 1e-3 * np.sqrt(exact.size)))
+    wide = np.float64 if xp is np else np.float32
+    found, exact = xp.asarray(found, wide).ravel(), xp.asarray(exact, wide).ravel()
+    return xp.linalg.norm(found - exact) / xp.maximum(xp.linalg.norm(exact), 1e-3 * exact.size**0.5)

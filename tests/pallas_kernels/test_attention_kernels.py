@@ -1,4 +1,4 @@
-"""Attention's kernels for devices that are not here: the TPU's interpreted with its race detector, all of them lowered."""
+"""Attention's kernels for devices that are not here: the TPU's interpreted, with its race detector, and all lowered."""
 
 import contextlib
 import functools
@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
 from crescendo.pallas_kernels.attention import attention, checking, mosaic_tpu
 from crescendo.pallas_kernels.attention.specs import SPECS
@@ -21,6 +20,7 @@ H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platfo
 TPU = AbstractDevice("TPU v5e", 1, "tpu")
 # One of every kind of mask, bias and shape; the others take a minute.
 QUICK = ("packed", "bias-of-keys")
+LOWERED = ("packed-128", "gemma-local")
 
 
 @pytest.fixture
@@ -64,3 +64,37 @@ def check(spec, context, dtype, tolerance):
 )
 def test_tpu_kernels_are_right_and_free_of_races(spec, tpu, quick_compilation):
     check(spec, tpu, jnp.float32, 2e-5)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(spec, marks=() if spec.name in LOWERED else pytest.mark.slow, id=spec.name)
+        for spec in SPECS
+        if not spec.name.endswith("-scaled")
+    ],
+)
+@pytest.mark.parametrize(
+    ("implementation", "device", "platform", "kernel"),
+    [("mosaic_gpu", H100, "cuda", "mosaic_gpu"), ("mosaic_tpu", TPU, "tpu", "tpu_custom_call")],
+    ids=["cuda", "tpu"],
+)
+def test_kernels_lower_for_real_shapes(implementation, device, platform, kernel, spec):
+    call = checking.case(spec)
+    shape = call.arrays["q"].shape
+    cotangents = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:3], jnp.float32)
+    run = functools.partial(checking.everything, implementation, call.options)
+    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        reason = next(
+            answer.reason
+            for answer in explain(attention, **call.arrays, **call.metadata, **call.options).answers
+            if answer.implementation == implementation
+        )
+        if reason and "shard_map" not in reason:
+            refused = "bias" in call.arrays or call.arrays["q"].dtype != jnp.bfloat16
+            assert refused, reason
+            pytest.skip(reason)
+        mapped = jax.shard_map(run, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+        lowered = jax.jit(mapped).trace(call.arrays, call.metadata, cotangents).lower(lowering_platforms=(platform,))
+    assert kernel in lowered.as_text()
