@@ -113,7 +113,7 @@ def test_tpu_kernels_compile(topology, spec):
     call = checking.case(spec)
     if "bias" in call.arrays:
         return  # and its gradient are as large as the scores
-    # Beside the operands: the heads first, their gradients, and what is float32; nothing that is quadratic in the length.
+    # Heads first, gradients, and what is float32; nothing that is quadratic in the length.
     tokens = sum(math.prod(array.shape[:3]) for array in (call.arrays["q"], *2 * (call.arrays["k"],)))
     lanes = -(-call.arrays["q"].shape[3] // 128) * 128
     assert compiled.memory_analysis().temp_size_in_bytes < 2**22 + 3 * 4 * tokens * lanes
