@@ -15,7 +15,7 @@ def test_it_prints_compares_and_draws(tmp_path, capsys):
     found = json.loads((tmp_path / "found.json").read_text())
     assert {r["who"] for r in found if r["seconds"] is not None} == {"xla", "jax"}
     assert all(r["error"] for r in found if r["who"] == "triton")
-    assert "x best peer" in printed
+    assert "one row  forward  xla" in printed
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 
