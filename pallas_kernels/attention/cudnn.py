@@ -20,7 +20,8 @@ def attention(config: Config, operands: Operands, return_lse: bool):
         "takes no positions": operands.q_positions is not None,
         "takes a window with causal only": config.window is not None and not config.causal,
         f"is not asked for causal lengths that differ, {length} and {keys}": config.causal and length != keys,
-        f"takes a bias for even lengths only, not {length} and {keys}": bias is not None and (length % 2 or keys % 2),
+        # Known only when the gradient is lowered, too late for another to be asked.
+        f"gives gradients for even lengths only, not {length} and {keys}": length % 2 or keys % 2,
     }
     for reason, refused in refusals.items():
         if refused:
