@@ -14,7 +14,7 @@ else
 install = $(1)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt $(2)
 endif
 
-.PHONY: help demo test test-aot test-slow test-gpu check format clean
+.PHONY: help demo test test-aot test-slow test-gpu docs check format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,9 @@ test-slow: $(VENV)/.installed-dev  ## the tests that take minutes, kills at rand
 
 test-gpu:  ## on a machine with an NVIDIA GPU, in whatever environment holds jax[cuda13]
 	@JAX_PLATFORMS=cuda,cpu pytest -m gpu tests/gpu
+
+docs: $(VENV)/.installed-dev  ## the documentation, into build/docs, every warning an error
+	@$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/docs && echo build/docs/index.html
 
 check: $(VENV)/.installed-dev  ## format, lint and types
 	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy

@@ -28,7 +28,9 @@ class BatchStats(NamedTuple):
       microbatch_squared_norms: float32 `[k_max]`, the same of each microbatch's mean gradient; 0 from the count on.
       microbatches: int32, k, how many there were.
 
-    The rest is None unless the loop was asked for it, by the name in `STATISTICS` at the head of each line:
+    The rest is None unless the loop was asked for it, by the name in `STATISTICS` at the head of each line.
+
+    Attributes:
       layer_squared_norms, microbatch_layer_squared_norms: "layers"; float32 `[n]` and `[k_max, n]`, the squared norms
         split up by layer and parameter, in the order of `noise_scale.layer_squared_norms`; no further pass.
       norm_squared_norm, norm_example_squared_norm: "norm_layers"; float32, of the scales of the normalisation layers

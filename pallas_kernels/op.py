@@ -5,7 +5,7 @@ contract: it checks the arguments (`ValueError`, `TypeError`), fills in defaults
 every implementation takes. An implementation is the function of the op's name in its module, imported on first use:
 it either returns the result or raises `Unsupported` (a `NotImplementedError`) with one line that says why, while it is
 being traced and before it computes anything. With `implementation=None` the next one is then asked; one that was
-asked for by name, or several, fail loudly. Any other error is a mistake, and is never taken for an answer.
+asked for by name, or several, fail loudly. Any other error is a mistake, and is never taken for an answer::
 
     @op({"mosaic_gpu": "crescendo.pallas_kernels.softmax.mosaic_gpu", "reference": "..."})
     def softmax(x, *, axis=-1):

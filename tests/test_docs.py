@@ -1,0 +1,168 @@
+"""The documentation: the site builds, its Python runs, its commands exist, and each guide works as it stands."""
+
+import argparse
+import doctest
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
+# What was measured stays as it was: its Python is not run again.
+LIVING = [page for page in PAGES if page.parent.name != "results"]
+GUIDES = [page for page in PAGES if page.parent.name == "guides"]
+MARK = "<!-- not run by the tests: "
+# Named after one module and run by another.
+RUN_BY = {"crescendo.parallel.describe": "crescendo.experiments.describe"}
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    language: str
+    text: str
+    run: bool
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks, and whether a comment before them says that they can't run here."""
+    found, before, opened = [], "", None
+    for number, line in enumerate(page.read_text().splitlines(), start=1):
+        if opened is None and line.startswith("```"):
+            opened = (line.removeprefix("```"), number, not before.startswith(MARK))
+            lines: list[str] = []
+        elif opened is not None and line == "```":
+            language, start, run = opened
+            found.append(Block(language, "\n".join(lines) + "\n", run, start))
+            opened, before = None, ""
+        elif opened is not None:
+            lines.append(line)
+        before = line or before
+    return found
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(module, arguments) of every command on any page, but for placeholders in capitals and what a page makes."""
+    found = {}
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        made = {word for path in re.findall(r"cat > (\S+)\.py", text) for word in path.split("/")[1:]}
+        for match in re.finditer(r"""python -m (crescendo[\w.]+)((?:'[^'`]*'|"[^"`]*"|[^`\n|>'"])*)""", text):
+            typed = re.split(" && ", match.group(2))[0]
+            if text[match.end() : match.end() + 1] == ">":  # of `2>&1` the number is not an argument
+                typed = re.sub(r" \d$", "", typed)
+            words = shlex.split(typed, comments=True)
+            placeholders = any(re.fullmatch(r"[A-Z]{1,9}", word) for word in words)
+            if not placeholders and not made & {match.group(1).split(".")[-1], *words}:
+                found[match.group(1), tuple(words)] = page
+    return [(module, list(words)) for module, words in found]
+
+
+class Parsed(Exception):  # noqa: N818
+    """The arguments were understood."""
+
+
+@pytest.mark.parametrize(("module", "words"), commands(), ids=lambda x: x if isinstance(x, str) else " ".join(x)[:60])
+def test_every_command_is_understood(module, words, monkeypatch, capsys):
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(self, *args, **kwargs):
+        parse(self, *args, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    with pytest.raises((Parsed, SystemExit)):
+        importlib.import_module(RUN_BY.get(module, module)).main(words)
+    # In prose a command may stand without all that it needs.
+    complaint = capsys.readouterr().err
+    assert "error:" not in complaint or "arguments are required" in complaint, complaint
+
+
+def test_every_command_of_make_is_a_target():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in PAGES:
+        used = set(re.findall(r"`make ([\w-]+)", page.read_text()))
+        assert used <= targets, f"{name(page)} tells to make {used - targets}"
+
+
+def test_every_link_of_the_readme_leads_somewhere():
+    for page in ROOT.glob("*.md"):
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (ROOT / link).exists(), f"{name(page)} links to {link}"
+
+
+@pytest.mark.parametrize("page", [p for p in LIVING if any(b.language == "python" for b in blocks(p))], ids=name)
+def test_the_python_of_a_page_runs(page):
+    module = types.ModuleType(page.stem)
+    for block in blocks(page):
+        if block.language == "python" and block.run:
+            if ">>> " in block.text:
+                case = doctest.DocTestParser().get_doctest(block.text, vars(module), page.stem, str(page), block.line)
+                runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+                assert runner.run(case, clear_globs=False).failed == 0
+                vars(module).update(case.globs)
+            else:
+                exec(compile(block.text, f"{name(page)}:{block.line}", "exec"), vars(module))
+
+
+def test_every_public_module_has_its_place_in_the_api():
+    listed = {
+        module
+        for page in (ROOT / "docs" / "api").glob("*.md")
+        for module in re.findall(r"automodule:: (\S+)", page.read_text())
+    }
+    for module in listed:
+        importlib.import_module(module)
+    for package in ("optim", "models", "parallel"):
+        modules = {f"crescendo.{package}.{path.stem}" for path in (ROOT / package).glob("*.py")}
+        modules = {m for m in modules if not m.endswith(("__init__", ".plot", "models.describe", ".axes"))}
+        assert modules <= listed, f"docs/api/{package}.md lacks {modules - listed}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx")
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "typings")}
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(ROOT / "docs")]
+    done = subprocess.run([*build, str(tmp_path / "site")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "critical batch size" in (tmp_path / "site" / "index.html").read_text()
+    for page in (tmp_path / "site").rglob("*.html"):
+        loaded = re.findall(r'<(?:script|img|link)\b[^>]*(?:src|href)="(https?:[^"]+)', page.read_text())
+        assert not loaded, f"{page.name} asks the network for {loaded}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("page", GUIDES, ids=name)
+def test_a_guide_works_as_it_stands(page, tmp_path):
+    script = "".join(block.text for block in blocks(page) if block.language == "sh" and block.run)
+    if not script:
+        pytest.skip("nothing to type")
+    ignored = shutil.ignore_patterns(".git", ".venv*", "runs", "build", ".*_cache", "__pycache__", "*.egg-info")
+    checkout = Path(shutil.copytree(ROOT, tmp_path / "checkout", symlinks=True, ignore=ignored))
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment["PYTHONPATH"] = str(checkout / "typings")
+    done = subprocess.run(
+        ["bash", "-euxo", "pipefail", "-c", script],
+        cwd=checkout,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
