@@ -1,7 +1,8 @@
 """Pallas for TPU: forward and backward, after FlashAttention-2, deterministic.
 
-Scores are computed transposed, keys down the sublanes and queries along the lanes: the statistics of a query are then
-entries of a row vector, its maximum and its sum run down the sublanes, and the log-sum-exp is stored without padding.
+Everything is transposed, tokens along the lanes: q, k and v are `[D, tokens]`, which no head width pads, and scores are
+`[keys, queries]`, so that the statistics of a query are entries of a row vector, and its maximum and its sum run down
+the sublanes.
 
 A step of the grid holds a block of queries and a long chunk of keys, all of them where they fit, in vector memory, and
 walks over the blocks of that chunk in a loop of its own. Blocks that causality, window or segments hide are never
@@ -35,7 +36,8 @@ BLOCK = 512  # queries, and keys, of a block at most
 CHUNK_BYTES = 2**24  # of vector memory, for the two arrays that are walked over, twice
 BIAS_BYTES = 2**23  # of vector memory, for the bias of a block and a chunk
 FLOOR = -1e30  # the least maximum: finite, so that a row which has seen nothing makes no NaN
-DOWN, ALONG = ((0,), (0,)), ((1,), (1,))  # what a product sums over: rows, or columns, of both its operands
+# What a product sums over: the rows of both operands, the columns of both, or columns and rows.
+DOWN, ALONG, ACROSS = ((0,), (0,)), ((1,), (1,)), ((1,), (0,))
 
 
 def kernels(config: Config, operands: Operands) -> Kernels:
@@ -66,8 +68,8 @@ class Call:
         self.masked = self.segmented or config.masks or self.keys % self.block_k != 0
         self.dtype = operands.q.dtype
         self.by_query, self.by_key = block_ranges(config, operands, self.block_q, self.block_k)
-        self.arrays = {"q": self.heads_first(operands.q, self.block_q)}
-        self.arrays |= {name: self.heads_first(getattr(operands, name), self.block_k) for name in ("k", "v")}
+        self.arrays = {"q": self.tokens_last(operands.q, self.block_q)}
+        self.arrays |= {name: self.tokens_last(getattr(operands, name), self.block_k) for name in ("k", "v")}
         self.bias_shape: tuple[int, ...] = ()  # or four sizes
         if operands.bias is not None:
             self.bias_shape = operands.bias.shape
@@ -77,9 +79,13 @@ class Call:
             if array is not None:
                 self.arrays[name] = self.rows(array.astype(jnp.int32), name[0])
 
-    def heads_first(self, array, block: int):
-        """`[B, N, H, D]` as `[B, H, blocks * block, D]`."""
-        return _padded(array.swapaxes(1, 2), 2, block)
+    def tokens_last(self, array, block: int):
+        """`[B, N, H, D]` as `[B, H, D, blocks * block]`."""
+        return _padded(array.transpose(0, 2, 3, 1), 3, block)
+
+    def tokens_first(self, array, count: int):
+        """And back, without the padding."""
+        return array[..., :count].transpose(0, 3, 1, 2)
 
     def rows(self, array, side: str, fill=0):
         """`[..., T]` or `[..., S]` as `[..., blocks, 1, block]`."""
@@ -99,8 +105,7 @@ class Call:
     def chunk(self, side: str) -> int:
         """How many blocks of a side are walked over in one step of the grid."""
         block, count = (self.block_q, self.count_q) if side == "q" else (self.block_k, self.count_k)
-        row_bytes = 4 * pl.cdiv(self.width, LANES) * LANES * self.dtype.itemsize
-        most = CHUNK_BYTES // (row_bytes * block)
+        most = CHUNK_BYTES // (4 * self.width * self.dtype.itemsize * block)
         if self.bias_shape:
             other = self.block_k if side == "q" else self.block_q
             most = min(most, BIAS_BYTES // (2 * 4 * block * other))
@@ -121,9 +126,9 @@ class Call:
             return kv * groups + g
 
         if name in ("q", "dout", "out"):
-            shape, at = (None, None, q_blocks * block_q, self.width), lambda b, kv, g, i, j: (b, head(kv, g), i, 0)
+            shape, at = (None, None, self.width, q_blocks * block_q), lambda b, kv, g, i, j: (b, head(kv, g), 0, i)
         elif name in ("k", "v"):
-            shape, at = (None, None, k_blocks * block_k, self.width), lambda b, kv, g, i, j: (b, kv, j, 0)
+            shape, at = (None, None, self.width, k_blocks * block_k), lambda b, kv, g, i, j: (b, kv, 0, j)
         elif name in ("lse", "delta"):
             shape, at = (None, None, q_blocks, 1, block_q), lambda b, kv, g, i, j: (b, head(kv, g), i, 0, 0)
         elif name.startswith("q_"):
@@ -202,9 +207,9 @@ def _nearest(reach: Ranges, step, blocks: int):
     return jnp.clip(step, first, last)
 
 
-def _rows_of(ref, block: int, at):
-    """Block `at` of `[blocks * block, D]`."""
-    return ref[pl.ds(pl.multiple_of(at * block, block), block), :]
+def _tokens(ref, block: int, at):
+    """Block `at` of `[D, blocks * block]`."""
+    return ref[:, pl.ds(pl.multiple_of(at * block, block), block)]
 
 
 def _scores(call: Call, refs, q, k, i, j, here, there, masked: bool):
@@ -213,13 +218,14 @@ def _scores(call: Call, refs, q, k, i, j, here, there, masked: bool):
     `here` and `there` are the blocks' places in what the step holds.
     """
     config, shape = call.config, (call.block_k, call.block_q)
-    scores, slope = config.scale * _product(k, q, ALONG), None
+    scores, slope = config.scale * _product(k, q, DOWN), None
     if config.soft_cap is not None:
         capped = jnp.tanh(scores / config.soft_cap)
         scores, slope = config.soft_cap * capped, 1 - capped * capped
     if "bias" in refs:
         of_queries = refs["bias"].at[here if call.bias_shape[2] > 1 else 0]
-        bias = _rows_of(of_queries, call.block_k, there) if call.bias_shape[3] > 1 else of_queries[...]
+        keys = pl.ds(pl.multiple_of(there * call.block_k, call.block_k), call.block_k)
+        bias = of_queries[keys, :] if call.bias_shape[3] > 1 else of_queries[...]
         scores += bias.astype(jnp.float32)
     if not masked:
         return scores, slope
@@ -287,12 +293,12 @@ def forward(config: Config, operands: Operands):
 
         def step(j, masked):
             there = j - c * chunk
-            k, v = (_rows_of(refs[name], call.block_k, there) for name in ("k", "v"))
+            k, v = (_tokens(refs[name], call.block_k, there) for name in ("k", "v"))
             scores, _ = _scores(call, refs, q, k, i, j, 0, there, masked)
             maximum = jnp.maximum(maximum_ref[...], jnp.max(scores, axis=0, keepdims=True))
             weights, shrink = jnp.exp(scores - maximum), jnp.exp(maximum_ref[...] - maximum)
             total_ref[...] = total_ref[...] * shrink + jnp.sum(weights, axis=0, keepdims=True)
-            mixed_ref[...] = mixed_ref[...] * shrink + _product(v, weights.astype(v.dtype), DOWN)
+            mixed_ref[...] = mixed_ref[...] * shrink + _product(v, weights.astype(v.dtype), ACROSS)
             maximum_ref[...] = maximum
 
         _walk(call, reach(ranges_ref, b, i), c * chunk, chunk, step)
@@ -301,13 +307,13 @@ def forward(config: Config, operands: Operands):
         def finish():
             seen = total_ref[...] > 0
             total = jnp.where(seen, total_ref[...], 1)
-            out_ref[...] = (mixed_ref[...] / total).T.astype(out_ref.dtype)
+            out_ref[...] = (mixed_ref[...] / total).astype(out_ref.dtype)
             lse_ref[0] = jnp.where(seen, maximum_ref[...] + jnp.log(total), -jnp.inf)
 
     scratch = [(1, call.block_q), (1, call.block_q), (call.width, call.block_q)]
     out, lse = call.run(kernel, call.arrays, call.by_query, grid, place, (1, chunk), outputs, scratch=scratch)
     lse = lse.reshape(*lse.shape[:2], -1)[..., : call.length]
-    return out[:, :, : call.length].swapaxes(1, 2), lse
+    return call.tokens_first(out, call.length), lse
 
 
 def backward(config: Config, operands: Operands, lse, dout, delta):
@@ -316,7 +322,7 @@ def backward(config: Config, operands: Operands, lse, dout, delta):
     arrays = call.arrays | {
         "lse": call.rows(jnp.where(jnp.isfinite(lse), lse, jnp.inf), "q", jnp.inf),
         "delta": call.rows(delta.astype(jnp.float32), "q"),
-        "dout": call.heads_first(dout.astype(call.dtype), call.block_q),
+        "dout": call.tokens_last(dout.astype(call.dtype), call.block_q),
     }
     dq = _gradient_of_q(call, arrays)
     dk, dv = _gradients_of_k_and_v(call, arrays)
@@ -328,7 +334,7 @@ def _weights_and_gradient(call: Call, refs, q, k, v, dout, i, j, here, there, ma
     """P of two blocks, and the gradients of their capped scores and of their products q.k, all `[keys, queries]`."""
     scores, slope = _scores(call, refs, q, k, i, j, here, there, masked)
     weights = jnp.exp(scores - refs["lse"][here])
-    dscores = weights * (_product(v, dout, ALONG) - refs["delta"][here])
+    dscores = weights * (_product(v, dout, DOWN) - refs["delta"][here])
     dproducts = call.config.scale * (dscores if slope is None else dscores * slope)
     return weights, dscores, dproducts
 
@@ -349,20 +355,20 @@ def _gradient_of_q(call: Call, arrays):
 
         def step(j, masked):
             there = j - c * chunk
-            k, v = (_rows_of(refs[name], call.block_k, there) for name in ("k", "v"))
+            k, v = (_tokens(refs[name], call.block_k, there) for name in ("k", "v"))
             *_, dproducts = _weights_and_gradient(call, refs, q, k, v, dout, i, j, 0, there, masked)
-            sum_ref[...] += _product(k, dproducts.astype(k.dtype), DOWN)
+            sum_ref[...] += _product(k, dproducts.astype(k.dtype), ACROSS)
 
         _walk(call, reach(ranges_ref, b, i), c * chunk, chunk, step)
 
         @pl.when(c == pl.num_programs(4) - 1)
         def finish():
-            dq_ref[...] = sum_ref[...].T.astype(dq_ref.dtype)
+            dq_ref[...] = sum_ref[...].astype(dq_ref.dtype)
 
     outputs = [(call.spec("out", place, 1, chunk), jax.ShapeDtypeStruct(q.shape, q.dtype))]
     scratch = [(call.width, call.block_q)]
     (dq,) = call.run(kernel, arrays, call.by_query, grid, place, (1, chunk), outputs, scratch=scratch)
-    return dq[:, :, : call.length].swapaxes(1, 2)
+    return call.tokens_first(dq, call.length)
 
 
 def _gradients_of_k_and_v(call: Call, arrays):
@@ -388,10 +394,10 @@ def _gradients_of_k_and_v(call: Call, arrays):
 
         def step(i, masked):
             here = i - c * chunk
-            q, dout = (_rows_of(refs[name], call.block_q, here) for name in ("q", "dout"))
+            q, dout = (_tokens(refs[name], call.block_q, here) for name in ("q", "dout"))
             weights, _, dproducts = _weights_and_gradient(call, refs, q, k, v, dout, i, j, here, 0, masked)
-            dv_sum[...] += _product(weights.astype(dout.dtype), dout, ((1,), (0,)))
-            dk_sum[...] += _product(dproducts.astype(q.dtype), q, ((1,), (0,)))
+            dv_sum[...] += _product(dout, weights.astype(dout.dtype), ALONG)
+            dk_sum[...] += _product(q, dproducts.astype(q.dtype), ALONG)
 
         _walk(call, reach(ranges_ref, b, j), c * chunk, chunk, step)
 
@@ -403,9 +409,9 @@ def _gradients_of_k_and_v(call: Call, arrays):
     grid = (call.batch, call.kv_heads, call.count_k, call.groups, pl.cdiv(call.count_q, chunk))
     like = jax.ShapeDtypeStruct(k.shape, k.dtype)
     outputs = [(call.spec("k", place, chunk, 1), like)] * 2
-    scratch = [(call.block_k, call.width)] * 2
+    scratch = [(call.width, call.block_k)] * 2
     results = call.run(kernel, arrays, call.by_key, grid, place, (chunk, 1), outputs, scratch=scratch, sequential=2)
-    return tuple(array[:, :, : call.keys].swapaxes(1, 2) for array in results)
+    return tuple(call.tokens_first(array, call.keys) for array in results)
 
 
 def _gradient_of_bias(call: Call, arrays):

@@ -1,4 +1,4 @@
-"""Attention's kernels, compiled for H100s that are not here: registers, shared memory, collectives."""
+"""Attention's kernels, compiled for H100s and TPUs that are not here: registers, memory, collectives."""
 
 import functools
 import importlib.util
@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from crescendo import parallel
+from crescendo.models.attention import packed_attention
 from crescendo.pallas_kernels.attention import attention, checking
 from crescendo.pallas_kernels.attention.specs import SPECS
 from crescendo.pallas_kernels.op import target
@@ -175,3 +177,50 @@ def test_sharded_by_batch_and_heads_nothing_is_gathered():
     assert "bf16[2,1024,1,2,64]" in text or "bf16[2,1024,2,64]" in text  # a device's own queries: 2 rows, 2 heads
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in text
+
+
+def v5es():
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+
+
+def test_sharded_on_tpus_nothing_is_gathered():
+    mesh = Mesh(np.array(v5es()).reshape(2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    places = {"q": P("data", None, "model"), "bias": P(None, "model")}
+    shapes = {"q": (4, 512, 4, 64), "k": (4, 512, 2, 64), "v": (4, 512, 2, 64), "bias": (1, 4, 512, 512)}
+    arrays = {
+        name: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, places.get(name, places["q"])))
+        for name, shape in shapes.items()
+    }
+
+    def total(arrays):
+        return attention(**arrays, causal=True, implementation="mosaic_tpu").astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(total)).trace(arrays).lower(lowering_platforms=("tpu",)).compile()
+    text = compiled.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 4
+    assert "bf16[2,2,64,512]" in text  # a device's own queries: 2 rows, 2 heads
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+        assert collective not in text
+
+
+@pytest.mark.parametrize("ulysses", [1, 2, 4])
+def test_the_ring_on_tpus_runs_in_kernels(ulysses):
+    layout = parallel.Layout(
+        parallel.make_mesh(data=1, sequence=4, devices=v5es()), parallel.strategy("fsdp", ulysses=ulysses)
+    )
+    where = NamedSharding(layout.mesh, P(None, "sequence"))
+    q, k = (jax.ShapeDtypeStruct((1, 2048, heads, 64), jnp.bfloat16, sharding=where) for heads in (8, 4))
+    segment_ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32, sharding=where)
+
+    def gradients(q, k, v, segment_ids):
+        def total(*arrays):
+            return layout.attend(packed_attention, *arrays, segment_ids, causal=True).astype(jnp.float32).sum()
+
+        return jax.grad(total, (0, 1, 2))(q, k, v)
+
+    with target(v5es()[0]):
+        lowered = jax.jit(gradients).trace(q, k, k, segment_ids).lower(lowering_platforms=("tpu",))
+    text = lowered.compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') >= 3
+    assert ("collective-permute" in text) == (ulysses < 4)

@@ -18,8 +18,8 @@ from crescendo.pallas_kernels.op import explain, target
 BY_NAME = {spec.name: spec for spec in SPECS}
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 TPU = AbstractDevice("TPU v5e", 1, "tpu")
-# One of every kind of mask, bias and shape; the others take a minute.
-QUICK = ("packed", "bias-of-keys")
+# The others take minutes.
+QUICK = ("bias-of-keys",)
 LOWERED = ("packed-128", "gemma-local")
 
 
@@ -64,6 +64,22 @@ def check(spec, context, dtype, tolerance):
 )
 def test_tpu_kernels_are_right_and_free_of_races(spec, tpu, quick_compilation):
     check(spec, tpu, jnp.float32, 2e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["packed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("unequal", "window", "empty-rows", "ring"))],
+)
+def test_tpu_kernels_that_hold_a_block_at_a_time(name, tpu, monkeypatch, quick_compilation):
+    """Keys, and in their gradients queries, that don't fit: every block is a chunk of its own."""
+    monkeypatch.setattr(mosaic_tpu, "CHUNK_BYTES", 1)
+    check(BY_NAME[name], tpu, jnp.float32, 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["packed", "bias-hides"])
+def test_tpu_kernels_in_half_precision(name, tpu, quick_compilation):
+    check(BY_NAME[name], tpu, jnp.bfloat16, 1e-2)
 
 
 @pytest.mark.parametrize(
