@@ -23,9 +23,10 @@ from crescendo.pallas_kernels.attention.contract import Config, Operands, block_
 from crescendo.pallas_kernels.op import target_device
 
 ROWS, LOG2_E = shared.ROWS, shared.LOG2_E
+PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 PART = 64  # columns of the gradient of q that are in registers at a time
 # Of a thread of the warpgroup that loads and adds up, and of a consumer: together at most a core's 65,536.
-REGISTERS = {1: (96, 240), 2: (64, 224), 3: (56, 152)}
+REGISTERS = {1: (80, 240), 2: (96, 200), 3: (56, 152)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,7 +395,7 @@ def _kernel(config, operands: Operands, keys, tile: FusedTile, ranges, order, pa
         body,
         out_type=out_type,
         scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=PARAMS,
         grid=(blocks,),
         grid_names=("block",),
         num_threads=consumers + 1,
