@@ -41,7 +41,7 @@ class Problem(NamedTuple):
     Attributes:
       key, length: where the answer goes in the table.
       default: the tile, a dataclass, that is taken where the table has none.
-      arrays: on the device.
+      arrays: makes what `run`'s functions take.
       run: `tile -> (function of the arrays)`.
       fits: `tile -> whether it is worth compiling`.
     """
@@ -49,7 +49,7 @@ class Problem(NamedTuple):
     key: dict[str, Any]
     length: int
     default: Any
-    arrays: tuple
+    arrays: Callable[[], tuple]
     run: Callable[[Any], Callable]
     fits: Callable[[Any], bool]
 
@@ -77,21 +77,21 @@ def distance(results, wanted) -> float:
 
     def one(a, b):
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        same = a == b  # infinite ones too: the log-sum-exp of a row that sees nothing
-        a, b = jnp.where(same, 0, a), jnp.where(jnp.isfinite(b), b, 0)
-        return float(jnp.linalg.norm(jnp.where(same, 0, a - b)) / jnp.maximum(jnp.linalg.norm(b), 1e-30))
+        apart = jnp.where(a == b, 0, a - b)  # equal infinities: the log-sum-exp of a row that sees nothing
+        size = jnp.linalg.norm(jnp.where(jnp.isfinite(b), b, 0))
+        return float(jnp.linalg.norm(apart) / jnp.maximum(size, 1e-30))
 
     worst = [one(a, b) for a, b in zip(jax.tree.leaves(results), jax.tree.leaves(wanted), strict=True)]
     return max(worst) if all(map(math.isfinite, worst)) else math.inf
 
 
-def timings(problem: Problem, candidates: Sequence[Any], wanted, threads: int) -> Iterator[Timing]:
+def timings(run: Callable, arrays: tuple, candidates: Sequence[Any], wanted, threads: int) -> Iterator[Timing]:
     """Compiles the tiles at once, and times one after the other; those that differ from `wanted` have an error."""
     said = lambda error: f"{type(error).__name__}: {error}".split("\n")[0][:160]  # noqa: E731
 
     def compiled(tile):
         try:
-            return jax.jit(problem.run(tile)).lower(*problem.arrays).compile()
+            return jax.jit(run(tile)).lower(*arrays).compile()
         except Exception as error:
             return said(error)
 
@@ -102,11 +102,11 @@ def timings(problem: Problem, candidates: Sequence[Any], wanted, threads: int) -
             yield Timing(tile, error=program)
             continue
         try:
-            found = distance(program(*problem.arrays), wanted)
+            found = distance(program(*arrays), wanted)
             if not found < TOLERANCE:
                 yield Timing(tile, error=f"its results differ from the default's by {found:.2g}")
                 continue
-            seconds = seconds_per_call(functools.partial(program, *problem.arrays), jax.block_until_ready)
+            seconds = seconds_per_call(functools.partial(program, *arrays), jax.block_until_ready)
         except Exception as error:
             yield Timing(tile, error=said(error))
             continue
@@ -115,8 +115,8 @@ def timings(problem: Problem, candidates: Sequence[Any], wanted, threads: int) -
 
 def search(tunable: Tunable, problem: Problem, deadline: float, threads: int, show: Callable[[Timing], None]):
     """The default's timing and the best one's."""
-    default = problem.default
-    wanted = jax.jit(problem.run(default))(*problem.arrays)
+    default, arrays = problem.default, problem.arrays()
+    wanted = jax.jit(problem.run(default))(*arrays)
     tried: dict[Any, Timing] = {}
     best = default
     for group in tunable.groups:
@@ -125,7 +125,7 @@ def search(tunable: Tunable, problem: Problem, deadline: float, threads: int, sh
         candidates = [tile for tile in dict.fromkeys([best, *candidates]) if tile not in tried]
         if time.monotonic() > deadline:
             break
-        for timing in timings(problem, candidates, wanted, threads):
+        for timing in timings(problem.run, arrays, candidates, wanted, threads):
             tried[timing.tile] = timing
             show(timing)
         measured = {tile: timing.seconds for tile, timing in tried.items() if timing.seconds is not None}

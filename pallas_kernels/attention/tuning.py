@@ -44,10 +44,17 @@ def _forward(spec: Spec) -> Problem:
         named,
         operands.dims[1],
         mosaic_gpu.forward_tile(operands),
-        (operands,),
+        lambda: (operands,),
         lambda tile: functools.partial(mosaic_gpu.forward, config, tile=tile),
         fits,
     )
+
+
+def _for_backward(config, operands) -> tuple:
+    """The arrays of a backward pass."""
+    out, lse = jax.jit(mosaic_gpu.forward, static_argnums=0)(config, operands)
+    dout = jax.random.normal(jax.random.key(1), out.shape, out.dtype)
+    return operands, lse, dout, jnp.einsum("bthd,bthd->bht", out.astype(jnp.float32), dout.astype(jnp.float32))
 
 
 def _backward(which: int, spec: Spec) -> Problem:
@@ -55,9 +62,6 @@ def _backward(which: int, spec: Spec) -> Problem:
     config, operands = _call(spec)
     named = key(config, operands)
     width, defaults = named["width"], mosaic_gpu_backward.tiles_for(operands)
-    out, lse = jax.jit(mosaic_gpu.forward, static_argnums=0)(config, operands)
-    dout = jax.random.normal(jax.random.key(1), out.shape, out.dtype)
-    delta = jnp.einsum("bthd,bthd->bht", out.astype(jnp.float32), dout.astype(jnp.float32))
 
     def run(tile):
         pair = (tile, defaults[1]) if which == 0 else (defaults[0], tile)
@@ -71,7 +75,9 @@ def _backward(which: int, spec: Spec) -> Problem:
         gradients = (2 if which == 0 and width <= 128 else 1) * width // 2
         return _fits(width, 2 * tile.rows, 2 * tile.stages * tile.block, gradients + tile.block, tile.consumers)
 
-    return Problem(named, operands.dims[1], defaults[which], (operands, lse, dout, delta), run, fits)
+    return Problem(
+        named, operands.dims[1], defaults[which], functools.partial(_for_backward, config, operands), run, fits
+    )
 
 
 BACKWARD = ({"block": (64, 128), "consumers": (1, 2, 3), "stages": (1, 2, 3)}, {"persistent": (True, False)})
