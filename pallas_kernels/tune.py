@@ -209,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.monotonic()
     deadline = start + arguments.seconds
     done: dict[Any, str] = {}
+    refused: list[str] = []
     for tunable, spec in itertools.product(chosen, found):
         if time.monotonic() > deadline:
             print(f"out of time: nothing more after {arguments.seconds:.0f} s", flush=True)
@@ -217,7 +218,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             problem = tunable.problem(spec)
         except Unsupported as reason:
-            stop(f"{arguments.op} can't be tuned here: {reason}")
+            print(f"          not asked for: {reason}", flush=True)
+            refused.append(str(reason))
+            continue
         at = tunable.name, json.dumps(problem.key), problem.length
         if at in done:
             print(f"          as {done[at]}", flush=True)
@@ -234,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         print(f"          {default.seconds / best.seconds:.3f}x the default: {shown(best.tile)}", flush=True)
         write(file, kind, [entry(tunable, problem, default, best)])
+    if refused and not done:
+        stop(f"{arguments.op} can't be tuned here: {refused[0]}")
     print(f"{time.monotonic() - start:6.1f} s  {file}", flush=True)
 
 

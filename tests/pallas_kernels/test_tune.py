@@ -1,5 +1,6 @@
 """The tuning command and its tables, on the CPU: with a kernel whose tiles cost what they say."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -10,7 +11,7 @@ import pytest
 from crescendo.pallas_kernels import tiles, tune
 from crescendo.pallas_kernels.attention import tuning
 from crescendo.pallas_kernels.attention.specs import SPECS
-from crescendo.pallas_kernels.op import Spec, target
+from crescendo.pallas_kernels.op import Spec, Unsupported, target
 
 H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 
@@ -140,8 +141,12 @@ class Abstract:
 
 @pytest.mark.parametrize("kernel", tuning.TUNABLES, ids=lambda kernel: kernel.name)
 def test_the_committed_tiles_of_attention_fit_and_gained(kernel):
+    found = []
     with target(H100):
-        found = [kernel.problem(Abstract(spec)) for spec in SPECS if "speed" in spec.tags]
+        for spec in SPECS:
+            with contextlib.suppress(Unsupported):
+                found.append(kernel.problem(Abstract(spec)))
+    assert found
     for problem in found:
         assert problem.fits(problem.default)
     for line in tiles.table("attention").get("H100", []):
