@@ -200,12 +200,17 @@ def forward(config: Config, operands: Operands, tile: ForwardTile | None = None)
     tile = tile or forward_tile(operands)
     _, length, keys, _, _, true_width = operands.dims
     ranges, _ = block_ranges(config, operands, tile.block_q, tile.block_k)
-    whole = padded(operands, tile.block_q, tile.block_k)
-    out, lse = _forward(config, tile, keys)(whole, stacked_ranges(ranges))
+    # A causal tile of many keys goes with one of few.
+    paired = config.causal and tile.persistent and length > tile.block_q
+    whole = padded(operands, tile.block_q * (2 if paired else 1), tile.block_k)
+    ranges = stacked_ranges(ranges)
+    more = whole.q.shape[1] // tile.block_q - ranges.shape[1]
+    ranges = jnp.pad(ranges, [(0, 0), (0, more), (0, 0)])  # tiles of nothing but padding see nothing
+    out, lse = _forward(config, tile, keys, paired)(whole, ranges)
     return out[:, :length, :, :true_width], lse[:, :, :length]
 
 
-def _forward(config: Config, tile: ForwardTile, keys: int):
+def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
     """The kernel's call: `(padded operands, ranges) -> (out, lse)`."""
 
     def call(operands: Operands, ranges):
@@ -215,8 +220,9 @@ def _forward(config: Config, tile: ForwardTile, keys: int):
         metadata = [array for array in operands.metadata if array is not None]
         q_meta, k_meta = metadata[0::2], metadata[1::2]
         tiles_q = length // tile.block_q
-        tiles = batch * heads * tiles_q
-        blocks = min(tiles, target_device().cores) if tile.persistent else tiles
+        pairing = 2 if paired else 1
+        units = batch * heads * tiles_q // pairing
+        blocks = min(units, target_device().cores) if tile.persistent else units
         ragged = keys if keys % tile.block_k else None
         # Wide heads leave no room for a tile of results beside that of queries.
         own_out = width <= 128
@@ -231,13 +237,15 @@ def _forward(config: Config, tile: ForwardTile, keys: int):
             out_smem = out_smem if own_out else q_smem
             block = lax.axis_index("block")
             warpgroup = lax.axis_index("wg")
-            rounds = (tiles - block + blocks - 1) // blocks
+            rounds = (units - block + blocks - 1) // blocks * pairing
 
             def place(n):
                 """Batch, head, tile of queries (longest first where causal) and the range of blocks of keys."""
-                index = block + n * blocks
-                tile_q = tiles_q - 1 - lax.rem(index, tiles_q)
-                rest = lax.div(index, tiles_q)
+                index = block + lax.div(n, pairing) * blocks
+                tile_q, rest = lax.rem(index, tiles_q // pairing), lax.div(index, tiles_q // pairing)
+                if paired:
+                    tile_q = jnp.where(lax.rem(n, 2) == 0, tile_q, tiles_q - 1 - tile_q)
+                tile_q = tiles_q - 1 - tile_q
                 head, row = lax.rem(rest, heads), lax.div(rest, heads)
                 at = (row if ranges.shape[0] > 1 else 0, tile_q)
                 return row, head, tile_q, tuple(ranges_ref[(*at, i)] for i in range(4))

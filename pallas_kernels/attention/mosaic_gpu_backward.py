@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from crescendo.pallas_kernels.attention import mosaic_gpu as shared
+from crescendo.pallas_kernels.attention import mosaic_gpu_fused
 from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges
 from crescendo.pallas_kernels.op import target_device
 
@@ -61,6 +62,8 @@ def backward(
     tiles: tuple[BackwardTile, BackwardTile] | None = None,
 ):
     """The gradients of q, k and v (and None for the bias, which these kernels don't take)."""
+    if operands.dims[-1] <= 128 and tiles is None:
+        return mosaic_gpu_fused.backward(config, operands, lse, dout, delta)
     keys_tile, queries_tile = tiles or tiles_for(operands)
     _, length, keys, _, _, width = operands.dims
     # exp(score - inf) = 0: rows that see nothing, and rows of padding, take no part.
