@@ -71,9 +71,8 @@ def _backward(spec: Spec) -> Problem:
         held, passing = 2 * tile.tiles * tile.block_k, 2 * tile.stages * tile.block_q
         scores = 2 * tile.block_k * tile.block_q
         gradient = 2 * tile.block_q * width  # in float32
-        matrices = width + tile.block_q + tile.block_q // 4
         registers = mosaic_gpu_fused.REGISTERS[tile.consumers][1]
-        return _fits(width * (held + passing) + scores + gradient, matrices, registers)
+        return _fits(width * (held + passing) + scores + gradient, width + tile.block_q, registers)
 
     return Problem(
         key(config, operands),
@@ -118,7 +117,7 @@ TUNABLES = (
         "backward",
         _backward,
         (
-            {"block_q": (64, 128), "consumers": (2, 3), "stages": (2, 3), "tiles": (1, 2)},
+            {"block_q": (64, 128), "stages": (2, 3), "tiles": (1, 2)},
             {"from_registers": (True, False)},
         ),
     ),
