@@ -128,9 +128,7 @@ def backward(config: Config, operands: Operands, lse, dout, delta, tile: FusedTi
     order = _order(ranges, tiles_k, blocks_q, rotated)
     dq, dk, dv = _kernel(config, whole, keys, tile, ranges, order, paired, rotated, dout, lse, delta)
     if not rotated:
-        seen = jnp.any(
-            (jnp.arange(blocks_q) >= ranges[..., 0, None]) & (jnp.arange(blocks_q) < ranges[..., 3, None]), 1
-        )
+        seen = jnp.any((jnp.arange(blocks_q) >= ranges[..., 0, None]) & (jnp.arange(blocks_q) < ranges[..., 3, None]), 1)
         dq = jnp.where(jnp.repeat(seen, tile.block_q, axis=1)[:, :, None, None], dq, 0.0)
     dq = (dq * config.scale).astype(operands.q.dtype)
     return dq[:, :length, :, :width], dk[:, :keys, :, :width], dv[:, :keys, :, :width], None
@@ -217,7 +215,9 @@ def _kernel(config, operands: Operands, keys, tile: FusedTile, ranges, order, pa
 
             for m in range(tile.tiles):
                 pl.when(m < count)(lambda: load_own(jnp.int32(m)))  # noqa: B023
-            ahead = lax.fori_loop(0, tile.stages, lambda step, at: load_step(step, *at), (jnp.int32(0),) * 3)
+            ahead = lax.fori_loop(
+                0, tile.stages, lambda step, at: load_step(step, *at), (jnp.int32(0),) * 3
+            )
 
             def one_tile(m, carry):
                 row, kv_head, tile_k, (lo, _, _, hi) = place(m)

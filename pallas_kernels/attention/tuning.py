@@ -65,7 +65,10 @@ def _backward(spec: Spec) -> Problem:
         raise Unsupported(f"heads {width} wide take a kernel for each gradient")
 
     def run(tile):
-        return lambda *arrays: mosaic_gpu_fused.backward(config, *arrays, tile)[:3]
+        def gradients(operands, lse, dout, delta):
+            return mosaic_gpu_fused.backward(config, operands, lse, dout, delta, tile)[:3]
+
+        return gradients
 
     def fits(tile: mosaic_gpu_fused.FusedTile) -> bool:
         held, passing = 2 * tile.tiles * tile.block_k, 2 * tile.stages * tile.block_q
@@ -93,7 +96,11 @@ def _backward_apart(which: int, spec: Spec) -> Problem:
 
     def run(tile):
         pair = (tile, defaults[1]) if which == 0 else (defaults[0], tile)
-        return lambda *arrays: mosaic_gpu_backward.backward(config, *arrays, pair)[:3]
+
+        def gradients(operands, lse, dout, delta):
+            return mosaic_gpu_backward.backward(config, operands, lse, dout, delta, pair)[:3]
+
+        return gradients
 
     def fits(tile: mosaic_gpu_backward.BackwardTile) -> bool:
         rows = 2 * tile.rows + 2 * tile.stages * tile.block
