@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import llvm
 
+from crescendo.pallas_kernels.attention import tiles as tuned_tiles
 from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, attend, block_ranges, per_device
 from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
 
@@ -218,7 +219,7 @@ def forward_tile(operands: Operands) -> ForwardTile:
 
 def forward(config: Config, operands: Operands, tile: ForwardTile | None = None):
     """`out [B, T, H, D]` and `lse [B, H, T]`."""
-    tile = tile or forward_tile(operands)
+    tile = tile or tuned_tiles.tuned("forward", config, operands, forward_tile(operands))
     _, length, keys, _, _, true_width = operands.dims
     ranges, _ = block_ranges(config, operands, tile.block_q, tile.block_k)
     # A causal tile of many keys goes with one of few.

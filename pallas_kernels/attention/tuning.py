@@ -116,7 +116,8 @@ TUNABLES = (
         "forward",
         _forward,
         (
-            {"block_k": (64, 128, 192), "consumers": (2, 3), "stages": (2, 3, 4)},
+            # Three consumers have 160 registers a thread each, and took 1.4 times as long on an H100 wherever they fit.
+            {"block_k": (64, 128, 192), "stages": (2, 3)},
             {"turns": (True, False), "persistent": (True, False)},
         ),
     ),
