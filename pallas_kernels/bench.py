@@ -11,6 +11,7 @@ import functools
 import importlib
 import io
 import json
+import os
 import statistics
 import sys
 import time
@@ -130,6 +131,8 @@ def measure_torch(op_name: str, spec: Spec, who: str, function: Callable, passes
         import torch
 
         torch.compiler.reset()  # each spec is another program
+        if not os.environ.get("TRITON_CACHE_DIR", "unset"):
+            del os.environ["TRITON_CACHE_DIR"]  # jax-triton empties it, and then torch can't compile
 
         def tensor(array):
             wide = np.asarray(array.astype(jnp.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array)

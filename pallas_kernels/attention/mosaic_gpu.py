@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import llvm
 
+from crescendo.pallas_kernels.attention import tiles as tuned_tiles
 from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, attend, block_ranges, per_device
 from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
 
@@ -78,6 +80,26 @@ def product(accumulator, a, b):
 def finish(accumulator, in_flight: int = 0):
     """The accumulator's value, once at most that many later products are in flight."""
     return plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
+
+
+@plgpu.inline_mgpu(arg_types=(ROW_LAYOUT,))
+def settle(_, sums):
+    """Has what these sums of weights are made of computed here, not after the next wait for a product.
+
+    The assembler moves a wait up past arithmetic that doesn't depend on it, and softmax and product would not overlap;
+    it moves none past a branch. This one, which all threads of a warp would take together, is for negative sums only.
+    """
+    registers = list(sums.registers.flat)
+    least = "".join(f"min.f32 t, t, ${i}; " for i in range(1, len(registers)))
+    llvm.inline_asm(
+        None,
+        registers,
+        "{ .reg .pred p, q; .reg .f32 t; mov.f32 t, $0; "
+        + least
+        + "setp.lt.f32 p, t, 0f00000000; vote.sync.any.pred q, p, -1; @q trap; }",
+        ",".join("f" * len(registers)),
+        has_side_effects=True,
+    )
 
 
 def along_rows(vector, shape):
@@ -197,7 +219,7 @@ def forward_tile(operands: Operands) -> ForwardTile:
 
 def forward(config: Config, operands: Operands, tile: ForwardTile | None = None):
     """`out [B, T, H, D]` and `lse [B, H, T]`."""
-    tile = tile or forward_tile(operands)
+    tile = tile or tuned_tiles.tuned("forward", config, operands, forward_tile(operands))
     _, length, keys, _, _, true_width = operands.dims
     ranges, _ = block_ranges(config, operands, tile.block_q, tile.block_k)
     # A causal tile of many keys goes with one of few.
@@ -357,7 +379,7 @@ def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
                         new = jnp.maximum(maximum, scores.max(axis=1) * factor)
                         weights = jnp.exp2(scores * factor - along_rows(new, shape))
                         shrink = jnp.exp2(maximum - new)
-                        return weights.astype(dtype), new, total * shrink + weights.sum(axis=1), shrink
+                        return weights, new, total * shrink + weights.sum(axis=1), shrink
 
                     @pl.when(hi > lo)
                     def _():
@@ -375,6 +397,7 @@ def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
                         scores = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
                         start = softmax(scores, slot, lo, row_vector(FLOOR), row_vector(0.0))
                         weights, maximum, total, _ = start
+                        weights = weights.astype(dtype)
                         mixed = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
 
                         def one_block(j, carry):
@@ -391,8 +414,12 @@ def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
                                 product(mixed_acc, weights, v_smem.at[last])
                                 pass_turn()
                                 scores = finish(scores_acc, in_flight=1)
-                                result = softmax(scores, slot, j, maximum, total)
-                                return *result, finish(mixed_acc)
+                                new_weights, *sums = softmax(scores, slot, j, maximum, total)
+                                settle(sums[1])
+                                # The last weights are in use until the product is done: the new ones, rounded, take
+                                # their registers.
+                                new_weights, new_mixed = lax.optimization_barrier((new_weights, finish(mixed_acc)))
+                                return new_weights.astype(dtype), *sums, new_mixed
 
                             weights, maximum, total, shrink, mixed = pl.run_scoped(
                                 overlapped, plgpu.ACC(shape, jnp.float32), plgpu.ACC((ROWS, width), jnp.float32)

@@ -55,7 +55,10 @@ def interpreted(monkeypatch):
 
     @contextlib.contextmanager
     def context():
-        with target(device), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        with (
+            target(device),
+            plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore")),
+        ):
             yield
         assert not gpu_callbacks.get_races().races_found
 

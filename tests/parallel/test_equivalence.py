@@ -197,7 +197,7 @@ def test_a_checkpoint_of_any_mesh_restores_on_any_other(writer, reader):
 
 @functools.cache
 def trainer_of(name: str) -> Trainer:
-    return Trainer(layout_of(name), parallel.BatchPlan(8, 3))
+    return Trainer(layout_of(name), parallel.BatchPlan(8, 3), STATISTICS[:2])
 
 
 @pytest.mark.slow
@@ -205,7 +205,7 @@ def trainer_of(name: str) -> Trainer:
 @given(st.lists(st.sampled_from(list(MESHES)), min_size=2, max_size=3, unique=True))
 @settings(deadline=None, max_examples=5)
 def test_training_goes_on_from_mesh_to_mesh_with_the_same_losses(names):
-    expected = [record["loss"] for record in on_one_device(8, ())[1]]
+    expected = [record["loss"] for record in on_one_device(8, STATISTICS[:2])[1]]
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         start = trainer_of(names[0])
