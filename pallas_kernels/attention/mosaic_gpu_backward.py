@@ -15,11 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from crescendo.pallas_kernels.attention import mosaic_gpu as shared
-from crescendo.pallas_kernels.attention import mosaic_gpu_fused
+from crescendo.pallas_kernels.attention import mosaic_gpu_fused, mosaic_gpu_joint
 from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges
 from crescendo.pallas_kernels.op import target_device
 
 ROWS, LOG2_E = shared.ROWS, shared.LOG2_E
+ONE_KERNEL_TO_WIDTH = 0  # heads up to this width take the kernel that makes all three gradients at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,10 @@ def backward(
     tiles: tuple[BackwardTile, BackwardTile] | None = None,
 ):
     """The gradients of q, k and v (and None for the bias, which these kernels don't take)."""
-    if operands.dims[-1] <= 128 and tiles is None:
-        return mosaic_gpu_fused.backward(config, operands, lse, dout, delta)
+    width = operands.dims[-1]
+    if tiles is None and width <= ONE_KERNEL_TO_WIDTH:
+        one_kernel = mosaic_gpu_fused if width <= 64 else mosaic_gpu_joint
+        return one_kernel.backward(config, operands, lse, dout, delta)
     keys_tile, queries_tile = tiles or tiles_for(operands)
     _, length, keys, _, _, width = operands.dims
     # exp(score - inf) = 0: rows that see nothing, and rows of padding, take no part.
