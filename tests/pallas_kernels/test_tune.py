@@ -57,6 +57,7 @@ def known_costs(monkeypatch):
             yield dataclasses.replace(timing, seconds=known)
 
     monkeypatch.setattr(tune, "timings", exact)
+    monkeypatch.setattr(tune, "WARM_SECONDS", 0.0)
     monkeypatch.setattr(tune, "seconds_per_call", lambda call, wait: call() is not None)
 
 
