@@ -64,12 +64,12 @@ def add_up(piece, there, first):
     plgpu.copy_smem_to_gmem(piece, there, predicate=jnp.logical_not(first), commit_group=False, reduction_op="add")
 
 
-def await_turn(counter, turn):
-    plgpu.semaphore_wait(counter, turn, decrement=False, memory_scope="gpu")
+def await_turn(turns, at, turn):
+    plgpu.semaphore_wait(turns.at[at], turn, decrement=False, memory_scope="gpu")
 
 
-def pass_turn(counter):
-    plgpu.semaphore_signal(counter, 1, memory_scope="gpu")
+def pass_turn(turns, at):
+    plgpu.semaphore_signal(turns.at[at], 1, memory_scope="gpu")
 
 
 def counters(count: int):
@@ -155,7 +155,7 @@ def _kernel(config, operands: Operands, keys, tile: FusedTile, ranges, order, pa
         k_metas, rest = rest[: len(k_meta)], rest[len(k_meta) :]
         (dq_ref, dk_ref, dv_ref), scratch = rest[:3], rest[3:]
         k_smem, v_smem, q_smem, dout_smem, ds_smem, dq_smem, lse_smem, delta_smem, meta_smem, *barriers = scratch
-        own_full, own_free, q_full, dout_full, q_free, ds_full, dq_full, dq_free, k_done = barriers
+        own_full, own_free, q_full, q_free, ds_full, dq_full, dq_free, k_done = barriers
         turns = counters(batch * heads * blocks_q) if tile.ordered else None
         block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
         count = (units - block + blocks - 1) // blocks * pairing
@@ -205,8 +205,8 @@ def _kernel(config, operands: Operands, keys, tile: FusedTile, ranges, order, pa
                     plgpu.copy_gmem_to_smem(lse_ref.at[row, head, columns], lse_smem.at[slot], q_full.at[slot])
                     for j, meta in enumerate(q_metas):
                         plgpu.copy_gmem_to_smem(meta.at[row, columns], meta_smem.at[j, slot], q_full.at[slot])
-                    plgpu.copy_gmem_to_smem(dout_ref.at[row, columns, head], dout_smem.at[slot], dout_full.at[slot])
-                    plgpu.copy_gmem_to_smem(delta_ref.at[row, head, columns], delta_smem.at[slot], dout_full.at[slot])
+                    plgpu.copy_gmem_to_smem(dout_ref.at[row, columns, head], dout_smem.at[slot], q_full.at[slot])
+                    plgpu.copy_gmem_to_smem(delta_ref.at[row, head, columns], delta_smem.at[slot], q_full.at[slot])
                     head_over = i + 1 == hi - lo
                     over = head_over & (group + 1 == groups)
                     group_next = jnp.where(over, 0, jnp.where(head_over, group + 1, group))
@@ -232,7 +232,7 @@ def _kernel(config, operands: Operands, keys, tile: FusedTile, ranges, order, pa
                     counter = (row * heads + head) * blocks_q + q_block
                     turn = order_ref[row if order.shape[0] > 1 else 0, tile_k, q_block]
                     if tile.ordered:
-                        await_turn(turns.at[counter], turn)
+                        await_turn(turns, counter, turn)
                     rows = pl.ds(q_block * tile.block_q, tile.block_q)
                     for j in range(parts):
                         add_up(dq_smem.at[j], dq_ref.at[row, rows, head, pl.ds(j * PART, PART)], turn == 0)
@@ -242,7 +242,7 @@ def _kernel(config, operands: Operands, keys, tile: FusedTile, ranges, order, pa
                     plgpu.wait_smem_to_gmem(0, wait_read_only=not tile.ordered)
                     plgpu.barrier_arrive(dq_free)
                     if tile.ordered:
-                        pass_turn(turns.at[counter])
+                        pass_turn(turns, counter)
                     return step + 1, *ahead
 
                 def one_head(group, carry):
@@ -294,7 +294,6 @@ def _kernel(config, operands: Operands, keys, tile: FusedTile, ranges, order, pa
 
                     def products(scores_acc, dweights_acc, dk_acc, dv_acc, dq_acc):
                         shared.product(scores_acc, k_smem.at[own, wg], q_smem.at[slot].transpose((1, 0)))
-                        plgpu.barrier_wait(dout_full.at[slot])
                         shared.product(dweights_acc, v_smem.at[own, wg], dout_smem.at[slot].transpose((1, 0)))
                         scores = shared.finish(scores_acc, in_flight=1)
                         lse = plgpu.load(lse_smem.at[slot], layout=shared.COLUMN_LAYOUT, optimized=False)
@@ -364,8 +363,7 @@ def _kernel(config, operands: Operands, keys, tile: FusedTile, ranges, order, pa
         plgpu.SMEM((len(q_meta), tile.stages, tile.block_q), jnp.int32) if q_meta else None,
         plgpu.Barrier(num_barriers=tile.tiles * consumers, num_arrivals=2),  # own_full
         plgpu.Barrier(num_barriers=tile.tiles, num_arrivals=consumers),  # own_free
-        plgpu.Barrier(num_barriers=tile.stages, num_arrivals=2 + len(q_meta)),  # q_full
-        plgpu.Barrier(num_barriers=tile.stages, num_arrivals=2),  # dout_full
+        plgpu.Barrier(num_barriers=tile.stages, num_arrivals=4 + len(q_meta)),  # q_full
         plgpu.Barrier(num_barriers=tile.stages, num_arrivals=consumers),  # q_free
         plgpu.Barrier(num_barriers=2, num_arrivals=consumers),  # ds_full
         plgpu.Barrier(num_arrivals=consumers),  # dq_full

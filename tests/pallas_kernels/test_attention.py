@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AbstractDevice, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from crescendo.pallas_kernels.attention import attention, mosaic_gpu
+from crescendo.pallas_kernels.attention import attention, mosaic_gpu, mosaic_gpu_backward
 from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges, positions, visible
 from crescendo.pallas_kernels.attention.specs import SPECS
 from crescendo.pallas_kernels.op import explain, target
@@ -212,6 +212,17 @@ def test_hopper_kernels_are_right_and_free_of_races(name, interpreted, monkeypat
     with interpreted():
         results = [np.asarray(result) for result in _compiled("mosaic_gpu", kwargs)(arrays, cotangents)]
     np.testing.assert_array_equal(results[2], exact[2])
+    for result, wanted in zip(results, exact, strict=True):
+        assert error(result, wanted) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["packed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("packed-wide", "empty-rows"))])
+def test_hopper_kernels_with_the_gradients_in_one(name, interpreted, monkeypatch):
+    arrays, kwargs, cotangents, exact = exact_and_given(BY_NAME[name], jnp.bfloat16, 0)
+    monkeypatch.setattr(mosaic_gpu, "per_device", lambda kernels: kernels)
+    monkeypatch.setattr(mosaic_gpu_backward, "ONE_KERNEL_TO_WIDTH", 128)
+    with interpreted(cores=1):
+        results = [np.asarray(result) for result in _compiled("mosaic_gpu", kwargs)(arrays, cotangents)]
     for result, wanted in zip(results, exact, strict=True):
         assert error(result, wanted) < 1e-2
 
