@@ -159,6 +159,36 @@ class Checkpoints:
             folder = self.folder / str(examples)
             raise UserError(f"checkpoint {folder} is damaged ({problem}): run it again in another folder") from None
 
+    def restore_parameters(self, shapes: Any) -> tuple[Any, int]:
+        """The newest checkpoint's parameters alone, whole on one device, and its `examples_seen`.
+
+        Args:
+          shapes: of the parameters, as `jax.eval_shape` gives them.
+
+        Raises:
+          UserError: where there is none, or it is damaged or of another shape.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            raise UserError(f"{self.folder} has no checkpoint yet")
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {"parameters": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)}
+        restore = ocp.args.PyTreeRestore(
+            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                found = self._manager.restore(step, args=ocp.args.Composite(state=restore, meta=ocp.args.JsonRestore()))
+        except Exception as error:
+            reason = str(error).splitlines()[0][:120]
+            raise UserError(f"checkpoint {self.folder / str(step)} can't be read ({reason})") from None
+        parameters, prints = found["state"]["parameters"], found["meta"]["fingerprints"]
+        # Parameters come first in the state.
+        mine = [int(x) for x in jax.device_get(jax.tree.leaves(fingerprints(parameters)))]
+        if mine != prints[: len(mine)]:
+            raise UserError(f"checkpoint {self.folder / str(step)} is damaged: its arrays are not the ones saved")
+        return parameters, step
+
     def _load(self, step: int, abstract: TrainState) -> tuple[TrainState, Clock]:
         """One checkpoint, compared with its fingerprints."""
         try:

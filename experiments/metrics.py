@@ -1,18 +1,20 @@
 """What a run records, who records it, and how it is read back.
 
 The loop hands each record, a flat dict with at least `kind` and `examples_seen`, to a list of observers. An observer
-writes or shows it and never changes the trajectory. A new one is a class with `__call__(record)` and `close()`.
+writes or shows it and never changes the trajectory. A new one is a class with `__call__(record)` and `close()`, and an
+entry in `WRITERS` if runs are to ask for it by name (`train.writers`).
 
 Kinds of record: `train` (one a step), `validation`, `batch_size` (a change: `from`, `to`, `reason`) and `warning`
 (`message`). Losses are in nats a token; `examples_seen`, `tokens_seen` and `step` are counted after the step.
 """
 
+import importlib
 import json
 import math
 import os
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +72,14 @@ class Observers:
                 stack.callback(observer.close)
 
 
-def run_observers(folder: Path, *, resume_at_examples: int, total_examples: int, label: str) -> Observers:
-    """The observers of a training run: `metrics.jsonl`, TensorBoard events and the progress line.
+# Writers that a run may ask for besides, by name: `module:class`, called with the folder and the run's name.
+WRITERS = {"wandb": "crescendo.experiments.wandb_writer:WandbWriter"}
+
+
+def run_observers(
+    folder: Path, *, resume_at_examples: int, total_examples: int, label: str, writers: Sequence[str] = ()
+) -> Observers:
+    """The observers of a training run: `metrics.jsonl`, TensorBoard events, the progress line, and what is asked for.
 
     Of several processes of one run the first has them.
 
@@ -80,19 +88,29 @@ def run_observers(folder: Path, *, resume_at_examples: int, total_examples: int,
       resume_at_examples: the clock of the checkpoint that the run goes on from; 0 for a fresh start.
       total_examples: where the run ends.
       label: the run's name on the progress line.
+      writers: keys of `WRITERS`.
 
     Raises:
-      UserError: if the folder can't be written.
+      UserError: if the folder can't be written, or for a writer that isn't known or whose package isn't installed.
     """
     if not is_leader():
         return Observers([])
+    further = [_writer(name)(folder, label) for name in dict.fromkeys(writers)]
     return Observers(
         [
             JsonlWriter(folder / "metrics.jsonl", resume_at_examples),
             TensorBoardWriter(folder, resume_at_examples),
+            *further,
             ProgressLine(total_examples, label),
         ]
     )
+
+
+def _writer(name: str) -> Callable[[Path, str], Observer]:
+    if name not in WRITERS:
+        raise UserError(f"train.writers: no writer {name!r}; there are {', '.join(WRITERS)}")
+    module, _, kind = WRITERS[name].partition(":")
+    return getattr(importlib.import_module(module), kind)
 
 
 class JsonlWriter:

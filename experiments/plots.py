@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from crescendo.experiments.metrics import Columns, Run
 from crescendo.experiments.progress import RunningMean, compact
@@ -31,6 +32,7 @@ MARKERS = "os^DvPX"
 INK = {"light": ("#1c2430", "#5b6675", "#dfe3e8"), "dark": ("#e8ecf1", "#9aa5b4", "#333b46")}
 _MAX_POINTS = 800
 NOISE_COLUMNS = ("noise_scale", "norm_layers_noise_scale")
+TRUST_COLUMNS = ("trust_ratio_median", "trust_ratio_min", "trust_ratio_max")
 
 
 class Chart(NamedTuple):
@@ -68,6 +70,63 @@ def render(chart: Chart, arms: Arms, *, theme: str, file_format: str) -> bytes:
         metadata = {"Date": None} if file_format == "svg" else None
         figure.savefig(picture, format=file_format, dpi=200, transparent=file_format == "svg", metadata=metadata)
     return picture.getvalue()
+
+
+def interactive(chart: Chart, arms: Arms) -> dict[str, Any]:
+    """The chart's curves as they are drawn, for a script to draw: `traces` and `axes`, in JSON's own types.
+
+    Args:
+      chart: one of `CHARTS`.
+      arms: names and the runs behind each.
+    """
+    figure = Figure()
+    axes = figure.subplots()
+    marks = [f"#{index:06x}" for index in range(len(arms))]  # not colours: whose curve it is
+    chart.draw(axes, arms, marks)
+    traces = [
+        {
+            "arm": marks.index(str(line.get_color())),
+            "x": _numbers(line.get_xdata()),
+            "y": _numbers(line.get_ydata()),
+            "width": float(line.get_linewidth()),
+            "opacity": float(line.get_alpha() or 1.0),
+            "dash": "dot" if line.get_linestyle() == ":" else "solid",
+            "markers": line.get_marker() not in ("", "None", None),
+            "steps": False,
+        }
+        for line in axes.lines
+    ]
+    for stairs in axes.patches:
+        values, edges, _ = stairs.get_data()  # type: ignore[attr-defined]
+        traces.append(
+            {
+                "arm": marks.index(to_hex(stairs.get_edgecolor())),
+                "x": _numbers(edges),
+                "y": _numbers([*values, *values[-1:]]),
+                "width": float(stairs.get_linewidth()),
+                "opacity": 1.0,
+                "dash": "solid",
+                "markers": False,
+                "steps": True,
+            }
+        )
+    scale, limits = axes.get_yscale(), sorted(axes.get_ylim())
+    return {
+        "traces": traces,
+        "axes": {
+            "x": axes.get_xlabel(),
+            "y": axes.get_ylabel(),
+            "log": scale == "log",
+            "limits": [math.log10(x) for x in limits] if scale == "log" else [float(x) for x in limits],
+            # Ticks that were chosen one by one, such as the batch sizes of a run.
+            "ticks": _numbers(axes.get_yticks()) if isinstance(axes.yaxis.get_major_locator(), FixedLocator) else None,
+        },
+    }
+
+
+def _numbers(values: Any) -> list[float | None]:
+    """As floats of six digits; JSON knows no NaN."""
+    return [float(f"{x:.6g}") if math.isfinite(x) else None for x in np.asarray(values, float).tolist()]
 
 
 def style(theme: str) -> Any:
@@ -195,6 +254,32 @@ def _noise_scale(axes: Axes, arms: Arms, colors: Sequence[str]) -> None:
     axes.set_ylabel("noise scale (examples)")
 
 
+def _throughput(axes: Axes, arms: Arms, colors: Sequence[str]) -> None:
+    """Draws the throughput, averaged over 2% of the run, against tokens."""
+    for index, run, color in _each(arms, colors):
+        curve = _thin(
+            {"tokens_seen": run.train["tokens_seen"], "tokens_per_second": averaged(run, "tokens_per_second")}
+        )
+        axes.plot(curve["tokens_seen"], curve["tokens_per_second"], color=color, linewidth=_width(index))
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: compact(value))
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("tokens a second")
+
+
+def _trust_ratios(axes: Axes, arms: Arms, colors: Sequence[str]) -> None:
+    """Draws the median of the layers' trust ratios against tokens, and the least and the greatest dotted."""
+    for _, run, color in _each(arms, colors):
+        for name, line in zip(TRUST_COLUMNS, ("-", ":", ":"), strict=True):
+            if name in run.train:
+                curve = _thin({"tokens_seen": run.train["tokens_seen"], name: averaged(run, name)})
+                axes.plot(curve["tokens_seen"], curve[name], color=color, linewidth=1.6, linestyle=line)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("trust ratio")
+
+
 def _scientific(value: float, _: float) -> str:
     """A tick's label: 0.00025 is `2.5e-4`."""
     return np.format_float_scientific(float(f"{value:.3g}"), trim="-", exp_digits=1) if value else "0"
@@ -205,7 +290,9 @@ CHARTS = (
     Chart("loss_steps", "Loss against steps", _loss_against("step", "optimizer steps")),
     Chart("batch_size", "Batch size", _batch_size),
     Chart("learning_rate", "Learning rate", _learning_rate),
+    Chart("throughput", "Throughput", _throughput, ("tokens_per_second",)),
     Chart("noise_scale", "Gradient noise scale (dotted: of norm layers)", _noise_scale, NOISE_COLUMNS),
+    Chart("trust_ratio", "Trust ratios of layers (dotted: least, greatest)", _trust_ratios, TRUST_COLUMNS),
 )
 
 

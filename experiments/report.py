@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import markupsafe
 import numpy as np
+import plotly.offline
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -325,9 +327,12 @@ def _write(arms: Sequence[Arm], out: Path, title: str) -> Path:
             (
                 chart.title,
                 *(_data_uri(plots.render(chart, curves, theme=theme, file_format="svg")) for theme in plots.COLORS),
+                plots.interactive(chart, curves),
             )
             for chart in plots.charts_of(curves)
         ],
+        arms=[arm.name for arm in arms],
+        plotly=markupsafe.Markup(plotly.offline.get_plotlyjs()),
         runs=[(run.name, index) for run, index in runs],
         events=[(name, index, _events(run)) for index, arm in enumerate(arms) for name, run in _eventful(arm)],
         tables=[

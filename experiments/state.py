@@ -21,6 +21,12 @@ Tree = Any
 
 NOISE_SCALES = {"gradient": "noise_scale", "norm_layers": "norm_layers_noise_scale"}
 """The columns of the noise scales, in examples, by their source; `_error` behind it is the standard error's."""
+TRUST_RATIOS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "trust_ratio_min": jnp.min,
+    "trust_ratio_median": jnp.median,
+    "trust_ratio_max": jnp.max,
+}
+"""The columns of an optimizer's trust ratios, over all layers and parameters; 1 where a parameter has none."""
 
 
 @jax.tree_util.register_dataclass
@@ -184,6 +190,9 @@ def make_step(
         }
         for source, found in current_noise_scales(opt_state).items():
             metrics |= {NOISE_SCALES[source]: found.value, f"{NOISE_SCALES[source]}_error": found.standard_error}
+        ratios = optax.tree_utils.tree_get(opt_state, "trust_ratio")
+        if ratios is not None:
+            metrics |= {name: reduce(ratios) for name, reduce in TRUST_RATIOS.items()}
         return state, metrics
 
     return step

@@ -34,6 +34,9 @@ class Tokenizer(Protocol):
     def decode(self, tokens: ArrayLike) -> str:
         """The text of tokens, end-of-text tokens left out; a character cut at the edge becomes U+FFFD."""
 
+    def to_json(self) -> str:
+        """The same tokenizer as the content of a tokenizer.json file, which `SubwordTokenizer.load` reads."""
+
 
 class ByteTokenizer:
     """A token for each byte, and 256 for the end of text.
@@ -58,6 +61,21 @@ class ByteTokenizer:
     def decode(self, tokens: ArrayLike) -> str:
         tokens = np.asarray(tokens)
         return tokens[tokens < self.end_of_text].astype(np.uint8).tobytes().decode(errors="replace")
+
+    def to_json(self) -> str:
+        vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+        model = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        model.decoder = decoders.ByteLevel()
+        model.add_special_tokens([END_OF_TEXT])
+        return model.to_str()
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary: itself where it can be seen (GPT-2's)."""
+    seen = [chr(byte) if chr(byte) in set(pre_tokenizers.ByteLevel.alphabet()) else None for byte in range(256)]
+    hidden = iter(range(256, 512))
+    return [chr(next(hidden)) if character is None else character for character in seen]
 
 
 class SubwordTokenizer:
@@ -96,10 +114,6 @@ class SubwordTokenizer:
         except Exception as error:  # the library raises nothing more specific
             raise UserError(f"{path} is not a tokenizer.json file ({error})") from error
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes a tokenizer.json file."""
-        Path(path).write_text(self._model.to_str(), encoding="utf-8")
-
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
 
@@ -111,6 +125,13 @@ class SubwordTokenizer:
 
     def decode(self, tokens: ArrayLike) -> str:
         return self._model.decode(np.asarray(tokens).tolist(), skip_special_tokens=True)
+
+    def to_json(self) -> str:
+        return self._model.to_str()
+
+    def spelling(self, token: int) -> str:
+        """What the vocabulary calls a token, special ones too."""
+        return self._model.id_to_token(token) or ""
 
 
 def train_bpe(documents: Iterable[bytes], vocab_size: int) -> SubwordTokenizer:

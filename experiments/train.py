@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from crescendo import parallel
-from crescendo.experiments import configurables, hardware, run_folder
+from crescendo.experiments import configurables, hardware, run_folder, trained
 from crescendo.experiments.checkpoint import Checkpoints
 from crescendo.experiments.cli import run_command
 from crescendo.experiments.compile import CompilationCounter, compile_step, use_compilation_cache
@@ -25,10 +25,10 @@ from crescendo.experiments.errors import UserError, hosts_lost, user_values
 from crescendo.experiments.evaluate import make_evaluation
 from crescendo.experiments.feed import Feed
 from crescendo.experiments.interruption import Interrupted, Interruption
-from crescendo.experiments.metrics import file_access, read_records, run_observers
+from crescendo.experiments.metrics import file_access, read_records, replace_file, run_observers
 from crescendo.experiments.program import chain_transforms, decide_model, fingerprint, needed_statistics
 from crescendo.experiments.recorder import Recorder
-from crescendo.experiments.state import Clock, describe_arrays, initial_state
+from crescendo.experiments.state import Clock, describe_arrays
 from crescendo.models import ModelConfig
 from crescendo.optim.batch_size import BatchSizePolicy, constant, current_batch_size
 from crescendo.parallel import hosts
@@ -56,6 +56,7 @@ def train(
     mesh: Mesh | None = None,
     strategy: str | parallel.Strategy = "fsdp",
     seed: int = 0,
+    initialize_from: str | None = None,
     max_gradient_norm: float | None = 1.0,
     max_microbatch_examples: int | None = None,
     evaluate_every_examples: int | None = None,
@@ -65,6 +66,7 @@ def train(
     keep_checkpoint_every_examples: int | None = None,
     keep_checkpoints_at_examples: Sequence[int] = (),
     max_bad_steps: int = 10,
+    writers: Sequence[str] = (),
     label: str | None = None,
     operative_config: Callable[[], str] = configurables.operative_config,
 ) -> dict:
@@ -84,6 +86,8 @@ def train(
       mesh: the devices; all of them along `data` when None.
       strategy: what is split along the mesh's axes: a key of `crescendo.parallel.STRATEGIES`, or `@strategy()`.
       seed: of the parameters and of the order of the data.
+      initialize_from: a run's folder, or one in Hugging Face's format, whose parameters a fresh run starts from; None:
+        random ones.
       max_gradient_norm: clip the mean gradient to this l2 norm; None: never.
       max_microbatch_examples: a bound below the one that memory sets.
       evaluate_every_examples: validate so often, and at the end; None: a fifth of the run.
@@ -93,6 +97,7 @@ def train(
       keep_checkpoint_every_examples: one so often stays for ever; None: none.
       keep_checkpoints_at_examples: also save at the first step that reaches each of these, and keep it for ever.
       max_bad_steps: stop after so many steps in a row without a finite loss.
+      writers: who gets the metrics besides `metrics.jsonl` and TensorBoard, such as ["wandb"] (Weights & Biases).
       label: the run's name in reports; the folder's when None.
       operative_config: gives the configuration text to keep with the run.
 
@@ -138,6 +143,7 @@ def train(
             f"{policy.measured_on}, not {fingerprint(config, data)}): measure it on this with critical_batch"
         )
     fixed = {
+        **({} if initialize_from is None else {"initialize_from": initialize_from}),
         "model": dataclasses.asdict(config),
         "arrays": describe_arrays(config, chain),
         "data": data.fingerprint,
@@ -203,16 +209,21 @@ def train(
         stack.callback(checkpoints.close)
         restored = checkpoints.restore(compiled.abstract_state, report=console.print)
         if restored is None:
-            shardings = jax.tree.map(lambda x: x.sharding, compiled.abstract_state)
-            state = jax.jit(lambda: initial_state(config, chain, seed), out_shardings=shardings)()
+            state = trained.fresh_state(config, chain, seed, compiled.abstract_state, initialize_from)
             clock = Clock(batch_size=policy.sizes[0])
         else:
             state, clock = restored
             progress = f"going on at {clock.examples_seen:,} of {total_examples:,} examples in {folder}"
             console.print(progress, highlight=False, soft_wrap=True)
         run_folder.write_info(folder, info, operative_config())
+        if hosts.is_leader():
+            replace_file(folder / "tokenizer.json", data.tokenizer.to_json().encode())
         observers = run_observers(
-            folder, resume_at_examples=clock.examples_seen, total_examples=total_examples, label=info["name"]
+            folder,
+            resume_at_examples=clock.examples_seen,
+            total_examples=total_examples,
+            label=info["name"],
+            writers=writers,
         )
         stack.callback(observers.close)
         if clock.examples_seen >= total_examples:

@@ -61,7 +61,7 @@ def tokenize(
         document for document in read("training a tokenizer on") if not held_out(document, validation_fraction)
     )
     if isinstance(tokenizer, SubwordTokenizer):
-        tokenizer.save(folder / "tokenizer.json")
+        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
 
     with ExitStack() as stack:
         train, validation = (stack.enter_context(_TokenWriter(folder, split, tokenizer)) for split in SPLITS)

@@ -408,3 +408,26 @@ def test_the_running_mean_leaves_out_what_is_not_finite():
 )
 def test_compact_numbers(value: float, text: str):
     assert compact(value) == text
+
+
+def test_a_writer_that_is_not_known_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no writer 'mlflow'; there are wandb"):
+        run_observers(tmp_path, resume_at_examples=0, total_examples=8, label="a run", writers=["mlflow"])
+
+
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs the extra wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    records = all_records(8)
+    for _ in range(2):  # the second goes on under the same id
+        observers = run_observers(tmp_path, resume_at_examples=0, total_examples=80, label="a run", writers=["wandb"])
+        for record in records:
+            observers(record)
+        observers.close()
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert {file.stem for file in files} == {f"run-{(tmp_path / 'wandb_id').read_text()}"}
+    content = files[0].read_bytes()  # records one after the other, their keys and JSON values as they are
+    losses = [r["loss"] for r in records if r["kind"] == "validation"]
+    assert all(re.search(rb"validation/loss.{0,8}" + json.dumps(x).encode(), content, re.DOTALL) for x in losses)
+    last = [r["loss"] for r in records if r["kind"] == "train"][-1]  # the one in between is thinned out
+    assert re.search(rb"train/loss.{0,8}" + json.dumps(last).encode(), content, re.DOTALL)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import plotly.offline
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -155,7 +156,7 @@ HOSTILE_NAME = "_$\\frac{$ </style><script>alert(1)</script><img src=http://evil
 
 
 # Those that every run has.
-PLAIN_CHARTS = [chart for chart in plots.CHARTS if chart.columns == ("loss",)]
+PLAIN_CHARTS = [chart for chart in plots.CHARTS if chart.columns[0] in ("loss", "tokens_per_second")]
 
 
 def embedded(page: str) -> list[str]:
@@ -164,8 +165,16 @@ def embedded(page: str) -> list[str]:
 
 def assert_stands_alone(page: str) -> None:
     """No tag, style or embedded picture refers to anything outside the page."""
-    assert "<script" not in page
     assert "default-src 'none'" in page
+    # Three scripts: the library, the curves and what draws them; none of a run's own.
+    library = plotly.offline.get_plotlyjs()
+    assert page.count(library) == 1
+    page = page.replace(library, "")
+    assert re.findall(r"<script[^>]*>", page) == [
+        "<script>",
+        '<script type="application/json" id="curves">',
+        "<script>",
+    ]
     pictures = embedded(page)
     assert len(pictures) == 2 * len(PLAIN_CHARTS)
     without_data = re.sub(r"data:image/svg\+xml;base64,[\w+/=]+", "data:", page)
@@ -268,6 +277,23 @@ def test_charts_are_the_same_at_every_drawing(make_run: MakeRun):
     assert first == second
 
 
+@pytest.mark.parametrize("chart", PLAIN_CHARTS, ids=lambda chart: chart.name)
+def test_a_script_is_given_the_curves_that_are_drawn(make_run: MakeRun, chart: plots.Chart):
+    runs = [read_run(make_run("small", total=104)), read_run(make_run("warmup", doublings=(0.5,), total=104))]
+    found = plots.interactive(chart, [(run.name, [run]) for run in runs])
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    for arm, run in enumerate(runs):
+        traces = [trace for trace in found["traces"] if trace["arm"] == arm]
+        assert len(traces) == (2 if chart.name.startswith("loss") else 1)
+        last = run.train["step" if chart.name == "loss_steps" else "tokens_seen"][-1]
+        assert {trace["x"][-1] for trace in traces} == {last}
+        assert all(len(trace["x"]) == len(trace["y"]) for trace in traces)
+    if chart.name == "batch_size":
+        assert [trace["y"] for trace in found["traces"]] == [[2, 2], [2, 4, 4]]
+        assert found["axes"]["ticks"] == [2, 4]
+    assert found["axes"]["log"] is (chart.name == "batch_size")
+
+
 def test_the_noise_scale_is_drawn_where_a_run_has_it(make_run: MakeRun, tmp_path: Path):
     run = make_run("measured")
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -280,7 +306,7 @@ def test_the_noise_scale_is_drawn_where_a_run_has_it(make_run: MakeRun, tmp_path
     assert np.isnan(noise[2])
     assert noise[3] == 13.0
     page = write_report([run, make_run("plain")], tmp_path / "out").read_text(encoding="utf-8")
-    assert len(embedded(page)) == 2 * len(plots.CHARTS)
+    assert len(embedded(page)) == 2 * (len(PLAIN_CHARTS) + 1)
     assert (tmp_path / "out" / "noise_scale.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -14,7 +14,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice
 
-from crescendo.pallas_kernels.attention import mosaic_gpu, mosaic_gpu_fused, mosaic_gpu_joint
+from crescendo.pallas_kernels.attention import mosaic_gpu, mosaic_gpu_fused
 from crescendo.pallas_kernels.op import target
 
 
@@ -58,11 +58,10 @@ def interpreted(monkeypatch):
         there[...] = jnp.where(first, value, sum_so_far + value)
         plgpu.commit_smem()
 
-    for module in (mosaic_gpu_fused, mosaic_gpu_joint):
-        monkeypatch.setattr(module, "add_up", add_up)
-        monkeypatch.setattr(module, "counters", lambda count: None)
-        monkeypatch.setattr(module, "await_turn", lambda counters, at, turn: None)
-        monkeypatch.setattr(module, "pass_turn", lambda counters, at: None)
+    monkeypatch.setattr(mosaic_gpu_fused, "add_up", add_up)
+    monkeypatch.setattr(mosaic_gpu_fused, "counters", lambda count: None)
+    monkeypatch.setattr(mosaic_gpu_fused, "await_turn", lambda counter, at, turn: None)
+    monkeypatch.setattr(mosaic_gpu_fused, "pass_turn", lambda counter, at: None)
 
     @contextlib.contextmanager
     def context(cores: int = 2):

@@ -1,0 +1,55 @@
+"""Exports a trained model: `python -m crescendo.experiments.export RUN --to hf`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from crescendo.experiments import hf, trained
+from crescendo.experiments.cli import run_command
+from crescendo.experiments.errors import UserError
+
+EXAMPLES = """examples:
+  python -m crescendo.experiments.export runs/lm_30m --to hf
+  python -m crescendo.experiments.export runs/lm_30m --to hf --out exported/lm_30m
+
+Then, with Hugging Face's library: AutoModelForCausalLM.from_pretrained("runs/lm_30m/hf")"""
+
+
+def export(run: Path, out: Path) -> hf.ModelConfig:
+    """Writes the newest checkpoint of a run as a folder that `transformers` reads; returns the decoder's shape.
+
+    Queries and keys that are normalised make it a Qwen3 model, otherwise it is a Llama model. Weights are float32.
+
+    Raises:
+      UserError: for a folder without a checkpoint, a model that the format can't hold, or a place that is taken.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: give another folder with --out, or remove it")
+    model = trained.load(run)
+    hf.write_folder(out, model.config, model.parameters, model.tokenizer, max_length=model.max_length or 2048)
+    return model.config
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description="Write a trained model in another library's format.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--to", required=True, choices=["hf"], help="hf: Hugging Face's transformers")
+    parser.add_argument("--out", type=Path, help="the folder to write (default: hf in the run's)")
+    arguments = parser.parse_args(argv)
+    out = arguments.out or arguments.run / "hf"
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed
+    config = export(arguments.run, out)
+    kind = "Qwen3" if config.qk_norm else "Llama"
+    Console().print(f"{out}: a {kind} model of {config.layers} layers", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

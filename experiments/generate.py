@@ -1,0 +1,142 @@
+"""Continues a text: `python -m crescendo.experiments.generate RUN --prompt "Once"`."""
+
+import argparse
+import functools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crescendo.experiments import trained
+from crescendo.experiments.cli import run_command
+from crescendo.experiments.compile import use_compilation_cache
+from crescendo.experiments.errors import UserError
+from crescendo.experiments.trained import Trained
+from crescendo.models import ModelConfig
+from crescendo.models.decode import Cache, decode, empty_cache, sample
+
+# Prompts and caches are rounded up to so many tokens, so that texts of like lengths share compiled programs.
+BUCKET = 64
+
+EXAMPLES = """examples:
+  python -m crescendo.experiments.generate runs/debug --prompt "def main("
+  python -m crescendo.experiments.generate runs/lm_30m --tokens 400 --temperature 0.8 --top-p 0.95 --seed 1
+  cat story.txt | python -m crescendo.experiments.generate runs/lm_30m --prompt -
+  python -m crescendo.experiments.generate runs/lm_30m/hf --prompt "Once" --temperature 0"""
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+def _read_prompt(config: ModelConfig, parameters: dict, tokens_BT, last, cache: Cache):
+    """Logits after the prompt's last token, and the cache."""
+    logits, cache = decode(config, parameters, tokens_BT, 0, cache)
+    return jax.lax.dynamic_index_in_dim(logits, last, axis=1, keepdims=False), cache
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "temperature", "top_k", "top_p"), donate_argnames=("cache", "logits_BV")
+)
+def _next(config: ModelConfig, parameters: dict, logits_BV, place, cache: Cache, key, temperature, top_k, top_p):
+    """A token drawn from the logits, the logits after it, and the cache."""
+    token_B = sample(logits_BV, jax.random.fold_in(key, place), temperature=temperature, top_k=top_k, top_p=top_p)
+    logits, cache = decode(config, parameters, token_B[:, None], place, cache)
+    return token_B, logits[:, 0], cache
+
+
+def generate(
+    model: Trained,
+    prompt: str,
+    *,
+    tokens: int = 200,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """The tokens that follow a prompt, one at a time, until the text ends or there are `tokens` of them.
+
+    Args:
+      model: see `crescendo.experiments.trained.load`.
+      prompt: the text so far; it is read as a document's begin.
+      tokens: at most so many.
+      temperature, top_k, top_p: see `crescendo.models.decode.sample`.
+      seed: of the draws.
+
+    Raises:
+      UserError: for a value out of its range.
+    """
+    if tokens < 1:
+        raise UserError(f"--tokens {tokens} must be at least 1")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature {temperature} must be at least 0 and finite")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"--top-k {top_k} must be at least 1")
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p {top_p} must be above 0 and at most 1")
+    end = model.tokenizer.end_of_text
+    read = np.concatenate([[end], model.tokenizer.encode(prompt)]).astype(np.int32)
+    room = -(-(len(read) + tokens) // BUCKET) * BUCKET
+    padded = np.zeros((1, -(-len(read) // BUCKET) * BUCKET), np.int32)
+    padded[0, : len(read)] = read
+    parameters, cache = jax.device_put(model.parameters), empty_cache(model.config, 1, max(room, padded.shape[1]))
+    logits, cache = _read_prompt(model.config, parameters, padded, len(read) - 1, cache)
+    # Rows of the vocabulary that no token uses are only there to fill the hardware's tiles.
+    unused = jnp.where(jnp.arange(logits.shape[-1]) < model.tokenizer.vocab_size, 0.0, -jnp.inf)
+    key = jax.random.key(seed)
+    for place in range(len(read), len(read) + tokens):
+        token_B, logits, cache = _next(
+            model.config, parameters, logits + unused, place, cache, key, temperature, top_k, top_p
+        )
+        token = int(token_B[0])
+        if token == end:
+            return
+        yield token
+
+
+def stream(model: Trained, tokens: Iterator[int]) -> Iterator[str]:
+    """The text of tokens as it becomes known: a character that is not whole yet waits for its other bytes."""
+    found: list[int] = []
+    shown = 0
+    for token in tokens:
+        found.append(token)
+        text = model.tokenizer.decode(found)
+        whole = text.rstrip("\ufffd")
+        if len(whole) > shown:
+            yield whole[shown:]
+            shown = len(whole)
+    yield model.tokenizer.decode(found)[shown:]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description="Continue a text with a trained model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="a run's folder, or one in Hugging Face's format")
+    add("--prompt", default="", help="the text to go on from; - reads it from standard input (default: none)")
+    add("--tokens", type=int, default=200, help="at most so many (default 200)")
+    add("--temperature", type=float, default=1.0, help="0: always the likeliest token (default 1)")
+    add("--top-k", type=int, help="draw from the k likeliest tokens (default: all)")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest that together reach this (default 1)")
+    add("--seed", type=int, default=0, help="of the draws (default 0)")
+    arguments = vars(parser.parse_args(argv))
+    run, prompt = arguments.pop("run"), arguments.pop("prompt")
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    use_compilation_cache()
+    model = trained.load(run)
+    text = stream(model, generate(model, prompt, **arguments))
+    sys.stdout.write(prompt)
+    for piece in text:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

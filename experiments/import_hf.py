@@ -1,0 +1,62 @@
+"""Goes on with a model of Hugging Face's: `python -m crescendo.experiments.import_hf FOLDER --config mine.gin`.
+
+The folder gives the decoder's shape, its weights and its tokenizer; the config gives the text and the length. The
+learning rate is warmed up again and decays by half a cosine, as Gupta et al. 2023 found good for going on with other
+data (`crescendo.optim.schedules.rewarm`).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from crescendo.experiments import configurables, hf
+from crescendo.experiments.cli import run_command
+from crescendo.experiments.errors import UserError
+from crescendo.experiments.train import train
+
+EXAMPLES = """examples:
+  python -m crescendo.experiments.import_hf downloads/SmolLlama --config lm_30m.gin \\
+    --set 'text_files.paths = ["books/*.txt"]' --peak 3e-4
+  python -m crescendo.experiments.import_hf runs/lm_30m/hf --config lm_30m.gin --run runs/continued
+
+The folder holds config.json, *.safetensors and tokenizer.json (a Llama or Qwen3 model). The same command goes on where
+an interrupted run stopped."""
+
+
+def bindings(folder: Path, peak: float) -> list[str]:
+    """The gin statements that make a config's run go on with the model in a folder.
+
+    Raises:
+      UserError: if the folder holds no model that can be imported, or the peak is no learning rate.
+    """
+    if not 0 < peak < float("inf"):
+        raise UserError(f"--peak {peak} must be above 0 and finite")
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} has no tokenizer.json; copy there the one that the model was trained with")
+    config = hf.read_config(folder)
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    decided = {name: value for name, value in fields.items() if value is not None and name != "vocab_size"}
+    return [
+        f"train.initialize_from = {str(folder)!r}",
+        f"text_data.tokenizer = {str(folder / 'tokenizer.json')!r}",
+        *(f"model.{name} = {value!r}" for name, value in decided.items()),
+        "adamw.learning_rate = @rewarm()",
+        f"rewarm.peak = {peak!r}",
+        "rewarm.total = %TOTAL_EXAMPLES",
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = configurables.parser("Go on training a Llama or Qwen3 model with other text.", EXAMPLES)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json")
+    parser.add_argument("--run", help="the run's folder (default: runs/FOLDER-continued)")
+    parser.add_argument("--peak", type=float, default=3e-4, help="the learning rate to warm up to (default 3e-4)")
+    arguments = parser.parse_args(argv)
+    made = bindings(arguments.folder, arguments.peak)
+    bound = configurables.bind(train, arguments.config or ["debug.gin"], [*made, *arguments.set])
+    bound(run=arguments.run or f"runs/{arguments.folder.resolve().name}-continued")
+
+
+if __name__ == "__main__":
+    run_command(main)

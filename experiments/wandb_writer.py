@@ -1,0 +1,74 @@
+"""Metrics to Weights & Biases: `train.writers = ["wandb"]`."""
+
+import contextlib
+import math
+import time
+import uuid
+from pathlib import Path
+
+from crescendo.experiments.errors import UserError
+from crescendo.experiments.metrics import Record, file_access
+
+INTERVAL_SECONDS = 0.5
+
+
+class WandbWriter:
+    """Sends every number of the records as `kind/name` against `examples_seen`, to the project of $WANDB_PROJECT.
+
+    Training records are thinned to one in half a second, and the last one always gets in. A run that is resumed goes
+    on under its own id, kept in the folder; what it records a second time after a kill is there twice, since the
+    service forgets nothing. `WANDB_MODE=offline` keeps everything in the folder, for `wandb sync`.
+
+    Args:
+      folder: the run's; gets a folder `wandb`.
+      label: the run's name.
+
+    Raises:
+      UserError: if the package isn't installed, or doesn't begin a run (no key, no network).
+    """
+
+    def __init__(self, folder: Path, label: str):
+        try:
+            import wandb
+        except ModuleNotFoundError:
+            raise UserError(
+                "train.writers = ['wandb'] needs the package wandb: pip install 'crescendo[wandb]'"
+            ) from None
+        place = folder / "wandb_id"
+        with file_access("write", folder):
+            if not place.exists():
+                place.write_text(uuid.uuid4().hex[:12])
+            name = place.read_text().strip()
+        try:
+            self._run = wandb.init(
+                dir=str(folder), id=name, name=label, resume="allow", settings=wandb.Settings(silent=True)
+            )
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"Weights & Biases: {reason}; `wandb login`, or WANDB_MODE=offline, or no writer"
+            ) from error
+        self._run.define_metric("*", step_metric="examples_seen")
+        self._sent_at = -math.inf
+        self._skipped: Record | None = None
+
+    def __call__(self, record: Record) -> None:
+        if record["kind"] == "train":
+            now = time.monotonic()
+            if now - self._sent_at < INTERVAL_SECONDS:
+                self._skipped = record
+                return
+            self._sent_at, self._skipped = now, None
+        self._send(record)
+
+    def close(self) -> None:
+        """Sends what is left, and ends the run there."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._run.finish)
+            if self._skipped is not None:
+                self._send(self._skipped)
+
+    def _send(self, record: Record) -> None:
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        seen = numbers.pop("examples_seen")
+        self._run.log({"examples_seen": seen} | {f"{record['kind']}/{name}": x for name, x in numbers.items()})

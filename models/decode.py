@@ -1,0 +1,106 @@
+"""Decoding with a cache of keys and values: each token is computed once."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from crescendo.models.config import ModelConfig
+from crescendo.models.layers import rotary
+from crescendo.models.layout import ONE_DEVICE
+from crescendo.models.transformer import apply
+from crescendo.pallas_kernels.attention import attention
+
+Cache = dict[str, jax.Array]
+
+
+def empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
+    """Room for `length` tokens of each row: `keys` and `values`, `[L, B, length, K, E]` in the compute dtype.
+
+    >>> config = ModelConfig.preset("debug").for_platform("cpu")
+    >>> empty_cache(config, batch=2, length=16)["keys"].shape
+    (3, 2, 16, 2, 32)
+    """
+    shape = (config.layers, batch, length, config.kv_heads, config.head_size)
+    return {name: jnp.zeros(shape, config.dtype) for name in ("keys", "values")}
+
+
+def decode(config: ModelConfig, parameters: dict, tokens_BT, begin, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Logits after each of some tokens, which go behind the `begin` ones that the cache has seen.
+
+    What the cache holds past `begin` is overwritten or not looked at, so a prompt may be padded at its end and
+    decoding may go on from its true length.
+
+    Args:
+      config: `dtype` and `scan_layers` decided.
+      parameters: as `initialize` makes them.
+      tokens_BT: int32 `[B, T]`, one document a row.
+      begin: int32 scalar, how many tokens are in the cache.
+      cache: see `empty_cache`; its length must be at least `begin + T`.
+
+    Returns:
+      Logits, float32 `[B, T, V]`, and the cache with the tokens' keys and values.
+
+    >>> from crescendo.models import initialize
+    >>> config = ModelConfig.preset("debug").for_platform("cpu")
+    >>> parameters = initialize(config, jax.random.key(0))
+    >>> logits, cache = decode(config, parameters, jnp.zeros((1, 4), jnp.int32), 0, empty_cache(config, 1, 8))
+    >>> logits.shape
+    (1, 4, 384)
+    """
+    model = apply(config, parameters)
+    batch, length = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(begin + jnp.arange(length, dtype=jnp.int32), (batch, length))
+    seen_BS = jnp.broadcast_to(jnp.arange(cache["keys"].shape[2], dtype=jnp.int32), cache["keys"].shape[1:3])
+    cosine, sine = rotary(positions_BT, config.head_size, config.rope_theta)
+    structure, stacked = nnx.split(model.blocks)
+
+    def block(x_BTD, of_layer):
+        weights, kept = of_layer
+
+        def attend(q_BTHE, k_BTKE, v_BTKE):
+            for name, new in (("keys", k_BTKE), ("values", v_BTKE)):
+                kept[name] = jax.lax.dynamic_update_slice_in_dim(kept[name], new, begin, axis=1)
+            # Causal by position: what lies in the cache past a token is after it.
+            return attention(q_BTHE, kept["keys"], kept["values"], causal=True, positions=(positions_BT, seen_BS))
+
+        layer: Any = nnx.merge(structure, weights)
+        return layer(x_BTD, attend, cosine, sine, ONE_DEVICE), kept
+
+    x_BTD = ONE_DEVICE.look_up(model.embedding.table[...], tokens_BT, config.dtype)
+    x_BTD, cache = jax.lax.scan(block, x_BTD, (stacked, cache))
+    hidden_BTD = model.final_norm(x_BTD)
+    table_VD = model.output_table().astype(hidden_BTD.dtype)
+    logits = jnp.einsum("btd,vd->btv", hidden_BTD, table_VD, preferred_element_type=jnp.float32)
+    if config.logit_soft_cap is not None:
+        logits = config.logit_soft_cap * jnp.tanh(logits / config.logit_soft_cap)
+    return logits, cache
+
+
+def sample(logits_BV, key, *, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> jax.Array:
+    """A token a row, int32 `[B]`, from the distribution of some logits `[B, V]`.
+
+    Args:
+      logits_BV: float32.
+      key: a random key.
+      temperature: divides the logits; 0 takes the greatest.
+      top_k: only the k greatest can be taken.
+      top_p: only the fewest tokens whose probabilities reach this sum (Holtzman et al. 2020).
+
+    >>> print(sample(jnp.array([[0.0, 2.0, 1.0]]), jax.random.key(0), temperature=0.0))
+    [1]
+    """
+    if temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits = logits_BV / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        shares = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(shares, axis=-1) - shares  # of all that are likelier; 0 for the likeliest, which stays
+        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
