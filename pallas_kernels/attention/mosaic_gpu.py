@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir.dialects import llvm
 
 from crescendo.pallas_kernels.attention import tiles as tuned_tiles
 from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, attend, block_ranges, per_device
@@ -82,26 +81,6 @@ def finish(accumulator, in_flight: int = 0):
     return plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
 
 
-@plgpu.inline_mgpu(arg_types=(ROW_LAYOUT,))
-def settle(_, sums):
-    """Has what these sums of weights are made of computed here, not after the next wait for a product.
-
-    The assembler moves a wait up past arithmetic that doesn't depend on it, and softmax and product would not overlap;
-    it moves none past a branch. This one, which all threads of a warp would take together, is for negative sums only.
-    """
-    registers = list(sums.registers.flat)
-    least = "".join(f"min.f32 t, t, ${i}; " for i in range(1, len(registers)))
-    llvm.inline_asm(
-        None,
-        registers,
-        "{ .reg .pred p, q; .reg .f32 t; mov.f32 t, $0; "
-        + least
-        + "setp.lt.f32 p, t, 0f00000000; vote.sync.any.pred q, p, -1; @q trap; }",
-        ",".join("f" * len(registers)),
-        has_side_effects=True,
-    )
-
-
 def along_rows(vector, shape):
     """A value for each row, over the columns."""
     return lax.broadcast_in_dim(vector, shape, (0,))
@@ -147,6 +126,16 @@ def hide(scores, config: Config, rows, columns, first_row, first_column, *, tran
     for mask in masks:  # one after the other: all at once would need more registers
         scores = jnp.where(mask, scores, -jnp.inf)
     return scores
+
+
+def weights(config: Config, scores, lse, masked, edge):
+    """`P = exp(score - lse)`, and the derivative of the capped score (None without a cap)."""
+    slope, factor = None, config.scale * LOG2_E
+    if config.soft_cap is not None:
+        capped = jnp.tanh(scores * (config.scale / config.soft_cap))
+        scores, slope, factor = config.soft_cap * capped, 1 - capped * capped, LOG2_E
+    scores = lax.cond(edge, masked, lambda scores: scores, scores)
+    return jnp.exp2(scores * factor - lse), slope
 
 
 def check(operands: Operands):
@@ -415,7 +404,6 @@ def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
                                 pass_turn()
                                 scores = finish(scores_acc, in_flight=1)
                                 new_weights, *sums = softmax(scores, slot, j, maximum, total)
-                                settle(sums[1])
                                 # The last weights are in use until the product is done: the new ones, rounded, take
                                 # their registers.
                                 new_weights, new_mixed = lax.optimization_barrier((new_weights, finish(mixed_acc)))

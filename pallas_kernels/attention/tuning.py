@@ -15,7 +15,6 @@ from crescendo.pallas_kernels.tune import Problem, Tunable
 ROWS = mosaic_gpu.ROWS
 SHARED_BYTES = 227 * 1024 - 4096  # of a block of threads, less barriers, metadata and row sums
 OTHER_REGISTERS = 8  # that a thread needs at least, beside matrices
-FUSED_WIDTH = 128  # up to which the backward pass is one kernel
 
 
 def _call(spec: Spec) -> tuple[Config, Operands, int]:
@@ -61,8 +60,8 @@ def _for_backward(config: Config, operands: Operands) -> tuple:
 def _backward(spec: Spec) -> Problem:
     """All three gradients at once."""
     config, operands, width = _call(spec)
-    if width > FUSED_WIDTH:
-        raise Unsupported(f"heads {width} wide take a kernel for each gradient")
+    if not mosaic_gpu_fused.serves(config, operands):
+        raise Unsupported("takes a kernel for each gradient")
 
     def run(tile):
         def gradients(operands, lse, dout, delta):
@@ -74,13 +73,13 @@ def _backward(spec: Spec) -> Problem:
         held, passing = 2 * tile.tiles * tile.block_k, 2 * tile.stages * tile.block_q
         scores = 2 * tile.block_k * tile.block_q
         gradient = 2 * tile.block_q * width  # in float32
-        registers = mosaic_gpu_fused.REGISTERS[tile.consumers][1]
+        registers = mosaic_gpu_fused.REGISTERS[1]
         return _fits(width * (held + passing) + scores + gradient, width + tile.block_q, registers)
 
     return Problem(
         key(config, operands),
         operands.dims[1],
-        mosaic_gpu_fused.tile_for(operands),
+        mosaic_gpu_fused.FusedTile(),
         functools.partial(_for_backward, config, operands),
         run,
         fits,
@@ -90,8 +89,8 @@ def _backward(spec: Spec) -> Problem:
 def _backward_apart(which: int, spec: Spec) -> Problem:
     """Of the kernel for the gradients of k and v (0) or that for q (1), beside the other with its default."""
     config, operands, width = _call(spec)
-    if width <= FUSED_WIDTH:
-        raise Unsupported(f"heads {width} wide have one kernel for all gradients")
+    if mosaic_gpu_fused.serves(config, operands):
+        raise Unsupported("has one kernel for all gradients")
     defaults = mosaic_gpu_backward.tiles_for(operands)
 
     def run(tile):
@@ -124,10 +123,7 @@ TUNABLES = (
     Tunable(
         "backward",
         _backward,
-        (
-            {"block_q": (64, 128), "stages": (2, 3), "tiles": (1, 2)},
-            {"from_registers": (True, False)},
-        ),
+        ({"block_q": (64, 128), "stages": (2, 3), "tiles": (1, 2)},),
     ),
     Tunable("gradients of k and v", functools.partial(_backward_apart, 0), APART),
     Tunable("gradient of q", functools.partial(_backward_apart, 1), APART),
