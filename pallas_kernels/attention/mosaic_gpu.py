@@ -200,7 +200,7 @@ def stacked_ranges(ranges):
 def forward_tile(operands: Operands) -> ForwardTile:
     width = operands.dims[-1]
     if width <= 64:
-        return ForwardTile(block_k=128, consumers=2, stages=2)
+        return ForwardTile(block_k=128, consumers=2, stages=3, turns=False)
     if width <= 128:
         return ForwardTile(block_k=128, consumers=2, stages=2)
     return ForwardTile(block_k=64, consumers=2, stages=2)

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from crescendo.pallas_kernels.attention import mosaic_gpu as shared
 from crescendo.pallas_kernels.attention import mosaic_gpu_fused
 from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges
+from crescendo.pallas_kernels.attention.tiles import tuned
 from crescendo.pallas_kernels.op import target_device
 
 ROWS, LOG2_E = shared.ROWS, shared.LOG2_E
@@ -64,7 +65,10 @@ def backward(
     """The gradients of q, k and v (and None for the bias, which these kernels don't take)."""
     if tiles is None and mosaic_gpu_fused.serves(config, operands):
         return mosaic_gpu_fused.backward(config, operands, lse, dout, delta)
-    keys_tile, queries_tile = tiles or tiles_for(operands)
+    names = ("gradients of k and v", "gradient of q")
+    keys_tile, queries_tile = tiles or (
+        tuned(name, config, operands, default) for name, default in zip(names, tiles_for(operands), strict=True)
+    )
     _, length, keys, _, _, width = operands.dims
     # exp(score - inf) = 0: rows that see nothing, and rows of padding, take no part.
     lse = jnp.where(jnp.isfinite(lse), lse * LOG2_E, jnp.inf)
