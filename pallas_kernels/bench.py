@@ -245,7 +245,7 @@ def draw(op_name: str, results: Sequence[Result], found: Sequence[Spec]) -> byte
             at = [found.index(by_name[r.spec]) + (place - (len(names) - 1) / 2) * width for r in chosen]
             heights = [rate(r, by_name[r.spec]) for r in chosen]
             unit = heights[0][1] if heights else unit
-            panel.bar(at, [height for height, _ in heights], width, label=name)
+            panel.bar(at, [height for height, _ in heights], width, label=name, color=f"C{place}")
         panel.set_xticks(range(len(found)), [spec.name.replace(" ", "\n") for spec in found], fontsize=7)
         panel.set_ylabel(unit)
         panel.set_title("forward" if which == "forward" else "forward and backward", fontsize=10)

@@ -93,6 +93,7 @@ COMMANDS = [
     ),
     "models.describe",
     "pallas_kernels.bench",
+    "pallas_kernels.tune",
     "optim.plot",
 ]
 

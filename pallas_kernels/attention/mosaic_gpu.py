@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from crescendo.pallas_kernels.attention import tiles as tuned_tiles
 from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, attend, block_ranges, per_device
 from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
 
@@ -127,6 +128,16 @@ def hide(scores, config: Config, rows, columns, first_row, first_column, *, tran
     return scores
 
 
+def weights(config: Config, scores, lse, masked, edge):
+    """`P = exp(score - lse)`, and the derivative of the capped score (None without a cap)."""
+    slope, factor = None, config.scale * LOG2_E
+    if config.soft_cap is not None:
+        capped = jnp.tanh(scores * (config.scale / config.soft_cap))
+        scores, slope, factor = config.soft_cap * capped, 1 - capped * capped, LOG2_E
+    scores = lax.cond(edge, masked, lambda scores: scores, scores)
+    return jnp.exp2(scores * factor - lse), slope
+
+
 def check(operands: Operands):
     """Refuses what these kernels don't do."""
     require_gpu(9.0, 10.0)
@@ -189,7 +200,7 @@ def stacked_ranges(ranges):
 def forward_tile(operands: Operands) -> ForwardTile:
     width = operands.dims[-1]
     if width <= 64:
-        return ForwardTile(block_k=128, consumers=2, stages=2)
+        return ForwardTile(block_k=128, consumers=2, stages=3, turns=False)
     if width <= 128:
         return ForwardTile(block_k=128, consumers=2, stages=2)
     return ForwardTile(block_k=64, consumers=2, stages=2)
@@ -197,15 +208,20 @@ def forward_tile(operands: Operands) -> ForwardTile:
 
 def forward(config: Config, operands: Operands, tile: ForwardTile | None = None):
     """`out [B, T, H, D]` and `lse [B, H, T]`."""
-    tile = tile or forward_tile(operands)
+    tile = tile or tuned_tiles.tuned("forward", config, operands, forward_tile(operands))
     _, length, keys, _, _, true_width = operands.dims
     ranges, _ = block_ranges(config, operands, tile.block_q, tile.block_k)
-    whole = padded(operands, tile.block_q, tile.block_k)
-    out, lse = _forward(config, tile, keys)(whole, stacked_ranges(ranges))
+    # A causal tile of many keys goes with one of few.
+    paired = config.causal and tile.persistent and length > tile.block_q
+    whole = padded(operands, tile.block_q * (2 if paired else 1), tile.block_k)
+    ranges = stacked_ranges(ranges)
+    more = whole.q.shape[1] // tile.block_q - ranges.shape[1]
+    ranges = jnp.pad(ranges, [(0, 0), (0, more), (0, 0)])  # tiles of nothing but padding see nothing
+    out, lse = _forward(config, tile, keys, paired)(whole, ranges)
     return out[:, :length, :, :true_width], lse[:, :, :length]
 
 
-def _forward(config: Config, tile: ForwardTile, keys: int):
+def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
     """The kernel's call: `(padded operands, ranges) -> (out, lse)`."""
 
     def call(operands: Operands, ranges):
@@ -215,8 +231,9 @@ def _forward(config: Config, tile: ForwardTile, keys: int):
         metadata = [array for array in operands.metadata if array is not None]
         q_meta, k_meta = metadata[0::2], metadata[1::2]
         tiles_q = length // tile.block_q
-        tiles = batch * heads * tiles_q
-        blocks = min(tiles, target_device().cores) if tile.persistent else tiles
+        pairing = 2 if paired else 1
+        units = batch * heads * tiles_q // pairing
+        blocks = min(units, target_device().cores) if tile.persistent else units
         ragged = keys if keys % tile.block_k else None
         # Wide heads leave no room for a tile of results beside that of queries.
         own_out = width <= 128
@@ -231,13 +248,15 @@ def _forward(config: Config, tile: ForwardTile, keys: int):
             out_smem = out_smem if own_out else q_smem
             block = lax.axis_index("block")
             warpgroup = lax.axis_index("wg")
-            rounds = (tiles - block + blocks - 1) // blocks
+            rounds = (units - block + blocks - 1) // blocks * pairing
 
             def place(n):
                 """Batch, head, tile of queries (longest first where causal) and the range of blocks of keys."""
-                index = block + n * blocks
-                tile_q = tiles_q - 1 - lax.rem(index, tiles_q)
-                rest = lax.div(index, tiles_q)
+                index = block + lax.div(n, pairing) * blocks
+                tile_q, rest = lax.rem(index, tiles_q // pairing), lax.div(index, tiles_q // pairing)
+                if paired:
+                    tile_q = jnp.where(lax.rem(n, 2) == 0, tile_q, tiles_q - 1 - tile_q)
+                tile_q = tiles_q - 1 - tile_q
                 head, row = lax.rem(rest, heads), lax.div(rest, heads)
                 at = (row if ranges.shape[0] > 1 else 0, tile_q)
                 return row, head, tile_q, tuple(ranges_ref[(*at, i)] for i in range(4))
@@ -349,7 +368,7 @@ def _forward(config: Config, tile: ForwardTile, keys: int):
                         new = jnp.maximum(maximum, scores.max(axis=1) * factor)
                         weights = jnp.exp2(scores * factor - along_rows(new, shape))
                         shrink = jnp.exp2(maximum - new)
-                        return weights.astype(dtype), new, total * shrink + weights.sum(axis=1), shrink
+                        return weights, new, total * shrink + weights.sum(axis=1), shrink
 
                     @pl.when(hi > lo)
                     def _():
@@ -367,6 +386,7 @@ def _forward(config: Config, tile: ForwardTile, keys: int):
                         scores = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
                         start = softmax(scores, slot, lo, row_vector(FLOOR), row_vector(0.0))
                         weights, maximum, total, _ = start
+                        weights = weights.astype(dtype)
                         mixed = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
 
                         def one_block(j, carry):
@@ -383,8 +403,11 @@ def _forward(config: Config, tile: ForwardTile, keys: int):
                                 product(mixed_acc, weights, v_smem.at[last])
                                 pass_turn()
                                 scores = finish(scores_acc, in_flight=1)
-                                result = softmax(scores, slot, j, maximum, total)
-                                return *result, finish(mixed_acc)
+                                new_weights, *sums = softmax(scores, slot, j, maximum, total)
+                                # The last weights are in use until the product is done: the new ones, rounded, take
+                                # their registers.
+                                new_weights, new_mixed = lax.optimization_barrier((new_weights, finish(mixed_acc)))
+                                return new_weights.astype(dtype), *sums, new_mixed
 
                             weights, maximum, total, shrink, mixed = pl.run_scoped(
                                 overlapped, plgpu.ACC(shape, jnp.float32), plgpu.ACC((ROWS, width), jnp.float32)

@@ -15,7 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from crescendo.pallas_kernels.attention import mosaic_gpu as shared
+from crescendo.pallas_kernels.attention import mosaic_gpu_fused
 from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges
+from crescendo.pallas_kernels.attention.tiles import tuned
 from crescendo.pallas_kernels.op import target_device
 
 ROWS, LOG2_E = shared.ROWS, shared.LOG2_E
@@ -61,7 +63,12 @@ def backward(
     tiles: tuple[BackwardTile, BackwardTile] | None = None,
 ):
     """The gradients of q, k and v (and None for the bias, which these kernels don't take)."""
-    keys_tile, queries_tile = tiles or tiles_for(operands)
+    if tiles is None and mosaic_gpu_fused.serves(config, operands):
+        return mosaic_gpu_fused.backward(config, operands, lse, dout, delta)
+    names = ("gradients of k and v", "gradient of q")
+    keys_tile, queries_tile = tiles or (
+        tuned(name, config, operands, default) for name, default in zip(names, tiles_for(operands), strict=True)
+    )
     _, length, keys, _, _, width = operands.dims
     # exp(score - inf) = 0: rows that see nothing, and rows of padding, take no part.
     lse = jnp.where(jnp.isfinite(lse), lse * LOG2_E, jnp.inf)
@@ -87,16 +94,6 @@ def backward(
     whole, *rest = prepared(block_q, block_k)
     (dq,) = _queries_kernel(config, whole, keys, queries_tile, ranges, *rest)
     return dq[:, :length, :, :width], dk, dv, None
-
-
-def _weights(config: Config, scores, lse, masked, edge):
-    """`P = exp(score - lse)`, and the derivative of the capped score (None without a cap)."""
-    slope, factor = None, config.scale * LOG2_E
-    if config.soft_cap is not None:
-        capped = jnp.tanh(scores * (config.scale / config.soft_cap))
-        scores, slope, factor = config.soft_cap * capped, 1 - capped * capped, LOG2_E
-    scores = lax.cond(edge, masked, lambda scores: scores, scores)
-    return jnp.exp2(scores * factor - lse), slope
 
 
 def _zeros(shape):
@@ -235,7 +232,7 @@ def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, wanted, r
                         scores = shared.finish(scores_acc, in_flight=int(want_dk))
                         lse = plgpu.load(lse_smem.at[slot], layout=shared.COLUMN_LAYOUT, optimized=False)
                         edge = (q_block < full_lo) | (q_block >= full_hi)
-                        weights, slope = _weights(config, scores, shared.along_columns(lse, shape), masked, edge)
+                        weights, slope = shared.weights(config, scores, shared.along_columns(lse, shape), masked, edge)
                         if want_dv:
                             shared.begin(dv_acc, dv)
                             shared.product(dv_acc, weights.astype(dtype), dout_smem.at[slot])
@@ -417,7 +414,7 @@ def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, ranges
                         shared.product(dweights_acc, dout_smem.at[wg], v_smem.at[slot].transpose((1, 0)))
                         scores = shared.finish(scores_acc, in_flight=1)
                         edge = (j < full_lo) | (j >= full_hi)
-                        weights, slope = _weights(config, scores, shared.along_rows(lse, shape), masked, edge)
+                        weights, slope = shared.weights(config, scores, shared.along_rows(lse, shape), masked, edge)
                         dweights = shared.finish(dweights_acc)
                         plgpu.barrier_arrive(v_free.at[slot])
                         dscores = weights * (dweights - shared.along_rows(delta, shape))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice
 
-from crescendo.pallas_kernels.attention import attention, checking, mosaic_gpu
+from crescendo.pallas_kernels.attention import attention, checking, mosaic_gpu, mosaic_gpu_fused
 from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges, positions, visible
 from crescendo.pallas_kernels.attention.specs import SPECS
 from crescendo.pallas_kernels.op import explain, target
@@ -160,6 +160,46 @@ def test_hopper_kernels_are_right_and_free_of_races(name, interpreted, monkeypat
     monkeypatch.setattr(mosaic_gpu, "per_device", lambda kernels: kernels)
     with interpreted():
         compare("mosaic_gpu", BY_NAME[name], None, 1e-2)
+
+
+@pytest.mark.parametrize("name", ["capped", pytest.param("half", marks=pytest.mark.slow)])
+def test_hopper_kernels_with_all_gradients_in_one(name, interpreted, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "per_device", lambda kernels: kernels)
+    with interpreted(cores=1):
+        compare("mosaic_gpu", BY_NAME[name], None, 1e-2)
+
+
+@pytest.mark.parametrize(("length", "keys", "cores"), [(100, 100, 3), (500, 500, 2), (900, 900, 3), (600, 900, 20)])
+def test_the_gradients_parts_are_added_in_turn_and_nobody_waits_for_ever(length, keys, cores):
+    """Plays the plan on so many cores: each turn comes, and once."""
+    heads, tile = 3, mosaic_gpu_fused.FusedTile()
+    q, k = (jax.ShapeDtypeStruct((1, size, heads, 64), jnp.bfloat16) for size in (length, keys))
+    plan = mosaic_gpu_fused.plan(Config(1.0, causal=True), Operands(q, k, k), tile, cores)
+    ranges, turns = np.asarray(plan.ranges), np.asarray(plan.turns)
+    blocks = plan.blocks(heads, cores)
+    assert blocks <= cores
+    counts = [plan.count(heads, blocks, block) for block in range(blocks)]
+    taken = jax.vmap(lambda block: jax.vmap(lambda m: plan.tile(m, blocks, block))(jnp.arange(max(counts))))
+    todo = [
+        [
+            (head, i, turns[at, i])
+            for head, at in zip(*of_block, strict=True)
+            for i in range(ranges[at, 0], ranges[at, 3])
+        ]
+        for of_block in (
+            [array[:count] for array in arrays]
+            for count, *arrays in zip(counts, *map(np.asarray, taken(jnp.arange(blocks))), strict=True)
+        )
+    ]
+    assert sum(map(len, todo)) == heads * (ranges[:, 3] - ranges[:, 0]).sum()
+    counters = np.zeros((heads, turns.shape[1]), int)
+    while any(todo):
+        went = False
+        for steps in todo:
+            if steps and counters[steps[0][:2]] == steps[0][2]:
+                counters[steps.pop(0)[:2]] += 1
+                went = True
+        assert went, "every core waits for another one"
 
 
 def test_who_serves_and_why_not():

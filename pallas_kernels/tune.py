@@ -1,0 +1,272 @@
+"""Chooses the tiles of an op's kernels by timing them: `python -m crescendo.pallas_kernels.tune OP`.
+
+`OP/tuning.py` names the kernels (`TUNABLES`), each with groups of a tile's fields and the values to try. The values of
+a group are tried in every combination that fits, with the best of the groups before. A tile whose results aren't the
+default's is refused. The best and the default are timed once more, in turns, and one that isn't faster by more than
+the noise isn't taken. What is found goes into `OP/tiles.json`, one entry for each kernel, device, key and length, and
+replaces the one that was there.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from crescendo.pallas_kernels import tiles
+from crescendo.pallas_kernels.bench import OPS, seconds_per_call, specs
+from crescendo.pallas_kernels.op import Spec, Unsupported, target_device
+
+NOISE = 0.01  # the least gain over the default that counts
+ROUNDS = 3  # in which the best and the default are compared
+WARM_SECONDS = 0.2  # of work before anything is timed: a device that waited for compilers is slow at first
+TOLERANCE = 1e-2  # relative distance of results that are the same but for rounding to bfloat16
+EXAMPLES = """examples:
+  python -m crescendo.pallas_kernels.tune attention
+  python -m crescendo.pallas_kernels.tune attention --kernels forward --specs gpt2 llama --seconds 60
+  python -m crescendo.pallas_kernels.tune attention --table found.json"""
+
+
+class Problem(NamedTuple):
+    """A call of a kernel whose tile is looked for.
+
+    Attributes:
+      key, length: where the answer goes in the table.
+      default: the tile, a dataclass, that is taken where the table has none.
+      arrays: makes what `run`'s functions take.
+      run: `tile -> (function of the arrays)`.
+      fits: `tile -> whether it is worth compiling`.
+    """
+
+    key: dict[str, Any]
+    length: int
+    default: Any
+    arrays: Callable[[], tuple]
+    run: Callable[[Any], Callable]
+    fits: Callable[[Any], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tunable:
+    """A kernel: `problem(spec)` raises `Unsupported` where it doesn't serve; `groups` are values of a tile's fields."""
+
+    name: str
+    problem: Callable[[Spec], Problem]
+    groups: Sequence[Mapping[str, Sequence[Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One tile's time, or why it has none."""
+
+    tile: Any
+    seconds: float | None = None
+    error: str = ""
+
+
+def distance(results, wanted) -> float:
+    """The greatest relative distance of two trees of arrays."""
+
+    def one(a, b):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        apart = jnp.where(a == b, 0, a - b)  # equal infinities: the log-sum-exp of a row that sees nothing
+        size = jnp.linalg.norm(jnp.where(jnp.isfinite(b), b, 0))
+        return float(jnp.linalg.norm(apart) / jnp.maximum(size, 1e-30))
+
+    worst = [one(a, b) for a, b in zip(jax.tree.leaves(results), jax.tree.leaves(wanted), strict=True)]
+    return max(worst) if all(map(math.isfinite, worst)) else math.inf
+
+
+def warm(programs: Sequence[Any], arrays: tuple) -> None:
+    """Keeps the device busy for a moment with the first program that runs."""
+    for program in programs:
+        if not isinstance(program, str):
+            until = time.monotonic() + WARM_SECONDS
+            with contextlib.suppress(Exception):  # `timings` says why
+                while time.monotonic() < until:
+                    jax.block_until_ready(program(*arrays))
+                return
+
+
+def timings(run: Callable, arrays: tuple, candidates: Sequence[Any], wanted, threads: int) -> Iterator[Timing]:
+    """Compiles the tiles at once, and times one after the other; those that differ from `wanted` have an error."""
+    said = lambda error: f"{type(error).__name__}: {error}".split("\n")[0][:160]  # noqa: E731
+
+    def compiled(tile):
+        try:
+            return jax.jit(run(tile)).lower(*arrays).compile()
+        except Exception as error:
+            return said(error)
+
+    with ThreadPoolExecutor(threads) as pool:
+        distinct = dict.fromkeys(candidates)
+        programs = dict(zip(distinct, pool.map(compiled, distinct), strict=True))
+    warm(list(programs.values()), arrays)
+    for tile in candidates:
+        program = programs[tile]
+        if isinstance(program, str):
+            yield Timing(tile, error=program)
+            continue
+        try:
+            found = distance(program(*arrays), wanted)
+            if not found < TOLERANCE:
+                yield Timing(tile, error=f"its results differ from the default's by {found:.2g}")
+                continue
+            seconds = seconds_per_call(functools.partial(program, *arrays), jax.block_until_ready)
+        except Exception as error:
+            yield Timing(tile, error=said(error))
+            continue
+        yield Timing(tile, seconds)
+
+
+def search(tunable: Tunable, problem: Problem, deadline: float, threads: int, show: Callable[[Timing], None]):
+    """The default's timing and the best one's."""
+    default, arrays = problem.default, problem.arrays()
+    wanted = jax.jit(problem.run(default))(*arrays)
+    tried: dict[Any, Timing] = {}
+    best = default
+    for group in tunable.groups:
+        values = (dict(zip(group, chosen, strict=True)) for chosen in itertools.product(*group.values()))
+        candidates = [tile for tile in (dataclasses.replace(best, **fields) for fields in values) if problem.fits(tile)]
+        candidates = [tile for tile in dict.fromkeys([best, *candidates]) if tile not in tried]
+        if time.monotonic() > deadline:
+            break
+        for timing in timings(problem.run, arrays, candidates, wanted, threads):
+            tried[timing.tile] = timing
+            show(timing)
+        measured = {tile: timing.seconds for tile, timing in tried.items() if timing.seconds is not None}
+        best = min(measured, key=measured.__getitem__, default=best)
+    missing = Timing(default, error="not measured")
+    if best == default or tried.get(default, missing).seconds is None:
+        return tried.get(default, missing), tried.get(default, missing)
+    # What is timed first is often timed slow: once more, in turns.
+    again: dict[Any, list[float]] = {default: [], best: []}
+    for timing in timings(problem.run, arrays, [default, best] * ROUNDS, wanted, threads):
+        if timing.seconds is not None:
+            again[timing.tile].append(timing.seconds)
+    if not all(again.values()):
+        return tried[default], tried[default]
+    first, last = (Timing(tile, statistics.median(again[tile])) for tile in (default, best))
+    return first, last if last.seconds < first.seconds * (1 - NOISE) else first  # type: ignore[operator]
+
+
+def entry(tunable: Tunable, problem: Problem, default: Timing, best: Timing) -> dict[str, Any]:
+    """The table's line: the fields that aren't the default's."""
+    fields = dataclasses.asdict(best.tile)
+    usual = dataclasses.asdict(problem.default)
+    assert best.seconds is not None
+    assert default.seconds is not None
+    return {
+        "kernel": tunable.name,
+        "key": problem.key,
+        "length": problem.length,
+        "tile": {name: value for name, value in fields.items() if value != usual[name]},
+        "ms": round(1e3 * best.seconds, 4),
+        "default_ms": round(1e3 * default.seconds, 4),
+    }
+
+
+def merged(old: Sequence[dict], new: Sequence[dict]) -> list[dict]:
+    """Entries by kernel, key and length; the new ones replace."""
+    where = lambda line: (line["kernel"], json.dumps(line["key"], sort_keys=True), line["length"])  # noqa: E731
+    found = {where(line): line for line in [*old, *new]}
+    return [found[at] for at in sorted(found)]
+
+
+def write(file: Path, kind: str, new: Sequence[dict]) -> None:
+    """Adds entries to the table in `file`, one line each."""
+    whole = json.loads(file.read_text()) if file.exists() else {}
+    whole[kind] = merged(whole.get(kind, []), new)
+    lines = [
+        f" {json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, whole[name])) + "\n ]" for name in sorted(whole)
+    ]
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def shown(tile) -> str:
+    return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(tile).items())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description="Times the tiles of an op's kernels on the device at hand and keeps the best in the op's table.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("op", metavar="OP", help="attention")
+    parser.add_argument("--tags", nargs="+", default=["speed"], help="of the specs, all of them (default speed)")
+    parser.add_argument("--specs", nargs="+", default=[], help="only those of these names")
+    parser.add_argument("--kernels", nargs="+", default=[], help="only those of these names")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after so long")
+    parser.add_argument("--threads", type=int, default=8, help="that compile (default 8)")
+    parser.add_argument("--table", type=Path, help="the file to add to (default the op's own)")
+    arguments = parser.parse_args(argv)
+
+    def stop(message: str):
+        print(message, file=sys.stderr)
+        raise SystemExit(2)
+
+    try:
+        tunables = importlib.import_module(f"crescendo.pallas_kernels.{arguments.op}.tuning").TUNABLES
+    except ModuleNotFoundError:
+        stop(f"{arguments.op!r} is no op with tiles to tune: those of {', '.join(sorted(OPS))} with a tuning.py are")
+    chosen = [t for t in tunables if not arguments.kernels or t.name in arguments.kernels]
+    found = [s for s in specs(arguments.op, arguments.tags) if not arguments.specs or s.name in arguments.specs]
+    if not chosen:
+        stop(f"no kernel named {arguments.kernels}: there are {', '.join(t.name for t in tunables)}")
+    if not found:
+        stop(f"no spec with the tags {arguments.tags} and a name in {arguments.specs}: see --help")
+    kind = tiles.family(target_device().kind)
+    file = arguments.table or Path(str(tiles.path(arguments.op)))
+    start = time.monotonic()
+    deadline = start + arguments.seconds
+    done: dict[Any, str] = {}
+    refused: list[str] = []
+    for tunable, spec in itertools.product(chosen, found):
+        if time.monotonic() > deadline:
+            print(f"out of time: nothing more after {arguments.seconds:.0f} s", flush=True)
+            break
+        print(f"{time.monotonic() - start:6.1f} s  {spec.name}, {tunable.name}", flush=True)
+        try:
+            problem = tunable.problem(spec)
+        except Unsupported as reason:
+            print(f"          not asked for: {reason}", flush=True)
+            refused.append(str(reason))
+            continue
+        at = tunable.name, json.dumps(problem.key), problem.length
+        if at in done:
+            print(f"          as {done[at]}", flush=True)
+            continue
+        done[at] = spec.name
+
+        def show(timing: Timing):
+            took = f"{1e3 * timing.seconds:9.4f} ms" if timing.seconds else "        -   "
+            print(f"{took}  {shown(timing.tile)}  {timing.error}", flush=True)
+
+        default, best = search(tunable, problem, deadline, arguments.threads, show)
+        if default.seconds is None or best.seconds is None:
+            print(f"          no result: {default.error}", flush=True)
+            continue
+        print(f"          {default.seconds / best.seconds:.3f}x the default: {shown(best.tile)}", flush=True)
+        write(file, kind, [entry(tunable, problem, default, best)])
+    if refused and not done:
+        stop(f"{arguments.op} can't be tuned here: {refused[0]}")
+    print(f"{time.monotonic() - start:6.1f} s  {file}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The tuning command and its tables, on the CPU: with a kernel whose tiles cost what they say."""
+
+import contextlib
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from crescendo.pallas_kernels import tiles, tune
+from crescendo.pallas_kernels.attention import tuning
+from crescendo.pallas_kernels.attention.specs import SPECS
+from crescendo.pallas_kernels.op import Spec, Unsupported, target
+
+H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    rows: int = 8
+    stages: int = 2
+    odd: bool = False
+
+
+def cost(tile: Tile) -> float:
+    return 1.0 / tile.rows + (0.02 if tile.stages == 2 else 0.01)
+
+
+def problem(spec: Spec) -> tune.Problem:
+    """Doubles its input; wrongly with 64 rows, and not at all with 32."""
+    (x,), _ = spec.inputs()
+
+    def run(tile):
+        def call(x):
+            if tile.rows == 32:
+                raise ValueError("32 rows need more shared memory than there is")
+            return x * (3 if tile.rows == 64 else 2)
+
+        return call
+
+    return tune.Problem({"columns": x.shape[1]}, len(x), Tile(), lambda: (x,), run, lambda tile: not tile.odd)
+
+
+GROUPS = ({"rows": (8, 16, 32, 64)}, {"stages": (2, 3), "odd": (False, True)})
+SPEC = Spec("rows", lambda key: ((jax.random.normal(key, (4, 3)),), {}))
+
+
+@pytest.fixture
+def known_costs(monkeypatch):
+    """Seconds from the tile's own account, for those that ran and were right."""
+    timings = tune.timings
+
+    def exact(*arguments):
+        for timing in timings(*arguments):
+            known = None if timing.seconds is None else cost(timing.tile)
+            yield dataclasses.replace(timing, seconds=known)
+
+    monkeypatch.setattr(tune, "timings", exact)
+    monkeypatch.setattr(tune, "WARM_SECONDS", 0.0)
+    monkeypatch.setattr(tune, "seconds_per_call", lambda call, wait: call() is not None)
+
+
+def test_the_best_of_the_right_tiles_is_found_group_by_group(known_costs):
+    seen = []
+    tunable = tune.Tunable("double", problem, GROUPS)
+    default, best = tune.search(tunable, problem(SPEC), float("inf"), 2, seen.append)
+    assert (default.tile, best.tile) == (Tile(), Tile(rows=16, stages=3))
+    errors = {timing.tile.rows: timing.error for timing in seen if timing.error}
+    assert "more shared memory" in errors[32]
+    assert "differ from the default's by 0.5" in errors[64]
+    assert {timing.tile for timing in seen if timing.tile.rows == 16} == {Tile(16), Tile(16, stages=3)}
+    line = tune.entry(tunable, problem(SPEC), default, best)
+    assert line["tile"] == {"rows": 16, "stages": 3}
+    assert line["ms"] < line["default_ms"]
+
+
+def test_what_is_no_faster_than_noise_is_not_taken(known_costs):
+    near = {"stages": (2,), "rows": (8,)}
+    default, best = tune.search(tune.Tunable("double", problem, (near,)), problem(SPEC), float("inf"), 1, print)
+    assert default is best
+    assert best.tile == Tile()
+
+
+def test_results_that_are_not_finite_are_never_equal():
+    x = jnp.array([1.0, -jnp.inf])
+    assert tune.distance(x, x) == 0
+    assert tune.distance(jnp.array([jnp.nan, -jnp.inf]), x) == float("inf")
+    assert tune.distance(jnp.array([1.0, 0.0]), x) == float("inf")
+
+
+def test_the_command_writes_a_table_that_calls_then_read(known_costs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tuning, "TUNABLES", (tune.Tunable("double", problem, GROUPS),))
+    monkeypatch.setattr(tune, "specs", lambda op, tags: [SPEC, dataclasses.replace(SPEC, name="again")])
+    file = tmp_path / tiles.FILE
+    file.write_text(json.dumps({"cpu": [{"kernel": "double", "key": {"columns": 3}, "length": 4, "tile": {}}]}))
+    tune.main(["attention", "--table", str(file)])
+    assert "as rows" in capsys.readouterr().out
+    (line,) = json.loads(file.read_text())["cpu"]
+    assert line["tile"] == {"rows": 16, "stages": 3}
+    monkeypatch.setattr(tiles, "path", lambda op: file)
+    tiles.table.cache_clear()
+    try:
+        assert tiles.tuned("attention", "double", {"columns": 3}, 1000, Tile(odd=True)) == Tile(16, 3, odd=True)
+        assert tiles.tuned("attention", "double", {"columns": 4}, 1000, Tile()) == Tile()
+        with target(H100):
+            assert tiles.tuned("attention", "double", {"columns": 3}, 4, Tile()) == Tile()
+    finally:
+        tiles.table.cache_clear()
+
+
+def test_the_nearest_length_in_ratio_is_taken(monkeypatch):
+    lines = [{"kernel": "k", "key": {}, "length": n, "tile": {"rows": n}} for n in (1024, 8192)]
+    monkeypatch.setattr(tiles, "table", lambda op: {"H100": lines})
+    with target(H100):
+        found = [tiles.tuned("attention", "k", {}, length, Tile()).rows for length in (1, 2500, 3500, 10**6)]
+    assert found == [1024, 1024, 8192, 8192]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "'nothing' is no op"),
+        (["attention", "--kernels", "sideways"], "no kernel named ['sideways']: there are forward"),
+        (["attention", "--specs", "sideways"], "no spec with the tags ['speed'] and a name in ['sideways']"),
+        (["attention", "--specs", "vit", "--tags", "real"], "can't be tuned here: needs an NVIDIA GPU"),
+    ],
+)
+def test_what_is_not_there_is_said(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+class Abstract:
+    """A spec whose inputs are shapes."""
+
+    def __init__(self, spec):
+        self.inputs = spec.abstract
+
+
+@pytest.mark.parametrize("kernel", tuning.TUNABLES, ids=lambda kernel: kernel.name)
+def test_the_committed_tiles_of_attention_fit_and_gained(kernel):
+    found = []
+    with target(H100):
+        for spec in SPECS:
+            with contextlib.suppress(Unsupported):
+                found.append(kernel.problem(Abstract(spec)))
+    assert found
+    for problem in found:
+        assert problem.fits(problem.default)
+    for line in tiles.table("attention").get("H100", []):
+        if line["kernel"] == kernel.name:
+            (default, fits), *_ = [
+                (p.default, p.fits) for p in found if (p.key, p.length) == (line["key"], line["length"])
+            ]
+            assert fits(dataclasses.replace(default, **line["tile"])), line
+            assert line["ms"] <= line["default_ms"]
+
+
+def test_the_committed_tables_name_kernels_that_are_there():
+    lines = [line for lines in tiles.table("attention").values() for line in lines]
+    assert {line["kernel"] for line in lines} <= {kernel.name for kernel in tuning.TUNABLES}
