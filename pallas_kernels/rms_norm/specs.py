@@ -37,6 +37,7 @@ SPECS = (
     _spec("one column", (5, 1), "small awkward", jnp.float32),
     _spec("17 x 4099", (17, 4099), "small awkward", residual=True),
     _spec("examples", (3, 7, 40), "small awkward", residual=True, probe=True),
+    _spec("examples of many rows", (2, 150, 40), "small awkward", residual=True, probe=True),
     _spec("a scale for each example", (3, 7, 40), "small awkward", jnp.float32, examples=(3,)),
 )
 
@@ -63,5 +64,6 @@ ROTARY_SPECS = (
     _heads("llama 8b", (4, 4096, 32, 128), 8, "real speed"),
     _heads("gpt-2", (16, 1024, 12, 64), 12, "real speed"),
     _heads("width 80", (2, 5, 3, 80), 1, "small awkward"),
+    _heads("many heads", (2, 300, 3, 16), 2, "small"),
     _heads("one token", (1, 1, 1, 2), 1, "small awkward"),
 )

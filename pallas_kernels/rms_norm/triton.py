@@ -1,10 +1,9 @@
 """jax-triton, Ampere and later: every activation is read once and written once, forward and backward.
 
-A program walks over rows of one group, loading the next one while it works on this one. Backward it keeps its share
-of the scale's gradient in registers; the shares, one for each program, are added up at the end.
+Forward a program has a few rows. Backward it walks over rows of one group, loading the next ones while it works on
+these, and keeps its share of the scale's gradient in registers; the shares, one for each program, are added up at the
+end.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,11 @@ from crescendo.pallas_kernels.sharded import sharded
 from crescendo.pallas_kernels.triton_call import triton_call
 
 MAX_WIDTH = 16384
-# Threads that a streaming multiprocessor should have at work; entries of a row that one thread holds.
-THREADS = 2048
-ENTRIES = 8
+# Entries of a row that one thread holds.
+ENTRIES = {"forward": 16, "backward": 8}
+# Threads of a backward pass that a streaming multiprocessor has registers for: the norm's take 64, with rotation 80.
+NORM_THREADS = 1024
+ROTARY_THREADS = 768
 
 
 def rms_norm(x, scale, *, eps, residual, probe):
@@ -59,7 +60,7 @@ def forward(x, residual, scale, eps):
             out_shape=[like, like] if residual else [like, jax.ShapeDtypeStruct((1,), x.dtype)],
             HAS_RESIDUAL=bool(residual),
             EPS=eps,
-            **_walk(x.shape),
+            **_walk(x.shape, "forward"),
         )
         return results if residual else results[:1]
 
@@ -73,7 +74,7 @@ def backward(h, scale, dy, dh, eps):
     """`(dx, dscale)`."""
 
     def local(h, scale, dy, *dh):
-        walk = _walk(h.shape)
+        walk = _walk(h.shape, "backward")
         like = jax.ShapeDtypeStruct(h.shape, h.dtype)
         shape = jax.ShapeDtypeStruct((h.shape[0], walk["PROGRAMS"], h.shape[2]), jnp.float32)
         arrays = (h, scale, dy, *(dh or (dy,)))
@@ -91,7 +92,11 @@ def rotary_forward(x, scale, cosine, sine, eps):
     def local(x, scale, cosine, sine):
         like = jax.ShapeDtypeStruct(x.shape, x.dtype)
         return triton_call(
-            *(x, scale, cosine, sine), kernel=_rotary_forward, out_shape=[like], EPS=eps, **_walk_heads(x.shape)
+            *(x, scale, cosine, sine),
+            kernel=_rotary_forward,
+            out_shape=[like],
+            EPS=eps,
+            **_walk_heads(x.shape, "forward"),
         )
 
     return sharded(local, ["b t h e", "b e", "b t c", "b t c"], ["b t h e"], batch=["b"])(x, scale, cosine, sine)[0]
@@ -101,7 +106,7 @@ def rotary_backward(x, scale, cosine, sine, dy, eps):
     """`(dx, dscale)`."""
 
     def local(x, scale, cosine, sine, dy):
-        walk = _walk_heads(x.shape)
+        walk = _walk_heads(x.shape, "backward")
         like = jax.ShapeDtypeStruct(x.shape, x.dtype)
         shape = jax.ShapeDtypeStruct((x.shape[0], walk["PROGRAMS"], x.shape[3]), jnp.float32)
         dx, shares = triton_call(
@@ -116,39 +121,45 @@ def rotary_backward(x, scale, cosine, sine, dy, eps):
 KERNELS = gradient.Kernels(forward, backward, rotary_forward, rotary_backward)
 
 
-def _walk(shape) -> dict:
+def _walk(shape, passes: str) -> dict:
     """Programs, warps and sizes for `[G, R, D]`."""
     groups, rows, width = shape
     block = triton.next_power_of_2(width)
-    together = max(1, min(2048 // block, triton.next_power_of_2(rows)))
-    warps = min(32, max(4, together * block // (32 * ENTRIES)))
-    programs = _programs(groups, -(-rows // together), warps)
-    sizes = {"ROWS": rows, "WIDTH": width, "BLOCK": block, "TOGETHER": together, "PROGRAMS": programs}
-    return {"grid": (groups, programs), "num_warps": warps, **sizes}
+    together = max(1, min(256 * ENTRIES[passes] // block, triton.next_power_of_2(rows)))
+    warps = min(32, max(4, together * block // (32 * ENTRIES[passes])))
+    sizes = {"ROWS": rows, "WIDTH": width, "BLOCK": block, "TOGETHER": together}
+    return _launch(groups, -(-rows // together), warps, NORM_THREADS if passes == "backward" else None) | sizes
 
 
-def _walk_heads(shape) -> dict:
+def _walk_heads(shape, passes: str) -> dict:
     """Programs, warps and sizes for `[B, T, H, E]`."""
     batch, length, heads, width = shape
     block = triton.next_power_of_2(width // 2)
     together = max(1, min(1024 // block, triton.next_power_of_2(length * heads)))
-    programs = _programs(batch, -(-length * heads // together), 4)
     sizes = {"ROWS": length * heads, "HEADS": heads, "WIDTH": width, "BLOCK": block, "TOGETHER": together}
-    return {"grid": (batch, programs), "num_warps": 4, "PROGRAMS": programs, **sizes}
+    steps, threads = -(-length * heads // together), ROTARY_THREADS if passes == "backward" else None
+    return _launch(batch, steps, 4, threads) | sizes
 
 
-def _programs(groups: int, steps: int, warps: int) -> int:
-    """Programs for each group: together they fill the device, and each has something to do."""
-    wanted = target_device().cores * max(1, THREADS // (32 * warps))
-    return max(1, min(steps, math.ceil(wanted / groups)))
+def _launch(groups: int, steps: int, warps: int, threads: int | None) -> dict:
+    """Programs for each group: one for each step; of `threads` at once, so many that their waves take fewest steps."""
+    programs = steps
+    if threads:
+        at_once = target_device().cores * max(1, threads // (32 * warps))
+        # What a program reads before its first rows and writes after its last ones counts as a step.
+        cost = lambda programs: -(-groups * programs // at_once) * (-(-steps // programs) + 1)  # noqa: E731
+        programs = min(range(1, min(steps, 4 * at_once // groups + 1) + 1), key=cost)
+    return {"grid": (groups * programs,), "num_warps": warps, "PROGRAMS": programs}
 
 
 @triton.jit
-def _rows_of(step, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr):
-    """Where the entries of a step's rows are in their group, and which exist: `[TOGETHER, BLOCK]`."""
-    rows = step * TOGETHER + tl.arange(0, TOGETHER)[:, None]
+def _rows_of(group, step, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr):
+    """Where a step's rows begin, where their entries are from there, and which exist: `[TOGETHER, BLOCK]`."""
+    rows = tl.arange(0, TOGETHER)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
-    return rows.to(tl.int64) * WIDTH + columns, (rows < ROWS) & (columns < WIDTH)
+    first = step * TOGETHER
+    start = (group.to(tl.int64) * ROWS + first) * WIDTH
+    return start, rows * WIDTH + columns, (first + rows < ROWS) & (columns < WIDTH)
 
 
 @triton.jit
@@ -166,32 +177,19 @@ def _forward(
     HAS_RESIDUAL: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    group = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(0) // PROGRAMS
+    start, offsets, exists = _rows_of(group, tl.program_id(0) % PROGRAMS, ROWS, WIDTH, BLOCK, TOGETHER)
+    h = tl.load(x_ptr + start + offsets, mask=exists, other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + start + offsets, mask=exists, other=0.0)
+        h = (h.to(tl.float32) + residual.to(tl.float32)).to(x_ptr.dtype.element_ty)
+        tl.store(h_ptr + start + offsets, h, mask=exists)
     columns = tl.arange(0, BLOCK)
     scale = tl.load(scale_ptr + group * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
-    start = group * ROWS * WIDTH
-    steps = tl.cdiv(ROWS, TOGETHER)
-    step = tl.program_id(1)
-    offsets, exists = _rows_of(step, ROWS, WIDTH, BLOCK, TOGETHER)
-    x = tl.load(x_ptr + start + offsets, mask=exists, other=0.0)
-    residual = tl.load(residual_ptr + start + offsets, mask=exists, other=0.0) if HAS_RESIDUAL else x
-    while step < steps:
-        ahead_offsets, ahead_exists = _rows_of(step + PROGRAMS, ROWS, WIDTH, BLOCK, TOGETHER)
-        ahead_x = tl.load(x_ptr + start + ahead_offsets, mask=ahead_exists, other=0.0)
-        ahead_residual = (
-            tl.load(residual_ptr + start + ahead_offsets, mask=ahead_exists, other=0.0) if HAS_RESIDUAL else ahead_x
-        )
-        if HAS_RESIDUAL:
-            h = (x.to(tl.float32) + residual.to(tl.float32)).to(x_ptr.dtype.element_ty)
-            tl.store(h_ptr + start + offsets, h, mask=exists)
-        else:
-            h = x
-        h = h.to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(h * h, axis=1) * (1.0 / WIDTH) + EPS)
-        y = h * inverse[:, None] * scale
-        tl.store(y_ptr + start + offsets, y.to(y_ptr.dtype.element_ty), mask=exists)
-        x, residual, offsets, exists = ahead_x, ahead_residual, ahead_offsets, ahead_exists
-        step += PROGRAMS
+    h = h.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(h * h, axis=1) * (1.0 / WIDTH) + EPS)
+    y = h * inverse[:, None] * scale
+    tl.store(y_ptr + start + offsets, y.to(y_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -210,20 +208,18 @@ def _backward(
     HAS_SUM: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    group = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(0) // PROGRAMS
+    step = tl.program_id(0) % PROGRAMS
     columns = tl.arange(0, BLOCK)
     scale = tl.load(scale_ptr + group * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
-    start = group * ROWS * WIDTH
-    steps = tl.cdiv(ROWS, TOGETHER)
-    step = tl.program_id(1)
-    offsets, exists = _rows_of(step, ROWS, WIDTH, BLOCK, TOGETHER)
+    start, offsets, exists = _rows_of(group, step, ROWS, WIDTH, BLOCK, TOGETHER)
     h = tl.load(h_ptr + start + offsets, mask=exists, other=0.0)
     dy = tl.load(dy_ptr + start + offsets, mask=exists, other=0.0)
     share = tl.zeros([BLOCK], tl.float32)
-    while step < steps:
-        ahead_offsets, ahead_exists = _rows_of(step + PROGRAMS, ROWS, WIDTH, BLOCK, TOGETHER)
-        ahead_h = tl.load(h_ptr + start + ahead_offsets, mask=ahead_exists, other=0.0)
-        ahead_dy = tl.load(dy_ptr + start + ahead_offsets, mask=ahead_exists, other=0.0)
+    while step * TOGETHER < ROWS:
+        ahead, _, ahead_exists = _rows_of(group, step + PROGRAMS, ROWS, WIDTH, BLOCK, TOGETHER)
+        ahead_h = tl.load(h_ptr + ahead + offsets, mask=ahead_exists, other=0.0)
+        ahead_dy = tl.load(dy_ptr + ahead + offsets, mask=ahead_exists, other=0.0)
         h = h.to(tl.float32)
         dy = dy.to(tl.float32)
         inverse = tl.rsqrt(tl.sum(h * h, axis=1) * (1.0 / WIDTH) + EPS)[:, None]
@@ -234,18 +230,31 @@ def _backward(
         if HAS_SUM:
             dx += tl.load(dh_ptr + start + offsets, mask=exists, other=0.0).to(tl.float32)
         tl.store(dx_ptr + start + offsets, dx.to(dx_ptr.dtype.element_ty), mask=exists)
-        h, dy, offsets, exists = ahead_h, ahead_dy, ahead_offsets, ahead_exists
+        h, dy, start, exists = ahead_h, ahead_dy, ahead, ahead_exists
         step += PROGRAMS
-    place = (group * PROGRAMS + tl.program_id(1)) * WIDTH
+    place = tl.program_id(0).to(tl.int64) * WIDTH
     tl.store(shares_ptr + place + columns, share, mask=columns < WIDTH)
 
 
 @triton.jit
-def _halves_of(step, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr):
-    """The rows of a step, where the entries of their first halves are, and which exist: `[TOGETHER, BLOCK]`."""
-    rows = step * TOGETHER + tl.arange(0, TOGETHER)[:, None]
+def _heads_of(
+    batch,
+    step,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """Where a step's heads begin, where the first halves of their entries are from there, where their angles are, and
+    which exist: `[TOGETHER, BLOCK]`."""
+    rows = tl.arange(0, TOGETHER)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
-    return rows, rows.to(tl.int64) * WIDTH + columns, (rows < ROWS) & (columns < WIDTH // 2)
+    first = step * TOGETHER
+    start = (batch.to(tl.int64) * ROWS + first) * WIDTH
+    angles = batch.to(tl.int64) * (ROWS // HEADS * (WIDTH // 2))
+    turn = angles + (first + rows) // HEADS * (WIDTH // 2) + columns
+    return start, rows * WIDTH + columns, turn, (first + rows < ROWS) & (columns < WIDTH // 2)
 
 
 @triton.jit
@@ -264,30 +273,24 @@ def _rotary_forward(
     EPS: tl.constexpr,
 ):
     HALF: tl.constexpr = WIDTH // 2
-    group = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(0) // PROGRAMS
+    step = tl.program_id(0) % PROGRAMS
+    start, offsets, turn, exists = _heads_of(batch, step, ROWS, HEADS, WIDTH, BLOCK, TOGETHER)
+    x1 = tl.load(x_ptr + start + offsets, mask=exists, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptr + start + offsets + HALF, mask=exists, other=0.0).to(tl.float32)
+    cosine = tl.load(cosine_ptr + turn, mask=exists, other=0.0)
+    sine = tl.load(sine_ptr + turn, mask=exists, other=0.0)
     columns = tl.arange(0, BLOCK)
-    scale = scale_ptr + group * WIDTH + columns
+    scale = scale_ptr + batch * WIDTH + columns
     scale1 = tl.load(scale, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
     scale2 = tl.load(scale + HALF, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
-    start = group * ROWS * WIDTH
-    angles = group * (ROWS // HEADS) * HALF
-    steps = tl.cdiv(ROWS, TOGETHER)
-    step = tl.program_id(1)
-    while step < steps:
-        rows, offsets, exists = _halves_of(step, ROWS, WIDTH, BLOCK, TOGETHER)
-        x1 = tl.load(x_ptr + start + offsets, mask=exists, other=0.0).to(tl.float32)
-        x2 = tl.load(x_ptr + start + offsets + HALF, mask=exists, other=0.0).to(tl.float32)
-        turn = angles + (rows // HEADS) * HALF + columns[None, :]
-        cosine = tl.load(cosine_ptr + turn, mask=exists, other=0.0)
-        sine = tl.load(sine_ptr + turn, mask=exists, other=0.0)
-        inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) * (1.0 / WIDTH) + EPS)[:, None]
-        u1 = x1 * inverse * scale1
-        u2 = x2 * inverse * scale2
-        y1 = u1 * cosine - u2 * sine
-        y2 = u2 * cosine + u1 * sine
-        tl.store(y_ptr + start + offsets, y1.to(y_ptr.dtype.element_ty), mask=exists)
-        tl.store(y_ptr + start + offsets + HALF, y2.to(y_ptr.dtype.element_ty), mask=exists)
-        step += PROGRAMS
+    inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) * (1.0 / WIDTH) + EPS)[:, None]
+    u1 = x1 * inverse * scale1
+    u2 = x2 * inverse * scale2
+    y1 = u1 * cosine - u2 * sine
+    y2 = u2 * cosine + u1 * sine
+    tl.store(y_ptr + start + offsets, y1.to(y_ptr.dtype.element_ty), mask=exists)
+    tl.store(y_ptr + start + offsets + HALF, y2.to(y_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -308,24 +311,20 @@ def _rotary_backward(
     EPS: tl.constexpr,
 ):
     HALF: tl.constexpr = WIDTH // 2
-    group = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(0) // PROGRAMS
+    step = tl.program_id(0) % PROGRAMS
     columns = tl.arange(0, BLOCK)
-    scale = scale_ptr + group * WIDTH + columns
+    scale = scale_ptr + batch * WIDTH + columns
     scale1 = tl.load(scale, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
     scale2 = tl.load(scale + HALF, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
-    start = group * ROWS * WIDTH
-    angles = group * (ROWS // HEADS) * HALF
     share1 = tl.zeros([TOGETHER, BLOCK], tl.float32)
     share2 = tl.zeros([TOGETHER, BLOCK], tl.float32)
-    steps = tl.cdiv(ROWS, TOGETHER)
-    step = tl.program_id(1)
-    while step < steps:
-        rows, offsets, exists = _halves_of(step, ROWS, WIDTH, BLOCK, TOGETHER)
+    while step * TOGETHER < ROWS:
+        start, offsets, turn, exists = _heads_of(batch, step, ROWS, HEADS, WIDTH, BLOCK, TOGETHER)
         x1 = tl.load(x_ptr + start + offsets, mask=exists, other=0.0).to(tl.float32)
         x2 = tl.load(x_ptr + start + offsets + HALF, mask=exists, other=0.0).to(tl.float32)
         dy1 = tl.load(dy_ptr + start + offsets, mask=exists, other=0.0).to(tl.float32)
         dy2 = tl.load(dy_ptr + start + offsets + HALF, mask=exists, other=0.0).to(tl.float32)
-        turn = angles + (rows // HEADS) * HALF + columns[None, :]
         cosine = tl.load(cosine_ptr + turn, mask=exists, other=0.0)
         sine = tl.load(sine_ptr + turn, mask=exists, other=0.0)
         d1 = dy1 * cosine + dy2 * sine
@@ -343,6 +342,6 @@ def _rotary_backward(
         tl.store(dx_ptr + start + offsets, dx1.to(dx_ptr.dtype.element_ty), mask=exists)
         tl.store(dx_ptr + start + offsets + HALF, dx2.to(dx_ptr.dtype.element_ty), mask=exists)
         step += PROGRAMS
-    place = shares_ptr + (group * PROGRAMS + tl.program_id(1)) * WIDTH + columns
+    place = shares_ptr + tl.program_id(0).to(tl.int64) * WIDTH + columns
     tl.store(place, tl.sum(share1, axis=0), mask=columns < HALF)
     tl.store(place + HALF, tl.sum(share2, axis=0), mask=columns < HALF)

@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, Mesh, NamedSharding, PartitionSpec
 
 from crescendo.pallas_kernels.linear_cross_entropy import chunked, linear_cross_entropy
 from crescendo.pallas_kernels.linear_cross_entropy.specs import SPECS as ENTROPY_SPECS
@@ -119,6 +121,43 @@ def test_every_implementation_that_serves_compiles_for_an_h100(op, spec):
                     raise
                 continue
             assert traced.lower(lowering_platforms=("cuda",)).compile().memory_analysis() is not None
+
+
+@pytest.mark.parametrize(
+    "shape", [(64, 512, 2048), (64, 128, 8192), (16, 1024, 768), (4, 4096, 32, 128), (16, 1024, 12, 64)]
+)
+def test_as_many_backward_programs_of_the_norm_fit_as_are_launched_at_once(shape, tmp_path, monkeypatch):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from crescendo.pallas_kernels.rms_norm import triton as kernels
+
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    rotary = len(shape) == 4
+    kernel, threads = (
+        (kernels._rotary_backward, kernels.ROTARY_THREADS) if rotary else (kernels._backward, kernels.NORM_THREADS)
+    )
+    with target(AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")):
+        walk = (kernels._walk_heads if rotary else kernels._walk)(shape, "backward")
+    assert walk.pop("grid") == (shape[0] * walk["PROGRAMS"],)
+    warps = walk.pop("num_warps")
+    constants = {"EPS": 1e-5, **walk} if rotary else {"EPS": 1e-5, "HAS_SUM": True, **walk}
+    wide = ("scale_ptr", "shares_ptr", "cosine_ptr", "sine_ptr")
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        {n: "constexpr" if n in constants else "*fp32" if n in wide else "*bf16" for n in names},
+        {(names.index(n),): value for n, value in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": 1})
+    (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
+    command = ["ptxas", "-v", "-arch=sm_90a", tmp_path / "kernel.ptx", "-o", tmp_path / "kernel.cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "0 bytes spill stores" in said
+    registers = -(-int(re.search(r"Used (\d+) registers", said)[1]) // 8) * 8
+    assert 65536 // (registers * 32 * warps) >= max(1, threads // (32 * warps))
 
 
 @pytest.mark.parametrize("target_name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
