@@ -210,11 +210,11 @@ def forward(config: Config, operands: Operands, tile: ForwardTile | None = None)
     """`out [B, T, H, D]` and `lse [B, H, T]`."""
     tile = tile or tuned_tiles.tuned("forward", config, operands, forward_tile(operands))
     _, length, keys, _, _, true_width = operands.dims
-    ranges, _ = block_ranges(config, operands, tile.block_q, tile.block_k)
+    of_queries, _ = block_ranges(config, operands, tile.block_q, tile.block_k)
     # A causal tile of many keys goes with one of few.
     paired = config.causal and tile.persistent and length > tile.block_q
     whole = padded(operands, tile.block_q * (2 if paired else 1), tile.block_k)
-    ranges = stacked_ranges(ranges)
+    ranges = stacked_ranges(of_queries)
     more = whole.q.shape[1] // tile.block_q - ranges.shape[1]
     ranges = jnp.pad(ranges, [(0, 0), (0, more), (0, 0)])  # tiles of nothing but padding see nothing
     out, lse = _forward(config, tile, keys, paired)(whole, ranges)
