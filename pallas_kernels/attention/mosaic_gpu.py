@@ -27,7 +27,7 @@ LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 FLOOR = -1e30  # the least maximum: finite, so that a row which has seen nothing yet makes no NaN
 ROWS = 64  # of a warpgroup's matrix instruction
-# Of a thread of the producer and of a consumer, by the number of consumers: together at most a core's 65,536.
+# Of a thread of the producer and of a consumer, by the number of consumers: together at most what they start with.
 REGISTERS = {1: (40, 240), 2: (24, 240), 3: (32, 160)}
 ROW_LAYOUT, COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -210,11 +210,11 @@ def forward(config: Config, operands: Operands, tile: ForwardTile | None = None)
     """`out [B, T, H, D]` and `lse [B, H, T]`."""
     tile = tile or tuned_tiles.tuned("forward", config, operands, forward_tile(operands))
     _, length, keys, _, _, true_width = operands.dims
-    ranges, _ = block_ranges(config, operands, tile.block_q, tile.block_k)
+    needed, _ = block_ranges(config, operands, tile.block_q, tile.block_k)
     # A causal tile of many keys goes with one of few.
     paired = config.causal and tile.persistent and length > tile.block_q
     whole = padded(operands, tile.block_q * (2 if paired else 1), tile.block_k)
-    ranges = stacked_ranges(ranges)
+    ranges = stacked_ranges(needed)
     more = whole.q.shape[1] // tile.block_q - ranges.shape[1]
     ranges = jnp.pad(ranges, [(0, 0), (0, more), (0, 0)])  # tiles of nothing but padding see nothing
     out, lse = _forward(config, tile, keys, paired)(whole, ranges)

@@ -98,8 +98,8 @@ def plan(config: Config, operands: Operands, tile: FusedTile, cores: int) -> Pla
     _, length, keys, *_ = operands.dims
     tiles_k, blocks_q = -(-keys // tile.block_k), -(-length // tile.block_q)
     paired = 1 < tiles_k <= 2 * cores
-    _, ranges = block_ranges(config, operands, tile.block_q, tile.block_k)
-    (ranges,) = shared.stacked_ranges(ranges)
+    _, seen_by = block_ranges(config, operands, tile.block_q, tile.block_k)
+    (ranges,) = shared.stacked_ranges(seen_by)
     ranges = jnp.pad(ranges, [(0, tiles_k % 2 if paired else 0), (0, 0)])
     # At least one step for a tile, under the mask.
     lo = jnp.minimum(ranges[:, 0], blocks_q - 1)
