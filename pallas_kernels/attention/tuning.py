@@ -103,7 +103,9 @@ def _backward_apart(which: int, spec: Spec) -> Problem:
 
     def fits(tile: mosaic_gpu_backward.BackwardTile) -> bool:
         rows = 2 * tile.rows + 2 * tile.stages * tile.block
-        return _fits(width * rows, width // 2 + tile.block, mosaic_gpu.REGISTERS[tile.consumers][1])
+        # Up to a width of 128 the one for k and v holds both gradients.
+        gradients = width if which == 0 and width <= 128 else width // 2
+        return _fits(width * rows, gradients + tile.block, mosaic_gpu.REGISTERS[tile.consumers][1])
 
     arrays = functools.partial(_for_backward, config, operands)
     return Problem(key(config, operands), operands.dims[1], defaults[which], arrays, run, fits)

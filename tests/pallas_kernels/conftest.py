@@ -68,7 +68,7 @@ def interpreted(monkeypatch):
         device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=cores, platform="gpu")
         with (
             target(device),
-            plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore")),
+            plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
         ):
             yield
         assert not gpu_callbacks.get_races().races_found

@@ -35,7 +35,7 @@ def on_tpu():
 
 @contextlib.contextmanager
 def on_gpu():
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True, inline_mgpu="ignore")):
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
     assert not gpu_callbacks.get_races().races_found
 
