@@ -8,12 +8,12 @@ import time
 import jax
 
 from crescendo.experiments.metrics import Observer
-from crescendo.experiments.state import NOISE_SCALES, Clock
+from crescendo.experiments.state import NOISE_SCALES, TRUST_RATIOS, Clock
 
 # The metrics of a step that become columns of `metrics.jsonl`; norms are of the mean gradient, before clipping.
 REPORTED = ("loss", "learning_rate", "gradient_norm", "gradient_l1_norm", "skipped_steps")
 # Those that only some runs have, null where nothing is known yet.
-OPTIONAL = tuple(f"{name}{suffix}" for name in NOISE_SCALES.values() for suffix in ("", "_error"))
+OPTIONAL = (*(f"{name}{suffix}" for name in NOISE_SCALES.values() for suffix in ("", "_error")), *TRUST_RATIOS)
 # A call can last as long as its step, or not wait at all, so that about an evaluation the time between two readings is
 # that of no step or of two: the throughput is a mean over as many steps as these.
 THROUGHPUT_STEPS = 16
