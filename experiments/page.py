@@ -43,7 +43,7 @@ def figure(chart: plots.Chart, arms: plots.Arms) -> Figure:
         for run in runs:
             for curve in chart.curves(run):
                 marked = curve.points or len(curve.x) == 1
-                name = run.name if curve.points or curve.label in chart.y else f"{run.name} ({curve.label})"
+                name = run.name if curve.label == chart.title.lower() else f"{run.name} ({curve.label})"
                 data.append(
                     {
                         "x": numbers(curve.x),
@@ -52,7 +52,6 @@ def figure(chart: plots.Chart, arms: plots.Arms) -> Figure:
                         "name": html.escape(name),  # Plotly reads tags in names
                         "mode": "lines+markers" if marked else "lines",
                         "opacity": 0.45 if curve.line == "faint" else 1,
-                        "hoverinfo": "skip" if curve.line == "faint" else "all",
                         "line": {
                             "width": 1.2 if curve.line == "faint" else plots.width(index),
                             "dash": "dot" if curve.line == "dotted" else "solid",
@@ -78,7 +77,7 @@ def figure(chart: plots.Chart, arms: plots.Arms) -> Figure:
         y["range"] = limits
     unified = sum(len(runs) for _, runs in arms) <= _UNIFIED_ARMS
     layout = {"xaxis": {"title": {"text": chart.x}, "rangemode": "tozero"}, "yaxis": y}
-    return Figure(chart.title, data, layout | {"hovermode": "x unified" if unified else "closest"})
+    return Figure(chart.title, data, layout | {"hovermode": "x unified" if unified else "closest", "hoverdistance": 40})
 
 
 def numbers(values: np.ndarray) -> list[float | None]:

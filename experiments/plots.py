@@ -237,14 +237,14 @@ CHARTS = (
     ),
     Chart(
         *("throughput", "Throughput", "tokens", "tokens per second"),
-        _against_tokens(("tokens_per_second", "tokens/s", "solid"), mean=True),
+        _against_tokens(("tokens_per_second", "throughput", "solid"), mean=True),
         limits=_from_zero("tokens_per_second"),
         format=compact,
     ),
     Chart(
         *("noise_scale", "Gradient noise scale (dotted: of norm layers)", "tokens", "noise scale (examples)"),
         _against_tokens(
-            ("noise_scale", "all", "solid"), ("norm_layers_noise_scale", "norm layers", "dotted"), mean=True
+            ("noise_scale", "all parameters", "solid"), ("norm_layers_noise_scale", "norm layers", "dotted"), mean=True
         ),
         columns=NOISE_COLUMNS,
         log=10,

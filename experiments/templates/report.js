@@ -14,7 +14,7 @@ function traces(figure) {
     const arms = Number(style("--arms"));
     const color = trace.meta === null ? style("--muted") : style(`--arm-${trace.meta % arms}`);
     return {
-      type: "scatter", ...trace, showlegend: false, visible: !hidden.has(trace.meta),
+      type: "scatter", showlegend: false, ...trace, visible: !hidden.has(trace.meta),
       line: { ...trace.line, color }, marker: { ...trace.marker, color },
     };
   });
@@ -28,10 +28,10 @@ function layout(figure) {
   const titled = (own) => ({ ...axis, ...own, title: { standoff: 10, font: { size: 12.5 }, ...(own?.title ?? {}) } });
   return {
     ...figure.layout, xaxis: titled(figure.layout.xaxis), yaxis: titled(figure.layout.yaxis),
-    autosize: true, height: 300, margin: { l: 52, r: 14, t: 8, b: 44 }, uirevision: "kept",
+    autosize: true, height: 320, margin: { l: 52, r: 14, t: 30, b: 44 }, uirevision: "kept",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", size: 12.5, color: style("--muted") },
-    hoverlabel: { bgcolor: style("--card"), bordercolor: style("--line"), font: { color: style("--ink") }, namelength: 40 },
+    hoverlabel: { bgcolor: style("--card"), bordercolor: style("--line"), font: { color: style("--ink") }, namelength: 60 },
     dragmode: touch ? false : "zoom", // a finger scrolls the page; the bar's buttons zoom
     modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--muted"), activecolor: style("--ink") },
   };
@@ -39,7 +39,7 @@ function layout(figure) {
 
 function draw() {
   return Promise.all(plots.map((place, i) => Plotly.react(place, traces(figures[i]), layout(figures[i]), {
-    responsive: true, displaylogo: false, displayModeBar: touch ? true : "hover",
+    responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "", displayModeBar: touch ? true : "hover",
     modeBarButtonsToRemove: touch ? ["zoom2d", "pan2d", "select2d", "lasso2d", "autoScale2d"] : ["select2d", "lasso2d", "autoScale2d"],
   })));
 }

@@ -136,6 +136,9 @@ def test_the_page_draws_every_chart_without_network_or_complaint(browser: Browse
     assert browser.value(DRAWN) == [4, 4, 2, 2, 2, 2, 3]
     light = browser.value(INK.format(0))
     assert browser.value("document.documentElement.scrollWidth") <= width  # nothing hangs out of the page
+    buttons = browser.value("[...document.querySelectorAll('.modebar-btn')].map(button => button.dataset.title)")
+    assert buttons
+    assert not any("Share" in title or "cloud" in title for title in buttons)  # nothing leaves the machine
     browser.open(compared, width=width, theme="dark", touch=touch)
     assert browser.value(INK.format(0)) != light
     assert browser.complaints() == []
