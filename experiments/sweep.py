@@ -246,6 +246,7 @@ def search(folder: Path, texts: Sequence[str], trials: int, outcomes: Outcomes, 
     )
     ended = 0
     left, trial_of = [], {}
+    reported: dict[str, int] = {}
     for frozen in study.get_trials(deepcopy=False):
         if frozen.params and set(frozen.params) != set(distributions):
             raise UserError(
@@ -253,13 +254,13 @@ def search(folder: Path, texts: Sequence[str], trials: int, outcomes: Outcomes, 
             )
         if frozen.state == optuna.trial.TrialState.RUNNING:
             left.append(frozen)
+            reported[_trial_point(frozen).name] = len(frozen.intermediate_values)
         elif frozen.state != optuna.trial.TrialState.FAIL:
             ended += 1
             status = "done" if frozen.state == optuna.trial.TrialState.COMPLETE else "pruned"
             outcomes.put(_trial_point(frozen), status)
             outcomes.ended += 1
     budget = max(0, trials - ended)
-    reported: dict[str, int] = {}
 
     def draw() -> Point | None:
         nonlocal budget
@@ -272,15 +273,19 @@ def search(folder: Path, texts: Sequence[str], trials: int, outcomes: Outcomes, 
         trial_of[point.name] = trial
         return point
 
+    def report(point: Point) -> bool:
+        """Tells the trial of the losses that it doesn't know yet; whether there were any."""
+        new = losses(folder / point.name)[reported.get(point.name, 0) :]
+        for examples, loss in new:
+            trial_of[point.name].report(loss, examples)
+        reported[point.name] = reported.get(point.name, 0) + len(new)
+        return bool(new)
+
     def prune(point: Point) -> bool:
-        trial, seen = trial_of[point.name], losses(folder / point.name)
-        for examples, loss in seen[reported.get(point.name, 0) :]:
-            trial.report(loss, examples)
-        changed = len(seen) > reported.get(point.name, 0)
-        reported[point.name] = len(seen)
-        return changed and trial.should_prune()
+        return report(point) and trial_of[point.name].should_prune()
 
     def finish(point: Point, status: str, loss: float) -> None:
+        report(point)  # the pruner compares others with those of a run that ended between two looks too
         states = optuna.trial.TrialState
         if status == "done" and math.isfinite(loss):
             study.tell(trial_of[point.name], loss)
