@@ -29,7 +29,8 @@ def sharded(
       function: takes arrays, one for each of `inputs`, and returns a tuple of arrays, one for each of `outputs`; sizes
         of batch-like dimensions are read from the arrays.
       inputs, outputs: the letters of each array's dimensions, separated by spaces: `"b t h e"`. The first letter of
-        every array is the same: a mapped axis of `vmap` joins it.
+        the first array is that of every result: a mapped axis of `vmap` joins it. An input that starts with another
+        letter is shared by all of that dimension; where `vmap` maps such a one, the calls run one after the other.
       batch: the letters of the dimensions that may be split.
 
     Under an automatic mesh the partitioner splits the call, under an explicit one the arguments' types do, and
@@ -43,9 +44,11 @@ def sharded(
     (5, 2, 3)
     """
     in_letters, out_letters = [tuple(spec.split()) for spec in inputs], [tuple(spec.split()) for spec in outputs]
-    leading = {letters[0] for letters in (*in_letters, *out_letters)}
+    first = in_letters[0][0]
+    leading = {letters[0] for letters in (in_letters[0], *out_letters)}
     if len(leading) != 1 or not leading <= set(batch):
-        raise ValueError(f"every array must start with the same batch-like letter, not {sorted(leading)}")
+        raise ValueError(f"every result must start with the first array's batch-like letter, not {sorted(leading)}")
+    shared = [letters[0] != first for letters in in_letters]
     partitioned = _partitioned(function, in_letters, out_letters, frozenset(batch))
 
     @custom_vmap
@@ -54,20 +57,33 @@ def sharded(
 
     @call.def_vmap
     def _(size, in_batched, *arrays):
+        if any(mapped and alone for mapped, alone in zip(in_batched, shared, strict=True)):
+
+            def one(mapped_arrays):
+                given = iter(mapped_arrays)
+                return call(*(next(given) if m else a for a, m in zip(arrays, in_batched, strict=True)))
+
+            moving = [array for array, mapped in zip(arrays, in_batched, strict=True) if mapped]
+            return jax.lax.map(one, moving), (True,) * len(outputs)
         whole = [
-            array if mapped else jnp.broadcast_to(array, (size, *array.shape))
-            for array, mapped in zip(arrays, in_batched, strict=True)
+            array if mapped or alone else jnp.broadcast_to(array, (size, *array.shape))
+            for array, mapped, alone in zip(arrays, in_batched, shared, strict=True)
         ]
-        letter = f"{in_letters[0][0]}_"  # a letter of its own, so that the mesh may split it apart from the others
+        letter = f"{first}_"  # a letter of its own, so that the mesh may split it apart from the others
 
         def merged(*arrays):
             parts, rows = arrays[0].shape[:2]
-            results = function(*(array.reshape(parts * rows, *array.shape[2:]) for array in arrays))
+            results = function(
+                *(
+                    array if alone else array.reshape(parts * rows, *array.shape[2:])
+                    for array, alone in zip(arrays, shared, strict=True)
+                )
+            )
             return tuple(result.reshape(parts, rows, *result.shape[1:]) for result in results)
 
         mapped = sharded(
             merged,
-            [f"{letter} {spec}" for spec in inputs],
+            [spec if alone else f"{letter} {spec}" for spec, alone in zip(inputs, shared, strict=True)],
             [f"{letter} {spec}" for spec in outputs],
             batch=[letter, *batch],
         )

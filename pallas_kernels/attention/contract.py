@@ -159,7 +159,7 @@ class Kernels(NamedTuple):
     `forward(config, operands)` gives `out [B, T, H, D]` and `lse`, float32 `[B, H, T]` (-inf where a query sees
     nothing). `backward(config, operands, lse, dout, delta)` gives the gradients of q, k, v and bias (None where it is
     absent); with P = exp(score - lse), dScore = P * (dout.v - delta), and `delta`, float32 `[B, H, T]`, holds the
-    gradient of `lse` too.
+    gradient of `lse` too. The gradient of bias need not be summed over dimensions in which bias has the size 1.
     """
 
     forward: Callable
@@ -170,31 +170,46 @@ class Kernels(NamedTuple):
 LETTERS = Operands("b t k g d", "b s k d", "b s k d", None, "b t", "b s", "b t", "b s")
 
 
+def _bias_letters(operands: Operands) -> list[str]:
+    """Of bias' five dimensions; one of size 1 that is broadcast has a letter of its own."""
+    batch, length, keys, heads, *_ = operands.dims
+    sizes = zip("bkgts", (0, 1, 1, 2, 3), (batch, heads, heads, length, keys), strict=True)
+    return [letter if operands.bias.shape[axis] == size else f"{letter}1" for letter, axis, size in sizes]
+
+
 def per_device(kernels: Kernels) -> Kernels:
-    """Kernels that take no bias, run by every device of a mesh on its own examples and key heads, and under `vmap`."""
+    """Kernels run by every device of a mesh on its own examples and key heads, and under `vmap`.
+
+    They give the gradient of bias as `[B, K * g, t, s]`, where g, t and s are 1 where bias has the size 1.
+    """
+
+    def split(array, axis, kv_heads, groups):
+        return array.reshape(*array.shape[:axis], kv_heads, groups, *array.shape[axis + 1 :])
+
+    def joined(array, axis):
+        return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
 
     def run(function, operands: Operands, extra: dict[str, Any], outputs: list[str]):
-        _, _, _, heads, kv_heads, width = operands.dims
-
-        def grouped(array):
-            return array.reshape(*array.shape[:2], kv_heads, heads // kv_heads, width)
-
-        present = [i for i, array in enumerate(operands) if array is not None]
-        arrays = [grouped(operands.q), *(operands[i] for i in present[1:]), *extra.values()]
+        _, _, _, heads, kv_heads, _ = operands.dims
+        groups, letters = heads // kv_heads, LETTERS
+        given = operands._replace(q=split(operands.q, 2, kv_heads, groups))
+        if operands.bias is not None:
+            whole = operands.bias.shape[1] == heads
+            given = given._replace(bias=split(operands.bias, 1, *((kv_heads, groups) if whole else (1, 1))))
+            letters = LETTERS._replace(bias=" ".join(_bias_letters(operands)))
+        present = [i for i, array in enumerate(given) if array is not None]
+        arrays = [*(given[i] for i in present), *extra.values()]
 
         def local(*arrays):
             fields: list[Any] = [None] * len(operands)
             for i, array in zip(present, arrays, strict=False):
                 fields[i] = array
-            batch, length, here, groups, width = fields[0].shape
-            fields[0] = fields[0].reshape(batch, length, here * groups, width)
-            return function(Operands(*fields), here, groups, *arrays[len(present) :])
+            part = Operands(*fields)
+            here, groups = part.q.shape[2:4]
+            part = part._replace(q=joined(part.q, 2), bias=None if part.bias is None else joined(part.bias, 1))
+            return function(part, here, groups, *arrays[len(present) :])
 
-        letters = [*(LETTERS[i] for i in present), *extra]
-        return sharded(local, letters, outputs, batch=("b", "k"))(*arrays)
-
-    def split(array, axis, kv_heads, groups):
-        return array.reshape(*array.shape[:axis], kv_heads, groups, *array.shape[axis + 1 :])
+        return sharded(local, [*(letters[i] for i in present), *extra], outputs, batch=("b", "k"))(*arrays)
 
     def forward(config, operands):
         def local(operands, kv_heads, groups):
@@ -208,16 +223,18 @@ def per_device(kernels: Kernels) -> Kernels:
         _, _, _, heads, kv_heads, _ = operands.dims
 
         def local(operands, kv_heads, groups, lse, delta, dout):
-            rows = (array.reshape(array.shape[0], -1, array.shape[-1]) for array in (lse, delta))
-            dout = dout.reshape(operands.q.shape)
-            dq, dk, dv, _ = kernels.backward(config, operands, next(rows), dout, next(rows))
-            return split(dq, 2, kv_heads, groups), dk, dv
+            dq, dk, dv, dbias = kernels.backward(config, operands, joined(lse, 1), joined(dout, 2), joined(delta, 1))
+            last = [] if dbias is None else [split(dbias, 1, kv_heads, -1)]
+            return split(dq, 2, kv_heads, groups), dk, dv, *last
 
         groups = heads // kv_heads
         lse, delta = (split(array, 1, kv_heads, groups) for array in (lse, delta))
         extra = {"b k g t": lse, " b k g t": delta, "b t k g d": split(dout, 2, kv_heads, groups)}
-        dq, dk, dv = run(local, operands, extra, ["b t k g d", "b s k d", "b s k d"])
-        return dq.reshape(operands.q.shape), dk, dv, None
+        outputs = ["b t k g d", "b s k d", "b s k d"]
+        if operands.bias is not None:
+            outputs.append(" ".join(["b", "k", *_bias_letters(operands)[2:]]))
+        dq, dk, dv, *dbias = run(local, operands, extra, outputs)
+        return dq.reshape(operands.q.shape), dk, dv, joined(dbias[0], 1) if dbias else None
 
     return Kernels(forward, backward)
 
@@ -245,6 +262,9 @@ def _attend_backward(kernels, config, residuals, cotangents):
     # sum_j P_j (dout.v_j) = dout.out; the gradient of lse adds P * dlse to that of the scores.
     delta = jnp.einsum("bthd,bthd->bht", out.astype(f32), dout.astype(f32)) - jnp.where(jnp.isfinite(lse), dlse, 0)
     dq, dk, dv, dbias = kernels.backward(config, operands, lse, dout, delta)
+    if dbias is not None:
+        once = [axis for axis, size in enumerate(operands.bias.shape) if size != dbias.shape[axis]]
+        dbias = dbias.sum(once, keepdims=True).astype(operands.bias.dtype)
     nothing = tuple(None for _ in operands.metadata)
     return (Operands(dq, dk, dv, dbias, *nothing),)
 

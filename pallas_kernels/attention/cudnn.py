@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from crescendo.pallas_kernels.attention.contract import Config, Operands
-from crescendo.pallas_kernels.op import Unsupported, require_gpu
+from crescendo.pallas_kernels.op import Unsupported, leave_to_others, require_gpu
 
 
 def attention(config: Config, operands: Operands, return_lse: bool):
@@ -20,11 +20,14 @@ def attention(config: Config, operands: Operands, return_lse: bool):
         "takes no positions": operands.q_positions is not None,
         "takes a window with causal only": config.window is not None and not config.causal,
         f"is not asked for causal lengths that differ, {length} and {keys}": config.causal and length != keys,
-        f"takes a bias for even lengths only, not {length} and {keys}": bias is not None and (length % 2 or keys % 2),
+        # Known only when the gradient is lowered, too late for another to be asked.
+        f"gives gradients for even lengths only, not {length} and {keys}": length % 2 or keys % 2,
     }
     for reason, refused in refusals.items():
         if refused:
             raise Unsupported(reason)
+    if bias is not None:
+        leave_to_others("would give NaN where a row's bias is -inf everywhere")
     mask = None
     if operands.q_segments is not None:
         # Dense, quadratic in the length; causality and windows are cuDNN's own.

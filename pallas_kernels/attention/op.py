@@ -3,13 +3,16 @@
 import math
 import numbers
 
+import jax
 import jax.numpy as jnp
 
 from crescendo.pallas_kernels.attention.contract import Config, Operands
 from crescendo.pallas_kernels.op import op
 
 HERE = "crescendo.pallas_kernels.attention"
-IMPLEMENTATIONS = {name: f"{HERE}.{name}" for name in ("mosaic_gpu", "cudnn", "triton", "xla", "reference")}
+IMPLEMENTATIONS = {
+    name: f"{HERE}.{name}" for name in ("mosaic_gpu", "cudnn", "triton", "mosaic_tpu", "xla", "reference")
+}
 
 
 @op(IMPLEMENTATIONS)
@@ -38,7 +41,7 @@ def attention(
       window: keeps keys at a distance less than this: `i - w < j`, and `j <= i` when causal, `j < i + w` otherwise.
       segment_ids: int `[B, T]` (where S = T), or a pair of `[B, T]` and `[B, S]`: queries see keys of their segment.
       positions: likewise, int; `arange` from 0 on both sides where it is None. `causal` and `window` compare them.
-      bias: added to the scores; its shape broadcasts to `[B, H, T, S]`.
+      bias: added to the scores, floating-point; its shape broadcasts to `[B, H, T, S]`. -inf hides a key.
       scale: `D ** -0.5` where it is None.
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`, before the bias.
       return_lse: also returns `log(sum(exp(scores)))`, float32 `[B, T, H]` (-inf where nothing is seen), which is
@@ -85,11 +88,18 @@ def attention(
         raise ValueError(f"q has {heads} heads, which is no multiple of k's {kv_heads}")
     if window is not None and (not isinstance(window, numbers.Integral) or window < 1):
         raise ValueError(f"window must be a whole number of at least 1, or None, not {window!r}")
+    for name, value in (("scale", scale), ("soft_cap", soft_cap)):
+        if value is not None and (isinstance(value, jax.core.Tracer) or not isinstance(value, numbers.Real)):
+            raise TypeError(f"{name} must be a Python number or None, not {value!r}: kernels are compiled for it")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, not {scale!r}")
     if soft_cap is not None and not 0 < soft_cap < math.inf:
         raise ValueError(f"soft_cap must be positive and finite, or None, not {soft_cap!r}")
     if bias is not None:
+        if not hasattr(bias, "shape") or not hasattr(bias, "dtype"):
+            raise TypeError(f"bias must be an array, not {type(bias).__name__}")
+        if not jnp.issubdtype(bias.dtype, jnp.floating):
+            raise TypeError(f"bias must be floating-point, not {bias.dtype}: jnp.where(mask, 0.0, -jnp.inf) hides keys")
         full = (batch, heads, length, keys)
         if len(bias.shape) != 4 or any(size not in (1, whole) for size, whole in zip(bias.shape, full, strict=True)):
             raise ValueError(f"bias {bias.shape} must broadcast to [batch, heads, length, keys] = {full}")
@@ -98,7 +108,7 @@ def attention(
         causal=bool(causal),
         window=None if window is None else int(window),
         soft_cap=None if soft_cap is None else float(soft_cap),
-        sees_itself=not isinstance(segment_ids, tuple) and positions is None and length == keys,
+        sees_itself=not isinstance(segment_ids, tuple) and positions is None and bias is None and length == keys,
     )
     if not config.causal and config.window is None:
         positions = None  # nothing reads them
@@ -134,6 +144,8 @@ def _pair(name: str, value, batch: int, length: int, keys: int):
     if len(value) != 2:
         raise ValueError(f"{name} must be one array or a pair, not {len(value)} of them")
     for side, array, size in (("q", value[0], length), ("k", value[1], keys)):
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise TypeError(f"{name} for {side} must be an array, not {type(array).__name__}")
         if tuple(array.shape) != (batch, size):
             raise ValueError(f"{name} for {side} must have the shape {(batch, size)}, not {tuple(array.shape)}")
         if not jnp.issubdtype(array.dtype, jnp.integer):

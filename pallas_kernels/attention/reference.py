@@ -1,5 +1,6 @@
 """The specification: the whole matrix of scores, in float32 (float64 for float64 inputs)."""
 
+import jax
 import jax.numpy as jnp
 
 from crescendo.pallas_kernels.attention.contract import Operands, positions, visible
@@ -20,7 +21,8 @@ def attention(config, operands: Operands, return_lse: bool):
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, -jnp.inf)
     # A row that sees nothing (its maximum is -inf) gives 0, and so do its gradients.
-    maximum = scores.max(-1, keepdims=True, initial=-jnp.inf)
+    # The maximum cancels, so it has no gradient; its own would be NaN where a compiler rounds the scores twice.
+    maximum = jax.lax.stop_gradient(scores.max(-1, keepdims=True, initial=-jnp.inf))
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(maximum), maximum, 0))
     total = weights.sum(-1, keepdims=True)
     seen = total > 0

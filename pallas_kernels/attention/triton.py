@@ -1,5 +1,6 @@
 """jax-triton, Ampere and later: forward and backward after FlashAttention-2, deterministic."""
 
+import math
 from typing import Any
 
 import jax
@@ -22,8 +23,6 @@ def kernels(config: Config, operands: Operands) -> Kernels:
     require_gpu(8.0)
     if operands.q.dtype not in (jnp.bfloat16, jnp.float16):
         raise Unsupported(f"needs bfloat16 or float16, not {operands.q.dtype}")
-    if operands.bias is not None:
-        raise Unsupported("takes no bias")
     if operands.dims[-1] > 256:
         raise Unsupported(f"needs a head width of at most 256, not {operands.dims[-1]}")
     return per_device(Kernels(forward, backward))
@@ -44,6 +43,8 @@ def _blocks(width: int, *, backward: bool) -> tuple[int, int, int]:
 
 def _constants(config: Config, operands: Operands, block_q: int, block_k: int, ranges) -> dict[str, Any]:
     _, length, keys, heads, kv_heads, width = operands.dims
+    sizes = (1, 1, 1, 1) if operands.bias is None else operands.bias.shape
+    strides = [0 if size == 1 else math.prod(sizes[axis + 1 :]) for axis, size in enumerate(sizes)]
     return dict(
         T=length,
         S=keys,
@@ -61,12 +62,18 @@ def _constants(config: Config, operands: Operands, block_q: int, block_k: int, r
         POSITIONS=operands.q_positions is not None,
         PER_ROW=ranges.shape[0] > 1,
         BLOCKS=ranges.shape[1],
+        BIAS=operands.bias is not None,
+        BIAS_B=strides[0],
+        BIAS_H=strides[1],
+        BIAS_T=strides[2],
+        BIAS_S=strides[3],
     )
 
 
 def _metadata(operands: Operands, ranges):
-    """The ranges, and the metadata, with the ranges in the place of what is absent."""
-    return [ranges, *(ranges if array is None else array.astype(jnp.int32) for array in operands.metadata)]
+    """The bias, the ranges, and the metadata, with the ranges in the place of what is absent."""
+    bias = ranges if operands.bias is None else operands.bias
+    return [bias, ranges, *(ranges if array is None else array.astype(jnp.int32) for array in operands.metadata)]
 
 
 def forward(config: Config, operands: Operands):
@@ -96,12 +103,12 @@ def backward(config: Config, operands: Operands, lse, dout, delta):
     arrays = (*operands[:3], dout, lse, delta.astype(jnp.float32))
     both = [jnp.stack(ranges, -1) for ranges in block_ranges(config, operands, block_q, block_k)]
 
-    def call(kernel, ranges, like, grid):
+    def call(kernel, ranges, results, grid):
         return triton_call(
             *arrays,
             *_metadata(operands, ranges),
             kernel=kernel,
-            out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in like],
+            out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in results],
             grid=grid,
             num_warps=warps,
             num_stages=2 if width <= 128 else 1,
@@ -110,7 +117,14 @@ def backward(config: Config, operands: Operands, lse, dout, delta):
 
     (dq,) = call(_queries_kernel, both[0], [operands.q], (triton.cdiv(length, block_q), heads, batch))
     dk, dv = call(_keys_kernel, both[1], operands[1:3], (triton.cdiv(keys, block_k), kv_heads, batch))
-    return dq, dk, dv, None
+    if operands.bias is None:
+        return dq, dk, dv, None
+    # A kernel of its own, run only where somebody asks for this gradient.
+    _, whole_h, whole_q, whole_k = (size > 1 for size in operands.bias.shape)
+    rows = kv_heads * (heads // kv_heads if whole_h else 1)
+    blocks = (triton.cdiv(length, block_q) if whole_q else 1) * (triton.cdiv(keys, block_k) if whole_k else 1)
+    dbias = jax.ShapeDtypeStruct((batch, rows, *operands.bias.shape[2:]), jnp.float32)
+    return dq, dk, dv, *call(_bias_kernel, both[0], [dbias], (blocks, rows, batch))
 
 
 @triton.jit
@@ -139,6 +153,19 @@ def _capped(products, SCALE: tl.constexpr, CAP: tl.constexpr):
         slope = 1 - capped * capped
         scores = CAP * capped
     return scores, slope
+
+
+@triton.jit
+def _biased(
+    scores, biases, row, head, i, j, T: tl.constexpr, S: tl.constexpr,
+    BIAS: tl.constexpr, BIAS_B: tl.constexpr, BIAS_H: tl.constexpr, BIAS_T: tl.constexpr, BIAS_S: tl.constexpr,
+):  # fmt: skip
+    """Scores and their bias, whose strides are 0 where it is broadcast."""
+    if BIAS:
+        base = biases + row.to(tl.int64) * BIAS_B + head.to(tl.int64) * BIAS_H
+        at = base + i.to(tl.int64)[:, None] * BIAS_T + j[None, :] * BIAS_S
+        scores += tl.load(at, mask=(i < T)[:, None] & (j < S)[None, :], other=0.0).to(tl.float32)
+    return scores
 
 
 @triton.jit
@@ -171,11 +198,12 @@ def _hide(
 
 @triton.jit
 def _forward_kernel(
-    q_pointer, k_pointer, v_pointer, ranges, q_ids, k_ids, q_places, k_places, out_pointer, lse_pointer,
+    q_pointer, k_pointer, v_pointer, biases, ranges, q_ids, k_ids, q_places, k_places, out_pointer, lse_pointer,
     T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, POSITIONS: tl.constexpr, PER_ROW: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr, BIAS: tl.constexpr, BIAS_B: tl.constexpr, BIAS_H: tl.constexpr, BIAS_T: tl.constexpr,
+    BIAS_S: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first, where causal
     head, row = tl.program_id(1), tl.program_id(2)
@@ -190,6 +218,7 @@ def _forward_kernel(
         j = step * BLOCK_K + tl.arange(0, BLOCK_K)
         k_at, k_there = _tile(k_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
         scores, _slope = _capped(tl.dot(q, tl.trans(tl.load(k_at, mask=k_there, other=0.0))), SCALE, CAP)
+        scores = _biased(scores, biases, row, head, i, j, T, S, BIAS, BIAS_B, BIAS_H, BIAS_T, BIAS_S)
         if (step < full_lo) | (step >= full_hi):
             scores = _hide(
                 scores, i, j, q_ids, k_ids, q_places, k_places, row, T, S, CAUSAL, WINDOW, SEGMENTS, POSITIONS
@@ -213,29 +242,33 @@ def _forward_kernel(
 
 @triton.jit
 def _gradient_of_scores(
-    q, k, v, dout, lse, delta, edge, i, j, q_ids, k_ids, q_places, k_places, row,
+    q, k, v, dout, lse, delta, edge, i, j, biases, q_ids, k_ids, q_places, k_places, row, head,
     T: tl.constexpr, S: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, POSITIONS: tl.constexpr,
+    BIAS: tl.constexpr, BIAS_B: tl.constexpr, BIAS_H: tl.constexpr, BIAS_T: tl.constexpr, BIAS_S: tl.constexpr,
 ):  # fmt: skip
-    """The weights P of one block, and the gradient of its products q.k."""
+    """The weights P of one block, and the gradients of its biased scores and of its products q.k."""
     scores, slope = _capped(tl.dot(q, tl.trans(k)), SCALE, CAP)
+    scores = _biased(scores, biases, row, head, i, j, T, S, BIAS, BIAS_B, BIAS_H, BIAS_T, BIAS_S)
     if edge:
         scores = _hide(scores, i, j, q_ids, k_ids, q_places, k_places, row, T, S, CAUSAL, WINDOW, SEGMENTS, POSITIONS)
     weights = tl.exp2((scores - lse[:, None]) * LOG2E)
-    dscores = weights * (tl.dot(dout, tl.trans(v)) - delta[:, None]) * SCALE
+    dscores = weights * (tl.dot(dout, tl.trans(v)) - delta[:, None])
+    dproducts = dscores * SCALE
     if CAP > 0:
-        dscores = dscores * slope
-    return weights, dscores
+        dproducts = dproducts * slope
+    return weights, dscores, dproducts
 
 
 @triton.jit
 def _queries_kernel(
     q_pointer, k_pointer, v_pointer, dout_pointer, lse_pointer, delta_pointer,
-    ranges, q_ids, k_ids, q_places, k_places, dq_pointer,
+    biases, ranges, q_ids, k_ids, q_places, k_places, dq_pointer,
     T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, POSITIONS: tl.constexpr, PER_ROW: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr, BIAS: tl.constexpr, BIAS_B: tl.constexpr, BIAS_H: tl.constexpr, BIAS_T: tl.constexpr,
+    BIAS_S: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head, row = tl.program_id(1), tl.program_id(2)
@@ -254,11 +287,12 @@ def _queries_kernel(
         k = tl.load(k_at, mask=k_there, other=0.0)
         v_at, v_there = _tile(v_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
         v = tl.load(v_at, mask=v_there, other=0.0)
-        _weights, dscores = _gradient_of_scores(
-            q, k, v, dout, lse, delta, (step < full_lo) | (step >= full_hi), i, j, q_ids, k_ids, q_places, k_places,
-            row, T, S, SCALE, CAP, CAUSAL, WINDOW, SEGMENTS, POSITIONS,
+        _weights, _dscores, dproducts = _gradient_of_scores(
+            q, k, v, dout, lse, delta, (step < full_lo) | (step >= full_hi), i, j, biases, q_ids, k_ids, q_places,
+            k_places, row, head, T, S, SCALE, CAP, CAUSAL, WINDOW, SEGMENTS, POSITIONS,
+            BIAS, BIAS_B, BIAS_H, BIAS_T, BIAS_S,
         )  # fmt: skip
-        dq = tl.dot(dscores.to(k.dtype), k, dq)
+        dq = tl.dot(dproducts.to(k.dtype), k, dq)
     dq_at, dq_there = _tile(dq_pointer, row, head, i, T, H, D, BLOCK_D)
     tl.store(dq_at, dq.to(q.dtype), mask=dq_there)
 
@@ -266,11 +300,12 @@ def _queries_kernel(
 @triton.jit
 def _keys_kernel(
     q_pointer, k_pointer, v_pointer, dout_pointer, lse_pointer, delta_pointer,
-    ranges, q_ids, k_ids, q_places, k_places, dk_pointer, dv_pointer,
+    biases, ranges, q_ids, k_ids, q_places, k_places, dk_pointer, dv_pointer,
     T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, POSITIONS: tl.constexpr, PER_ROW: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr, BIAS: tl.constexpr, BIAS_B: tl.constexpr, BIAS_H: tl.constexpr, BIAS_T: tl.constexpr,
+    BIAS_S: tl.constexpr,
 ):  # fmt: skip
     block, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     j = block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -291,13 +326,68 @@ def _keys_kernel(
         dout = tl.load(dout_at, mask=dout_there, other=0.0)
         lse = tl.load(lse_pointer + (row * H + head) * T + i, mask=i < T, other=float("inf"))
         delta = tl.load(delta_pointer + (row * H + head) * T + i, mask=i < T, other=0.0)
-        weights, dscores = _gradient_of_scores(
-            q, k, v, dout, lse, delta, (step < full_lo) | (step >= full_hi), i, j, q_ids, k_ids, q_places, k_places,
-            row, T, S, SCALE, CAP, CAUSAL, WINDOW, SEGMENTS, POSITIONS,
+        weights, _dscores, dproducts = _gradient_of_scores(
+            q, k, v, dout, lse, delta, (step < full_lo) | (step >= full_hi), i, j, biases, q_ids, k_ids, q_places,
+            k_places, row, head, T, S, SCALE, CAP, CAUSAL, WINDOW, SEGMENTS, POSITIONS,
+            BIAS, BIAS_B, BIAS_H, BIAS_T, BIAS_S,
         )  # fmt: skip
         dv = tl.dot(tl.trans(weights.to(dout.dtype)), dout, dv)
-        dk = tl.dot(tl.trans(dscores.to(q.dtype)), q, dk)
+        dk = tl.dot(tl.trans(dproducts.to(q.dtype)), q, dk)
     dk_at, dk_there = _tile(dk_pointer, row, kv_head, j, S, K, D, BLOCK_D)
     tl.store(dk_at, dk.to(k.dtype), mask=dk_there)
     dv_at, dv_there = _tile(dv_pointer, row, kv_head, j, S, K, D, BLOCK_D)
     tl.store(dv_at, dv.to(v.dtype), mask=dv_there)
+
+
+@triton.jit
+def _bias_kernel(
+    q_pointer, k_pointer, v_pointer, dout_pointer, lse_pointer, delta_pointer,
+    biases, ranges, q_ids, k_ids, q_places, k_places, dbias_pointer,
+    T: tl.constexpr, S: tl.constexpr, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, POSITIONS: tl.constexpr, PER_ROW: tl.constexpr,
+    BLOCKS: tl.constexpr, BIAS: tl.constexpr, BIAS_B: tl.constexpr, BIAS_H: tl.constexpr, BIAS_T: tl.constexpr,
+    BIAS_S: tl.constexpr,
+):  # fmt: skip
+    """One block of the bias' gradient, summed over the queries, keys and heads of a group that share it."""
+    q_blocks: tl.constexpr = (T + BLOCK_Q - 1) // BLOCK_Q
+    k_blocks: tl.constexpr = (S + BLOCK_K - 1) // BLOCK_K
+    q_turns: tl.constexpr = q_blocks if BIAS_T == 0 else 1
+    k_turns: tl.constexpr = k_blocks if BIAS_S == 0 else 1
+    head_turns: tl.constexpr = H // K if BIAS_H == 0 else 1
+    k_parts: tl.constexpr = k_blocks // k_turns
+    part, bias_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    for turn in range(0, head_turns * q_turns * k_turns):
+        head = bias_head * head_turns + turn // (q_turns * k_turns)
+        block = part // k_parts + turn // k_turns % q_turns
+        step = part % k_parts + turn % k_turns
+        lo, full_lo, full_hi, hi = _range(ranges, row, block, PER_ROW, BLOCKS)
+        if (lo <= step) & (step < hi):
+            i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            j = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            q_at, q_there = _tile(q_pointer, row, head, i, T, H, D, BLOCK_D)
+            dout_at, dout_there = _tile(dout_pointer, row, head, i, T, H, D, BLOCK_D)
+            k_at, k_there = _tile(k_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
+            v_at, v_there = _tile(v_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
+            q, dout = tl.load(q_at, mask=q_there, other=0.0), tl.load(dout_at, mask=dout_there, other=0.0)
+            k, v = tl.load(k_at, mask=k_there, other=0.0), tl.load(v_at, mask=v_there, other=0.0)
+            lse = tl.load(lse_pointer + (row * H + head) * T + i, mask=i < T, other=float("inf"))
+            delta = tl.load(delta_pointer + (row * H + head) * T + i, mask=i < T, other=0.0)
+            _weights, dscores, _dproducts = _gradient_of_scores(
+                q, k, v, dout, lse, delta, (step < full_lo) | (step >= full_hi), i, j, biases, q_ids, k_ids, q_places,
+                k_places, row, head, T, S, SCALE, CAP, CAUSAL, WINDOW, SEGMENTS, POSITIONS,
+                BIAS, BIAS_B, BIAS_H, BIAS_T, BIAS_S,
+            )  # fmt: skip
+            total += dscores
+    rows: tl.constexpr = 1 if BIAS_T == 0 else T
+    columns: tl.constexpr = 1 if BIAS_S == 0 else S
+    i = part // k_parts * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    j = part % k_parts * BLOCK_K + tl.arange(0, BLOCK_K)
+    if BIAS_T == 0:
+        total = tl.where((i == 0)[:, None], tl.sum(total, 0)[None, :], 0.0)
+    if BIAS_S == 0:
+        total = tl.where((j == 0)[None, :], tl.sum(total, 1)[:, None], 0.0)
+    base = dbias_pointer + (row.to(tl.int64) * tl.num_programs(1) + bias_head) * rows * columns
+    at = base + i.to(tl.int64)[:, None] * columns + j[None, :]
+    tl.store(at, total, mask=(i < rows)[:, None] & (j < columns)[None, :])

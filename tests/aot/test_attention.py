@@ -1,6 +1,8 @@
 """Attention's kernels, compiled for H100s that are not here: registers, shared memory, collectives."""
 
+import functools
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -14,7 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from crescendo.pallas_kernels.attention import attention
+from crescendo.pallas_kernels.attention import attention, checking
 from crescendo.pallas_kernels.attention.specs import SPECS
 from crescendo.pallas_kernels.op import target
 
@@ -65,29 +67,61 @@ def test_forward_and_backward_compile_and_the_forward_hardly_spills(width, packe
     assert spills[0] <= (0 if width == 64 or (width <= 128 and not packed) else 256)
 
 
-@pytest.mark.parametrize("width", [64, 80, 128, 256])
-def test_triton_kernels_compile(width):
-    pytest.importorskip("triton")
-    (device,) = h100s(1)
-    where = NamedSharding(Mesh(np.array([device]), ("x",)), P())
-    q, k = (jax.ShapeDtypeStruct((2, 500, heads, width), jnp.bfloat16, sharding=where) for heads in (4, 2))
-    segment_ids = jax.ShapeDtypeStruct((2, 500), jnp.int32, sharding=where)
-
-    def gradients(q, k, v, segment_ids):
-        def total(*arrays):
-            out = attention(*arrays, causal=True, segment_ids=segment_ids, implementation="triton")
-            return out.astype(jnp.float32).sum()
-
-        return jax.grad(total, (0, 1, 2))(q, k, v)
-
+def compile_everything(implementation, spec, device, platform):
+    """Result, log-sum-exp and all gradients of a spec's call, compiled for one device."""
+    mesh = Mesh(np.array([device]), ("x",))
+    call = checking.case(spec)
+    shape = call.arrays["q"].shape
+    cotangents = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:3], jnp.float32)
+    arguments = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P())),
+        (call.arrays, call.metadata, cotangents),
+    )
+    run = functools.partial(checking.everything, implementation, call.options)
+    if platform == "tpu":
+        run = jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     with target(device):
-        lowered = jax.jit(gradients).trace(q, k, k, segment_ids).lower(lowering_platforms=("cuda",))
-    assert lowered.compile().as_text().count('custom_call_target="triton_kernel_call"') == 3
+        return jax.jit(run).trace(*arguments).lower(lowering_platforms=(platform,)).compile()
 
 
 @pytest.mark.parametrize(
     "spec",
-    [spec for spec in SPECS if spec.tags & {"small", "awkward"} and "bias" not in spec.name],
+    [spec for spec in SPECS if spec.tags & {"real", "awkward"} and not spec.name.endswith("-scaled")],
+    ids=lambda spec: spec.name,
+)
+def test_triton_kernels_compile(spec):
+    pytest.importorskip("triton")
+    if spec.name == "float32":
+        with target(h100s(1)[0]), pytest.raises(NotImplementedError, match="triton: needs bfloat16 or float16"):
+            compile_everything("triton", spec, h100s(1)[0], "cuda")
+        return
+    text = compile_everything("triton", spec, h100s(1)[0], "cuda").as_text()
+    assert text.count('custom_call_target="triton_kernel_call"') == (4 if "bias" in checking.case(spec).arrays else 3)
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if not s.name.endswith("-scaled")], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_tpu_kernels_compile(topology, spec):
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    if spec.name == "half":
+        with pytest.raises(NotImplementedError, match="mosaic_tpu: takes float32 and bfloat16, not float16"):
+            compile_everything("mosaic_tpu", spec, device, "tpu")
+        return
+    compiled = compile_everything("mosaic_tpu", spec, device, "tpu")
+    text = compiled.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == (4 if "bias" in checking.case(spec).arrays else 3)
+    call = checking.case(spec)
+    if "bias" in call.arrays:
+        return  # and its gradient are as large as the scores
+    # Heads first, gradients, and what is float32; nothing that is quadratic in the length.
+    tokens = sum(math.prod(array.shape[:3]) for array in (call.arrays["q"], *2 * (call.arrays["k"],)))
+    lanes = -(-call.arrays["q"].shape[3] // 128) * 128
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**22 + 3 * 4 * tokens * lanes
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [spec for spec in SPECS if spec.tags & {"small", "awkward"}],
     ids=lambda s: s.name,
 )
 def test_triton_kernels_interpreted(spec, monkeypatch):
@@ -109,24 +143,15 @@ def test_triton_kernels_interpreted(spec, monkeypatch):
     found.loader.exec_module(stand_in)
     monkeypatch.setattr(kernels, "triton_call", stand_in.triton_call)
     monkeypatch.setattr(kernels, "per_device", lambda pair: pair)
-    arrays, kwargs = spec.inputs(int(np.random.default_rng().integers(2**31)))
-    # The interpreter takes bfloat16 for integers.
-    arrays = [array.astype(jnp.float16) for array in arrays]
-
-    def everything(implementation, arrays):
-        def call(*arrays):
-            out, lse = attention(*arrays, **kwargs, return_lse=True, implementation=implementation)
-            return out.astype(jnp.float32), jnp.where(jnp.isfinite(lse), lse, 0)
-
-        results, pull = jax.vjp(call, *arrays)
-        return *results, *pull(jax.tree.map(jnp.cos, results))
-
+    # The interpreter takes bfloat16 for integers, and the kernels take no float32.
+    seed = int(np.random.default_rng().integers(2**31))
+    given, cotangents = checking.case(spec, seed, jnp.float16), checking.cotangents(spec, seed)
     with target(h100s(1)[0]):
-        results = everything("triton", arrays)
-    exact = everything("reference", [array.astype(jnp.float32) for array in arrays])
-    for result, wanted in zip(results, exact, strict=True):
-        result, wanted = np.asarray(result, np.float64), np.asarray(wanted, np.float64)
-        assert np.linalg.norm(result - wanted) < 2e-3 * max(np.linalg.norm(wanted), 1e-6)
+        results = checking.everything("triton", given.options, given.arrays, given.metadata, cotangents)
+    exact = checking.exactly(given)(cotangents)
+    np.testing.assert_array_equal(results["seen"], exact["seen"])
+    errors = {name: checking.error(result, exact[name]) for name, result in results.items()}
+    assert all(value < 2e-3 for value in errors.values()), errors
 
 
 def test_sharded_by_batch_and_heads_nothing_is_gathered():

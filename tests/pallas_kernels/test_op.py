@@ -147,6 +147,7 @@ def test_under_vmap_and_shard_map_too():
     np.testing.assert_allclose(jax.jit(spread)(q[0], k), expected[0], rtol=1e-5, atol=1e-5)
 
 
-def test_arrays_without_a_common_batch_letter_are_refused():
-    with pytest.raises(ValueError, match="start with the same batch-like letter"):
-        sharded(gram, ["b t h e", "s h e"], ["b t s h"], batch=["b"])
+def test_results_without_the_first_array_s_batch_letter_are_refused():
+    for inputs, outputs in ((["b t h e", "b s h e"], ["t b s h"]), (["t h e", "b s h e"], ["t s h"])):
+        with pytest.raises(ValueError, match="start with the first array's batch-like letter"):
+            sharded(gram, inputs, outputs, batch=["b"])
