@@ -21,7 +21,7 @@ COMMANDS = {
     "generate": "crescendo.experiments.generate",
     "export": "crescendo.experiments.export",
     "import_hf": "crescendo.experiments.import_hf",
-    "describe": "crescendo.parallel.describe",
+    "describe": "crescendo.experiments.describe",
     "doctor": "crescendo.experiments.doctor",
     "benchmark": "crescendo.experiments.benchmark",
     "bench_kernels": "crescendo.pallas_kernels.bench",

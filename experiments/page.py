@@ -38,7 +38,7 @@ class Figure(NamedTuple):
 
 def figure(chart: plots.Chart, arms: plots.Arms) -> Figure:
     """What Plotly draws of a chart."""
-    data = []
+    data: list[dict[str, Any]] = []
     for index, (_, runs) in enumerate(arms):
         for run in runs:
             for curve in chart.curves(run):

@@ -1,5 +1,6 @@
 """Where a sweep's runs execute: as processes here, or through Ray on the machines of a cluster."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -72,13 +73,13 @@ class Ray:
             raise UserError("--launcher ray needs Ray: pip install 'crescendo[ray]'") from None
         if not ray.is_initialized():
             try:
-                ray.init(logging_level="warning", log_to_driver=False, configure_logging=False)
+                ray.init(logging_level=logging.WARNING, log_to_driver=False)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0]
                 raise UserError(f"Ray can't be reached ({reason}): start it, or unset RAY_ADDRESS") from None
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         # Two calls at once: one waits for the process while the other ends it.
-        self._runner: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=2)(_Runner)
+        self._runner: Any = ray.remote(_Runner).options(num_cpus=1, num_gpus=gpus, max_concurrency=2)
         self.slots: list[str | None] = [None] * jobs
 
     def start(self, command: Sequence[str], log: Path, slot: str | None) -> Process:

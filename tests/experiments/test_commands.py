@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from crescendo.experiments import commands
+from crescendo.experiments.cli import run_command
 
 
 @pytest.mark.parametrize("name", commands.COMMANDS)
@@ -55,3 +56,13 @@ def test_bash_completes_commands_options_and_choices(tmp_path: Path, capsys: pyt
     assert complete(script, "crescendo", "crit") == ["critical_batch"]
     assert complete(script, "crescendo", "sweep", "--lau") == ["--launcher"]
     assert set(complete(script, "crescendo", "sweep", "--launcher", "")) >= {"local", "ray", "slurm"}
+
+
+def test_ctrl_c_outside_of_a_loop_is_one_line(capsys: pytest.CaptureFixture):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command(interrupted)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == ("interrupted; what was saved is kept, and the same command goes on from there\n")
