@@ -309,7 +309,7 @@ def _write(arms: Sequence[Arm], out: Path, title: str, sweep: Points | None = No
     html = page.render(
         [*above, *(page.figure(chart, curves) for chart in charts)],
         title=title,
-        headline=headline(arms),
+        headline=headline(arms if sweep is None else arms[:1]),
         columns=list(_COLUMNS),
         rows=[(_note(arm), _cells(arm, arms[0])) for arm in arms],
         sweep_figures=len(above),

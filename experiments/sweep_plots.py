@@ -79,7 +79,9 @@ def parallel_coordinates(rows: Sequence[Row], names: Sequence[str]) -> Figure:
         for height, value in dict(zip(levels, column, strict=True)).items()
         if height in (0, 1) or min(levels) == max(levels)
     ]
-    ticks = {"tickvals": x, "ticktext": [*map(html.escape, map(_short, names)), "val loss"]}
+    labels = [*map(html.escape, map(_short, names)), "val loss"]
+    # In two rows, so that neighbours have room on a phone.
+    ticks = {"tickvals": x, "ticktext": ["<br>" * (i % 2) + label for i, label in enumerate(labels)], "tickangle": 0}
     margin = 0.35
     layout = {
         "xaxis": ticks | {"range": [-margin, len(x) - 1 + margin], "tickfont": {"size": 12}},
@@ -120,15 +122,18 @@ def learning_rate_valley(rows: Sequence[Row], rate: str, others: Sequence[str]) 
         loss for row in rows if (loss := row["loss"]) <= high + (high - low)
     ]  # what diverged would flatten the rest
     margin = 0.08 * (max(shown) - low) or 0.01
+    rates = sorted({float(row["values"][rate]) for row in rows})
+    ticks = {"tickvals": rates} if len(rates) <= 6 else {"dtick": 1 if rates[-1] > 30 * rates[0] else "D2"}
     layout = {
-        "xaxis": {"type": "log", "title": {"text": html.escape(rate)}, "tickformat": "~e"},
+        "xaxis": {"type": "log", "title": {"text": html.escape(rate)}, "tickformat": "~e", **ticks},
         "yaxis": {
             "title": {"text": "validation loss (nats per token)"},
             "range": [low - margin, max(shown) + margin],
             "hoverformat": ".4f",
         },
         "hovermode": "closest",
-        "legend": {"orientation": "h", "y": -0.3, "x": 0, "yanchor": "top"},
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "itemclick": False},
+        "height": 320 + 20 * sum(trace["showlegend"] for trace in data),
     }
     return Figure(f"Loss over {html.escape(_short(rate))}", data, layout)
 

@@ -28,7 +28,7 @@ function layout(figure) {
   const titled = (own) => ({ ...axis, ...own, title: { standoff: 10, font: { size: 12.5 }, ...(own?.title ?? {}) } });
   return {
     ...figure.layout, xaxis: titled(figure.layout.xaxis), yaxis: titled(figure.layout.yaxis),
-    autosize: true, height: 320, margin: { l: 52, r: 14, t: 30, b: 44 }, uirevision: "kept",
+    autosize: true, height: figure.layout.height ?? 320, margin: { l: 52, r: 14, t: 30, b: 44 }, uirevision: "kept",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", size: 12.5, color: style("--muted") },
     hoverlabel: { bgcolor: style("--card"), bordercolor: style("--line"), font: { color: style("--ink") }, namelength: 60 },
