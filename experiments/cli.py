@@ -9,7 +9,7 @@ from crescendo.experiments.interruption import Interrupted
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Calls `main()`; a `UserError` becomes one line on standard error and exit code 2."""
+    """Calls `main()`; a `UserError` becomes one line on standard error and exit code 2, Ctrl-C one and 130."""
     try:
         main()
         sys.stdout.flush()
@@ -18,6 +18,9 @@ def run_command(main: Callable[[], object]) -> None:
         sys.exit(2)
     except Interrupted as stopped:
         print(stopped)
+    except KeyboardInterrupt:
+        print("interrupted; what was saved is kept, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         # The reader went away; a second complaint at interpreter exit is prevented by closing its end here.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -32,6 +32,7 @@ from crescendo.experiments.interruption import Interrupted, Interruption, interr
 from crescendo.experiments.metrics import file_access, is_complete, read_run, replace_file
 from crescendo.experiments.program import chain_transforms, decide_model, fingerprint, needed_statistics
 from crescendo.experiments.progress import duration
+from crescendo.experiments.results_list import Results
 from crescendo.experiments.state import TrainState
 from crescendo.experiments.train import train
 from crescendo.optim.batch_size import constant
@@ -129,8 +130,11 @@ def critical_batch(
     numbers = range(first_seed, first_seed + seeds)
     every = [Branch(seed, start, factor) for seed in numbers for start in starts for factor in factors]
     with run_folder.locked(folder):
-        _check_same(folder, settings)
-        finished = read_branches(folder / "branches.jsonl")
+        results = Results(folder, "branches.jsonl", Branch)
+        # Finished branches stay as they are: points, factors and seeds may be added.
+        added = ("factors", "starts_examples", "seeds", "tolerance")
+        results.check_same({name: value for name, value in settings.items() if name not in added})
+        finished = results.records
         left = [branch for branch in every if branch not in finished]
         for seed in dict.fromkeys(branch.seed for branch in left):
             base = folder / f"base-seed{seed}"
@@ -142,12 +146,12 @@ def critical_batch(
                     bound(run=str(base), label=base.name)
         with Interruption() as interruption:
             for branch, losses in program.run(folder, left, console):
-                finished[branch] = losses
-                _append(folder / "branches.jsonl", branch, losses)
+                # JSON knows no NaN.
+                numbers_or_none = [loss if math.isfinite(loss) else None for loss in losses]
+                results.add(branch._asdict() | {"losses": numbers_or_none})
                 if interruption.requested or time.monotonic() > deadline:
                     break
-        records = [branch._asdict() | {"losses": finished[branch]} for branch in every if branch in finished]
-        curve = make_curve(records, settings)
+        curve = make_curve([finished[branch] for branch in every if branch in finished], settings)
         if curve["tokens"]:
             runs = [read_run(folder / f"base-seed{seed}") for seed in numbers]
             with file_access("write", folder):
@@ -256,43 +260,6 @@ class Program:
                 due.pop(0)
                 losses.append(self._evaluate(state.parameters))
         return losses
-
-
-def read_branches(path: Path) -> dict[Branch, list[float]]:
-    """The finished branches; a torn last line is left out."""
-    finished = {}
-    with file_access("read", path):
-        lines = path.read_text().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            finished[Branch(record["seed"], record["examples"], record["factor"])] = record["losses"]
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):
-                raise UserError(
-                    f"{path} is damaged at line {number}: remove that line to run its branch again"
-                ) from None
-    return finished
-
-
-def _append(path: Path, branch: Branch, losses: Sequence[float]) -> None:
-    # JSON knows no NaN.
-    record = branch._asdict() | {"losses": [loss if math.isfinite(loss) else None for loss in losses]}
-    with file_access("write", path), open(path, "ab") as file:
-        file.write(json.dumps(record).encode() + b"\n")
-
-
-def _check_same(folder: Path, settings: dict[str, Any]) -> None:
-    """That finished branches mean the same as the ones to come; points, factors and seeds may be added."""
-    added = ("factors", "starts_examples", "seeds", "tolerance")
-    fixed = {name: value for name, value in settings.items() if name not in added}
-    before = run_folder.read_info(folder)
-    if before is not None:
-        run_folder.check_resumable(folder, before["fixed"], fixed)
-        return
-    info = run_folder.provenance() | {"fixed": fixed}
-    with file_access("write", folder):
-        replace_file(folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
 
 
 def _check(

@@ -45,6 +45,7 @@ from crescendo.experiments.large_batch_tasks import (
 )
 from crescendo.experiments.metrics import file_access, replace_file
 from crescendo.experiments.progress import duration
+from crescendo.experiments.results_list import Results
 from crescendo.optim import schedules
 
 WARMUP_FRACTION = 0.1
@@ -135,15 +136,10 @@ def large_batch(
     console = Console()
     use_compilation_cache()
     with run_folder.locked(folder), Interruption() as interruption:
-        before = run_folder.read_info(folder)
-        if before is not None:
-            run_folder.check_resumable(folder, before["fixed"], fixed)
-        else:
-            info = run_folder.provenance() | {"fixed": fixed}
-            with file_access("write", folder):
-                replace_file(folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
+        results = Results(folder, "cells.jsonl", Cell)
+        results.check_same(fixed)
         every = [Cell(name, size, seed) for size, name, seed in itertools.product(sizes, names, range(seeds))]
-        finished = read_cells(folder / "cells.jsonl")
+        finished = results.records
         left = [cell for cell in every if cell not in finished]
         if left:
             stack = jax.tree.map(lambda *parts: np.concatenate(parts), *held_out)
@@ -155,8 +151,7 @@ def large_batch(
             try:
                 compiled = {key: pool.submit(programs.compile, *key) for key in dict.fromkeys(c[:2] for c in left)}
                 for cell in left:
-                    finished[cell] = programs.run(cell, compiled[cell[:2]], _count(held_out[0]))
-                    _append(folder / "cells.jsonl", finished[cell])
+                    results.add(programs.run(cell, compiled[cell[:2]], _count(held_out[0])))
                     console.print(progress(cell, every, finished), highlight=False, soft_wrap=True)
                     if interruption.requested or time.monotonic() > deadline:
                         break
@@ -312,30 +307,6 @@ def example_order(examples: int, total: int, batch_size: int, seed: int) -> np.n
     order = np.concatenate([random.permutation(examples) for _ in range(-(-total // examples))])
     steps = total // batch_size
     return order[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)
-
-
-def read_cells(path: Path) -> dict[Cell, dict[str, Any]]:
-    """The finished cells; a line torn by a kill doesn't count.
-
-    Raises:
-      UserError: if the file can't be read.
-    """
-    cells = {}
-    with file_access("read", path):
-        lines = path.read_bytes().splitlines() if path.exists() else []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        cells[Cell(record["optimizer"], record["batch_size"], record["seed"])] = record
-    return cells
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    """Adds a line; its end comes first, so that a line torn by a kill spoils no other."""
-    with file_access("write", path), open(path, "ab") as file:
-        file.write(b"\n" + json.dumps(record).encode())
 
 
 def progress(cell: Cell, every: Sequence[Cell], finished: dict[Cell, dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""The report's charts, each drawn for a light and a dark page.
+"""The report's charts: what each shows of a run, and its picture as a PNG; the page itself draws the same curves.
 
 Colours follow Okabe and Ito's colour-blind-safe palette (lightened on a dark page); every arm has a marker of its own
 too, so that no reader depends on colour.
@@ -7,17 +7,15 @@ too, so that no reader depends on colour.
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from crescendo.experiments.metrics import Columns, Run
 from crescendo.experiments.progress import RunningMean, compact
@@ -32,101 +30,83 @@ MARKERS = "os^DvPX"
 INK = {"light": ("#1c2430", "#5b6675", "#dfe3e8"), "dark": ("#e8ecf1", "#9aa5b4", "#333b46")}
 _MAX_POINTS = 800
 NOISE_COLUMNS = ("noise_scale", "norm_layers_noise_scale")
-TRUST_COLUMNS = ("trust_ratio_median", "trust_ratio_min", "trust_ratio_max")
+
+
+class Curve(NamedTuple):
+    """A line of a chart: what it is of, its points, whether it is `solid`, `faint` or `dotted`, and how it is joined.
+
+    `stairs`: each value holds up to the next x. `points`: the values are few, and marked.
+    """
+
+    label: str
+    x: np.ndarray
+    y: np.ndarray
+    line: str = "solid"
+    stairs: bool = False
+    points: bool = False
 
 
 class Chart(NamedTuple):
-    """A chart: the name of its file, its title, and what draws it, `draw(axes, arms, colors)`.
+    """A chart: the name of its file, its title, the axes' labels, and what it shows of a run.
 
-    `columns` are those of the training records that it shows: where no run has any of them, it is left out.
+    `columns` are those of the training records that it needs: where no run has any of them, it is left out. `log` is
+    the base of a logarithmic vertical axis; `limits` gives the vertical range of all runs, None for all that there is.
     """
 
     name: str
     title: str
-    draw: Callable[[Axes, Arms, Sequence[str]], None]
+    x: str
+    y: str
+    curves: Callable[[Run], list[Curve]]
     columns: tuple[str, ...] = ("loss",)
+    log: int | None = None
+    limits: Callable[[Arms], tuple[float, float] | None] = lambda arms: None
+    format: Callable[[float], str] = lambda value: f"{value:g}"
 
 
-def render(chart: Chart, arms: Arms, *, theme: str, file_format: str) -> bytes:
-    """The chart as a picture on a transparent (SVG) or plain (PNG) ground.
+def render(chart: Chart, arms: Arms) -> bytes:
+    """The chart as a PNG on a light ground.
 
     Args:
       chart: one of `CHARTS`.
       arms: names and the runs behind each, in the order of the colours.
-      theme: `light` or `dark`.
-      file_format: `svg` or `png`.
     """
-    colors = [COLORS[theme][i % len(COLORS[theme])] for i in range(len(arms))]
+    colors = [COLORS["light"][i % len(COLORS["light"])] for i in range(len(arms))]
     picture = io.BytesIO()
-    with matplotlib.rc_context(style(theme)), warnings.catch_warnings():
+    with matplotlib.rc_context(style("light")), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a character that no font has is drawn as a box
         figure = Figure(figsize=(4.8, 3.3), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
         axes = figure.subplots()
-        chart.draw(axes, arms, colors)
+        for index, (_, runs) in enumerate(arms):
+            for curve in (curve for run in runs for curve in chart.curves(run)):
+                marked = curve.points or len(curve.x) == 1
+                axes.plot(
+                    curve.x,
+                    curve.y,
+                    color=colors[index],
+                    alpha=0.4 if curve.line == "faint" else 1,
+                    linewidth=1 if curve.line == "faint" else width(index),
+                    linestyle=":" if curve.line == "dotted" else "-",
+                    drawstyle="steps-post" if curve.stairs else "default",
+                    marker=MARKERS[index % len(MARKERS)] if marked else "",
+                    markersize=4,
+                    markevery=max(1, len(curve.x) // 10),
+                )
+        if chart.log:
+            axes.set_yscale("log", base=chart.log)
+            axes.minorticks_off()
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(lambda value, _: chart.format(value))
+        if limits := chart.limits(arms):
+            axes.set_ylim(*limits)
+        axes.set(xlabel=chart.x, ylabel=chart.y)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(lambda value, _: compact(value))
         axes.set_xlim(left=0)
         _legend(figure, arms, colors)
-        metadata = {"Date": None} if file_format == "svg" else None
-        figure.savefig(picture, format=file_format, dpi=200, transparent=file_format == "svg", metadata=metadata)
+        figure.savefig(picture, format="png", dpi=200)
     return picture.getvalue()
-
-
-def interactive(chart: Chart, arms: Arms) -> dict[str, Any]:
-    """The chart's curves as they are drawn, for a script to draw: `traces` and `axes`, in JSON's own types.
-
-    Args:
-      chart: one of `CHARTS`.
-      arms: names and the runs behind each.
-    """
-    figure = Figure()
-    axes = figure.subplots()
-    marks = [f"#{index:06x}" for index in range(len(arms))]  # not colours: whose curve it is
-    chart.draw(axes, arms, marks)
-    traces = [
-        {
-            "arm": marks.index(str(line.get_color())),
-            "x": _numbers(line.get_xdata()),
-            "y": _numbers(line.get_ydata()),
-            "width": float(line.get_linewidth()),
-            "opacity": float(line.get_alpha() or 1.0),
-            "dash": "dot" if line.get_linestyle() == ":" else "solid",
-            "markers": line.get_marker() not in ("", "None", None),
-            "steps": False,
-        }
-        for line in axes.lines
-    ]
-    for stairs in axes.patches:
-        values, edges, _ = stairs.get_data()  # type: ignore[attr-defined]
-        traces.append(
-            {
-                "arm": marks.index(to_hex(stairs.get_edgecolor())),
-                "x": _numbers(edges),
-                "y": _numbers([*values, *values[-1:]]),
-                "width": float(stairs.get_linewidth()),
-                "opacity": 1.0,
-                "dash": "solid",
-                "markers": False,
-                "steps": True,
-            }
-        )
-    scale, limits = axes.get_yscale(), sorted(axes.get_ylim())
-    return {
-        "traces": traces,
-        "axes": {
-            "x": axes.get_xlabel(),
-            "y": axes.get_ylabel(),
-            "log": scale == "log",
-            "limits": [math.log10(x) for x in limits] if scale == "log" else [float(x) for x in limits],
-            # Ticks that were chosen one by one, such as the batch sizes of a run.
-            "ticks": _numbers(axes.get_yticks()) if isinstance(axes.yaxis.get_major_locator(), FixedLocator) else None,
-        },
-    }
-
-
-def _numbers(values: Any) -> list[float | None]:
-    """As floats of six digits; JSON knows no NaN."""
-    return [float(f"{x:.6g}") if math.isfinite(x) else None for x in np.asarray(values, float).tolist()]
 
 
 def style(theme: str) -> Any:
@@ -169,130 +149,118 @@ def _handle(index: int, color: str) -> Line2D:
     return Line2D([], [], color=color, marker=MARKERS[index % len(MARKERS)], markersize=5, linewidth=1.8)
 
 
-def _loss_against(x: str, label: str) -> Callable[[Axes, Arms, Sequence[str]], None]:
-    """Draws the losses against a column: validation with markers, smoothed training faintly."""
+def _loss_against(x: str) -> Callable[[Run], list[Curve]]:
+    """The losses against a column: training averaged over 2% of the run, and validation."""
 
-    def draw(axes: Axes, arms: Arms, colors: Sequence[str]) -> None:
-        lows, highs = [], []
-        for index, run, color in _each(arms, colors):
-            train, validation = _thin(run.train | {"loss": averaged(run, "loss")}), run.validation
-            marker = "." if len(train[x]) == 1 else ""
-            axes.plot(train[x], train["loss"], color=color, alpha=0.4, linewidth=1, marker=marker)
-            every = max(1, len(validation[x]) // 10)
-            marker = MARKERS[index % len(MARKERS)]
-            axes.plot(
-                validation[x],
-                validation["loss"],
-                color=color,
-                linewidth=1.6,
-                marker=marker,
-                markersize=4,
-                markevery=every,
-            )
-            for curve in (train, validation):
-                finite = np.isfinite(curve["loss"])
-                late = finite & (curve["examples_seen"] >= 0.1 * run.info["total_examples"])
-                lows += curve["loss"][finite].tolist()
-                highs += curve["loss"][late][:1].tolist()
-        # The fall from the untrained loss would hide the differences that matter: it leaves the chart at the top.
-        if highs and max(highs) > min(lows):
-            margin = 0.05 * (max(highs) - min(lows))
-            axes.set_ylim(min(lows) - margin, max(highs) + margin)
-        axes.set_xlabel(label)
-        axes.set_ylabel("loss (nats per token)")
+    def curves(run: Run) -> list[Curve]:
+        train, validation = _thin(run.train | {"loss": averaged(run, "loss")}), run.validation
+        return [
+            Curve("training", train[x], train["loss"], "faint"),
+            Curve("validation", validation[x], validation["loss"], points=True),
+        ]
 
-    return draw
+    return curves
 
 
-def _batch_size(axes: Axes, arms: Arms, colors: Sequence[str]) -> None:
-    """Draws the batch size against tokens as stairs: a step's batch covers the tokens before its record."""
-    sizes: set[int] = set()
-    for index, run, color in _each(arms, colors):
-        batch_size, tokens = run.train["batch_size"], run.train["tokens_seen"]
-        if len(tokens) > 1 and batch_size[-1] < batch_size[-2]:
-            batch_size, tokens = batch_size[:-1], tokens[:-1]  # the last step takes the examples that are left
-        if len(tokens):
-            change = np.flatnonzero(np.diff(batch_size)) + 1
-            edges = np.concatenate([[0], tokens[change - 1], tokens[-1:]])
-            axes.stairs(
-                batch_size[np.concatenate([[0], change])], edges, baseline=None, color=color, linewidth=_width(index)
-            )
-            sizes.update(np.unique(batch_size).tolist())
-    axes.set_yscale("log", base=2)
-    axes.set_ylabel("batch size (examples)")
-    axes.set_xlabel("tokens")
-    if 0 < len(sizes) <= 8:
-        axes.set_yticks(sorted(sizes))
-        axes.set_ylim(min(sizes) / 1.5, max(sizes) * 1.5)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.minorticks_off()
+def loss_limits(arms: Arms) -> tuple[float, float] | None:
+    """From the lowest loss to the highest at a tenth of a run.
+
+    The fall from the untrained loss would hide the differences that matter: it leaves the chart at the top.
+    """
+    lows, highs = [], []
+    for run in (run for _, runs in arms for run in runs):
+        seen = _thin(run.train)["examples_seen"], run.validation["examples_seen"]
+        for curve, examples in zip(_loss_against("step")(run), seen, strict=True):
+            finite = np.isfinite(curve.y)
+            lows += curve.y[finite].tolist()
+            highs += curve.y[finite & (examples >= 0.1 * run.info["total_examples"])][:1].tolist()
+    if not highs or max(highs) <= min(lows):
+        return None
+    margin = 0.05 * (max(highs) - min(lows))
+    return min(lows) - margin, max(highs) + margin
 
 
-def _learning_rate(axes: Axes, arms: Arms, colors: Sequence[str]) -> None:
-    """Draws the learning rate against tokens."""
-    for index, run, color in _each(arms, colors):
-        train = _thin(run.train)
-        marker = "." if len(train["tokens_seen"]) == 1 else ""
-        axes.plot(train["tokens_seen"], train["learning_rate"], color=color, linewidth=_width(index), marker=marker)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(_scientific)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("learning rate")
+def _batch_size(run: Run) -> list[Curve]:
+    """The batch size as stairs: a step's batch covers the tokens before its record."""
+    batch_size, tokens = run.train["batch_size"], run.train["tokens_seen"]
+    if len(tokens) > 1 and batch_size[-1] < batch_size[-2]:
+        batch_size, tokens = batch_size[:-1], tokens[:-1]  # the last step takes the examples that are left
+    if not len(tokens):
+        return []
+    change = np.flatnonzero(np.diff(batch_size)) + 1
+    edges = np.concatenate([[0], tokens[change - 1], tokens[-1:]])
+    return [Curve("batch size", edges, batch_size[np.concatenate([[0], change, [-1]])], stairs=True)]
 
 
-def _noise_scale(axes: Axes, arms: Arms, colors: Sequence[str]) -> None:
-    """Draws the noise scale, averaged over 2% of the run, against tokens; that of norm layers dotted."""
-    for _, run, color in _each(arms, colors):
-        for name, line in zip(NOISE_COLUMNS, ("-", ":"), strict=True):
-            if name in run.train:
-                curve = _thin({"tokens_seen": run.train["tokens_seen"], name: averaged(run, name)})
-                axes.plot(curve["tokens_seen"], curve[name], color=color, linewidth=1.6, linestyle=line)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: compact(value))
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("noise scale (examples)")
+def _against_tokens(*columns: tuple[str, str, str], mean: bool) -> Callable[[Run], list[Curve]]:
+    """Training columns, `(name, label, line)` each, against tokens; averaged over 2% of the run where `mean`."""
+
+    def curves(run: Run) -> list[Curve]:
+        found = [each for each in columns if each[0] in run.train]
+        every = {name: averaged(run, name) if mean else run.train[name] for name, _, _ in found}
+        thin = _thin({"tokens_seen": run.train["tokens_seen"], **every})
+        return [Curve(label, thin["tokens_seen"], thin[name], line) for name, label, line in found]
+
+    return curves
 
 
-def _throughput(axes: Axes, arms: Arms, colors: Sequence[str]) -> None:
-    """Draws the throughput, averaged over 2% of the run, against tokens."""
-    for index, run, color in _each(arms, colors):
-        curve = _thin(
-            {"tokens_seen": run.train["tokens_seen"], "tokens_per_second": averaged(run, "tokens_per_second")}
-        )
-        axes.plot(curve["tokens_seen"], curve["tokens_per_second"], color=color, linewidth=_width(index))
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(lambda value, _: compact(value))
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("tokens a second")
+def scientific(value: float) -> str:
+    """A tick's label.
 
-
-def _trust_ratios(axes: Axes, arms: Arms, colors: Sequence[str]) -> None:
-    """Draws the median of the layers' trust ratios against tokens, and the least and the greatest dotted."""
-    for _, run, color in _each(arms, colors):
-        for name, line in zip(TRUST_COLUMNS, ("-", ":", ":"), strict=True):
-            if name in run.train:
-                curve = _thin({"tokens_seen": run.train["tokens_seen"], name: averaged(run, name)})
-                axes.plot(curve["tokens_seen"], curve[name], color=color, linewidth=1.6, linestyle=line)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("trust ratio")
-
-
-def _scientific(value: float, _: float) -> str:
-    """A tick's label: 0.00025 is `2.5e-4`."""
+    >>> scientific(0.00025)
+    '2.5e-4'
+    """
     return np.format_float_scientific(float(f"{value:.3g}"), trim="-", exp_digits=1) if value else "0"
 
 
+def _from_zero(column: str) -> Callable[[Arms], tuple[float, float] | None]:
+    """The vertical range from 0 to a little above a column's largest value."""
+
+    def limits(arms: Arms) -> tuple[float, float] | None:
+        values = [run.train[column] for _, runs in arms for run in runs]
+        top = max((float(x) for each in values for x in each[np.isfinite(each)]), default=0.0)
+        return (0.0, 1.05 * top) if top > 0 else None
+
+    return limits
+
+
+_LOSS = "loss (nats per token)"
 CHARTS = (
-    Chart("loss_tokens", "Loss against tokens", _loss_against("tokens_seen", "tokens")),
-    Chart("loss_steps", "Loss against steps", _loss_against("step", "optimizer steps")),
-    Chart("batch_size", "Batch size", _batch_size),
-    Chart("learning_rate", "Learning rate", _learning_rate),
-    Chart("throughput", "Throughput", _throughput, ("tokens_per_second",)),
-    Chart("noise_scale", "Gradient noise scale (dotted: of norm layers)", _noise_scale, NOISE_COLUMNS),
-    Chart("trust_ratio", "Trust ratios of layers (dotted: least, greatest)", _trust_ratios, TRUST_COLUMNS),
+    Chart("loss_tokens", "Loss against tokens", "tokens", _LOSS, _loss_against("tokens_seen"), limits=loss_limits),
+    Chart("loss_steps", "Loss against steps", "optimizer steps", _LOSS, _loss_against("step"), limits=loss_limits),
+    Chart("batch_size", "Batch size", "tokens", "batch size (examples)", _batch_size, log=2, format=compact),
+    Chart(
+        *("learning_rate", "Learning rate", "tokens", "learning rate"),
+        _against_tokens(("learning_rate", "learning rate", "solid"), mean=False),
+        limits=_from_zero("learning_rate"),
+        format=scientific,
+    ),
+    Chart(
+        *("throughput", "Throughput", "tokens", "tokens per second"),
+        _against_tokens(("tokens_per_second", "throughput", "solid"), mean=True),
+        limits=_from_zero("tokens_per_second"),
+        format=compact,
+    ),
+    Chart(
+        *("noise_scale", "Gradient noise scale (dotted: of norm layers)", "tokens", "noise scale (examples)"),
+        _against_tokens(
+            ("noise_scale", "all parameters", "solid"), ("norm_layers_noise_scale", "norm layers", "dotted"), mean=True
+        ),
+        columns=NOISE_COLUMNS,
+        log=10,
+        format=compact,
+    ),
+    Chart(
+        *("trust_ratio", "Trust ratios of the layers (dotted: least and largest)", "tokens", "trust ratio"),
+        _against_tokens(
+            ("trust_ratio_median", "median", "solid"),
+            ("trust_ratio_min", "least", "dotted"),
+            ("trust_ratio_max", "largest", "dotted"),
+            mean=True,
+        ),
+        columns=("trust_ratio_median",),
+        log=10,
+    ),
 )
 
 
@@ -308,14 +276,7 @@ def averaged(run: Run, name: str) -> np.ndarray:
     return np.array([mean.add(x, size) for x, size in zip(run.train[name], run.train["batch_size"], strict=True)])
 
 
-def _each(arms: Arms, colors: Sequence[str]) -> Iterator[tuple[int, Run, str]]:
-    """Every run with its arm's index and colour."""
-    for index, ((_, runs), color) in enumerate(zip(arms, colors, strict=True)):
-        for run in runs:
-            yield index, run, color
-
-
-def _width(index: int) -> float:
+def width(index: int) -> float:
     """Thinner from arm to arm, so that curves that lie on each other all show."""
     return max(1.2, 3.2 - 0.8 * index)
 

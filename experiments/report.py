@@ -5,8 +5,6 @@ as the mean of its seeds and their standard deviation.
 """
 
 import argparse
-import base64
-import datetime
 import json
 import math
 import re
@@ -15,16 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-import markupsafe
 import numpy as np
-import plotly.offline
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from crescendo.experiments import plots
+from crescendo.experiments import page, plots
 from crescendo.experiments.cli import run_command
 from crescendo.experiments.metrics import Run, file_access, read_run
 from crescendo.experiments.progress import compact
@@ -42,6 +37,21 @@ _COLUMNS = {  # the page's heading: the terminal's, short enough for 80 columns
     "peak batch size": "peak\nbatch",
 }
 _MAX_EVENTS = 20
+_MAX_POINTS = 50
+
+
+class Points(NamedTuple):
+    """All points of a sweep, for its report.
+
+    Attributes:
+      names: of the values that the sweep sets.
+      rows: of each point the loss and the status as text, and its values.
+      figures: over all points.
+    """
+
+    names: list[str]
+    rows: list[tuple[str, str, list[str]]]
+    figures: list[page.Figure]
 
 
 @dataclass(frozen=True)
@@ -96,13 +106,16 @@ def comparison_table(runs: Sequence[Path]) -> Table:
     return _terminal_table(compare([read_run(run) for run in runs]))
 
 
-def write_report(runs: Sequence[Path], out: Path, title: str = "Training runs compared") -> Path:
+def write_report(
+    runs: Sequence[Path], out: Path, title: str = "Training runs compared", sweep: Points | None = None
+) -> Path:
     """Writes `report.html`, which needs no other file and no network, and the plots as PNG files.
 
     Args:
       runs: run folders; the first one is the baseline.
       out: the folder to write into; made if it doesn't exist.
       title: the page's title.
+      sweep: all points of the sweep whose runs these are.
 
     Returns:
       The path of `report.html`.
@@ -110,7 +123,7 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "Training runs co
     Raises:
       UserError: if a folder is not a run's or `out` can't be written.
     """
-    return _write(compare([read_run(run) for run in runs]), out, title)
+    return _write(compare([read_run(run) for run in runs]), out, title, sweep)
 
 
 def headline(arms: Sequence[Arm]) -> str:
@@ -233,22 +246,6 @@ def _terminal_table(arms: Sequence[Arm]) -> Table:
     return table
 
 
-class _Line(NamedTuple):
-    """One setting of every run."""
-
-    name: str
-    values: list[str]
-    differs: bool
-
-
-def _lines(settings: Sequence[Mapping[str, str]]) -> list[_Line]:
-    """The runs' settings side by side, those that differ first."""
-    names = dict.fromkeys(name for each in settings for name in each)
-    rows = [(name, [each.get(name, "–") for each in settings]) for name in names]
-    lines = [_Line(name, values, len(set(values)) > 1) for name, values in rows]
-    return sorted(lines, key=lambda line: not line.differs)
-
-
 def _bindings(config: str) -> dict[str, str]:
     """The bindings and macros of an operative gin config; lines that are indented continue the one before."""
     bindings: dict[str, str] = {}
@@ -302,53 +299,36 @@ def _eventful(arm: Arm) -> list[tuple[str, Run]]:
     return [(arm.name, arm.runs[0])] if alike else [(run.name, run) for run in arm.runs]
 
 
-def _write(arms: Sequence[Arm], out: Path, title: str) -> Path:
+def _write(arms: Sequence[Arm], out: Path, title: str, sweep: Points | None = None) -> Path:
     """Writes the page and the plots."""
     curves = [(arm.name, arm.runs) for arm in arms]
     runs = [(run, index) for index, arm in enumerate(arms) for run in arm.runs]
-    page = out / "report.html"
-    with file_access("write", out):
-        out.mkdir(parents=True, exist_ok=True)
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = templates.get_template("report.html").render(
+    charts = plots.charts_of(curves)
+    above = [] if sweep is None else sweep.figures
+    path = out / "report.html"
+    html = page.render(
+        [*above, *(page.figure(chart, curves) for chart in charts)],
         title=title,
-        headline=headline(arms),
-        written=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        headline=headline(arms if sweep is None else arms[:1]),
         columns=list(_COLUMNS),
         rows=[(_note(arm), _cells(arm, arms[0])) for arm in arms],
-        colors=plots.COLORS,
-        charts=[
-            (
-                chart.title,
-                *(_data_uri(plots.render(chart, curves, theme=theme, file_format="svg")) for theme in plots.COLORS),
-                plots.interactive(chart, curves),
-            )
-            for chart in plots.charts_of(curves)
-        ],
-        arms=[arm.name for arm in arms],
-        plotly=markupsafe.Markup(plotly.offline.get_plotlyjs()),
+        sweep_figures=len(above),
+        points=[] if sweep is None else sweep.rows,
+        point_names=[] if sweep is None else sweep.names,
+        shown_points=_MAX_POINTS,
         runs=[(run.name, index) for run, index in runs],
         events=[(name, index, _events(run)) for index, arm in enumerate(arms) for name, run in _eventful(arm)],
         tables=[
-            ("Configuration", _lines([_bindings(run.config) for run, _ in runs])),
-            ("Machine and versions", _lines([_facts(run.info) for run, _ in runs])),
+            ("Configuration", page.side_by_side([_bindings(run.config) for run, _ in runs])),
+            ("Machine and versions", page.side_by_side([_facts(run.info) for run, _ in runs])),
         ],
     )
     with file_access("write", out):
-        for chart in plots.charts_of(curves):
-            (out / f"{chart.name}.png").write_bytes(plots.render(chart, curves, theme="light", file_format="png"))
-        page.write_text(html, encoding="utf-8")
-    return page
-
-
-def _data_uri(svg: bytes) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+        out.mkdir(parents=True, exist_ok=True)
+        for chart in charts:
+            (out / f"{chart.name}.png").write_bytes(plots.render(chart, curves))
+        path.write_text(html, encoding="utf-8")
+    return path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -361,13 +341,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where to write (default: report in the first RUN)")
-    parser.add_argument("--title", default="Training runs compared", help="the page's title (default: %(default)s)")
+    parser.add_argument("--title", help="the page's title")
     arguments = parser.parse_args(argv)
     arms = compare([read_run(run) for run in arguments.runs])
     console = Console()
     console.print(_terminal_table(arms))
-    page = _write(arms, arguments.out or arguments.runs[0] / "report", arguments.title)
-    console.print(Text(f"\n{headline(arms)}\n{page}"), soft_wrap=True)
+    title = arguments.title or ("Training runs compared" if len(arguments.runs) > 1 else "A training run")
+    path = _write(arms, arguments.out or arguments.runs[0] / "report", title)
+    console.print(Text(f"\n{headline(arms)}\n{path}"), soft_wrap=True)
 
 
 if __name__ == "__main__":

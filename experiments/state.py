@@ -21,12 +21,9 @@ Tree = Any
 
 NOISE_SCALES = {"gradient": "noise_scale", "norm_layers": "norm_layers_noise_scale"}
 """The columns of the noise scales, in examples, by their source; `_error` behind it is the standard error's."""
-TRUST_RATIOS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "trust_ratio_min": jnp.min,
-    "trust_ratio_median": jnp.median,
-    "trust_ratio_max": jnp.max,
-}
-"""The columns of an optimizer's trust ratios, over all layers and parameters; 1 where a parameter has none."""
+
+TRUST_RATIOS = ("trust_ratio_min", "trust_ratio_median", "trust_ratio_max")
+"""The columns of the layers' trust ratios, where the optimizer has them (LAMB, LARS)."""
 
 
 @jax.tree_util.register_dataclass
@@ -190,12 +187,19 @@ def make_step(
         }
         for source, found in current_noise_scales(opt_state).items():
             metrics |= {NOISE_SCALES[source]: found.value, f"{NOISE_SCALES[source]}_error": found.standard_error}
-        ratios = optax.tree_utils.tree_get(opt_state, "trust_ratio")
-        if ratios is not None:
-            metrics |= {name: reduce(ratios) for name, reduce in TRUST_RATIOS.items()}
-        return state, metrics
+        return state, metrics | _trust_ratios(opt_state)
 
     return step
+
+
+def _trust_ratios(opt_state) -> dict[str, jax.Array]:
+    """The least, the median and the largest trust ratio of the layers that have one: all but those of exactly 1."""
+    ratios = optax.tree_utils.tree_get(opt_state, "trust_ratio")
+    if ratios is None:
+        return {}
+    ratios = jnp.where(ratios == 1, jnp.nan, ratios)  # excluded, or of a layer that is still 0
+    found = (jnp.nanmin(ratios), jnp.nanmedian(ratios), jnp.nanmax(ratios))
+    return dict(zip(TRUST_RATIOS, found, strict=True))
 
 
 def _learning_rate(opt_state):

@@ -7,10 +7,7 @@ losses) kept in the sweep's folder.
 
 import json
 import math
-import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +26,8 @@ from crescendo.experiments.errors import UserError
 from crescendo.experiments.interruption import Interrupted, Interruption
 from crescendo.experiments.metrics import file_access, is_complete, read_records, replace_file
 from crescendo.experiments.progress import duration
-from crescendo.experiments.report import write_report
+from crescendo.experiments.report import Points, write_report
+from crescendo.experiments.sweep_launchers import Launcher, Local, Process, Ray
 from crescendo.experiments.sweep_points import Point, axis, enumerate_points, spaces, zipped
 
 EXAMPLES = """examples:
@@ -38,19 +36,22 @@ EXAMPLES = """examples:
   python -m crescendo.experiments.sweep --grid 'LEARNING_RATE = [1e-3]' --chain --grid 'train.seed = [1, 2]'
   python -m crescendo.experiments.sweep --search 'LEARNING_RATE = log(1e-4, 1e-2)' --trials 20
   python -m crescendo.experiments.sweep --grid 'LEARNING_RATE = [1e-3, 3e-3]' --launcher slurm > sweep.sh
+  RAY_ADDRESS=HOST:6379 python -m crescendo.experiments.sweep --search 'LEARNING_RATE = log(1e-4, 1e-2)' \\
+    --trials 64 --jobs 16 --launcher ray
 
 The same command goes on where it was interrupted: a finished point is never run again, a failed one is tried anew."""
 
 _POLL_SECONDS = 0.2
 _SHOWN = 20
+_ENDED = ("done", "pruned", "failed")
 
 
 class Job(NamedTuple):
     """A point whose process runs."""
 
     point: Point
-    process: subprocess.Popen
-    devices: str | None
+    process: Process
+    slot: str | None
     started: float
 
 
@@ -59,35 +60,6 @@ def command(point: Point, folder: Path, configs: Sequence[str], bindings: Sequen
     parts = [sys.executable, "-m", "crescendo.experiments.train", "--run", str(folder / point.name)]
     parts += [part for config in configs for part in ("--config", config)]
     return parts + [part for binding in (*bindings, *point.bindings) for part in ("--set", binding)]
-
-
-def divide_devices(devices: Sequence[str], jobs: int) -> list[str | None]:
-    """`CUDA_VISIBLE_DEVICES` of each of the jobs that run at once; None where there are no such devices.
-
-    >>> divide_devices(["0", "1", "2", "3"], 2)
-    ['0,1', '2,3']
-
-    Raises:
-      UserError: for more jobs than devices.
-    """
-    if not devices:
-        return [None] * jobs
-    if jobs > len(devices):
-        raise UserError(f"--jobs {jobs} is more than the {len(devices)} devices: each run needs one")
-    each = len(devices) // jobs
-    return [",".join(devices[i * each : (i + 1) * each]) for i in range(jobs)]
-
-
-def _cuda_devices() -> list[str]:
-    """The NVIDIA GPUs that this process may use; found without JAX, which would take their memory."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name]
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [str(i) for i, line in enumerate(listed.splitlines()) if line.startswith("GPU ")]
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
@@ -103,8 +75,9 @@ def _finite(loss: float | None) -> float:
 class Outcomes:
     """What became of the points, by name: `sweep.json` in the sweep's folder, and the table on the screen."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, total: int = 0):
+        self.folder, self.total = folder, total
+        self.ended = 0  # before this session
         self.rows: dict[str, dict[str, Any]] = {}
 
     def put(self, point: Point, status: str, **more: Any) -> None:
@@ -127,12 +100,27 @@ class Outcomes:
         done = [(name, row) for name, row in self.rows.items() if row["status"] == "done" and row["loss"] is not None]
         return sorted(done, key=lambda entry: entry[1]["loss"])
 
+    def points(self) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+        """For the report: the values' names, and of each point its loss, status and values; the best first."""
+        ranked = [row for _, row in self.ranked()]
+        rows = ranked + [row for row in self.rows.values() if row not in ranked]
+        names = list(dict.fromkeys(name for row in rows for name in row["values"]))
+        loss = lambda row: "–" if row["loss"] is None else f"{row['loss']:.4f}"  # noqa: E731
+        why = lambda row: f": {row['why']}" if row.get("why") else ""  # noqa: E731
+        return names, [
+            (loss(row), row["status"] + why(row), [row["values"].get(name, "–") for name in names]) for row in rows
+        ]
+
     def table(self, seconds: float = 0.0) -> Table:
         """The best and the unfinished points, and a line that counts all."""
         counts: dict[str, int] = {}
         for row in self.rows.values():
             counts[row["status"]] = counts.get(row["status"], 0) + 1
         title = ", ".join(f"{count} {status}" for status, count in counts.items()) + f", {duration(seconds)}"
+        ended = sum(counts.get(status, 0) for status in _ENDED)
+        if seconds and self.ended < ended < self.total:
+            left = seconds / (ended - self.ended) * (self.total - ended)
+            title += f", about {duration(left)} left"
         table = Table(title=Text(title), title_justify="left", box=None, header_style="bold")
         for heading in ("point", "status", "val loss"):
             table.add_column(heading, overflow="fold")
@@ -156,10 +144,10 @@ def run_points(
     *,
     configs: Sequence[str],
     bindings: Sequence[str],
-    jobs: int,
+    launcher: Launcher,
     console: Console,
 ) -> None:
-    """Runs what `draw` gives until it gives None, `jobs` at once.
+    """Runs what `draw` gives until it gives None, as many at once as the launcher has slots.
 
     Args:
       folder: of the sweep; each point gets a run folder in it and its output in `NAME.log`.
@@ -169,13 +157,13 @@ def run_points(
       outcomes: the record of all points.
       configs: gin files.
       bindings: gin statements of every point.
-      jobs: how many at once; the NVIDIA GPUs are divided among them.
+      launcher: where the runs execute.
       console: for the live table.
 
     Raises:
       Interrupted: after Ctrl-C or SIGTERM, when the running points have saved.
     """
-    free = divide_devices(_cuda_devices(), jobs)
+    free = list(launcher.slots)
     running: list[Job] = []
     pruned: set[str] = set()
     begin, more = time.monotonic(), True
@@ -189,36 +177,29 @@ def run_points(
                     break
                 if is_complete(folder / point.name):
                     outcomes.put(point, "done")
+                    outcomes.ended += 1
                     finish(point, "done", losses(folder / point.name)[-1][1])
                     continue
-                devices = free.pop()
-                environment = os.environ | ({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices})
-                with file_access("write", folder), open(folder / f"{point.name}.log", "ab") as log:
-                    process = subprocess.Popen(
-                        command(point, folder, configs, bindings),
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        env=environment,
-                        start_new_session=True,  # Ctrl-C reaches it once, from here
-                    )
-                running.append(Job(point, process, devices, time.monotonic()))
+                slot = free.pop()
+                start = command(point, folder, configs, bindings)
+                process = launcher.start(start, folder / f"{point.name}.log", slot)
+                running.append(Job(point, process, slot, time.monotonic()))
                 outcomes.put(point, "running")
                 outcomes.save()
             if interruption.requested and not stopped:
                 stopped, more = True, False
                 for job in running:
-                    job.process.send_signal(signal.SIGTERM)
+                    job.process.terminate()
             for job in list(running):
                 code = job.process.poll()
                 if code is None:
                     outcomes.put(job.point, "running")
                     if job.point.name not in pruned and not stopped and prune(job.point):
                         pruned.add(job.point.name)
-                        job.process.send_signal(signal.SIGTERM)
+                        job.process.terminate()
                     continue
                 running.remove(job)
-                free.append(job.devices)
+                free.append(job.slot)
                 name = job.point.name
                 seen = losses(folder / name)
                 why = ""
@@ -265,6 +246,7 @@ def search(folder: Path, texts: Sequence[str], trials: int, outcomes: Outcomes, 
     )
     ended = 0
     left, trial_of = [], {}
+    reported: dict[str, int] = {}
     for frozen in study.get_trials(deepcopy=False):
         if frozen.params and set(frozen.params) != set(distributions):
             raise UserError(
@@ -272,12 +254,13 @@ def search(folder: Path, texts: Sequence[str], trials: int, outcomes: Outcomes, 
             )
         if frozen.state == optuna.trial.TrialState.RUNNING:
             left.append(frozen)
+            reported[_trial_point(frozen).name] = len(frozen.intermediate_values)
         elif frozen.state != optuna.trial.TrialState.FAIL:
             ended += 1
             status = "done" if frozen.state == optuna.trial.TrialState.COMPLETE else "pruned"
             outcomes.put(_trial_point(frozen), status)
+            outcomes.ended += 1
     budget = max(0, trials - ended)
-    reported: dict[str, int] = {}
 
     def draw() -> Point | None:
         nonlocal budget
@@ -290,15 +273,19 @@ def search(folder: Path, texts: Sequence[str], trials: int, outcomes: Outcomes, 
         trial_of[point.name] = trial
         return point
 
+    def report(point: Point) -> bool:
+        """Tells the trial of the losses that it doesn't know yet; whether there were any."""
+        new = losses(folder / point.name)[reported.get(point.name, 0) :]
+        for examples, loss in new:
+            trial_of[point.name].report(loss, examples)
+        reported[point.name] = reported.get(point.name, 0) + len(new)
+        return bool(new)
+
     def prune(point: Point) -> bool:
-        trial, seen = trial_of[point.name], losses(folder / point.name)
-        for examples, loss in seen[reported.get(point.name, 0) :]:
-            trial.report(loss, examples)
-        changed = len(seen) > reported.get(point.name, 0)
-        reported[point.name] = len(seen)
-        return changed and trial.should_prune()
+        return report(point) and trial_of[point.name].should_prune()
 
     def finish(point: Point, status: str, loss: float) -> None:
+        report(point)  # the pruner compares others with those of a run that ended between two looks too
         states = optuna.trial.TrialState
         if status == "done" and math.isfinite(loss):
             study.tell(trial_of[point.name], loss)
@@ -337,10 +324,9 @@ def finish_sweep(folder: Path, outcomes: Outcomes, console: Console, best: int =
     console.print(outcomes.table())
     if not ranked:
         raise UserError(f"no point of {folder} has finished with a finite loss: see the .log files there")
-    page = write_report([folder / name for name, _ in ranked[:best]], folder / "report", title="Best runs of the sweep")
-    with file_access("write", folder):
-        for name, picture in sweep_plots.draw([row for _, row in ranked]).items():
-            (folder / "report" / f"{name}.png").write_bytes(picture)
+    points = Points(*outcomes.points(), figures=sweep_plots.figures([row for _, row in ranked]))
+    runs = [folder / name for name, _ in ranked[:best]]
+    page = write_report(runs, folder / "report", title="A sweep and its best runs", sweep=points)
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
@@ -353,8 +339,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--chain", dest="parts", action="append_const", const=None, help="what follows comes after, not times, before")
     add("--search", action="append", default=[], metavar="'NAME = log(LOW, HIGH)'", help="or uniform, int, choice")
     add("--trials", type=int, default=20, help="of a search (default 20)")
-    add("--jobs", type=int, default=1, help="runs at once, NVIDIA GPUs divided among them (default 1)")
-    add("--launcher", choices=["local", "slurm"], default="local", help="slurm prints an array script (default local)")
+    add("--jobs", type=int, default=1, help="runs at once; here, NVIDIA GPUs are divided among them (default 1)")
+    add(
+        "--launcher",
+        choices=["local", "ray", "slurm"],
+        default="local",
+        help="ray: on the cluster at RAY_ADDRESS, a GPU each; slurm: print an array script (default local)",
+    )
     add("--run", default="runs/sweep", help="the folder for the runs and the report")
     arguments = parser.parse_args(argv)
     configs, folder, console = arguments.config or ["debug.gin"], Path(arguments.run), Console()
@@ -379,8 +370,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with file_access("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
-    outcomes = Outcomes(folder)
-    options = {"configs": configs, "bindings": arguments.set, "jobs": arguments.jobs, "console": console}
+    outcomes = Outcomes(folder, arguments.trials if arguments.search else len(points))
+    launcher = (Ray if arguments.launcher == "ray" else Local)(arguments.jobs)
+    options = {"configs": configs, "bindings": arguments.set, "launcher": launcher, "console": console}
     if arguments.search:
         search(folder, arguments.search, arguments.trials, outcomes, **options)
     else:

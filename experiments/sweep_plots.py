@@ -1,14 +1,11 @@
-"""A sweep's pictures: parallel coordinates, and the valley of the loss over the learning rate."""
+"""A sweep's charts for its report: parallel coordinates, and the valley of the loss over the learning rate."""
 
-import io
+import html
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
-
-from crescendo.experiments import plots
+from crescendo.experiments.page import SYMBOLS, Figure
 
 Row = Mapping[str, Any]
 
@@ -33,50 +30,116 @@ def _heights(values: Sequence[str]) -> list[float]:
     return [0.5 if high == low else (number - low) / (high - low) for number in numbers]
 
 
-def _parallel(figure: Figure, rows: Sequence[Row], names: Sequence[str]) -> None:
-    axes = figure.subplots()
-    columns = [[row["values"][name] for row in rows] for name in names]
-    columns.append([f"{row['loss']:.6g}" for row in rows])
+def _short(name: str) -> str:
+    return name.split(".")[-1]
+
+
+def _setting(row: Row, names: Sequence[str]) -> str:
+    """The point's values in a line, as Plotly shows text."""
+    return html.escape(", ".join(f"{_short(name)} = {_brief(row['values'][name])}" for name in names))
+
+
+def _brief(text: str) -> str:
+    """A number in four digits; other text as it is."""
+    return f"{float(text):.4g}" if math.isfinite(_number(text)) else text
+
+
+def parallel_coordinates(rows: Sequence[Row], names: Sequence[str]) -> Figure:
+    """A line for each point through an axis for each value, and the loss last; the best one is strong."""
+    columns = [[row["values"][name] for row in rows] for name in names] + [[repr(row["loss"]) for row in rows]]
     heights = [_heights(column) for column in columns]
-    colors = matplotlib.colormaps["viridis"]
-    # The worst are drawn first, so that the best lie on top.
+    x = list(range(len(columns)))
+    data: list[dict[str, Any]] = []
+    # The worst are drawn first, so that the best lie on top; the weaker the worse.
     for i in reversed(range(len(rows))):
-        axes.plot([height[i] for height in heights], color=colors(heights[-1][i]), linewidth=2.5 if i == 0 else 1)
-    for x, (column, height) in enumerate(zip(columns, heights, strict=True)):
-        axes.axvline(x, color=plots.INK["light"][2], linewidth=0.8, zorder=0)
-        for at, value in {at: value for at, value in zip(height, column, strict=True) if at in (0, 0.5, 1)}.items():
-            axes.text(x + 0.02, at, value, fontsize=7)
-    axes.set_xticks(range(len(columns)), [*(name.split(".")[-1] for name in names), "val loss"])
-    axes.set_yticks([])
-    axes.grid(visible=False)
-
-
-def _valley(figure: Figure, rows: Sequence[Row], rate: str, others: Sequence[str]) -> None:
-    axes = figure.subplots()
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        label = ", ".join(f"{name.split('.')[-1]} = {row['values'][name]}" for name in others)
-        lines.setdefault(label, []).append((float(row["values"][rate]), row["loss"]))
-    many = len(lines) > len(plots.MARKERS)  # a search: a cloud of points, not lines
-    for i, (label, points) in enumerate(
-        {"": [p for ps in lines.values() for p in ps]}.items() if many else lines.items()
-    ):
-        axes.plot(
-            *zip(*sorted(points), strict=True),
-            marker=plots.MARKERS[i],
-            color=plots.COLORS["light"][i % len(plots.COLORS["light"])],
-            linestyle="none" if many else "-",
-            label=label or None,
+        label = f"{_setting(rows[i], names)}: {rows[i]['loss']:.4f}"
+        data.append(
+            {
+                "x": x,
+                "y": [round(height[i], 5) for height in heights],
+                "meta": 0 if i == 0 else None,
+                "mode": "lines+markers",
+                "opacity": 1 if i == 0 else 0.2 + 0.5 * (1 - heights[-1][i]),
+                "line": {"width": 3 if i == 0 else 1.3, "shape": "spline", "smoothing": 0.4},
+                "marker": {"size": 7 if i == 0 else 4},
+                "hovertemplate": f"{label}<extra></extra>",
+                "name": label,
+            }
         )
-    axes.set_xscale("log")
-    axes.set_xlabel(rate)
-    axes.set_ylabel("validation loss (nats)")
-    if not many and any(lines):
-        axes.legend(frameon=False, fontsize=7)
+    marks = [
+        {
+            "x": at,
+            "y": height,
+            "text": html.escape(_brief(value)),
+            "showarrow": False,
+            "yshift": 13 if height == 1 else -13,
+            "font": {"size": 11},
+        }
+        for at, (column, levels) in enumerate(zip(columns, heights, strict=True))
+        for height, value in dict(zip(levels, column, strict=True)).items()
+        if height in (0, 1) or min(levels) == max(levels)
+    ]
+    labels = [*map(html.escape, map(_short, names)), "val loss"]
+    # In two rows, so that neighbours have room on a phone.
+    ticks = {"tickvals": x, "ticktext": ["<br>" * (i % 2) + label for i, label in enumerate(labels)], "tickangle": 0}
+    margin = 0.35
+    layout = {
+        "xaxis": ticks | {"range": [-margin, len(x) - 1 + margin], "tickfont": {"size": 12}},
+        "yaxis": {"showticklabels": False, "showgrid": False, "range": [-0.15, 1.15]},
+        "annotations": marks,
+        "hovermode": "closest",
+    }
+    return Figure("Parallel coordinates", data, layout)
 
 
-def draw(rows: Sequence[Row]) -> dict[str, bytes]:
-    """The pictures as PNG by name; the valley only where every row has a learning rate or a peak.
+def learning_rate_valley(rows: Sequence[Row], rate: str, others: Sequence[str]) -> Figure:
+    """The loss over the learning rate: a line for each setting of the other values, or a cloud where these are many."""
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(_setting(row, others), []).append(row)
+    cloud = len(lines) > len(SYMBOLS)  # a search: points, not lines
+    if cloud:
+        lines = {"": list(rows)}
+    data: list[dict[str, Any]] = []
+    for i, (label, members) in enumerate(lines.items()):
+        members = sorted(members, key=lambda row: float(row["values"][rate]))
+        data.append(
+            {
+                "x": [float(row["values"][rate]) for row in members],
+                "y": [row["loss"] for row in members],
+                "meta": i,
+                "mode": "markers" if cloud else "lines+markers",
+                "marker": {"size": 8, "symbol": SYMBOLS[i]},
+                "line": {"width": 2},
+                "text": [f"{_setting(row, [rate, *others])}: {row['loss']:.4f}" for row in members],
+                "hovertemplate": "%{text}<extra></extra>",
+                "name": label,
+                "showlegend": not cloud and len(lines) > 1,
+            }
+        )
+    low, high = min(row["loss"] for row in rows), sorted(row["loss"] for row in rows)[(3 * len(rows)) // 4]
+    shown = [
+        loss for row in rows if (loss := row["loss"]) <= high + (high - low)
+    ]  # what diverged would flatten the rest
+    margin = 0.08 * (max(shown) - low) or 0.01
+    rates = sorted({float(row["values"][rate]) for row in rows})
+    ticks = {"tickvals": rates} if len(rates) <= 6 else {"dtick": 1 if rates[-1] > 30 * rates[0] else "D2"}
+    layout = {
+        "xaxis": {"type": "log", "title": {"text": html.escape(rate)}, "tickformat": "~e", **ticks},
+        "yaxis": {
+            "title": {"text": "validation loss (nats per token)"},
+            "range": [low - margin, max(shown) + margin],
+            "hoverformat": ".4f",
+        },
+        "hovermode": "closest",
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "itemclick": False},
+        "height": 320 + 20 * sum(trace["showlegend"] for trace in data),
+    }
+    return Figure(f"Loss over {html.escape(_short(rate))}", data, layout)
+
+
+def figures(rows: Sequence[Row]) -> list[Figure]:
+    """The charts over all points; the valley only where every row has a learning rate or a peak.
 
     Args:
       rows: with `values` (gin text by binding) and a finite `loss`, best first.
@@ -84,15 +147,7 @@ def draw(rows: Sequence[Row]) -> dict[str, bytes]:
     names = [name for name in rows[0]["values"] if all(name in row["values"] for row in rows)]
     rates = [name for name in names if name.lower().endswith(("learning_rate", "peak"))]
     rates = [name for name in rates if all(_number(row["values"][name]) > 0 for row in rows)]
-    pictures = {}
-    with matplotlib.rc_context(plots.style("light")):
-        figures = {"parallel_coordinates": Figure(figsize=(1.6 * len(names) + 2.5, 4), layout="constrained")}
-        _parallel(figures["parallel_coordinates"], rows, names)
-        if rates:
-            figures["learning_rate_valley"] = Figure(figsize=(5.5, 4), layout="constrained")
-            _valley(figures["learning_rate_valley"], rows, rates[0], [name for name in names if name != rates[0]])
-        for name, figure in figures.items():
-            picture = io.BytesIO()
-            figure.savefig(picture, format="png", dpi=160)
-            pictures[name] = picture.getvalue()
-    return pictures
+    found = [parallel_coordinates(rows, names)]
+    if rates:
+        found.append(learning_rate_valley(rows, rates[0], [name for name in names if name != rates[0]]))
+    return found

@@ -1,59 +1,57 @@
-// Draws each chart in the place of its picture, and again when the reader's colours change from light to dark or back.
 "use strict";
-const { arms, charts } = JSON.parse(document.getElementById("curves").textContent);
-const colours = matchMedia("(prefers-color-scheme: dark)");
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const plots = [...document.querySelectorAll(".plot")];
+const hidden = new Set();
+const touch = matchMedia("(pointer: coarse)").matches;
 
-function colour(name) {
+function style(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-function armColour(index) {
-  const known = [...Array(20).keys()].filter((i) => colour(`--arm-${i}`));
-  return colour(`--arm-${index % known.length}`);
+// Colours are the page's; an arm that was switched off stays off.
+function traces(figure) {
+  return figure.data.map((trace) => {
+    const arms = Number(style("--arms"));
+    const color = trace.meta === null ? style("--muted") : style(`--arm-${trace.meta % arms}`);
+    return {
+      type: "scatter", showlegend: false, ...trace, visible: !hidden.has(trace.meta),
+      line: { ...trace.line, color }, marker: { ...trace.marker, color },
+    };
+  });
 }
 
-function trace(curve) {
-  const mark = curve.markers;
+function layout(figure) {
+  const axis = {
+    gridcolor: style("--line"), linecolor: style("--line"), zeroline: false, automargin: true, fixedrange: false,
+    exponentformat: "B", separatethousands: true, tickfont: { size: 11.5 }, nticks: 6,
+  };
+  const titled = (own) => ({ ...axis, ...own, title: { standoff: 10, font: { size: 12.5 }, ...(own?.title ?? {}) } });
   return {
-    type: "scatter",
-    x: curve.x,
-    y: curve.y,
-    name: arms[curve.arm],
-    mode: mark ? "lines+markers" : "lines",
-    opacity: curve.opacity,
-    line: { color: armColour(curve.arm), width: curve.width, dash: curve.dash, shape: curve.steps ? "hv" : "linear" },
-    marker: { size: 5 },
-    hovertemplate: "%{y:.4~g} at %{x:.4~s}<extra>%{fullData.name}</extra>",
+    ...figure.layout, xaxis: titled(figure.layout.xaxis), yaxis: titled(figure.layout.yaxis),
+    autosize: true, height: figure.layout.height ?? 320, margin: { l: 52, r: 14, t: 30, b: 44 }, uirevision: "kept",
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: "system-ui, sans-serif", size: 12.5, color: style("--muted") },
+    hoverlabel: { bgcolor: style("--card"), bordercolor: style("--line"), font: { color: style("--ink") }, namelength: 60 },
+    dragmode: touch ? false : "zoom", // a finger scrolls the page; the bar's buttons zoom
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--muted"), activecolor: style("--ink") },
   };
 }
-
-function layout(axes) {
-  const line = { gridcolor: colour("--line"), linecolor: colour("--line"), zeroline: false, automargin: true };
-  const ticks = axes.ticks ? { tickvals: axes.ticks } : { nticks: 6 };
-  return {
-    showlegend: false,
-    hovermode: "closest",
-    dragmode: "zoom",
-    margin: { l: 8, r: 12, t: 8, b: 8 },
-    paper_bgcolor: "rgba(0,0,0,0)",
-    plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: colour("--muted"), size: 12 },
-    hoverlabel: { font: { size: 12 }, namelength: 40 },
-    xaxis: { ...line, title: { text: axes.x }, rangemode: "tozero", tickformat: "~s", nticks: 6 },
-    yaxis: { ...line, title: { text: axes.y }, type: axes.log ? "log" : "linear", range: axes.limits, ...ticks },
-  };
-}
-
-const options = { responsive: true, displayModeBar: false };
 
 function draw() {
-  for (const place of document.querySelectorAll(".chart")) {
-    const { traces, axes } = charts[place.dataset.chart];
-    place.querySelector("picture")?.remove();
-    place.classList.add("drawn");
-    Plotly.react(place, traces.map(trace), layout(axes), options);
-  }
+  return Promise.all(plots.map((place, i) => Plotly.react(place, traces(figures[i]), layout(figures[i]), {
+    responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "", displayModeBar: touch ? true : "hover",
+    modeBarButtonsToRemove: touch ? ["zoom2d", "pan2d", "select2d", "lasso2d", "autoScale2d"] : ["select2d", "lasso2d", "autoScale2d"],
+  })));
 }
 
-draw();
-colours.addEventListener("change", draw);
+for (const button of document.querySelectorAll("button[data-arm]")) {
+  button.addEventListener("click", () => {
+    const arm = Number(button.dataset.arm);
+    const shown = hidden.delete(arm);
+    if (!shown) hidden.add(arm);
+    button.setAttribute("aria-pressed", String(shown));
+    draw();
+  });
+}
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+draw().then(() => document.documentElement.setAttribute("data-drawn", String(plots.length)));

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from crescendo.pallas_kernels.op import op
 
 MODULES = {name: f"crescendo.pallas_kernels.rms_norm.{name}" for name in ("triton", "mosaic_tpu", "xla", "reference")}
-# XLA fuses a norm with what surrounds it and is about as fast alone (docs/results/row_kernels.md): it comes first.
+# XLA fuses a norm with what surrounds it and is about as fast alone (docs/results/row_kernels.md): it comes first. So it
+# does for norm and rotary until their kernel's numbers have been checked on a GPU.
 XLA_FIRST = {name: MODULES[name] for name in ("xla", "triton", "mosaic_tpu", "reference")}
 
 
@@ -55,7 +56,7 @@ def rms_norm(x, scale, *, eps, residual=None, probe=None):
     return {"x": x, "scale": scale, "eps": _checked_eps(eps), "residual": residual, "probe": probe}
 
 
-@op(MODULES)
+@op(XLA_FIRST)
 def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
     r"""Norms queries and keys over the head's width, and turns pairs `(x[i], x[i + E/2])` by the position's angle.
 

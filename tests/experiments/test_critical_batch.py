@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from crescendo.experiments import critical_batch as module
 from crescendo.experiments.batch_warmup import batch_warmup
-from crescendo.experiments.critical_batch import Branch, critical_batch, read_branches
+from crescendo.experiments.critical_batch import Branch, critical_batch
 from crescendo.experiments.critical_batch import main as critical_batch_main
 from crescendo.experiments.critical_batch_curve import (
     CriticalBatch,
@@ -25,6 +25,7 @@ from crescendo.experiments.critical_batch_curve import (
 from crescendo.experiments.errors import UserError
 from crescendo.experiments.interruption import Interrupted
 from crescendo.experiments.metrics import read_run
+from crescendo.experiments.results_list import Results
 from crescendo.optim import critical_batch_following
 
 FACTORS = [1, 2, 4, 8, 16, 32, 64]
@@ -105,7 +106,7 @@ def measured(bindings, tmp_path_factory):
         patch.setattr(module, "interrupted_at", lambda deadline: contextlib.nullcontext())
         with pytest.raises(Interrupted, match=r"5 of 6 branches are left in .*; the same command goes on"):
             critical_batch(folder, bindings=bindings, minutes=1e-6, **options)
-    first = read_branches(folder / "branches.jsonl")
+    first = dict(Results(folder, "branches.jsonl", Branch).records)
     return folder, first, critical_batch(folder, bindings=bindings, **options), options
 
 
@@ -125,7 +126,7 @@ def test_the_branch_with_the_same_batch_is_the_base_run_itself(measured):
     folder, first, _, _ = measured
     base = read_run(folder / "base-seed0").validation
     at_256 = base["loss"][base["examples_seen"] == 256]
-    assert [first[Branch(0, 128, 1)][-1]] == pytest.approx(at_256.tolist(), abs=1e-6)
+    assert [first[Branch(0, 128, 1)]["losses"][-1]] == pytest.approx(at_256.tolist(), abs=1e-6)
 
 
 def test_base_runs_record_both_noise_scales(measured):

@@ -18,9 +18,10 @@ from crescendo.experiments.cli import run_command
 from crescendo.experiments.datasets.fashion_mnist import fashion_mnist
 from crescendo.experiments.errors import UserError
 from crescendo.experiments.interruption import Interrupted
-from crescendo.experiments.large_batch import Cell, example_order, large_batch, make_sweep, read_cells
+from crescendo.experiments.large_batch import Cell, example_order, large_batch, make_sweep
 from crescendo.experiments.large_batch_results import draw, kept_batch_size, summarize, table
 from crescendo.experiments.large_batch_tasks import TASKS, Functions, load_prepared, save_prepared, split
+from crescendo.experiments.results_list import Results
 from crescendo.models import ModelConfig
 from crescendo.models.resnet import ResNetConfig
 
@@ -135,7 +136,7 @@ def test_a_finished_cell_is_never_run_again(data, tmp_path, monkeypatch, capsys)
     settings = {"size": "debug", "data": data, "optimizers": ["lamb"], "multipliers": [4.0, 8.0], "epochs": 24.0}
     with pytest.raises(Interrupted, match="1 of 2 cells are left"):
         large_batch(folder, "toy", batch_sizes=[16, 64], minutes=1e-6, **settings)
-    first = read_cells(folder / "cells.jsonl")
+    first = Results(folder, "cells.jsonl", Cell).records
     assert list(first) == [Cell("lamb", 16, 0)]
     (record,) = first.values()
     assert record["steps"] == 96
@@ -152,7 +153,7 @@ def test_a_finished_cell_is_never_run_again(data, tmp_path, monkeypatch, capsys)
     )
     summary = large_batch(folder, "toy", batch_sizes=[16, 64], **settings)
     assert ran == [Cell("lamb", 64, 0)]
-    assert read_cells(folder / "cells.jsonl")[Cell("lamb", 16, 0)] == record
+    assert Results(folder, "cells.jsonl", Cell).records[Cell("lamb", 16, 0)] == record
     assert large_batch(folder, "toy", batch_sizes=[16, 64], **settings) == summary
     assert len(ran) == 1
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(summary))

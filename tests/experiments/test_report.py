@@ -1,6 +1,7 @@
 """The report's numbers follow from the records, and its page stands alone, whatever the runs hold."""
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -11,70 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import plotly.offline
 import pytest
-from matplotlib.figure import Figure
 from rich.console import Console
 
-from crescendo.experiments import plots, report
+from crescendo.experiments import page, plots, report
 from crescendo.experiments.errors import UserError
 from crescendo.experiments.metrics import read_run
 from crescendo.experiments.report import compare, comparison_table, headline, write_report
 
-T = 128
+T = 128  # tokens an example in `make_run`
 MakeRun = Callable[..., Path]
-
-
-@pytest.fixture
-def make_run(tmp_path: Path) -> MakeRun:
-    """Writes run folders whose batch size doubles at the given fractions of 1,000 examples."""
-
-    def make(
-        name: str,
-        *,
-        loss: float | None = 2.0,
-        batch_size: int = 2,
-        doublings: tuple[float, ...] = (),
-        total: int = 1000,
-        seen_until: int | None = None,
-        seconds_per_step: float = 0.05,
-        config: str = "train.seed = 1\n",
-        warnings: tuple[str, ...] = (),
-        train_loss: Callable[[int], float] = lambda seen: 2.0 + 3.0 * math.exp(-seen / 50),
-    ) -> Path:
-        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        records: list[dict] = []
-        step = seen = 0
-        size = batch_size
-        ahead = list(doublings)
-        while seen < (total if seen_until is None else seen_until):
-            if ahead and seen >= ahead[0] * total:
-                at = {"step": step, "examples_seen": seen, "from": size, "to": 2 * size}
-                records.append({"kind": "batch_size", **at, "reason": f"staged: {ahead.pop(0):.0%}"})
-                size *= 2
-            drawn = min(size, total - seen)
-            step, seen = step + 1, seen + drawn
-            at = {"step": step, "examples_seen": seen, "tokens_seen": seen * T, "seconds": step * seconds_per_step}
-            rest = {"microbatches": 1, "gradient_norm": 1.0, "skipped_steps": 0, "tokens_per_second": 1.0, "mfu": None}
-            rate = 1e-3 * (1 - seen / total)
-            records.append(
-                {"kind": "train", "loss": train_loss(seen), "learning_rate": rate, "batch_size": drawn, **at, **rest}
-            )
-            if loss is not None and step % 100 == 0:
-                records.append({"kind": "validation", "loss": loss + 1.0, **at})
-        if loss is not None and step:
-            records.append({"kind": "validation", "loss": loss, **at})
-        records += [
-            {"kind": "warning", "step": step, "examples_seen": seen, "message": message} for message in warnings
-        ]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        info = {"total_examples": total, "device": "2 x cpu", "versions": {"jax": "0.11.2"}, "parameters": 705_408}
-        (folder / "run.json").write_text(json.dumps({"name": name, **info, "peak_flops_per_second": None}))
-        (folder / "config.gin").write_text(config)
-        return folder
-
-    return make
 
 
 def arms(*folders: Path) -> list[report.Arm]:
@@ -156,32 +103,28 @@ HOSTILE_NAME = "_$\\frac{$ </style><script>alert(1)</script><img src=http://evil
 
 
 # Those that every run has.
-PLAIN_CHARTS = [chart for chart in plots.CHARTS if chart.columns[0] in ("loss", "tokens_per_second")]
-
-
-def embedded(page: str) -> list[str]:
-    return [base64.b64decode(data).decode() for data in re.findall(r'data:image/svg\+xml;base64,([^"]+)"', page)]
+PLAIN_CHARTS = [chart for chart in plots.CHARTS if chart.columns == ("loss",)]
 
 
 def assert_stands_alone(page: str) -> None:
-    """No tag, style or embedded picture refers to anything outside the page."""
-    assert "default-src 'none'" in page
-    # Three scripts: the library, the curves and what draws them; none of a run's own.
-    library = plotly.offline.get_plotlyjs()
-    assert page.count(library) == 1
-    page = page.replace(library, "")
-    assert re.findall(r"<script[^>]*>", page) == [
-        "<script>",
-        '<script type="application/json" id="curves">',
-        "<script>",
-    ]
-    pictures = embedded(page)
-    assert len(pictures) == 2 * len(PLAIN_CHARTS)
-    without_data = re.sub(r"data:image/svg\+xml;base64,[\w+/=]+", "data:", page)
-    for text in (without_data, *pictures):
-        references = re.findall(r"""<[^>]*?\b(?:src|srcset|href|action|data)\s*=\s*["']?([^"'\s>]*)""", text)
-        references += re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s;]*)""", text)
-        assert all(reference.startswith(("data:", "#")) for reference in references), references
+    """Nothing refers to anything outside the page, and nothing but the two scripts that it came with may run."""
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)
+    assert policy
+    assert policy[1].startswith("default-src 'none'; script-src 'sha256-")
+    scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert re.findall(r"'sha256-([^']+)'", policy[1]) == hashes
+    assert len(hashes) == 2
+    rest = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    references = re.findall(r"""<[^>]*?\b(?:src|srcset|href|action|data)\s*=\s*["']?([^"'\s>]*)""", rest)
+    references += re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s;]*)""", rest)
+    assert references == []
+
+
+def figures(page: str) -> list[dict]:
+    data = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, flags=re.DOTALL)
+    assert data
+    return json.loads(data[1])
 
 
 @pytest.mark.filterwarnings("error")
@@ -194,19 +137,19 @@ def test_the_report_stands_alone_and_shows_what_the_table_shows(make_run: MakeRu
         ),
     ]
     page_path = write_report(runs, tmp_path / "out" / "report", title="Title <b>")
-    page = page_path.read_text(encoding="utf-8")
+    text = page_path.read_text(encoding="utf-8")
     assert page_path == tmp_path / "out" / "report" / "report.html"
-    assert_stands_alone(page)
-    assert "<title>Title &lt;b&gt;</title>" in page
-    assert "&lt;script&gt;alert(1)" in page
-    assert "<h1>warmup: 1.808 nats in 350 steps, 30% fewer than _$\\frac{$ &lt;/style" in page
+    assert_stands_alone(text)
+    assert "<title>Title &lt;b&gt;</title>" in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "<h1>warmup: 1.808 nats in 350 steps, 30% fewer than _$\\frac{$ &lt;/style" in text
     for cell in ("+0.013", "350", "30.0%", "128k", "17.5"):
-        assert f">{cell}</td>" in page
-    assert '<tr class="differs"><th scope="row">adamw.b1</th><td>0.9</td><td>0.8</td></tr>' in page
-    assert '<tr><th scope="row">schedule.at</th><td>[0.35, 0.65]</td><td>[0.35, 0.65]</td></tr>' in page
-    assert '<tr><th scope="row">versions.jax</th><td>0.11.2</td><td>0.11.2</td></tr>' in page
-    assert "40%: batch size 2 → 4 at step 200 (staged: 40%)" in page
-    assert "100%: loss is &lt;nan&gt; (step 350)" in page
+        assert f">{cell}</td>" in text
+    assert '<tr class="differs"><th scope="row">adamw.b1</th><td>0.9</td><td>0.8</td></tr>' in text
+    assert '<tr><th scope="row">schedule.at</th><td>[0.35, 0.65]</td><td>[0.35, 0.65]</td></tr>' in text
+    assert '<tr><th scope="row">versions.jax</th><td>0.11.2</td><td>0.11.2</td></tr>' in text
+    assert "40%: batch size 2 → 4 at step 200 (staged: 40%)" in text
+    assert "100%: loss is &lt;nan&gt; (step 350)" in text
     for chart in PLAIN_CHARTS:
         picture = (page_path.parent / f"{chart.name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
@@ -235,28 +178,26 @@ def test_odd_runs_are_drawn_and_compared(make_run: MakeRun, name: str):
         assert name.split("-")[0] in terminal(*order)
         curves = [(arm.name, arm.runs) for arm in found]
         for chart in PLAIN_CHARTS if order[0] == odd else ():
-            plots.render(chart, curves, theme="dark", file_format="svg")
+            plots.render(chart, curves)
+            json.dumps(page.figure(chart, curves), allow_nan=False)
     assert ("nan" in terminal(odd)) == (name in ("diverged", "never-finite"))
 
 
 def test_a_diverged_run_does_not_squash_the_others(make_run: MakeRun):
     sound = make_run("sound", loss=2.0, train_loss=lambda seen: 2.0 + 8 * math.exp(-seen / 40))
     exploded = make_run("exploded", loss=2.5, train_loss=lambda seen: 2.5 if seen < 500 else 1e6)
-    axes = Figure().subplots()
-    curves = [(folder.name, [read_run(folder)]) for folder in (sound, exploded)]
-    plots.CHARTS[0].draw(axes, curves, plots.COLORS["light"][:2])
-    low, high = axes.get_ylim()
-    assert 1.8 < low < 2.0
-    assert 2.5 < high < 4.0
+    limits = plots.loss_limits([(folder.name, [read_run(folder)]) for folder in (sound, exploded)])
+    assert limits is not None
+    assert 1.8 < limits[0] < 2.0
+    assert 2.5 < limits[1] < 4.0
 
 
 def test_the_batch_size_is_drawn_as_stairs_over_the_tokens_it_covers(make_run: MakeRun):
     run = read_run(make_run("warmup", doublings=(0.4, 0.8), total=1003))
-    axes = Figure().subplots()
-    plots.CHARTS[2].draw(axes, [("warmup", [run])], ["#000000"])
-    (stairs,) = axes.patches
-    np.testing.assert_array_equal(stairs.get_data().values, [2, 4, 8])
-    np.testing.assert_array_equal(stairs.get_data().edges, np.array([0, 402, 806, 998]) * T)
+    (curve,) = plots.CHARTS[2].curves(run)
+    assert curve.stairs
+    np.testing.assert_array_equal(curve.y, [2, 4, 8, 8])
+    np.testing.assert_array_equal(curve.x, np.array([0, 402, 806, 998]) * T)
 
 
 def test_the_smoothed_loss_of_a_constant_is_that_constant(make_run: MakeRun):
@@ -266,48 +207,35 @@ def test_the_smoothed_loss_of_a_constant_is_that_constant(make_run: MakeRun):
 
 @pytest.mark.parametrize(("value", "text"), [(0.0, "0"), (6.000000001e-4, "6e-4"), (2.5e-3, "2.5e-3"), (1.0, "1e+0")])
 def test_learning_rates_are_labelled_briefly(value: float, text: str):
-    figure = Figure()
-    plots.CHARTS[3].draw(figure.subplots(), [], [])
-    assert figure.axes[0].yaxis.get_major_formatter()(value, 0) == text
+    assert plots.CHARTS[3].format(value) == text
 
 
 def test_charts_are_the_same_at_every_drawing(make_run: MakeRun):
     curves = [("run", [read_run(make_run("run"))])]
-    first, second = (plots.render(plots.CHARTS[3], curves, theme="light", file_format="svg") for _ in range(2))
+    first, second = (plots.render(plots.CHARTS[3], curves) for _ in range(2))
     assert first == second
 
 
-@pytest.mark.parametrize("chart", PLAIN_CHARTS, ids=lambda chart: chart.name)
-def test_a_script_is_given_the_curves_that_are_drawn(make_run: MakeRun, chart: plots.Chart):
-    runs = [read_run(make_run("small", total=104)), read_run(make_run("warmup", doublings=(0.5,), total=104))]
-    found = plots.interactive(chart, [(run.name, [run]) for run in runs])
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    for arm, run in enumerate(runs):
-        traces = [trace for trace in found["traces"] if trace["arm"] == arm]
-        assert len(traces) == (2 if chart.name.startswith("loss") else 1)
-        last = run.train["step" if chart.name == "loss_steps" else "tokens_seen"][-1]
-        assert {trace["x"][-1] for trace in traces} == {last}
-        assert all(len(trace["x"]) == len(trace["y"]) for trace in traces)
-    if chart.name == "batch_size":
-        assert [trace["y"] for trace in found["traces"]] == [[2, 2], [2, 4, 4]]
-        assert found["axes"]["ticks"] == [2, 4]
-    assert found["axes"]["log"] is (chart.name == "batch_size")
-
-
-def test_the_noise_scale_is_drawn_where_a_run_has_it(make_run: MakeRun, tmp_path: Path):
+def test_the_noise_scale_and_trust_ratios_are_drawn_where_a_run_has_them(make_run: MakeRun, tmp_path: Path):
     run = make_run("measured")
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for i, record in enumerate(r for r in records if r["kind"] == "train"):
         record["noise_scale"] = None if i < 3 else 10.0 + i
+        record |= {"trust_ratio_min": 0.1, "trust_ratio_median": 0.5, "trust_ratio_max": 2.0}
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert [chart.name for chart in plots.charts_of([("measured", [read_run(run)])])][-1] == "noise_scale"
     noise = plots.averaged(read_run(run), "noise_scale")
     assert np.isnan(noise[2])
     assert noise[3] == 13.0
-    page = write_report([run, make_run("plain")], tmp_path / "out").read_text(encoding="utf-8")
-    assert len(embedded(page)) == 2 * (len(PLAIN_CHARTS) + 1)
-    assert (tmp_path / "out" / "noise_scale.png").read_bytes().startswith(b"\x89PNG")
+    found = figures(write_report([run, make_run("plain")], tmp_path / "out").read_text(encoding="utf-8"))
+    assert [figure["title"] for figure in found] == [chart.title for chart in plots.CHARTS]
+    assert found[-2]["data"][0]["y"][2:4] == [None, 13.0]
+    assert [(trace["meta"], trace["y"][-1], trace["line"]["dash"]) for trace in found[-1]["data"]] == [
+        (0, 0.5, "solid"),
+        (0, 0.1, "dot"),
+        (0, 2.0, "dot"),
+    ]
+    for name in ("noise_scale", "trust_ratio"):
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_prints_the_table_and_writes_beside_the_first_run(make_run: MakeRun, capsys: pytest.CaptureFixture):

@@ -3,13 +3,16 @@
 import io
 import json
 import math
+import re
+import sys
+import time
 from pathlib import Path
 
 import optuna
 import pytest
 from rich.console import Console
 
-from crescendo.experiments import sweep, sweep_plots
+from crescendo.experiments import sweep, sweep_launchers, sweep_plots
 from crescendo.experiments.errors import UserError
 from crescendo.experiments.sweep_points import Point, axis, enumerate_points, spaces, zipped
 
@@ -42,7 +45,7 @@ def test_grids_multiply_zips_move_together_and_chains_follow():
         (lambda text: enumerate_points([[axis(text), axis(text)]]), "a.x = [1]"),
         (lambda text: sweep.main([]), ""),
         (lambda text: sweep.main(["--grid", text, "--chain"]), "a.x = [1]"),
-        (lambda text: sweep.divide_devices(["0"], 2), ""),
+        (lambda text: sweep_launchers.divide_devices(["0"], 2), ""),
     ],
 )
 def test_a_mistake_is_one_line(make, text: str):
@@ -59,7 +62,7 @@ with open(run / "starts", "a") as starts: starts.write("x")
 if value < 0: sys.exit("error: value = -1.0 must be above 0")
 (run / "run.json").write_text(json.dumps({"name": run.name, "total_examples": 8}))
 (run / "config.gin").write_text("")
-record = {"step": 1, "examples_seen": 8, "tokens_seen": 64, "seconds": 1.0, "loss": value}
+record = {"step": 1, "examples_seen": 8, "tokens_seen": 64, "seconds": 1.0, "loss": value, "batch_size": 8}
 (run / "metrics.jsonl").write_text("".join(json.dumps({"kind": k, **record}) + "\\n" for k in ("train", "validation")))
 """
 
@@ -69,14 +72,14 @@ def stand_in(monkeypatch):
     """Instead of training, a process that writes a finished run whose loss is the value of `x`; it fails below 0."""
 
     def command(point: Point, folder: Path, configs, bindings) -> list[str]:
-        return [sweep.sys.executable, "-S", "-c", STAND_IN, str(folder / point.name), point.values["x"]]
+        return [sys.executable, "-S", "-c", STAND_IN, str(folder / point.name), point.values["x"]]
 
     monkeypatch.setattr(sweep, "command", command)
-    monkeypatch.setattr(sweep, "_cuda_devices", list)
 
 
 def options(jobs: int) -> dict:
-    return {"configs": [], "bindings": [], "jobs": jobs, "console": Console(file=io.StringIO())}
+    launcher = sweep_launchers.Local(jobs, devices=[])
+    return {"configs": [], "bindings": [], "launcher": launcher, "console": Console(file=io.StringIO())}
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
@@ -116,9 +119,96 @@ def test_the_slurm_script_has_a_task_for_each_point(tmp_path: Path, capsys):
     assert "--set 'train.seed = 3'" in script
 
 
-def test_the_pictures_are_those_that_the_points_allow():
+PRUNABLE = """
+import json, pathlib, signal, sys, time
+run = pathlib.Path(sys.argv[1])
+run.mkdir(exist_ok=True)
+(run / "run.json").write_text(json.dumps({"name": run.name, "total_examples": 8}))
+(run / "config.gin").write_text("")
+late = run.name >= "trial-0004"
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+for seen in (4, 8):
+    record = {"step": 1, "examples_seen": seen, "tokens_seen": 8, "seconds": 1.0, "batch_size": 4}
+    record["loss"] = 2.0 if late else 1.0
+    with open(run / "metrics.jsonl", "a") as file:
+        for kind in ("train", "validation"): file.write(json.dumps({"kind": kind, **record}) + "\\n")
+    if late and seen == 4: time.sleep(20)
+"""
+
+
+def test_a_trial_worse_than_the_median_is_given_up(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(
+        sweep, "command", lambda point, folder, *rest: [sys.executable, "-S", "-c", PRUNABLE, str(folder / point.name)]
+    )
+    outcomes, begin = sweep.Outcomes(tmp_path, 6), time.monotonic()
+    sweep.search(tmp_path, ["x = uniform(1, 2)"], 6, outcomes, **options(1))
+    assert time.monotonic() - begin < 20  # less than one of the last two would take
+    assert [row["status"] for row in outcomes.rows.values()] == ["done"] * 4 + ["pruned"] * 2
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4 + ["PRUNED"] * 2
+    assert study.trials[4].intermediate_values == {4: 2.0}
+
+
+@pytest.mark.slow
+def test_the_pruner_gives_up_a_run_that_trains_badly(small_bindings, tmp_path: Path):
+    rates = "schedules.linear.peak = choice(1e-2, 8e-3, 6e-3, 1e-9)"
+    sets = [part for binding in small_bindings for part in ("--set", binding)]
+    arguments = ["--search", rates, "--trials", "7", "--run", str(tmp_path / "s"), *sets]
+    sweep.main([*arguments, "--set", "TOTAL_EXAMPLES = 8192"])
+    rows = list(json.loads((tmp_path / "s" / "sweep.json").read_text()).values())
+    pruned = [row for row in rows if row["status"] == "pruned"]
+    assert "1e-9" in {row["values"]["schedules.linear.peak"] for row in pruned}
+    assert all(row["status"] in ("done", "pruned") for row in rows)
+    page = (tmp_path / "s" / "report" / "report.html").read_text(encoding="utf-8")
+    assert "Parallel coordinates" in page
+    assert "<td>pruned</td>" in page
+
+
+@pytest.mark.slow
+def test_points_run_through_ray_and_can_be_ended_there(stand_in, tmp_path: Path):
+    ray = pytest.importorskip("ray", reason="pip install 'crescendo[ray]'")
+    launcher = sweep_launchers.Ray(2)
+    try:
+        points = enumerate_points([[axis("x = [2.0, -1.0, 1.0]")]])
+        waiting, outcomes = iter(points), sweep.Outcomes(tmp_path)
+        sweep.run_points(
+            *(tmp_path, lambda: next(waiting, None), lambda *a: None, lambda p: False, outcomes),
+            **(options(1) | {"launcher": launcher}),
+        )
+        assert [outcomes.rows[point.name]["status"] for point in points] == ["done", "failed", "done"]
+        assert "value = -1.0 must be above 0" in outcomes.rows[points[1].name]["why"]
+        process = launcher.start([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", None)
+        time.sleep(2)
+        assert process.poll() is None
+        process.terminate()
+        deadline = time.monotonic() + 20
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert process.poll() == -15
+    finally:
+        ray.shutdown()
+
+
+def test_the_charts_are_those_that_the_points_allow():
     rows = [{"values": {"LEARNING_RATE": str(r), "b": b}, "loss": r} for r in (1e-3, 1e-2) for b in ("8", "@f()")]
-    assert set(sweep_plots.draw(rows)) == {"parallel_coordinates", "learning_rate_valley"}
-    assert set(sweep_plots.draw([{"values": {"b": "8"}, "loss": 1.0}])) == {"parallel_coordinates"}
+    parallel, valley = sweep_plots.figures(rows)
+    assert len(parallel.data) == 4
+    assert parallel.data[-1]["meta"] == 0  # the best, drawn last
+    assert [(trace["x"], trace["y"]) for trace in valley.data] == [([1e-3, 1e-2], [1e-3, 1e-2])] * 2
+    assert [figure.title for figure in sweep_plots.figures([{"values": {"b": "8"}, "loss": 1.0}])] == [parallel.title]
     assert sweep_plots._heights(["1", "10", "100"]) == [0.0, pytest.approx(0.5), 1.0]
     assert math.isnan(sweep_plots._number("@f()"))
+
+
+def test_the_report_of_a_sweep_shows_every_point(stand_in, tmp_path: Path):
+    points = enumerate_points([[axis("x = [2.0, -1.0, 1.0]")]])
+    waiting, outcomes = iter(points), sweep.Outcomes(tmp_path, 3)
+    sweep.run_points(tmp_path, lambda: next(waiting, None), lambda *a: None, lambda p: False, outcomes, **options(1))
+    sweep.finish_sweep(tmp_path, outcomes, Console(file=io.StringIO()))
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td></tr>', page)[:3]
+    assert rows == [
+        ("1.0000", "done", "1.0"),
+        ("2.0000", "done", "2.0"),
+        ("–", "failed: exit code 1: error: value = -1.0 must be above 0", "-1.0"),
+    ]

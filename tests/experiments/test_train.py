@@ -97,6 +97,18 @@ def test_a_change_of_batch_size_compiles_nothing(staged):
     assert set(compiled[saved:]) == {compiled[-1]}
 
 
+def test_a_run_with_lamb_records_its_trust_ratios(train_small, constant, tmp_path):
+    train_small(
+        tmp_path / "run",
+        *("train.optimizer = @lamb()", "lamb.learning_rate = @schedules.linear()", "TOTAL_EXAMPLES = 128"),
+    )
+    train = read_run(tmp_path / "run").train
+    least, median, largest = (train[f"trust_ratio_{name}"] for name in ("min", "median", "max"))
+    assert np.all((least > 0) & (least < median) & (median < largest))
+    assert not any(1.0 in ratios for ratios in (least, median, largest))  # what has no ratio doesn't count
+    assert "trust_ratio_median" not in read_run(constant[0]).train
+
+
 def test_a_large_constant_batch_gets_the_rate_of_its_base(train_small, tmp_path):
     train_small(tmp_path / "run", "train.batch_size = 32", "train.base_batch_size = 8", "TOTAL_EXAMPLES = 128")
     train = read_run(tmp_path / "run").train

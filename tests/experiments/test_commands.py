@@ -1,0 +1,68 @@
+"""The commands under one name, their help, and the shell's completion of them."""
+
+import importlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from crescendo.experiments import commands
+from crescendo.experiments.cli import run_command
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_every_command_has_examples_in_its_help(name: str):
+    parser = commands.parser_of(importlib.import_module(commands.COMMANDS[name]).main)
+    text = parser.format_help()
+    assert "example" in text
+    assert "python -m crescendo." in text
+    for action in parser._actions:
+        assert action.help or action.metavar or action.choices, action  # nothing is left to guess
+
+
+def test_a_command_gets_the_arguments_behind_its_name(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stopped:
+        commands.main(["sweep", "--help"])
+    assert stopped.value.code == 0
+    assert "--search" in capsys.readouterr().out
+
+
+def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stopped:
+        commands.main(["trian"])
+    assert stopped.value.code == 2
+    assert "critical_batch" in capsys.readouterr().err
+
+
+def complete(script: Path, *words: str) -> list[str]:
+    """What bash offers for the last of the words."""
+    listed = " ".join(f"'{word}'" for word in words)
+    program = (
+        f"source {script}; COMP_WORDS=({listed}); COMP_CWORD={len(words) - 1}; COMP_LINE='{' '.join(words)}'; "
+        "COMP_POINT=${#COMP_LINE}; $(complete -p crescendo | sed 's/.*-F \\([^ ]*\\).*/\\1/') crescendo "
+        f"'{words[-1]}' '{words[-2]}'; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    )
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    return [word.strip() for word in done.stdout.splitlines()]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes_commands_options_and_choices(tmp_path: Path, capsys: pytest.CaptureFixture):
+    commands.main(["completion", "bash"])
+    script = tmp_path / "crescendo"
+    script.write_text(capsys.readouterr().out)
+    assert {"train", "sweep", "report", "completion"} <= set(complete(script, "crescendo", ""))
+    assert complete(script, "crescendo", "crit") == ["critical_batch"]
+    assert complete(script, "crescendo", "sweep", "--lau") == ["--launcher"]
+    assert set(complete(script, "crescendo", "sweep", "--launcher", "")) >= {"local", "ray", "slurm"}
+
+
+def test_ctrl_c_outside_of_a_loop_is_one_line(capsys: pytest.CaptureFixture):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command(interrupted)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == ("interrupted; what was saved is kept, and the same command goes on from there\n")
