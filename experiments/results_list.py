@@ -28,6 +28,7 @@ class Results[Key: tuple]:
     ...     factor: int
     >>> results = Results(Path(tempfile.mkdtemp()), "parts.jsonl", Part)
     >>> results.add({"factor": 2, "loss": 1.5})
+    Part(factor=2)
     >>> Results(results.folder, "parts.jsonl", Part).records
     {Part(factor=2): {'factor': 2, 'loss': 1.5}}
     """

@@ -1,7 +1,7 @@
 """How a model's arrays lie over devices; here for one device, `crescendo.parallel.Layout` is the same for a mesh."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
@@ -17,8 +17,14 @@ class Layout(Protocol):
         """The same array, its gradient summed over the devices before anything else happens to it."""
         ...
 
-    def attend(self, attention: Callable, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool) -> jax.Array:
-        """`attention(q, k, v, segment_ids)`, each device having its own rows and heads."""
+    def attend(
+        self, attention: Callable, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool, blocks: Any
+    ) -> jax.Array:
+        """`attention(q, k, v, segment_ids)`, each device having its own rows and heads.
+
+        Where devices share rows, `blocks.forward` and `blocks.backward` attend over parts of them
+        (`crescendo.models.attention.Blocks`).
+        """
         ...
 
     def look_up(self, table_VD, tokens_BT, dtype) -> jax.Array:
@@ -43,9 +49,11 @@ class OneDevice:
         del names
         return array
 
-    def attend(self, attention: Callable, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool) -> jax.Array:
+    def attend(
+        self, attention: Callable, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool, blocks: Any
+    ) -> jax.Array:
         """`attention(q, k, v, segment_ids)`."""
-        del causal
+        del causal, blocks
         return attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT)
 
     def look_up(self, table_VD, tokens_BT, dtype) -> jax.Array:

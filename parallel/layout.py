@@ -124,16 +124,20 @@ class Layout:
         spec = PartitionSpec(*spec_entries(table, names, manual))
         return jax.lax.with_sharding_constraint(array, NamedSharding(context if manual else self.mesh, spec))
 
-    def attend(self, attention: Callable, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool) -> jax.Array:
+    def attend(
+        self, attention: Callable, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool, blocks: Any
+    ) -> jax.Array:
         """`attention(q, k, v, segment_ids)` on each device's own rows and heads.
 
-        Where `sequence` is above 1, ring or Ulysses attention takes its place (`crescendo.parallel.sequence`).
+        Where `sequence` is above 1, ring or Ulysses attention by `blocks` takes its place
+        (`crescendo.parallel.sequence`).
         """
         if self.mesh.size == 1:
             return attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT)
         if self.sizes["sequence"] > 1:
             attention = functools.partial(
                 sequence.attention,
+                blocks=blocks,
                 ring=self.sizes["sequence"] // self.strategy.ulysses,
                 ulysses=self.strategy.ulysses,
                 causal=causal,

@@ -18,12 +18,11 @@ With both, groups of `ulysses` neighbours trade tokens for heads, and the ring r
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from crescendo.pallas_kernels.attention import Config, Operands, kernels
 
 AXIS = "sequence"
 
@@ -42,7 +41,23 @@ def zigzag(sequence_length: int, ring: int) -> np.ndarray:
     return np.concatenate([np.concatenate([chunks[i], chunks[2 * ring - 1 - i]]) for i in range(ring)])
 
 
-def attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, ring: int, ulysses: int = 1, causal: bool = True):
+class Blocks(NamedTuple):
+    """Attention over one block of keys, whose parts the ring puts together.
+
+    Attributes:
+      forward: `(q, k, v, segments_q, segments_k, causal) -> (mixed [B, Tq, H, E], log-sum-exp [B, H, Tq])`, float32; 0
+        and -inf of nothing. Causal is meant for a block of the queries' own tokens.
+      backward: `(q, k, v, segments_q, segments_k, causal, log_sum, d_output, delta) -> (dq, dk, dv)`, float32, from the
+        whole row's log-sum-exp and `delta = sum(dO O)`, both `[B, H, Tq]`.
+    """
+
+    forward: Callable
+    backward: Callable
+
+
+def attention(
+    q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, blocks: Blocks, ring: int, ulysses: int = 1, causal: bool = True
+):
     """`softmax(q k^T / sqrt(E)) v` within segments, over rows split along the mesh axis `sequence`.
 
     Runs inside `jax.shard_map`, manual over that axis, on each device's own part. Where the ring is longer than 1 the
@@ -52,6 +67,7 @@ def attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, ring: int, ulysses: int
       q_BTHE: `[B, T, H, E]`.
       k_BTKE, v_BTKE: `[B, T, K, E]`, H a multiple of K.
       segment_ids_BT: int32 `[B, T]`; a token sees its own segment.
+      blocks: attention over one block.
       ring: the length of the ring.
       ulysses: how many neighbours trade tokens for heads; `ring * ulysses` is the axis's size.
       causal: whether a token sees only itself and what is before it.
@@ -61,22 +77,22 @@ def attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, ring: int, ulysses: int
     """
     q, k, v, segment_ids = q_BTHE, k_BTKE, v_BTKE, segment_ids_BT
     if ulysses == 1:
-        return _ring(q, k, v, segment_ids, ring, ulysses, causal)
+        return _ring(q, k, v, segment_ids, blocks, ring, ulysses, causal)
     groups = [[i * ulysses + j for j in range(ulysses)] for i in range(ring)]
     if k.shape[2] % ulysses:  # fewer key heads than devices: each gets a copy of the one that its queries share
         k, v = (jnp.repeat(x, ulysses // k.shape[2], axis=2) for x in (k, v))
     trade = functools.partial(jax.lax.all_to_all, axis_name=AXIS, tiled=True, axis_index_groups=groups)
     q, k, v = (trade(x, split_axis=2, concat_axis=1) for x in (q, k, v))
     segment_ids = jax.lax.all_gather(segment_ids, AXIS, axis=1, tiled=True, axis_index_groups=groups)
-    return trade(_ring(q, k, v, segment_ids, ring, ulysses, causal), split_axis=1, concat_axis=2)
+    return trade(_ring(q, k, v, segment_ids, blocks, ring, ulysses, causal), split_axis=1, concat_axis=2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _ring(q, k, v, segment_ids, ring: int, ulysses: int, causal: bool):
-    return _ring_forward(q, k, v, segment_ids, ring, ulysses, causal)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _ring(q, k, v, segment_ids, blocks: Blocks, ring: int, ulysses: int, causal: bool):
+    return _ring_forward(q, k, v, segment_ids, blocks, ring, ulysses, causal)[0]
 
 
-def _ring_forward(q, k, v, segment_ids, ring: int, ulysses: int, causal: bool):
+def _ring_forward(q, k, v, segment_ids, blocks: Blocks, ring: int, ulysses: int, causal: bool):
     """Output, and what the backward pass needs; step s uses the block of the device s places before."""
     shift = _shift(ring, ulysses)
     place = jax.lax.axis_index(AXIS) // ulysses
@@ -86,41 +102,46 @@ def _ring_forward(q, k, v, segment_ids, ring: int, ulysses: int, causal: bool):
         following = shift(block) if step < ring - 1 else block
         k_now, v_now, segments_now = block
         if step == 0:
-            mixed, log_sum = block_forward(q, k, v, segment_ids, segment_ids, causal=causal)
+            mixed, log_sum = blocks.forward(q, k, v, segment_ids, segment_ids, causal)
         elif causal:
 
             def before(q, k, v, segments, segments_k):
-                return block_forward(q, k[:, :half], v[:, :half], segments, segments_k[:, :half])
+                return blocks.forward(q, k[:, :half], v[:, :half], segments, segments_k[:, :half], False)
 
             def after(q, k, v, segments, segments_k):
-                mixed, log_sum = block_forward(q[:, half:], k, v, segments[:, half:], segments_k)
+                mixed, log_sum = blocks.forward(q[:, half:], k, v, segments[:, half:], segments_k, False)
                 mixed = jnp.pad(mixed, ((0, 0), (half, 0), (0, 0), (0, 0)))
                 return mixed, jnp.pad(log_sum, ((0, 0), (0, 0), (half, 0)), constant_values=-jnp.inf)
 
             part = jax.lax.cond(place >= step, before, after, q, k_now, v_now, segment_ids, segments_now)
             mixed, log_sum = _merge(mixed, log_sum, *part)
         else:
-            part = block_forward(q, k_now, v_now, segment_ids, segments_now)
+            part = blocks.forward(q, k_now, v_now, segment_ids, segments_now, False)
             mixed, log_sum = _merge(mixed, log_sum, *part)
         block = following
     output = mixed.astype(q.dtype)
     return output, (q, k, v, segment_ids, output, log_sum)
 
 
-def _ring_backward(ring: int, ulysses: int, causal: bool, residuals, d_output):
+def _ring_backward(blocks: Blocks, ring: int, ulysses: int, causal: bool, residuals, d_output):
     q, k, v, segment_ids, output, log_sum = residuals
     shift = _shift(ring, ulysses)
     place = jax.lax.axis_index(AXIS) // ulysses
     half = q.shape[1] // 2
     delta = jnp.einsum("bthe,bthe->bht", d_output.astype(jnp.float32), output.astype(jnp.float32))
+
+    def block_backward(of_queries, k, v, segments_k, causal=False):
+        q, segments, log_sum, d_output, delta = of_queries
+        return blocks.backward(q, k, v, segments, segments_k, causal, log_sum, d_output, delta)
+
     block = (k, v, segment_ids)
     gradients = None  # of the block's keys and values: they travel one step behind it
     for step in range(ring):
         following = shift(block) if step < ring - 1 else block
         k_now, v_now, segments_now = block
-        of_queries = (q, d_output, log_sum, delta, segment_ids)
+        of_queries = (q, segment_ids, log_sum, d_output, delta)
         if step == 0:
-            dq, *at_home = block_backward(of_queries, k, v, segment_ids, causal=causal)
+            dq, *at_home = block_backward(of_queries, k, v, segment_ids, causal)
         elif causal:
 
             def before(of_queries, k, v, segments_k):
@@ -128,8 +149,8 @@ def _ring_backward(ring: int, ulysses: int, causal: bool, residuals, d_output):
                 return dq, *(jnp.pad(x, ((0, 0), (0, half), (0, 0), (0, 0))) for x in dkv)
 
             def after(of_queries, k, v, segments_k):
-                q, d_output, log_sum, delta, segments_q = of_queries
-                later = (q[:, half:], d_output[:, half:], log_sum[..., half:], delta[..., half:], segments_q[:, half:])
+                q, segments, log_sum, d_output, delta = of_queries
+                later = (q[:, half:], segments[:, half:], log_sum[..., half:], d_output[:, half:], delta[..., half:])
                 dq, *dkv = block_backward(later, k, v, segments_k)
                 return jnp.pad(dq, ((0, 0), (half, 0), (0, 0), (0, 0))), *dkv
 
@@ -160,33 +181,3 @@ def _merge(mixed, log_sum, mixed_now, log_sum_now):
     together = jnp.logaddexp(log_sum, log_sum_now)
     weigh = lambda x, of: x * jnp.exp(of - together).swapaxes(1, 2)[..., None]  # noqa: E731
     return weigh(mixed, log_sum) + weigh(mixed_now, log_sum_now), together
-
-
-def _block(q, k, v, segments_q, segments_k, causal: bool):
-    """A block's attention as the kernels take it, and the kernels that serve it."""
-    config = Config(q.shape[-1] ** -0.5, causal=causal, sees_itself=causal)
-    operands = Operands(q, k, v, None, segments_q, segments_k)
-    return kernels(config, operands), config, operands
-
-
-def block_forward(q, k, v, segments_q, segments_k, *, causal: bool = False):
-    """Attention over one block: `[B, Tq, H, E]` and its log-sum-exp `[B, H, Tq]`, both float32; 0 and -inf of nothing.
-
-    Causal is meant for a block of a query's own tokens, each of which sees itself.
-
-    >>> q = jnp.ones((1, 2, 1, 4))
-    >>> mixed, log_sum = block_forward(q, q, q, jnp.array([[1, 2]]), jnp.array([[2, 2]]))
-    >>> print(mixed[0, :, 0, 0], log_sum[0, 0])
-    [0. 1.] [     -inf 2.6931472]
-    """
-    serving, config, operands = _block(q, k, v, segments_q, segments_k, causal)
-    mixed, log_sum = serving.forward(config, operands)
-    return mixed.astype(jnp.float32), log_sum
-
-
-def block_backward(of_queries, k, v, segments_k, *, causal: bool = False):
-    """`(dq, dk, dv)` of one block, float32, from the whole row's log-sum-exp and `delta = sum(dO O)`."""
-    q, d_output, log_sum, delta, segments_q = of_queries
-    serving, config, operands = _block(q, k, v, segments_q, segments_k, causal)
-    dq, dk, dv, _ = serving.backward(config, operands, log_sum, d_output, delta)
-    return tuple(x.astype(jnp.float32) for x in (dq, dk, dv))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from crescendo.pallas_kernels.op import op
 
 MODULES = {name: f"crescendo.pallas_kernels.rms_norm.{name}" for name in ("triton", "mosaic_tpu", "xla", "reference")}
-# XLA fuses a norm with what surrounds it and is about as fast alone (docs/results/row_kernels.md): it comes first. So it
-# does for norm and rotary until their kernel's numbers have been checked on a GPU.
+# XLA fuses a norm with what surrounds it and is about as fast alone (docs/results/row_kernels.md): it comes first. For
+# norm and rotary it does until their kernel's numbers have been checked on a GPU.
 XLA_FIRST = {name: MODULES[name] for name in ("xla", "triton", "mosaic_tpu", "reference")}
 
 
