@@ -25,6 +25,7 @@ COMMANDS = {
     "doctor": "crescendo.experiments.doctor",
     "benchmark": "crescendo.experiments.benchmark",
     "bench_kernels": "crescendo.pallas_kernels.bench",
+    "tune_kernels": "crescendo.pallas_kernels.tune",
     "plot_schedules": "crescendo.optim.plot",
 }
 

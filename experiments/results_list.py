@@ -27,8 +27,7 @@ class Results[Key: tuple]:
     >>> class Part(NamedTuple):
     ...     factor: int
     >>> results = Results(Path(tempfile.mkdtemp()), "parts.jsonl", Part)
-    >>> results.add({"factor": 2, "loss": 1.5})
-    Part(factor=2)
+    >>> _ = results.add({"factor": 2, "loss": 1.5})
     >>> Results(results.folder, "parts.jsonl", Part).records
     {Part(factor=2): {'factor': 2, 'loss': 1.5}}
     """

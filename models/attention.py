@@ -19,8 +19,8 @@ class Blocks:
     """Attention over one block of keys by the fused kernels: what a ring of devices puts together.
 
     `forward` gives `[B, Tq, H, E]` and the log-sum-exp `[B, H, Tq]`, float32, 0 and -inf of nothing; `backward` gives
-    `(dq, dk, dv)`, float32, from the whole row's log-sum-exp and `delta = sum(dO O)`. Causal is meant for a block of the
-    queries' own tokens, each of which sees itself.
+    `(dq, dk, dv)`, float32, from the whole row's log-sum-exp and `delta = sum(dO O)`. Causal is meant for a block of
+    the queries' own tokens, each of which sees itself.
 
     >>> q = jnp.ones((1, 2, 1, 4))
     >>> mixed, log_sum = Blocks.forward(q, q, q, jnp.array([[1, 2]]), jnp.array([[2, 2]]), False)

@@ -68,6 +68,7 @@ def test_the_comparison_trains_every_arm_on_the_same_examples_and_reports(small_
         "learning_rate.png",
         "loss_steps.png",
         "loss_tokens.png",
+        "throughput.png",
     }
     info = json.loads((tmp_path / "warmup-8-32" / "run.json").read_text())
     assert info["name"] == "warmup-8-32"
