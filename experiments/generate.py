@@ -130,6 +130,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompt = sys.stdin.read() if prompt == "-" else prompt
     use_compilation_cache()
     model = trained.load(run)
+    longest = len(model.tokenizer.encode(prompt)) + arguments["tokens"]
+    if model.max_length is not None and longest > model.max_length:
+        print(f"note: trained on rows of {model.max_length} tokens, this may go to {longest}", file=sys.stderr)
     text = stream(model, generate(model, prompt, **arguments))
     sys.stdout.write(prompt)
     for piece in text:

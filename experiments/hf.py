@@ -85,15 +85,18 @@ def model_config(content: Mapping[str, Any], origin: str) -> ModelConfig:
     for name, plain in (PLAIN | {"rope_type": "default"}).items():
         if asked[name] != plain:
             raise UserError(f"{origin}: {name} = {asked[name]!r} can't be imported; the decoder here has {plain!r}")
+    heads: Any = content.get("num_attention_heads")
+    # What is null is as if it weren't there; Qwen3's heads are 128 wide unless the file says otherwise.
+    head_width = content.get("head_dim") or (128 if kind == "qwen3" else None)
     try:
         return ModelConfig(
             vocab_size=content["vocab_size"],
             width=content["hidden_size"],
             layers=content["num_hidden_layers"],
             heads=content["num_attention_heads"],
-            kv_heads=content.get("num_key_value_heads", content["num_attention_heads"]),
+            kv_heads=content.get("num_key_value_heads") or heads,
             mlp_width=content["intermediate_size"],
-            head_width=content.get("head_dim", content["hidden_size"] // content["num_attention_heads"]),
+            head_width=head_width or content["hidden_size"] // heads,
             qk_norm=kind == "qwen3",
             tied_head=content.get("tie_word_embeddings", False),
             rope_theta=float(rope["rope_theta"]),
@@ -101,7 +104,7 @@ def model_config(content: Mapping[str, Any], origin: str) -> ModelConfig:
         )
     except KeyError as missing:
         raise UserError(f"{origin} has no {missing}: is it the config.json of a {kind} model?") from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{origin}: {error}") from None
 
 

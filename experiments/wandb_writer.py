@@ -6,6 +6,8 @@ import time
 import uuid
 from pathlib import Path
 
+import numpy as np
+
 from crescendo.experiments.errors import UserError
 from crescendo.experiments.metrics import Record, file_access
 
@@ -69,6 +71,6 @@ class WandbWriter:
                 self._send(self._skipped)
 
     def _send(self, record: Record) -> None:
-        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float | np.number)}
         seen = numbers.pop("examples_seen")
         self._run.log({"examples_seen": seen} | {f"{record['kind']}/{name}": x for name, x in numbers.items()})

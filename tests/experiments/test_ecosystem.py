@@ -36,6 +36,13 @@ def run(train_small, tmp_path_factory):
     return folder, train_small(folder)["loss"]
 
 
+def random_parameters(config):
+    """No two alike, norm scales neither: exchanged ones would show."""
+    parameters = models.initialize(config.for_platform("cpu"), jax.random.key(1))
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda w: jnp.asarray(w * random.uniform(0.5, 1.5, w.shape), jnp.float32), parameters)
+
+
 def uncached(model, tokens):
     """Logits by the model's own forward pass, in one document."""
     forward = models.apply(model.config, model.parameters)
@@ -45,7 +52,7 @@ def uncached(model, tokens):
 
 @pytest.mark.parametrize("config", SHAPES, ids=["qwen3", "llama"])
 def test_a_model_comes_back_from_the_format_as_it_was(config):
-    parameters = models.initialize(config.for_platform("cpu"), jax.random.key(1))
+    parameters = random_parameters(config)
     content = hf.hf_config(config, end_of_text=256, max_length=64)
     read = hf.model_config(json.loads(json.dumps(content)), "config.json")
     assert dataclasses.replace(read, head_width=config.head_width) == config
@@ -62,6 +69,7 @@ def test_a_model_comes_back_from_the_format_as_it_was(config):
         ({"model_type": "gpt2"}, "model_type = 'gpt2' can't be imported; llama and qwen3 can"),
         ({"attention_bias": True}, "attention_bias = True can't be imported; the decoder here has False"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type = 'yarn' can't be imported"),
+        ({"num_attention_heads": "four"}, "config.json: "),
         ({"num_key_value_heads": 3}, "heads = 4 must be a multiple of kv_heads = 3"),
     ],
 )
@@ -69,6 +77,13 @@ def test_what_the_decoder_lacks_is_named(change, message):
     content = hf.hf_config(ModelConfig(), end_of_text=256, max_length=64) | change
     with pytest.raises(UserError, match=message):
         hf.model_config(content, "config.json")
+
+
+def test_what_a_file_leaves_out_is_as_the_format_says():
+    content = hf.hf_config(ModelConfig(), end_of_text=256, max_length=64)
+    assert hf.model_config(content | {"num_key_value_heads": None}, "config.json").kv_heads == 4
+    assert hf.model_config(content | {"head_dim": None}, "config.json").head_size == 128
+    assert hf.model_config(content | {"head_dim": None, "model_type": "llama"}, "config.json").head_size == 32
 
 
 def test_what_the_format_lacks_is_named():
@@ -199,7 +214,7 @@ def test_transformers_reproduces_the_logits(config, tmp_path):
     if python == sys.executable and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         pytest.skip("needs torch and transformers (the extra hf), or TRANSFORMERS_PYTHON, a Python that has them")
     config = config.for_platform("cpu")
-    parameters = models.initialize(config, jax.random.key(0))
+    parameters = random_parameters(config)
     tokenizer = trained.SubwordTokenizer.load(bytes_file(tmp_path))
     hf.write_folder(tmp_path / "hf", config, parameters, tokenizer, max_length=64)
     tokens = np.random.default_rng(0).integers(0, 257, (2, 50)).astype(np.int32)
