@@ -128,7 +128,7 @@ WHOLE = [spec for spec in SPECS if not spec.name.endswith("-scaled")]
         pytest.param(
             topology,
             spec,
-            marks=() if topology == "v5e:2x2" or "real" in spec.tags else pytest.mark.slow,
+            marks=() if topology == "v5e:2x2" or spec.tags & {"real", "speed"} else pytest.mark.slow,
             id=f"{topology}-{spec.name}",
         )
         for topology in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
