@@ -39,6 +39,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+
+# It brings a setting that belongs to every compiled function's key: imported on first use, in the middle of a trace, it
+# would have the traced function compiled twice.
+import jax.experimental.pallas.tpu
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh
 

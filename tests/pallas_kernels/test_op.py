@@ -1,5 +1,6 @@
 """The resolver: who serves a call, what is said when nobody does, and how the device is known."""
 
+import subprocess
 import sys
 import types
 
@@ -151,3 +152,18 @@ def test_results_without_the_first_array_s_batch_letter_are_refused():
     for inputs, outputs in ((["b t h e", "b s h e"], ["t b s h"]), (["t h e", "b s h e"], ["t s h"])):
         with pytest.raises(ValueError, match="start with the first array's batch-like letter"):
             sharded(gram, inputs, outputs, batch=["b"])
+
+
+def test_a_first_call_in_a_process_compiles_once():
+    # Implementations are imported in the middle of the first trace: what they import must not change JAX's settings.
+    code = """
+import jax, jax.numpy as jnp
+from crescendo.pallas_kernels.attention import attention
+
+call = jax.jit(lambda q: attention(q, q, q, causal=True))
+for _ in range(2):
+    call(jnp.ones((1, 8, 2, 8)))
+print(call._cache_size())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]
