@@ -139,6 +139,41 @@ class JsonlWriter:
         self._append.close()
 
 
+class Thinned:
+    """Hands training records on at most once in `interval_seconds`, and the last one in any case; others at once.
+
+    Args:
+      write: called with each record that gets through.
+      interval_seconds: between two training records.
+      clock: in seconds.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[Record], None],
+        interval_seconds: float = 0.5,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._write, self._interval_seconds, self._clock = write, interval_seconds, clock
+        self._written_at = -math.inf
+        self._skipped: Record | None = None
+
+    def __call__(self, record: Record) -> None:
+        if record["kind"] == "train":
+            now = self._clock()
+            if now - self._written_at < self._interval_seconds:
+                self._skipped = record
+                return
+            self._written_at, self._skipped = now, None
+        self._write(record)
+
+    def flush(self) -> None:
+        """Hands on the last training record, if it was held back."""
+        if self._skipped is not None:
+            self._write(self._skipped)
+            self._skipped = None
+
+
 class TensorBoardWriter:
     """Writes every number of the records as TensorBoard scalars `kind/name` against `examples_seen`; no TensorFlow.
 
@@ -158,9 +193,7 @@ class TensorBoardWriter:
         interval_seconds: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._interval_seconds, self._clock = interval_seconds, clock
-        self._written_at = -math.inf
-        self._skipped: Record | None = None
+        self._thinned = Thinned(self._write_scalars, interval_seconds, clock)
         # TensorBoard reads a folder's event files in the order of their names: nanoseconds, all of one length.
         self._append = _Appender(folder / f"events.out.tfevents.{time.time_ns()}")
         self._write(Event(file_version="brain.Event:2"))
@@ -168,18 +201,10 @@ class TensorBoardWriter:
         self._write(Event(step=forget_from, session_log=SessionLog(status=SessionLog.START)))
 
     def __call__(self, record: Record) -> None:
-        if record["kind"] == "train":
-            now = self._clock()
-            if now - self._written_at < self._interval_seconds:
-                self._skipped = record
-                return
-            self._written_at, self._skipped = now, None
-        self._write_scalars(record)
+        self._thinned(record)
 
     def close(self) -> None:
-        if self._skipped is not None:
-            self._write_scalars(self._skipped)
-            self._skipped = None
+        self._thinned.flush()
         self._append.close()
 
     def _write_scalars(self, record: Record) -> None:

@@ -1,17 +1,13 @@
 """Metrics to Weights & Biases: `train.writers = ["wandb"]`."""
 
 import contextlib
-import math
-import time
 import uuid
 from pathlib import Path
 
 import numpy as np
 
 from crescendo.experiments.errors import UserError
-from crescendo.experiments.metrics import Record, file_access
-
-INTERVAL_SECONDS = 0.5
+from crescendo.experiments.metrics import Record, Thinned, file_access
 
 
 class WandbWriter:
@@ -51,24 +47,16 @@ class WandbWriter:
                 f"Weights & Biases: {reason}; `wandb login`, or WANDB_MODE=offline, or no writer"
             ) from error
         self._run.define_metric("*", step_metric="examples_seen")
-        self._sent_at = -math.inf
-        self._skipped: Record | None = None
+        self._thinned = Thinned(self._send)
 
     def __call__(self, record: Record) -> None:
-        if record["kind"] == "train":
-            now = time.monotonic()
-            if now - self._sent_at < INTERVAL_SECONDS:
-                self._skipped = record
-                return
-            self._sent_at, self._skipped = now, None
-        self._send(record)
+        self._thinned(record)
 
     def close(self) -> None:
         """Sends what is left, and ends the run there."""
         with contextlib.ExitStack() as stack:
             stack.callback(self._run.finish)
-            if self._skipped is not None:
-                self._send(self._skipped)
+            self._thinned.flush()
 
     def _send(self, record: Record) -> None:
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float | np.number)}
