@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -81,28 +80,15 @@ def find_exact(spec, run):
     return at((dout, dlse)), at((dout, 0 * dlse))
 
 
-@pytest.fixture(scope="module")
-def ahead(request):
-    """`ahead(function, *arguments)`, begun before the first test where the collected tests will ask for it."""
-    pool, begun = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 1)), {}
-
-    def begin(*call):
-        if call not in begun:
-            begun[call] = pool.submit(*call)
-        return begun[call]
-
-    # With several worker processes every one holds all tests, and compiles what it comes to.
-    for item in () if "PYTEST_XDIST_WORKER" in os.environ else request.session.items:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
-        if item.module is request.module and {"implementation", "spec"} <= set(parameters):
-            implementation, spec = parameters["implementation"], parameters["spec"]
-            if not refusal(implementation, spec):
-                begin(build, implementation, spec)
-                begin(find_exact, spec, None) if is_small(spec) else begin(build, "exact", spec)
-                if not refusal("cudnn", spec):
-                    begin(build, "cudnn", spec)
-    yield lambda *call: begin(*call).result()
-    pool.shutdown(cancel_futures=True)
+def foreseen(parameters):
+    """What a test of these parameters will ask for (`ahead`)."""
+    if {"implementation", "spec"} <= set(parameters):
+        implementation, spec = parameters["implementation"], parameters["spec"]
+        if not refusal(implementation, spec):
+            yield build, implementation, spec
+            yield (find_exact, spec, None) if is_small(spec) else (build, "exact", spec)
+            if not refusal("cudnn", spec):
+                yield build, "cudnn", spec
 
 
 def run(compiled, given, cotangents):

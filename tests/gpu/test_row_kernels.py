@@ -5,8 +5,6 @@ check. What was collected is compiled in threads ahead of the tests.
 """
 
 import functools
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -114,26 +112,13 @@ def build(op, spec, implementation):
             return str(reason)
 
 
-@pytest.fixture(scope="module")
-def ahead(request):
-    """`ahead(function, *arguments)`, begun before the first test for all that were collected."""
-    pool, begun = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 1)), {}
-
-    def begin(*call):
-        if call not in begun:
-            begun[call] = pool.submit(*call)
-        return begun[call]
-
-    # With several worker processes every one holds all tests, and compiles what it comes to.
-    for item in () if "PYTEST_XDIST_WORKER" in os.environ else request.session.items:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
-        if item.module is request.module and {"op", "spec", "implementation"} <= set(parameters):
-            op, spec = parameters["op"], parameters["spec"]
-            drawn(op, spec)
-            begin(build, op, spec, parameters["implementation"])
-            begin(exactly, op, spec) if is_small(spec) else begin(build, op, spec, "exact")
-    yield lambda *call: begin(*call).result()
-    pool.shutdown(cancel_futures=True)
+def foreseen(parameters):
+    """What a test of these parameters will ask for (`ahead`)."""
+    if {"op", "spec", "implementation"} <= set(parameters):
+        op, spec = parameters["op"], parameters["spec"]
+        drawn(op, spec)
+        yield build, op, spec, parameters["implementation"]
+        yield (exactly, op, spec) if is_small(spec) else (build, op, spec, "exact")
 
 
 def assert_close(found, expected, tolerance, label=""):

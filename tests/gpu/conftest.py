@@ -1,0 +1,28 @@
+"""Work begun ahead of the tests that will ask for it: compiling takes longer than what is compiled."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def ahead(request):
+    """`ahead(function, *arguments)`, once each; what the module's `foreseen(parameters)` names is begun in threads.
+
+    `foreseen` gives the calls, `(function, *arguments)`, that a collected test of these parameters will ask for.
+    """
+    pool, begun = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 1)), {}
+
+    def begin(*call):
+        if call not in begun:
+            begun[call] = pool.submit(*call)
+        return begun[call]
+
+    # With several worker processes every one holds all tests, and compiles what it comes to.
+    for item in () if "PYTEST_XDIST_WORKER" in os.environ else request.session.items:
+        if item.module is request.module:
+            for call in request.module.foreseen(getattr(getattr(item, "callspec", None), "params", {})):
+                begin(*call)
+    yield lambda *call: begin(*call).result()
+    pool.shutdown(cancel_futures=True)
