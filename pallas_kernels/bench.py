@@ -75,26 +75,30 @@ class Prepared(NamedTuple):
     extra_bytes: int | None = None
 
 
-def seconds_in_turns(prepared: Sequence[Prepared], at_least: float = 0.02) -> list[float]:
-    """A call's seconds, the median over five rounds in which everyone has a turn.
+def seconds_in_turns(prepared: Sequence[Prepared], at_least: float = 0.03, rounds: int = 7) -> list[float]:
+    """A call's seconds, the median over rounds in which everyone has a turn.
 
-    So the clocks of a device that warms up or throttles are everyone's. A turn is as many calls as take `at_least`
-    seconds, dispatched without waiting.
+    So a device that warms up is everyone's. But it also throttles by what was just drawn: whoever follows a program that
+    hardly works runs faster. So the order is another one in every round, and a turn is run twice and its second half
+    timed. A half is as many calls as take `at_least` seconds, dispatched without waiting.
     """
     counts = []
     for call, wait, _ in prepared:
         wait(call())
         start = time.perf_counter()
         wait(call())
-        counts.append(max(2, min(200, round(at_least / (time.perf_counter() - start)))))
+        counts.append(max(2, min(300, round(at_least / (time.perf_counter() - start)))))
     runs: list[list[float]] = [[] for _ in prepared]
-    for _ in range(5):
-        for (call, wait, _), count, seconds in zip(prepared, counts, runs, strict=True):
-            start = time.perf_counter()
-            for _ in range(count):
-                result = call()
-            wait(result)
-            seconds.append((time.perf_counter() - start) / count)
+    order = np.random.default_rng(0)
+    for _ in range(rounds):
+        for i in order.permutation(len(prepared)):
+            call, wait, _ = prepared[i]
+            for _ in range(2):
+                start = time.perf_counter()
+                for _ in range(counts[i]):
+                    result = call()
+                wait(result)
+            runs[i].append((time.perf_counter() - start) / counts[i])
     return [statistics.median(seconds) for seconds in runs]
 
 
