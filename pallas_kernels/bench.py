@@ -78,9 +78,9 @@ class Prepared(NamedTuple):
 def seconds_in_turns(prepared: Sequence[Prepared], at_least: float = 0.03, rounds: int = 7) -> list[float]:
     """A call's seconds, the median over rounds in which everyone has a turn.
 
-    So a device that warms up is everyone's. But it also throttles by what was just drawn: whoever follows a program that
-    hardly works runs faster. So the order is another one in every round, and a turn is run twice and its second half
-    timed. A half is as many calls as take `at_least` seconds, dispatched without waiting.
+    So a device that warms up is everyone's. But it also throttles by what was just drawn: whoever follows a program
+    that hardly works runs faster. So the order is another one in every round, and a turn is run twice and its second
+    half timed. A half is as many calls as take `at_least` seconds, dispatched without waiting.
     """
     counts = []
     for call, wait, _ in prepared:
