@@ -134,9 +134,8 @@ def compiled(function: Callable, spec: Spec, passes: str):
 
 
 def prepare(function: Callable, spec: Spec, passes: str) -> Prepared:
-    """Compiles a call and runs it once, so that what fails fails here."""
+    """Compiles a call."""
     program, arrays = compiled(function, spec, passes)
-    jax.block_until_ready(program(*arrays))
     memory = program.memory_analysis()
     return Prepared(lambda: program(*arrays), jax.block_until_ready, memory.temp_size_in_bytes if memory else None)
 
@@ -171,10 +170,7 @@ def prepare_torch(function: Callable, spec: Spec, passes: str) -> Prepared:
     def backward():
         return torch.autograd.grad(listed(run(*arguments)), inputs, cotangents)
 
-    call = forward if passes == "forward" else backward
-    call()
-    torch.cuda.synchronize()
-    return Prepared(call, lambda _: torch.cuda.synchronize())
+    return Prepared(forward if passes == "forward" else backward, lambda _: torch.cuda.synchronize())
 
 
 class Candidate(NamedTuple):
@@ -188,19 +184,30 @@ class Candidate(NamedTuple):
 def measure(op_name: str, spec: Spec, passes: str, who: Sequence[Candidate]) -> list[Result]:
     """Compiles everyone's version of one call, then times them in turns; what fails says why."""
 
-    def attempt(candidate: Candidate) -> Prepared | str:
+    def attempt(function: Callable, *arguments):
         try:
-            return candidate.prepare(candidate.function, spec, passes)
+            return function(*arguments)
         except Unsupported as reason:
             return str(reason)
         except Exception as error:
             return f"{type(error).__name__}: {error}".split("\n")[0]
 
-    # JAX compiles in threads; torch's compiler has a process to itself.
+    def first(prepared: Prepared) -> Prepared:
+        prepared.wait(prepared.call())
+        return prepared
+
+    # JAX compiles in threads. Torch's compiler follows alone, and so does whatever runs: XLA records what a program
+    # launches in its first calls, and another thread's work spoils that.
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        begun = [None if c.prepare is prepare_torch else pool.submit(attempt, c) for c in who]
-        found = [future.result() if future else "" for future in begun]
-    found = [attempt(c) if c.prepare is prepare_torch else x for c, x in zip(who, found, strict=True)]
+        begun = [
+            None if c.prepare is prepare_torch else pool.submit(attempt, c.prepare, c.function, spec, passes)
+            for c in who
+        ]
+    found = [
+        future.result() if future else attempt(c.prepare, c.function, spec, passes)
+        for c, future in zip(who, begun, strict=True)
+    ]
+    found = [x if isinstance(x, str) else attempt(first, x) for x in found]
     seconds = iter(seconds_in_turns([x for x in found if not isinstance(x, str)]))
     return [
         Result(op_name, spec.name, c.name, passes, None, error=x)
