@@ -146,8 +146,9 @@ def large_batch(
             inputs = jax.device_put((train, stack))
             programs = Programs(chosen, scale, chosen.make(scale.model, arrays), multipliers, total, inputs, max(sizes))
             deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-            # The next program is compiled while one trains: a small model compiles about as long as it trains.
-            pool = ThreadPoolExecutor(max_workers=1)
+            # The next programs are compiled while one trains: a small model compiles longer than it trains. Few at once,
+            # lest the first wait for all.
+            pool = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 8))
             try:
                 keys = dict.fromkeys(programs.key(cell) for cell in left)
                 compiled = {key: pool.submit(programs.compile, *key) for key in keys}
