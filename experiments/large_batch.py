@@ -146,8 +146,8 @@ def large_batch(
             inputs = jax.device_put((train, stack))
             programs = Programs(chosen, scale, chosen.make(scale.model, arrays), multipliers, total, inputs, max(sizes))
             deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-            # The next programs are compiled while one trains: a small model compiles longer than it trains. Few at once,
-            # lest the first wait for all.
+            # The next programs are compiled while one trains: a small model compiles longer than it trains. But
+            # few at once, lest the first wait for all.
             pool = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 8))
             try:
                 keys = dict.fromkeys(programs.key(cell) for cell in left)
