@@ -4,29 +4,38 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 from unittest import mock
 
 import shtab
 
 from crescendo.experiments.cli import run_command
 
+
+class Command(NamedTuple):
+    """A module with a `main`, and what it does."""
+
+    module: str
+    does: str
+
+
 COMMANDS = {
-    "train": "crescendo.experiments.train",
-    "report": "crescendo.experiments.report",
-    "sweep": "crescendo.experiments.sweep",
-    "batch_warmup": "crescendo.experiments.batch_warmup",
-    "critical_batch": "crescendo.experiments.critical_batch",
-    "refine_schedule": "crescendo.experiments.refine_schedule",
-    "large_batch": "crescendo.experiments.large_batch",
-    "generate": "crescendo.experiments.generate",
-    "export": "crescendo.experiments.export",
-    "import_hf": "crescendo.experiments.import_hf",
-    "describe": "crescendo.experiments.describe",
-    "doctor": "crescendo.experiments.doctor",
-    "benchmark": "crescendo.experiments.benchmark",
-    "bench_kernels": "crescendo.pallas_kernels.bench",
-    "tune_kernels": "crescendo.pallas_kernels.tune",
-    "plot_schedules": "crescendo.optim.plot",
+    "train": Command("crescendo.experiments.train", "train a model"),
+    "report": Command("crescendo.experiments.report", "compare runs: a table, a page and pictures"),
+    "sweep": Command("crescendo.experiments.sweep", "train over grids or a search of settings"),
+    "batch_warmup": Command("crescendo.experiments.batch_warmup", "compare small, growing and large batches"),
+    "critical_batch": Command("crescendo.experiments.critical_batch", "measure the critical batch size along a run"),
+    "refine_schedule": Command("crescendo.experiments.refine_schedule", "refine a schedule by a run's gradient norms"),
+    "large_batch": Command("crescendo.experiments.large_batch", "compare optimizers over batch sizes"),
+    "generate": Command("crescendo.experiments.generate", "continue a text with a trained model"),
+    "export": Command("crescendo.experiments.export", "write a trained model for others' tools"),
+    "import_hf": Command("crescendo.experiments.import_hf", "go on with a model of Hugging Face's"),
+    "describe": Command("crescendo.experiments.describe", "plan a model over a mesh: memory and traffic"),
+    "doctor": Command("crescendo.experiments.doctor", "say what this machine offers a run"),
+    "benchmark": Command("crescendo.experiments.benchmark", "time training steps and optimizers"),
+    "bench_kernels": Command("crescendo.pallas_kernels.bench", "time kernels beside their peers"),
+    "tune_kernels": Command("crescendo.pallas_kernels.tune", "choose kernels' tiles by timing them"),
+    "plot_schedules": Command("crescendo.optim.plot", "draw schedules"),
 }
 
 EXAMPLES = """examples:
@@ -70,14 +79,14 @@ def parser(complete: bool = False) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = result.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module in COMMANDS.items():
+    for name, (module, does) in COMMANDS.items():
         parents = [parser_of(importlib.import_module(module).main)] if complete else []
         for action in (action for each in parents for action in each._actions if isinstance(action.dest, str)):
             if action.choices is None and action.dest in _FILES:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
             elif action.choices is None and action.dest in _FOLDERS:
                 action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-        commands.add_parser(name, parents=[_without_help(each) for each in parents], help=f"python -m {module}")
+        commands.add_parser(name, parents=[_without_help(each) for each in parents], help=does)
     completion = commands.add_parser("completion", help="print a script that completes these commands in a shell")
     completion.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     return result
@@ -95,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in COMMANDS:
-        importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
+        importlib.import_module(COMMANDS[arguments[0]].module).main(arguments[1:])
         return
     options = parser().parse_args(arguments)
     print(shtab.complete(parser(complete=True), options.shell))

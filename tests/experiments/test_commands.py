@@ -13,7 +13,7 @@ from crescendo.experiments.cli import run_command
 
 @pytest.mark.parametrize("name", commands.COMMANDS)
 def test_every_command_has_examples_in_its_help(name: str):
-    parser = commands.parser_of(importlib.import_module(commands.COMMANDS[name]).main)
+    parser = commands.parser_of(importlib.import_module(commands.COMMANDS[name].module).main)
     text = parser.format_help()
     assert "example" in text
     assert "python -m crescendo." in text
