@@ -5,6 +5,7 @@ Of several processes any may get the SIGTERM: JAX's own service picks a step for
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ class Interrupted(Exception):  # noqa: N818 (a request carried out, not an error
 
 
 class Interruption:
-    """While entered, the first SIGTERM or SIGINT sets `requested`; a second Ctrl-C interrupts at once.
+    """While entered, the first SIGTERM or SIGINT sets `requested` and says so; a second Ctrl-C interrupts at once.
 
     >>> with Interruption() as interruption:
     ...     signal.raise_signal(signal.SIGTERM)
@@ -51,6 +52,8 @@ class Interruption:
         del frame
         self.requested = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Not by `print`, which a signal may find in the middle of another one.
+        os.write(2, f"\n{self.requested}: stopping where the run can go on; Ctrl-C stops at once\n".encode())
 
     def __enter__(self) -> "Interruption":
         # With several processes the signals are left to JAX's service.
