@@ -14,6 +14,7 @@ html_title = "Crescendo"
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx-mathjax-offline", "myst_nb"]
 html_theme = "furo"
+html_show_copyright = False
 html_static_path: list[str] = []
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
@@ -41,7 +42,8 @@ def _escape(app, what, name, obj, options, lines):
             block = indentation if line.endswith("::") else None
             parts = re.split(r"(`[^`]*`|\*\*)", line)
             line = "".join(part if part[:1] in ("`", "*") else re.sub(r"([|*])", r"\\\1", part) for part in parts)
-            lines[i] = re.sub(r"(`[^`]*`)(?=\w)", r"\1\\ ", line)  # a role ends where a word does
+            line = re.sub(r">`_(?!_)", ">`__", line)  # many functions may name one paper: a link without a name
+            lines[i] = re.sub(r"(`[^`]*`)(?=[^\W_])", r"\1\\ ", line)  # a role ends where a word does
 
 
 def setup(app):

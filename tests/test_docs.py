@@ -141,8 +141,10 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "critical batch size" in (tmp_path / "site" / "index.html").read_text()
     for page in (tmp_path / "site").rglob("*.html"):
-        loaded = re.findall(r'<(?:script|img|link)\b[^>]*(?:src|href)="(https?:[^"]+)', page.read_text())
+        text = page.read_text()
+        loaded = re.findall(r'<(?:script|img|link)\b[^>]*(?:src|href)="(https?:[^"]+)', text)
         assert not loaded, f"{page.name} asks the network for {loaded}"
+        assert not (raw := re.findall(r"&lt;https?:.*", text)), f"{page.name} shows a link as its source: {raw[0]}"
 
 
 @pytest.mark.slow
