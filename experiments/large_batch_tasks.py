@@ -245,7 +245,7 @@ TASKS = {
                     ModelConfig(vocab_size=384, width=48, layers=2, heads=2, kv_heads=2, mlp_width=128),
                     batch_sizes=(16, 64, 256),
                     epochs=2,
-                    max_microbatch_examples=64,
+                    max_microbatch_examples=16,
                     train_examples=2048,
                     held_out_examples=256,
                 ),
