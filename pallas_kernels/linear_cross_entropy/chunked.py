@@ -38,11 +38,19 @@ class RowCoefficients(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What is found for each row of a chunk: `[C]` each, and the gradient `[C, V]` in the inputs' dtype or None."""
+    """What is found for each row of a chunk.
+
+    Attributes:
+      lse: `[C]`; +inf if a quick pass couldn't tell.
+      target_logit: the mean logit under the target distribution, `[C]`.
+      gradient: `[C, V]` in the inputs' dtype, or None.
+      scale: that each row of the gradient still has to be multiplied by, `[C]`, or None for 1.
+    """
 
     lse: jax.Array
     target_logit: jax.Array
     gradient: Any
+    scale: Any = None
 
 
 # (x, w, labels, coefficients | None, options) -> Rows
@@ -50,7 +58,7 @@ LogitPass = Callable[[jax.Array, jax.Array, jax.Array, RowCoefficients | None, "
 
 
 def _add_product(dw, gradient, x):
-    """`dw + gradient^T x`, or the product alone."""
+    """`dw + gradient^T x`, in the memory of dw, or the product alone."""
     rows = tuple(range(x.ndim - 1))
     product = jax.lax.dot_general(gradient, x, ((rows, rows), ((), ())), preferred_element_type=_wide(x.dtype))
     return product if dw is None else dw + product
@@ -62,13 +70,13 @@ class Kernels:
 
     Attributes:
       logit_pass: `(x, w, labels, coefficients or None, options) -> Rows`, without a gradient where None.
-      add_product: `(dw, gradient, x) -> dw`.
+      quick_pass: the same for rows as there usually are: if there are others, `logit_pass` does everything again.
       bytes_per_logit: from the inputs' dtype to the bytes that a chunk takes for each of its logits.
       row_multiple: that the rows of a chunk must be of.
     """
 
     logit_pass: LogitPass
-    add_product: Callable = _add_product
+    quick_pass: LogitPass | None = None
     # The float32 logit and its gradient.
     bytes_per_logit: Callable = lambda dtype: _wide(dtype).itemsize + dtype.itemsize
     row_multiple: int = 1
@@ -90,20 +98,25 @@ class Options:
 
 
 def rows_in_chunk(rows: int, vocab_size: int, bytes_per_logit: int, multiple: int = 1) -> int:
-    """As many rows as `CHUNK_BYTES` hold, at least `MIN_CHUNK_ROWS`, in chunks of almost the same size.
+    """At most as many rows as `CHUNK_BYTES` hold or `MIN_CHUNK_ROWS`, so that chunks and padding cost the least.
 
-    >>> rows_in_chunk(8192, 50304, 6), rows_in_chunk(17, 50304, 6), rows_in_chunk(17, 50304, 2, multiple=256)
+    >>> rows_in_chunk(8192, 50304, 2), rows_in_chunk(17, 50304, 6), rows_in_chunk(17, 50304, 2, multiple=256)
     (2048, 17, 256)
     """
     most = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (bytes_per_logit * vocab_size))
-    even = -(-rows // math.ceil(rows / most))
-    aligned = math.lcm(multiple, ROW_ALIGNMENT) if even < rows else multiple
-    return min(-(-even // aligned) * aligned, -(-rows // multiple) * multiple)
+    fewest = math.ceil(rows / most)
+    if fewest == 1:
+        return -(-rows // multiple) * multiple
+    aligned = math.lcm(multiple, ROW_ALIGNMENT)
+    sizes = {count: -(-rows // (count * aligned)) * aligned for count in range(fewest, 2 * fewest)}
+    return min(sizes.values(), key=lambda size: -(-rows // size) * (size + ROWS_A_CHUNK_COSTS))
 
 
 CHUNK_BYTES = 350 * 2**20
-# Every chunk reads and writes all of dW in float32: fewer rows, and that takes longer than the matmul itself.
+# Every chunk reads and writes all of dW in float32: fewer rows, and that takes longer than the matmul itself. It takes
+# the time of so many rows' three matmuls (on an H100, whatever V and D).
 MIN_CHUNK_ROWS = 2048
+ROWS_A_CHUNK_COSTS = 111
 ROW_ALIGNMENT = 128
 
 
@@ -228,8 +241,29 @@ def _padded(shape, length: int):
     return spec + (None,) * (length - len(spec))
 
 
-def _over_chunks(
-    options: Options, needs: tuple[bool, bool], x, w, labels, weights, of_lse=None, *, last_axis: bool = False
+def _over_chunks(options: Options, *arguments, **how) -> dict[str, Any]:
+    """`_by_pass` by the quick pass, and by the other one where that is needed."""
+    kernels = options.kernels
+    if kernels.quick_pass is None:
+        return _by_pass(kernels.logit_pass, options, *arguments, **how)
+    found = _by_pass(kernels.quick_pass, options, *arguments, **how)
+    again = jnp.any(found["lse"] == jnp.inf)
+    # A loop, and not a condition, as its results take the place of what was there.
+    run = lambda carry: (carry[0] & False, _by_pass(kernels.logit_pass, options, *arguments, **how))  # noqa: E731
+    return jax.lax.while_loop(lambda carry: carry[0], run, (again, found))[1]
+
+
+def _by_pass(
+    logit_pass: LogitPass,
+    options: Options,
+    needs: tuple[bool, bool],
+    x,
+    w,
+    labels,
+    weights,
+    of_lse=None,
+    *,
+    last_axis: bool = False,
 ) -> dict[str, Any]:
     """`losses` and `lse`, and `dx` and `dw` of the loss (or, given its cotangents, of the lse alone) where needed.
 
@@ -255,33 +289,35 @@ def _over_chunks(
             coefficients = RowCoefficients(weights, 2 * options.z_loss * weights, weights)
             if of_lse is not None:
                 coefficients = RowCoefficients(rows["of_lse"], zeros, zeros)
-        found = kernels.logit_pass(rows["x"], w, rows["labels"], coefficients, options)
+        x = rows["x"]
+        found = logit_pass(x, w, rows["labels"], coefficients, options)
         losses = found.lse - found.target_logit + options.z_loss * jnp.square(found.lse)
+        scale = None if found.scale is None else found.scale[..., None]
         dx = None
         if needs_dx:
             dx = jnp.dot(found.gradient, w, preferred_element_type=wide)
+            dx = dx if scale is None else scale * dx
             if options.vocab_axis is not None:
                 dx = jax.lax.psum(dx, options.vocab_axis)
             dx = dx.astype(x.dtype)
         if needs_dw:
-            dw = kernels.add_product(dw, found.gradient, rows["x"])
+            dw = _add_product(dw, found.gradient, x if scale is None else (scale * x).astype(x.dtype))
         return dw, {"losses": losses, "lse": found.lse, "dx": dx}
 
-    start = None
-    if needs_dw and (chunk != n or kernels.add_product is not _add_product):
-        start = jnp.zeros(w.shape, wide)
-        if axes := _varying(x) | _varying(w):
-            start = jax.lax.pcast(start, tuple(axes), to="varying")
-    if chunk == n:
-        dw, found = one(rows, start)
-    else:
-        count = -(-n // chunk)
-        padding = count * chunk - n
+    count = -(-n // chunk)
+    padding = count * chunk - n
+    if padding:
         # Padded rows have weight 0: they add nothing to dW, and their own results are cut off.
-        padded = {name: jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)) for name, a in rows.items()}
-        split = {name: a.reshape(count, chunk, *a.shape[1:]) for name, a in padded.items()}
-        dw, found = jax.lax.scan(lambda dw, rows: one(rows, dw), start, split)
-        found = jax.tree.map(lambda a: a.reshape(count * chunk, *a.shape[2:])[:n], found)
+        rows = {name: jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)) for name, a in rows.items()}
+    # The first chunk apart: it writes dW, to which others add.
+    dw, found = one({name: a[:chunk] for name, a in rows.items()}, None)
+    if count > 1:
+        split = {name: a[chunk:].reshape(count - 1, chunk, *a.shape[1:]) for name, a in rows.items()}
+        # Not before the first chunk's logits are gone.
+        (dw, found), split = jax.lax.optimization_barrier(((dw, found), split))
+        dw, others = jax.lax.scan(lambda dw, rows: one(rows, dw), dw, split)
+        found = jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape(-1, *a.shape[1:])]), found, others)
+    found = jax.tree.map(lambda a: a[:n], found)
     if last_axis:
         return {"dw": dw, **jax.tree.map(lambda a: jnp.moveaxis(a, 0, len(shape) - 1), found)}
     return {"dw": dw, **jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), found)}
