@@ -91,19 +91,22 @@ class Options:
     soft_cap: float | None
     label_smoothing: float
     vocab_axis: Any  # a mesh axis or several, None for a whole w
+    dw_dtype: Any  # of the gradient that the caller gets
 
     def vocab_size(self, w: jax.Array) -> int:
         """Of all shards together."""
         return w.shape[0] * (1 if self.vocab_axis is None else jax.lax.axis_size(self.vocab_axis))
 
 
-def rows_in_chunk(rows: int, vocab_size: int, bytes_per_logit: int, multiple: int = 1) -> int:
-    """At most as many rows as `CHUNK_BYTES` hold or `MIN_CHUNK_ROWS`, so that chunks and padding cost the least.
+def rows_in_chunk(rows: int, vocab_size: int, bytes_per_logit: int, multiple: int = 1, lent_bytes: int = 0) -> int:
+    """As many rows as cost the least, with padding, of those that `CHUNK_BYTES` or `lent_bytes` hold.
+
+    At least `MIN_CHUNK_ROWS` may be taken. Bytes are lent by a result that isn't there yet.
 
     >>> rows_in_chunk(8192, 50304, 2), rows_in_chunk(17, 50304, 6), rows_in_chunk(17, 50304, 2, multiple=256)
     (2048, 17, 256)
     """
-    most = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (bytes_per_logit * vocab_size))
+    most = max(MIN_CHUNK_ROWS, max(CHUNK_BYTES, lent_bytes) // (bytes_per_logit * vocab_size))
     fewest = math.ceil(rows / most)
     if fewest == 1:
         return -(-rows // multiple) * multiple
@@ -125,7 +128,7 @@ def chunked(x, w, labels, weights, *, return_lse, **options):
     axes = _varying(x) - _varying(w)
     if axes:  # transposed, this sums the gradient of a w that all devices share
         w = jax.lax.pcast(w, tuple(axes), to="varying")
-    loss_sum, weight_sum, lse = _loss(Options(**options), x, w, labels, weights)
+    loss_sum, weight_sum, lse = _loss(Options(dw_dtype=w.dtype, **options), x, w, labels, weights)
     return (loss_sum, weight_sum, lse) if return_lse else (loss_sum, weight_sum)
 
 
@@ -280,7 +283,10 @@ def _by_pass(
     else:
         rows = {name: a.reshape(-1, *a.shape[len(shape) :]) for name, a in rows.items()}
     n, together = rows["labels"].shape[0], max(1, math.prod(rows["labels"].shape[1:]))
-    chunk = rows_in_chunk(n, w.shape[0] * together, kernels.bytes_per_logit(x.dtype), kernels.row_multiple)
+    # The float32 sum is turned into a narrower dW in the end.
+    lent = w.size * options.dw_dtype.itemsize if needs_dw and options.dw_dtype.itemsize < wide.itemsize else 0
+    per_logit = kernels.bytes_per_logit(x.dtype)
+    chunk = rows_in_chunk(n, w.shape[0] * together, per_logit, kernels.row_multiple, lent)
 
     def one(rows, dw):
         coefficients = None

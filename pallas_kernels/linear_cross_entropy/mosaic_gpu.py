@@ -145,8 +145,8 @@ def _transforms(columns: int, dtype):
 
 
 def _block(dtype):
-    """Two slots for each warpgroup to leave a square in, piece by piece: 64 rows of 128 bytes."""
-    columns = 64
+    """Two slots for each warpgroup to leave a square in, piece by piece."""
+    columns = 32
     return plgpu.SMEM((2, 2, 64, columns), dtype, transforms=_transforms(columns, dtype))
 
 
