@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
+from crescendo.pallas_kernels import hopper_rows
 from crescendo.pallas_kernels.linear_cross_entropy import chunked, linear_cross_entropy
 from crescendo.pallas_kernels.linear_cross_entropy import mosaic_gpu as hopper
 from crescendo.pallas_kernels.linear_cross_entropy.specs import EVERY_OPTION
@@ -70,6 +71,26 @@ def test_linear_cross_entropy_for_hopper(hopper_of_two_cores, spread, monkeypatc
     expected = run("reference", x.astype(jnp.float32), w.astype(jnp.float32))
     assert distance(found[0], expected[0]) < 1e-5
     assert max(distance(f, e) for f, e in zip(found[1:], expected[1:], strict=True)) < 4e-3
+
+
+@pytest.fixture
+def streams_of_two_cores(monkeypatch):
+    monkeypatch.setattr(hopper_rows, "target_device", lambda: Device("gpu", "interpreter", 9.0, 2))
+    monkeypatch.setattr(hopper_rows, "require_gpu", lambda *args, **kwargs: None)
+    monkeypatch.setattr(hopper_rows, "MAX_BLOCKS", 1)
+
+
+@pytest.mark.parametrize("held", [0, 8192])
+@pytest.mark.parametrize("op", [softmax, log_softmax])
+def test_softmax_for_hopper(op, held, streams_of_two_cores, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("crescendo.pallas_kernels.softmax.mosaic_gpu"), "HELD", held)
+    x = jnp.asarray(np.random.default_rng().normal(size=(13, 4224)) * 4, jnp.float32)
+    x = x.at[1].set(-jnp.inf).at[0, 5].set(-jnp.inf).at[2, 7].set(1e4)
+    with on_gpu():
+        found = results(op, "mosaic_gpu", [x], {"scale": 0.5})
+    for f, e in zip(found, results(op, "reference", [x], {"scale": 0.5}), strict=True):
+        f, e = (jnp.where(jnp.isfinite(a), a, -1.0) for a in (f, e))
+        assert jnp.linalg.norm((f - e).ravel()) <= 1e-5 * max(1.0, jnp.linalg.norm(e.ravel()))
 
 
 @pytest.fixture
