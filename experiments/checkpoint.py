@@ -177,33 +177,31 @@ class Checkpoints:
             item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
         )
         try:
-            with contextlib.redirect_stderr(io.StringIO()):
-                found = self._manager.restore(step, args=ocp.args.Composite(state=restore, meta=ocp.args.JsonRestore()))
-        except Exception as error:
-            reason = str(error).splitlines()[0][:120]
-            raise UserError(f"checkpoint {self.folder / str(step)} can't be read ({reason})") from None
-        parameters, prints = found["state"]["parameters"], found["meta"]["fingerprints"]
-        # Parameters come first in the state.
-        mine = [int(x) for x in jax.device_get(jax.tree.leaves(fingerprints(parameters)))]
-        if mine != prints[: len(mine)]:
-            raise UserError(f"checkpoint {self.folder / str(step)} is damaged: its arrays are not the ones saved")
-        return parameters, step
+            found, _ = self._read(step, restore)
+        except _DamagedError as problem:
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} is damaged ({problem}): move it away, to take the one before it"
+            ) from None
+        return found["parameters"], step
 
     def _load(self, step: int, abstract: TrainState) -> tuple[TrainState, Clock]:
-        """One checkpoint, compared with its fingerprints."""
+        """One checkpoint."""
+        state, meta = self._read(step, ocp.args.StandardRestore(abstract))
+        return state, Clock(**meta["clock"])
+
+    def _read(self, step: int, restore: ocp.args.CheckpointArgs) -> tuple[Any, dict]:
+        """A checkpoint's state, or the first arrays of it, compared with their fingerprints, and what is said of it."""
         try:
             # Readers on other threads print their own tracebacks about a damaged file; the message says it all.
             with contextlib.redirect_stderr(io.StringIO()):
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()),
-                )
+                found = self._manager.restore(step, args=ocp.args.Composite(state=restore, meta=ocp.args.JsonRestore()))
         except Exception as error:
             raise _DamagedError(str(error).splitlines()[0][:120]) from None
-        state, meta = restored["state"], restored["meta"]
-        if [int(x) for x in jax.device_get(jax.tree.leaves(fingerprints(state)))] != meta["fingerprints"]:
+        state, meta = found["state"], found["meta"]
+        prints = [int(x) for x in jax.device_get(jax.tree.leaves(fingerprints(state)))]
+        if prints != meta["fingerprints"][: len(prints)]:
             raise _DamagedError("its arrays are not the ones that were saved")
-        return state, Clock(**meta["clock"])
+        return state, meta
 
     def _set_aside(self, damaged: list[int]) -> None:
         """Moves damaged checkpoints out of the way, so that the run can save there again."""

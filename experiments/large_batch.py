@@ -144,14 +144,17 @@ def large_batch(
         if left:
             stack = jax.tree.map(lambda *parts: np.concatenate(parts), *held_out)
             inputs = jax.device_put((train, stack))
-            programs = Programs(chosen, scale, chosen.make(scale.model, arrays), multipliers, total, inputs)
+            programs = Programs(chosen, scale, chosen.make(scale.model, arrays), multipliers, total, inputs, max(sizes))
             deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-            # The next programs are compiled while one trains: a small model compiles about as long as it trains.
-            pool = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 4))
+            # The next program is compiled while one trains: a small model compiles about as long as it trains.
+            pool = ThreadPoolExecutor(max_workers=1)
             try:
-                compiled = {key: pool.submit(programs.compile, *key) for key in dict.fromkeys(c[:2] for c in left)}
+                keys = dict.fromkeys(programs.key(cell) for cell in left)
+                compiled = {key: pool.submit(programs.compile, *key) for key in keys}
                 for cell in left:
-                    results.add(programs.run(cell, compiled[cell[:2]], _count(held_out[0])))
+                    if not (program := compiled[programs.key(cell)]).done():
+                        console.print(f"compiling {cell.optimizer} at batch {cell.batch_size:,}", highlight=False)
+                    results.add(programs.run(cell, program, _count(held_out[0])))
                     console.print(progress(cell, every, finished), highlight=False, soft_wrap=True)
                     if interruption.requested or time.monotonic() > deadline:
                         break
@@ -178,26 +181,41 @@ class Programs:
       multipliers: the sweep.
       total: examples in a run.
       inputs: the training rows and the held-out rows, on the device.
+      largest: of the batch sizes.
     """
 
     def __init__(
-        self, task: Task, size: Size, functions: Functions, multipliers: Sequence[float], total: int, inputs: Any
+        self,
+        task: Task,
+        size: Size,
+        functions: Functions,
+        multipliers: Sequence[float],
+        total: int,
+        inputs: Any,
+        largest: int,
     ):
         self._task, self._functions, self._total, self._inputs = task, functions, total, inputs
-        self._multipliers = multipliers
+        self._multipliers, self._largest = multipliers, largest
         self._side_by_side = task.side_by_side and jax.default_backend() != "cpu"
         members = len(multipliers) if self._side_by_side else 1
         self._microbatch_bound = max(1, size.max_microbatch_examples // members)
 
-    def compile(self, optimizer: str, batch_size: int) -> jax.stages.Compiled:
-        """The whole sweep of one cell as one program; the seed is an argument."""
-        recipe, steps = self._task.recipes[optimizer], self._total // batch_size
-        microbatch = parallel.plan_batches([batch_size], 1, self._microbatch_bound).microbatch_examples
-        sweep = make_sweep(self._functions, optimizer, recipe, microbatch, side_by_side=self._side_by_side)
+    def key(self, cell: Cell) -> tuple[str, int]:
+        """The optimizer and the microbatch: cells that share them share a program, whatever their batch size."""
+        plan = parallel.plan_batches([cell.batch_size], 1, self._microbatch_bound)
+        return cell.optimizer, plan.microbatch_examples
+
+    def compile(self, optimizer: str, microbatch: int) -> jax.stages.Compiled:
+        """The whole sweep of a cell as one program; the batch size and the seed are arguments."""
+        most = -(-self._largest // microbatch)
+        sweep = make_sweep(
+            self._functions, optimizer, self._task.recipes[optimizer], most, side_by_side=self._side_by_side
+        )
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._inputs)
-        order = jax.ShapeDtypeStruct((steps, batch_size), jnp.int32)
+        order = jax.ShapeDtypeStruct((self._total // microbatch, microbatch), jnp.int32)
         peaks = jax.ShapeDtypeStruct((len(self._multipliers),), jnp.float32)
-        return jax.jit(sweep).lower(*shapes, order, peaks, jax.ShapeDtypeStruct((), jnp.uint32)).compile()
+        count, seed = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.uint32)
+        return jax.jit(sweep).lower(*shapes, order, count, peaks, seed).compile()
 
     def peaks(self, cell: Cell) -> np.ndarray:
         """The peak learning rates of a cell's sweep, float32 [multipliers]."""
@@ -209,10 +227,14 @@ class Programs:
         """Trains the sweep of a cell; its record for `cells.jsonl`."""
         program = compiled.result()
         train, _ = self._inputs
-        order = example_order(_count(train), self._total, cell.batch_size, cell.seed)
+        _, microbatch = self.key(cell)
+        order = example_order(_count(train), self._total, microbatch, cell.seed)
+        count, steps = cell.batch_size // microbatch, self._total // cell.batch_size
         peaks = self.peaks(cell)
         start = time.monotonic()
-        losses, scores = jax.device_get(program(*self._inputs, order, peaks, np.uint32(cell.seed)))
+        inputs = *self._inputs, order, np.int32(count), peaks, np.uint32(cell.seed)
+        losses, scores = jax.device_get(program(*inputs))
+        losses = losses[:, :steps]
         seconds = time.monotonic() - start
         runs = []
         for i, multiplier in enumerate(self._multipliers):
@@ -226,55 +248,61 @@ class Programs:
             runs.append({key: float(value) if math.isfinite(value) else None for key, value in run.items()})
         return {
             **cell._asdict(),
-            "steps": len(order),
+            "steps": steps,
             "seconds": round(seconds, 3),
             "device": jax.devices()[0].device_kind,
             "runs": runs,
         }
 
 
-def make_sweep(functions: Functions, optimizer: str, recipe: Recipe, microbatch: int, *, side_by_side: bool):
-    """`(train, held_out, order, peaks, seed) -> (losses [M, steps], scores [M, held out, 3])`, to be jitted.
+def make_sweep(functions: Functions, optimizer: str, recipe: Recipe, most: int, *, side_by_side: bool):
+    """`(train, held_out, order, count, peaks, seed) -> (losses, scores)`, to be jitted.
 
     Args:
       functions: the task's model.
       optimizer: a key of `optim.OPTIMIZERS`.
       recipe: its options.
-      microbatch: examples whose gradients are computed at once; divides the batch.
+      most: of `count`.
       side_by_side: train the M learning rates in one batched program, or one after the other.
 
-    The scores are the sums of loss, correct answers and weight of each held-out example.
+    `order`, int32 `[microbatches, microbatch]`, tells which example comes when, and a step takes `count` of its rows:
+    the batch size is traced, so one program serves all of them. The losses are float32 `[M, microbatches]`, that of
+    each step and zeros after the last; the scores `[M, held out, 3]` the sums of loss, correct answers and weight of
+    each held-out example.
     """
 
-    def train_one(train, held_out, order, peak, seed):
-        steps, batch_size = order.shape
-        shape = schedules.linear(1.0, steps * batch_size, warmup=WARMUP_FRACTION * steps * batch_size)
-        transform = optim.OPTIMIZERS[optimizer](lambda seen: peak * shape(seen), **recipe.options)
+    def train_one(train, held_out, order, count, peak, seed):
+        microbatches, microbatch = order.shape
+        steps, batch_size = microbatches // count, count * microbatch
+        # Over the part of the run that is done, as its examples depend on the batch size.
+        shape = schedules.linear(1.0, 1.0, warmup=WARMUP_FRACTION)
+        transform = optim.OPTIMIZERS[optimizer](
+            lambda seen: peak * shape(seen / (steps * batch_size)), **recipe.options
+        )
         initial_key, mask_key = jax.random.split(jax.random.key(seed))
         parameters = functions.initialize(initial_key)
-        count = batch_size // microbatch
 
         def loss_fn(parameters, part):
-            return functions.loss(parameters, part["rows"], mask_key, part["examples_seen"])
+            rows = jax.tree.map(lambda x: x[order[part["number"]]], train)
+            return functions.loss(parameters, rows, mask_key, part["number"] * microbatch)
 
-        def step(state, inputs):
-            parameters, opt_state = state
-            number, indices = inputs
-            seen = number * batch_size
-            rows = jax.tree.map(lambda x: x[indices].reshape(count, microbatch, *x.shape[1:]), train)
-            parts = {"rows": rows, "examples_seen": seen + microbatch * jnp.arange(count)}
-            sums = parallel.accumulate(loss_fn, parameters, parts, jnp.int32(count))
+        def step(number, state):
+            parameters, opt_state, losses = state
+            parts = {"number": number * count + jnp.arange(most)}
+            sums = parallel.accumulate(loss_fn, parameters, parts, count)
             gradients = jax.tree.map(lambda g: g / sums.weight, sums.gradients)
+            seen = number * batch_size
             updates, opt_state = transform.update(gradients, opt_state, parameters, examples_seen=seen)
-            return (optax.apply_updates(parameters, updates), opt_state), sums.loss_sum / sums.weight
+            losses = losses.at[number].set(sums.loss_sum / sums.weight)
+            return optax.apply_updates(parameters, updates), opt_state, losses
 
-        state = (parameters, transform.init(parameters))
-        (parameters, _), losses = jax.lax.scan(step, state, (jnp.arange(steps), order))
+        state = parameters, transform.init(parameters), jnp.zeros(microbatches)
+        parameters, _, losses = jax.lax.fori_loop(0, steps, step, state)
         return losses, _scores(functions, parameters, held_out)
 
-    def sweep(train, held_out, order, peaks, seed):
+    def sweep(train, held_out, order, count, peaks, seed):
         def one(peak):
-            return train_one(train, held_out, order, peak, seed)
+            return train_one(train, held_out, order, count, peak, seed)
 
         return jax.vmap(one)(peaks) if side_by_side else jax.lax.map(one, peaks)
 
@@ -295,18 +323,18 @@ def _scores(functions: Functions, parameters: Any, rows: Any) -> jax.Array:
     return jax.lax.map(one, (rows, jnp.arange(_count(rows))), batch_size=EVALUATION_EXAMPLES)
 
 
-def example_order(examples: int, total: int, batch_size: int, seed: int) -> np.ndarray:
-    """Which example each step reads, int32 [steps, batch_size]: a permutation an epoch, the same for every batch size.
+def example_order(examples: int, total: int, microbatch: int, seed: int) -> np.ndarray:
+    """Which example comes when, int32 [total // microbatch, microbatch]: a permutation an epoch.
 
-    What doesn't fill a last batch is left out.
+    The same for every batch size; what doesn't fill a last microbatch is left out.
 
-    >>> example_order(3, total=7, batch_size=2, seed=0).shape
+    >>> example_order(3, total=7, microbatch=2, seed=0).shape
     (3, 2)
     """
     random = np.random.default_rng(seed)
     order = np.concatenate([random.permutation(examples) for _ in range(-(-total // examples))])
-    steps = total // batch_size
-    return order[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)
+    microbatches = total // microbatch
+    return order[: microbatches * microbatch].reshape(microbatches, microbatch).astype(np.int32)
 
 
 def progress(cell: Cell, every: Sequence[Cell], finished: dict[Cell, dict[str, Any]]) -> str:

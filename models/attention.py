@@ -15,7 +15,7 @@ def packed_attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool, im
     return attention(q_BTHE, k_BTKE, v_BTKE, causal=causal, segment_ids=segment_ids_BT, implementation=implementation)
 
 
-class Blocks:
+class FusedBlockAttention:
     """Attention over one block of keys by the fused kernels: what a ring of devices puts together.
 
     `forward` gives `[B, Tq, H, E]` and the log-sum-exp `[B, H, Tq]`, float32, 0 and -inf of nothing; `backward` gives
@@ -23,7 +23,7 @@ class Blocks:
     the queries' own tokens, each of which sees itself.
 
     >>> q = jnp.ones((1, 2, 1, 4))
-    >>> mixed, log_sum = Blocks.forward(q, q, q, jnp.array([[1, 2]]), jnp.array([[2, 2]]), False)
+    >>> mixed, log_sum = FusedBlockAttention.forward(q, q, q, jnp.array([[1, 2]]), jnp.array([[2, 2]]), False)
     >>> print(mixed[0, :, 0, 0], log_sum[0, 0])
     [0. 1.] [     -inf 2.6931472]
     """
@@ -37,14 +37,14 @@ class Blocks:
     @staticmethod
     def forward(q, k, v, segments_q, segments_k, causal: bool):
         """Mixed values and log-sum-exp."""
-        serving, config, operands = Blocks._serving(q, k, v, segments_q, segments_k, causal)
+        serving, config, operands = FusedBlockAttention._serving(q, k, v, segments_q, segments_k, causal)
         mixed, log_sum = serving.forward(config, operands)
         return mixed.astype(jnp.float32), log_sum
 
     @staticmethod
     def backward(q, k, v, segments_q, segments_k, causal: bool, log_sum, d_output, delta):
         """Gradients of queries, keys and values."""
-        serving, config, operands = Blocks._serving(q, k, v, segments_q, segments_k, causal)
+        serving, config, operands = FusedBlockAttention._serving(q, k, v, segments_q, segments_k, causal)
         dq, dk, dv, _ = serving.backward(config, operands, log_sum, d_output, delta)
         return tuple(x.astype(jnp.float32) for x in (dq, dk, dv))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crescendo.models import axes
-from crescendo.models.attention import Attention, Blocks, packed_attention
+from crescendo.models.attention import Attention, FusedBlockAttention, packed_attention
 from crescendo.models.config import ModelConfig
 from crescendo.models.layers import Linear, RMSNorm, Table, rotary
 from crescendo.models.layout import ONE_DEVICE, Layout
@@ -116,7 +116,9 @@ class Transformer(nnx.Module):
         structure, stacked = nnx.split(self.blocks)
 
         def attend(q_BTHE, k_BTKE, v_BTKE):
-            return layout.attend(attention, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, causal=causal, blocks=Blocks)
+            return layout.attend(
+                attention, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, causal=causal, blocks=FusedBlockAttention
+            )
 
         def block(x_BTD, parameters):
             layer: Any = nnx.merge(structure, parameters)

@@ -10,14 +10,16 @@ import dataclasses
 import functools
 import importlib
 import io
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,20 +67,39 @@ class Result:
     error: str = ""
 
 
-def seconds_per_call(call: Callable[[], Any], wait: Callable[[Any], Any], at_least: float = 0.02) -> float:
-    """The median over five runs of so many calls that a run takes `at_least` seconds, dispatched without waiting."""
-    wait(call())
-    start = time.perf_counter()
-    wait(call())
-    calls = max(2, min(200, round(at_least / (time.perf_counter() - start))))
-    runs = []
-    for _ in range(5):
+class Prepared(NamedTuple):
+    """A compiled call, how to wait for its results, and the bytes it needs beside them (None where unknown)."""
+
+    call: Callable[[], Any]
+    wait: Callable[[Any], Any]
+    extra_bytes: int | None = None
+
+
+def seconds_in_turns(prepared: Sequence[Prepared], at_least: float = 0.03, rounds: int = 7) -> list[float]:
+    """A call's seconds, the median over rounds in which everyone has a turn.
+
+    So a device that warms up is everyone's. But it also throttles by what was just drawn: whoever follows a program
+    that hardly works runs faster. So the order is another one in every round, and a turn is run twice and its second
+    half timed. A half is as many calls as take `at_least` seconds, dispatched without waiting.
+    """
+    counts = []
+    for call, wait, _ in prepared:
+        wait(call())
         start = time.perf_counter()
-        for _ in range(calls):
-            result = call()
-        wait(result)
-        runs.append((time.perf_counter() - start) / calls)
-    return statistics.median(runs)
+        wait(call())
+        counts.append(max(2, min(300, round(at_least / (time.perf_counter() - start)))))
+    runs: list[list[float]] = [[] for _ in prepared]
+    order = np.random.default_rng(0)
+    for _ in range(rounds):
+        for i in order.permutation(len(prepared)):
+            call, wait, _ = prepared[i]
+            for _ in range(2):
+                start = time.perf_counter()
+                for _ in range(counts[i]):
+                    result = call()
+                wait(result)
+            runs[i].append((time.perf_counter() - start) / counts[i])
+    return [statistics.median(seconds) for seconds in runs]
 
 
 def compiled(function: Callable, spec: Spec, passes: str):
@@ -112,68 +133,99 @@ def compiled(function: Callable, spec: Spec, passes: str):
     return jax.jit(backward).lower(arguments, named, cotangents).compile(), (arguments, named, cotangents)
 
 
-def measure(op_name: str, spec: Spec, who: str, function: Callable, passes: str) -> Result:
-    """Compiles and times one call; what fails says why."""
-    try:
-        program, arrays = compiled(function, spec, passes)
-        seconds = seconds_per_call(lambda: program(*arrays), jax.block_until_ready)
-    except Unsupported as reason:
-        return Result(op_name, spec.name, who, passes, None, error=str(reason))
-    except Exception as error:
-        return Result(op_name, spec.name, who, passes, None, error=f"{type(error).__name__}: {error}".split("\n")[0])
+def prepare(function: Callable, spec: Spec, passes: str) -> Prepared:
+    """Compiles a call."""
+    program, arrays = compiled(function, spec, passes)
     memory = program.memory_analysis()
-    return Result(op_name, spec.name, who, passes, seconds, memory.temp_size_in_bytes if memory else None)
+    return Prepared(lambda: program(*arrays), jax.block_until_ready, memory.temp_size_in_bytes if memory else None)
 
 
-def measure_torch(op_name: str, spec: Spec, who: str, function: Callable, passes: str) -> Result:
+def prepare_torch(function: Callable, spec: Spec, passes: str) -> Prepared:
     """The same for a function of tensors, compiled by torch."""
-    try:
-        import torch
+    import torch
 
-        torch.compiler.reset()  # each spec is another program
-        if not os.environ.get("TRITON_CACHE_DIR", "unset"):
-            del os.environ["TRITON_CACHE_DIR"]  # jax-triton empties it, and then torch can't compile
+    torch.compiler.reset()  # each spec is another program
+    if not os.environ.get("TRITON_CACHE_DIR", "unset"):
+        del os.environ["TRITON_CACHE_DIR"]  # jax-triton empties it, and then torch can't compile
 
-        def tensor(array):
-            wide = np.asarray(array.astype(jnp.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array)
-            dtype = getattr(torch, array.dtype.name) if wide.dtype.kind == "f" else None
-            return torch.from_numpy(np.array(wide)).to("cuda", dtype)
+    def tensor(array):
+        wide = np.asarray(array.astype(jnp.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array)
+        dtype = getattr(torch, array.dtype.name) if wide.dtype.kind == "f" else None
+        return torch.from_numpy(np.array(wide)).to("cuda", dtype)
 
-        arguments, options = jax.tree.map(
-            lambda a: tensor(a) if isinstance(a, jax.Array) else a, spec.inputs(), is_leaf=lambda a: a is None
-        )
-        inputs = [arguments[i].requires_grad_() for i in spec.differentiable]
-        run = torch.compile(lambda *arguments: function(*arguments, **options), dynamic=False)
+    arguments, options = jax.tree.map(
+        lambda a: tensor(a) if isinstance(a, jax.Array) else a, spec.inputs(), is_leaf=lambda a: a is None
+    )
+    inputs = [arguments[i].requires_grad_() for i in spec.differentiable]
+    run = torch.compile(lambda *arguments: function(*arguments, **options), dynamic=False)
 
-        def forward():
-            with torch.no_grad():
-                return run(*arguments)
+    def forward():
+        with torch.no_grad():
+            return run(*arguments)
 
-        results = forward()
-        listed = lambda y: [y] if isinstance(y, torch.Tensor) else list(y)  # noqa: E731
-        cotangents = [torch.randn_like(y) for y in listed(results)]
+    results = forward()
+    listed = lambda y: [y] if isinstance(y, torch.Tensor) else list(y)  # noqa: E731
+    cotangents = [torch.randn_like(y) for y in listed(results)]
 
-        def backward():
-            return torch.autograd.grad(listed(run(*arguments)), inputs, cotangents)
+    def backward():
+        return torch.autograd.grad(listed(run(*arguments)), inputs, cotangents)
 
-        call = forward if passes == "forward" else backward
-        seconds = seconds_per_call(call, lambda _: torch.cuda.synchronize())
-    except Exception as error:
-        return Result(op_name, spec.name, who, passes, None, error=f"{type(error).__name__}: {error}".split("\n")[0])
-    return Result(op_name, spec.name, who, passes, seconds)
+    return Prepared(forward if passes == "forward" else backward, lambda _: torch.cuda.synchronize())
 
 
-def candidates(op_name: str, only: Sequence[str] = ()) -> list[tuple[str, Callable, Callable]]:
-    """`(name, function, measure or measure_torch)`: implementations in order of preference, then the peers."""
+class Candidate(NamedTuple):
+    """Someone to time: `prepare(function, spec, passes)` is `prepare` or `prepare_torch`."""
+
+    name: str
+    function: Callable
+    prepare: Callable[[Callable, Spec, str], Prepared]
+
+
+def measure(op_name: str, spec: Spec, passes: str, who: Sequence[Candidate]) -> list[Result]:
+    """Compiles everyone's version of one call, then times them in turns; what fails says why."""
+
+    def attempt(function: Callable, *arguments):
+        try:
+            return function(*arguments)
+        except Unsupported as reason:
+            return str(reason)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".split("\n")[0]
+
+    def first(prepared: Prepared) -> Prepared:
+        prepared.wait(prepared.call())
+        return prepared
+
+    # JAX compiles in threads. Torch's compiler follows alone, and so does whatever runs: XLA records what a program
+    # launches in its first calls, and another thread's work spoils that.
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        begun = [
+            None if c.prepare is prepare_torch else pool.submit(attempt, c.prepare, c.function, spec, passes)
+            for c in who
+        ]
+    found = [
+        future.result() if future else attempt(c.prepare, c.function, spec, passes)
+        for c, future in zip(who, begun, strict=True)
+    ]
+    found = [x if isinstance(x, str) else attempt(first, x) for x in found]
+    seconds = iter(seconds_in_turns([x for x in found if not isinstance(x, str)]))
+    return [
+        Result(op_name, spec.name, c.name, passes, None, error=x)
+        if isinstance(x, str)
+        else Result(op_name, spec.name, c.name, passes, next(seconds), x.extra_bytes)
+        for c, x in zip(who, found, strict=True)
+    ]
+
+
+def candidates(op_name: str, only: Sequence[str] = ()) -> list[Candidate]:
+    """Implementations in order of preference, then the peers."""
     package = f"crescendo.pallas_kernels.{OPS[op_name][0]}"
     op = getattr(importlib.import_module(package), op_name)
     peers = importlib.import_module(f"{package}.peers")
-    found: list[tuple[str, Callable, Callable]] = []
-    for name in op.implementations:
-        found.append((name, functools.partial(op, implementation=name), measure))  # noqa: PERF401
-    found += [(name, function, measure) for name, function in peers.PEERS.get(op_name, {}).items()]
-    found += [(name, function, measure_torch) for name, function in peers.torch_peers(op_name).items()]
-    return [entry for entry in found if (entry[0] in only if only else entry[0] != "reference")]
+    found = [Candidate(name, functools.partial(op, implementation=name), prepare) for name in op.implementations]
+    found += [Candidate(name, function, prepare) for name, function in peers.PEERS.get(op_name, {}).items()]
+    found += [Candidate(name, function, prepare_torch) for name, function in peers.torch_peers(op_name).items()]
+    return [entry for entry in found if (entry.name in only if only else entry.name != "reference")]
 
 
 def specs(op_name: str, tags: Iterable[str]) -> list[Spec]:
@@ -277,14 +329,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2)
     console = Console()
     results: list[Result] = []
-    total = len(found) * len(who) * len(arguments.passes)
+    calls = list(itertools.product(found, arguments.passes))
     with console.status("") as status:
-        for spec in found:
-            for passes in arguments.passes:
-                for name, function, timed in who:
-                    status.update(f"{len(results) + 1} of {total}: {spec.name}, {passes}, {name}")
-                    results.append(timed(arguments.op, spec, name, function, passes))
-                    console.print("  ".join(row(results[-1], spec, best_peers(arguments.op, results))))
+        for number, (spec, passes) in enumerate(calls, 1):
+            status.update(f"{number} of {len(calls)}: {spec.name}, {passes}")
+            results += measure(arguments.op, spec, passes, who)
+            for result in results[-len(who) :]:
+                console.print("  ".join(row(result, spec, best_peers(arguments.op, results))))
     console.print(table(arguments.op, results, found))
     op = getattr(importlib.import_module(f"crescendo.pallas_kernels.{OPS[arguments.op][0]}"), arguments.op)
     args, options = found[0].abstract()

@@ -36,6 +36,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -193,11 +194,14 @@ class Answers:
         return "\n".join([*lines, *(f"  {answer}" for answer in self.answers)])
 
 
-def op(implementations: Mapping[str, str]) -> Callable[[Callable[..., dict]], Callable[..., Any]]:
+def op(
+    implementations: Mapping[str, str], *, make: Callable[[ModuleType], Callable[..., Any]] | None = None
+) -> Callable[[Callable[..., dict]], Callable[..., Any]]:
     """Makes an op of the function that checks its arguments; the module docstring tells the contract.
 
     Args:
       implementations: from name to module, in order of preference. The module's function of the op's name serves.
+      make: gives the function of a module that has none of that name.
 
     The result takes `implementation=None | name | (name, ...)` besides, and carries `implementations`.
     """
@@ -212,12 +216,12 @@ def op(implementations: Mapping[str, str]) -> Callable[[Callable[..., dict]], Ca
             for candidate in _names(name, implementations, implementation):
                 token = _asked_by_name.set(implementation is not None)
                 try:
-                    return _load(name, implementations[candidate])(**arguments)
+                    return _load(call, candidate)(**arguments)
                 except Unsupported as reason:
                     refusals.append(Answer(candidate, str(reason)))
                 finally:
                     _asked_by_name.reset(token)
-            answers = _ask(name, implementations, check, args, kwargs)
+            answers = _ask(call, args, kwargs)
             serving = [answer.implementation for answer in answers if not answer.reason]
             advice = f"implementation={' or '.join(map(repr, serving))} serves it" if serving else "none serves it"
             raise NotImplementedError(f"{name} on {target_device()}: {'; '.join(map(str, refusals))}; {advice}")
@@ -229,6 +233,7 @@ def op(implementations: Mapping[str, str]) -> Callable[[Callable[..., dict]], Ca
         call.__signature__ = signature.replace(parameters=[*parameters[:at], extra, *parameters[at:]])  # type: ignore[attr-defined]
         call.implementations = dict(implementations)  # type: ignore[attr-defined]
         call.check = check  # type: ignore[attr-defined]
+        call.make = make  # type: ignore[attr-defined]
         return call
 
     return decorate
@@ -242,7 +247,7 @@ def explain(function: Callable[..., Any], *args, **kwargs) -> Answers:
     if not hasattr(function, "implementations"):
         raise TypeError(f"{function!r} is no op: pass one of crescendo.pallas_kernels")
     kwargs.pop("implementation", None)
-    answers = _ask(function.__name__, function.implementations, function.check, args, kwargs)  # type: ignore[attr-defined]
+    answers = _ask(function, args, kwargs)
     return Answers(function.__name__, target_device(), tuple(answers))
 
 
@@ -261,28 +266,31 @@ def _names(op_name: str, table: Mapping[str, str], implementation) -> tuple[str,
     return names
 
 
-def _load(op_name: str, module: str) -> Callable[..., Any]:
-    """The implementation in `module`; a missing optional package is a reason, not an error."""
+def _load(function: Any, implementation: str) -> Callable[..., Any]:
+    """One implementation of an op; a missing optional package is a reason, not an error."""
     try:
-        return getattr(importlib.import_module(module), op_name)
+        module = importlib.import_module(function.implementations[implementation])
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("crescendo"):
             raise
         raise Unsupported(f"needs the package {error.name}, which is not installed") from None
+    if function.make is not None and not hasattr(module, function.__name__):
+        return function.make(module)
+    return getattr(module, function.__name__)
 
 
-def _ask(op_name: str, table: Mapping[str, str], check: Callable[..., dict], args: tuple, kwargs: dict) -> list[Answer]:
+def _ask(function: Any, args: tuple, kwargs: dict) -> list[Answer]:
     """Every implementation's answer; only shapes are computed."""
     leaves, structure = jax.tree.flatten((args, kwargs))
     dynamic = [isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) for leaf in leaves]
     answers = []
-    for name, module in table.items():
+    for name in function.implementations:
 
-        def trace(arrays, module=module):
+        def trace(arrays, name=name):
             given = iter(arrays)
             merged = [next(given) if d else leaf for leaf, d in zip(leaves, dynamic, strict=True)]
             args, kwargs = jax.tree.unflatten(structure, merged)
-            return _load(op_name, module)(**check(*args, **kwargs))
+            return _load(function, name)(**function.check(*args, **kwargs))
 
         try:
             jax.eval_shape(trace, [leaf for leaf, d in zip(leaves, dynamic, strict=True) if d])

@@ -8,14 +8,12 @@ replaces the one that was there.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import importlib
 import itertools
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,12 +25,10 @@ import jax
 import jax.numpy as jnp
 
 from crescendo.pallas_kernels import tiles
-from crescendo.pallas_kernels.bench import OPS, seconds_per_call, specs
+from crescendo.pallas_kernels.bench import OPS, Prepared, seconds_in_turns, specs
 from crescendo.pallas_kernels.op import Spec, Unsupported, target_device
 
 NOISE = 0.01  # the least gain over the default that counts
-ROUNDS = 3  # in which the best and the default are compared
-WARM_SECONDS = 0.2  # of work before anything is timed: a device that waited for compilers is slow at first
 TOLERANCE = 1e-2  # relative distance of results that are the same but for rounding to bfloat16
 EXAMPLES = """examples:
   python -m crescendo.pallas_kernels.tune attention
@@ -90,19 +86,8 @@ def distance(results, wanted) -> float:
     return max(worst) if all(map(math.isfinite, worst)) else math.inf
 
 
-def warm(programs: Sequence[Any], arrays: tuple) -> None:
-    """Keeps the device busy for a moment with the first program that runs."""
-    for program in programs:
-        if not isinstance(program, str):
-            until = time.monotonic() + WARM_SECONDS
-            with contextlib.suppress(Exception):  # `timings` says why
-                while time.monotonic() < until:
-                    jax.block_until_ready(program(*arrays))
-                return
-
-
 def timings(run: Callable, arrays: tuple, candidates: Sequence[Any], wanted, threads: int) -> Iterator[Timing]:
-    """Compiles the tiles at once, and times one after the other; those that differ from `wanted` have an error."""
+    """Compiles the tiles at once, and times them in turns; those that differ from `wanted` have an error."""
     said = lambda error: f"{type(error).__name__}: {error}".split("\n")[0][:160]  # noqa: E731
 
     def compiled(tile):
@@ -114,22 +99,23 @@ def timings(run: Callable, arrays: tuple, candidates: Sequence[Any], wanted, thr
     with ThreadPoolExecutor(threads) as pool:
         distinct = dict.fromkeys(candidates)
         programs = dict(zip(distinct, pool.map(compiled, distinct), strict=True))
-    warm(list(programs.values()), arrays)
-    for tile in candidates:
-        program = programs[tile]
-        if isinstance(program, str):
-            yield Timing(tile, error=program)
+    errors = {tile: program for tile, program in programs.items() if isinstance(program, str)}
+    prepared: dict[Any, Prepared] = {}
+    for tile, program in programs.items():
+        if tile in errors:
             continue
         try:
             found = distance(program(*arrays), wanted)
-            if not found < TOLERANCE:
-                yield Timing(tile, error=f"its results differ from the default's by {found:.2g}")
-                continue
-            seconds = seconds_per_call(functools.partial(program, *arrays), jax.block_until_ready)
         except Exception as error:
-            yield Timing(tile, error=said(error))
+            errors[tile] = said(error)
             continue
-        yield Timing(tile, seconds)
+        if found < TOLERANCE:
+            prepared[tile] = Prepared(functools.partial(program, *arrays), jax.block_until_ready)
+        else:
+            errors[tile] = f"its results differ from the default's by {found:.2g}"
+    seconds = dict(zip(prepared, seconds_in_turns(list(prepared.values())), strict=True))
+    for tile in candidates:
+        yield Timing(tile, seconds.get(tile), errors.get(tile, ""))
 
 
 def search(tunable: Tunable, problem: Problem, deadline: float, threads: int, show: Callable[[Timing], None]):
@@ -152,15 +138,11 @@ def search(tunable: Tunable, problem: Problem, deadline: float, threads: int, sh
     missing = Timing(default, error="not measured")
     if best == default or tried.get(default, missing).seconds is None:
         return tried.get(default, missing), tried.get(default, missing)
-    # What is timed first is often timed slow: once more, in turns.
-    again: dict[Any, list[float]] = {default: [], best: []}
-    for timing in timings(problem.run, arrays, [default, best] * ROUNDS, wanted, threads):
-        if timing.seconds is not None:
-            again[timing.tile].append(timing.seconds)
-    if not all(again.values()):
+    # Groups were timed at different moments: once more, these two in turns.
+    first, last = timings(problem.run, arrays, [default, best], wanted, threads)
+    if first.seconds is None or last.seconds is None:
         return tried[default], tried[default]
-    first, last = (Timing(tile, statistics.median(again[tile])) for tile in (default, best))
-    return first, last if last.seconds < first.seconds * (1 - NOISE) else first  # type: ignore[operator]
+    return first, last if last.seconds < first.seconds * (1 - NOISE) else first
 
 
 def entry(tunable: Tunable, problem: Problem, default: Timing, best: Timing) -> dict[str, Any]:

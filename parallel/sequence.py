@@ -41,7 +41,7 @@ def zigzag(sequence_length: int, ring: int) -> np.ndarray:
     return np.concatenate([np.concatenate([chunks[i], chunks[2 * ring - 1 - i]]) for i in range(ring)])
 
 
-class Blocks(NamedTuple):
+class BlockAttention(NamedTuple):
     """Attention over one block of keys, whose parts the ring puts together.
 
     Attributes:
@@ -56,7 +56,7 @@ class Blocks(NamedTuple):
 
 
 def attention(
-    q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, blocks: Blocks, ring: int, ulysses: int = 1, causal: bool = True
+    q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, blocks: BlockAttention, ring: int, ulysses: int = 1, causal: bool = True
 ):
     """`softmax(q k^T / sqrt(E)) v` within segments, over rows split along the mesh axis `sequence`.
 
@@ -88,11 +88,11 @@ def attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _ring(q, k, v, segment_ids, blocks: Blocks, ring: int, ulysses: int, causal: bool):
+def _ring(q, k, v, segment_ids, blocks: BlockAttention, ring: int, ulysses: int, causal: bool):
     return _ring_forward(q, k, v, segment_ids, blocks, ring, ulysses, causal)[0]
 
 
-def _ring_forward(q, k, v, segment_ids, blocks: Blocks, ring: int, ulysses: int, causal: bool):
+def _ring_forward(q, k, v, segment_ids, blocks: BlockAttention, ring: int, ulysses: int, causal: bool):
     """Output, and what the backward pass needs; step s uses the block of the device s places before."""
     shift = _shift(ring, ulysses)
     place = jax.lax.axis_index(AXIS) // ulysses
@@ -123,7 +123,7 @@ def _ring_forward(q, k, v, segment_ids, blocks: Blocks, ring: int, ulysses: int,
     return output, (q, k, v, segment_ids, output, log_sum)
 
 
-def _ring_backward(blocks: Blocks, ring: int, ulysses: int, causal: bool, residuals, d_output):
+def _ring_backward(blocks: BlockAttention, ring: int, ulysses: int, causal: bool, residuals, d_output):
     q, k, v, segment_ids, output, log_sum = residuals
     shift = _shift(ring, ulysses)
     place = jax.lax.axis_index(AXIS) // ulysses

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from crescendo.pallas_kernels.attention import tiles as tuned_tiles
-from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, attend, block_ranges, per_device
+from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, block_ranges, per_device
 from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
 
 LOG2_E = math.log2(math.e)
@@ -156,10 +156,6 @@ def kernels(config: Config, operands: Operands) -> Kernels:
     del config  # any will do
     check(operands)
     return per_device(Kernels(forward, mosaic_gpu_backward.backward))
-
-
-def attention(config: Config, operands: Operands, return_lse: bool):
-    return attend(kernels(config, operands), config, operands, return_lse)
 
 
 def padded(operands: Operands, block_q: int, block_k: int) -> Operands:

@@ -24,7 +24,6 @@ from crescendo.pallas_kernels.attention.contract import (
     Kernels,
     Operands,
     Ranges,
-    attend,
     block_ranges,
     per_device,
 )
@@ -48,10 +47,6 @@ def kernels(config: Config, operands: Operands) -> Kernels:
     if operands.dims[-1] > 512:
         raise Unsupported(f"needs a head width of at most 512, not {operands.dims[-1]}")
     return per_device(Kernels(forward, backward))
-
-
-def attention(config: Config, operands: Operands, return_lse: bool):
-    return attend(kernels(config, operands), config, operands, return_lse)
 
 
 class Call:

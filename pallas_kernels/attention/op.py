@@ -6,7 +6,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from crescendo.pallas_kernels.attention.contract import Config, Operands
+from crescendo.pallas_kernels.attention.contract import Config, Operands, attend
 from crescendo.pallas_kernels.op import op
 
 HERE = "crescendo.pallas_kernels.attention"
@@ -15,7 +15,12 @@ IMPLEMENTATIONS = {
 }
 
 
-@op(IMPLEMENTATIONS)
+def _of_kernels(module):
+    """The op of a module that has the two passes (`contract.Kernels`) and no `attention` of its own."""
+    return lambda config, operands, return_lse: attend(module.kernels(config, operands), config, operands, return_lse)
+
+
+@op(IMPLEMENTATIONS, make=_of_kernels)
 def attention(
     q,
     k,

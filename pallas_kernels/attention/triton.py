@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, attend, block_ranges, per_device
+from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, block_ranges, per_device
 from crescendo.pallas_kernels.op import Unsupported, require_gpu
 from crescendo.pallas_kernels.triton_call import triton_call
 
@@ -26,10 +26,6 @@ def kernels(config: Config, operands: Operands) -> Kernels:
     if operands.dims[-1] > 256:
         raise Unsupported(f"needs a head width of at most 256, not {operands.dims[-1]}")
     return per_device(Kernels(forward, backward))
-
-
-def attention(config: Config, operands: Operands, return_lse: bool):
-    return attend(kernels(config, operands), config, operands, return_lse)
 
 
 def _blocks(width: int, *, backward: bool) -> tuple[int, int, int]:
@@ -144,6 +140,26 @@ def _tile(pointer, row, head, index, N: tl.constexpr, HEADS: tl.constexpr, D: tl
 
 
 @triton.jit
+def _load(pointer, row, head, index, N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows `index` of `[B, N, HEADS, D]`, 0 where there are none."""
+    at, there = _tile(pointer, row, head, index, N, HEADS, D, BLOCK_D)
+    return tl.load(at, mask=there, other=0.0)
+
+
+@triton.jit
+def _load_queries(
+    q_pointer, dout_pointer, lse_pointer, delta_pointer, row, head, i,
+    T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What the backward pass reads of a block of queries: q, dout, lse, delta."""
+    q = _load(q_pointer, row, head, i, T, H, D, BLOCK_D)
+    dout = _load(dout_pointer, row, head, i, T, H, D, BLOCK_D)
+    lse = tl.load(lse_pointer + (row * H + head) * T + i, mask=i < T, other=float("inf"))
+    delta = tl.load(delta_pointer + (row * H + head) * T + i, mask=i < T, other=0.0)
+    return q, dout, lse, delta
+
+
+@triton.jit
 def _capped(products, SCALE: tl.constexpr, CAP: tl.constexpr):
     """Scores, and the derivative of their cap."""
     scores = products * SCALE
@@ -208,16 +224,15 @@ def _forward_kernel(
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first, where causal
     head, row = tl.program_id(1), tl.program_id(2)
     i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q_at, q_there = _tile(q_pointer, row, head, i, T, H, D, BLOCK_D)
-    q = tl.load(q_at, mask=q_there, other=0.0)
+    q = _load(q_pointer, row, head, i, T, H, D, BLOCK_D)
     maximum = tl.full([BLOCK_Q], FLOOR, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     mixed = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     lo, full_lo, full_hi, hi = _range(ranges, row, block, PER_ROW, BLOCKS)
     for step in range(lo, hi):
         j = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        k_at, k_there = _tile(k_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
-        scores, _slope = _capped(tl.dot(q, tl.trans(tl.load(k_at, mask=k_there, other=0.0))), SCALE, CAP)
+        k = _load(k_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
+        scores, _slope = _capped(tl.dot(q, tl.trans(k)), SCALE, CAP)
         scores = _biased(scores, biases, row, head, i, j, T, S, BIAS, BIAS_B, BIAS_H, BIAS_T, BIAS_S)
         if (step < full_lo) | (step >= full_hi):
             scores = _hide(
@@ -228,8 +243,7 @@ def _forward_kernel(
         weights = tl.exp2(scores - new[:, None])
         shrink = tl.exp2(maximum - new)
         total = total * shrink + tl.sum(weights, 1)
-        v_at, v_there = _tile(v_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
-        v = tl.load(v_at, mask=v_there, other=0.0)
+        v = _load(v_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
         mixed = tl.dot(weights.to(v.dtype), v, mixed * shrink[:, None])
         maximum = new
     seen = total > 0
@@ -273,20 +287,15 @@ def _queries_kernel(
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     head, row = tl.program_id(1), tl.program_id(2)
     i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q_at, q_there = _tile(q_pointer, row, head, i, T, H, D, BLOCK_D)
-    q = tl.load(q_at, mask=q_there, other=0.0)
-    dout_at, dout_there = _tile(dout_pointer, row, head, i, T, H, D, BLOCK_D)
-    dout = tl.load(dout_at, mask=dout_there, other=0.0)
-    lse = tl.load(lse_pointer + (row * H + head) * T + i, mask=i < T, other=float("inf"))
-    delta = tl.load(delta_pointer + (row * H + head) * T + i, mask=i < T, other=0.0)
+    q, dout, lse, delta = _load_queries(
+        q_pointer, dout_pointer, lse_pointer, delta_pointer, row, head, i, T, H, D, BLOCK_D
+    )
     dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     lo, full_lo, full_hi, hi = _range(ranges, row, block, PER_ROW, BLOCKS)
     for step in range(lo, hi):
         j = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        k_at, k_there = _tile(k_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
-        k = tl.load(k_at, mask=k_there, other=0.0)
-        v_at, v_there = _tile(v_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
-        v = tl.load(v_at, mask=v_there, other=0.0)
+        k = _load(k_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
+        v = _load(v_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
         _weights, _dscores, dproducts = _gradient_of_scores(
             q, k, v, dout, lse, delta, (step < full_lo) | (step >= full_hi), i, j, biases, q_ids, k_ids, q_places,
             k_places, row, head, T, S, SCALE, CAP, CAUSAL, WINDOW, SEGMENTS, POSITIONS,
@@ -309,10 +318,8 @@ def _keys_kernel(
 ):  # fmt: skip
     block, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     j = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    k_at, k_there = _tile(k_pointer, row, kv_head, j, S, K, D, BLOCK_D)
-    k = tl.load(k_at, mask=k_there, other=0.0)
-    v_at, v_there = _tile(v_pointer, row, kv_head, j, S, K, D, BLOCK_D)
-    v = tl.load(v_at, mask=v_there, other=0.0)
+    k = _load(k_pointer, row, kv_head, j, S, K, D, BLOCK_D)
+    v = _load(v_pointer, row, kv_head, j, S, K, D, BLOCK_D)
     dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     lo, full_lo, full_hi, hi = _range(ranges, row, block, PER_ROW, BLOCKS)
@@ -320,12 +327,9 @@ def _keys_kernel(
         step = lo + turn % (hi - lo)
         head = kv_head * (H // K) + turn // (hi - lo)
         i = step * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        q_at, q_there = _tile(q_pointer, row, head, i, T, H, D, BLOCK_D)
-        q = tl.load(q_at, mask=q_there, other=0.0)
-        dout_at, dout_there = _tile(dout_pointer, row, head, i, T, H, D, BLOCK_D)
-        dout = tl.load(dout_at, mask=dout_there, other=0.0)
-        lse = tl.load(lse_pointer + (row * H + head) * T + i, mask=i < T, other=float("inf"))
-        delta = tl.load(delta_pointer + (row * H + head) * T + i, mask=i < T, other=0.0)
+        q, dout, lse, delta = _load_queries(
+            q_pointer, dout_pointer, lse_pointer, delta_pointer, row, head, i, T, H, D, BLOCK_D
+        )
         weights, _dscores, dproducts = _gradient_of_scores(
             q, k, v, dout, lse, delta, (step < full_lo) | (step >= full_hi), i, j, biases, q_ids, k_ids, q_places,
             k_places, row, head, T, S, SCALE, CAP, CAUSAL, WINDOW, SEGMENTS, POSITIONS,
@@ -366,14 +370,11 @@ def _bias_kernel(
         if (lo <= step) & (step < hi):
             i = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
             j = step * BLOCK_K + tl.arange(0, BLOCK_K)
-            q_at, q_there = _tile(q_pointer, row, head, i, T, H, D, BLOCK_D)
-            dout_at, dout_there = _tile(dout_pointer, row, head, i, T, H, D, BLOCK_D)
-            k_at, k_there = _tile(k_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
-            v_at, v_there = _tile(v_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
-            q, dout = tl.load(q_at, mask=q_there, other=0.0), tl.load(dout_at, mask=dout_there, other=0.0)
-            k, v = tl.load(k_at, mask=k_there, other=0.0), tl.load(v_at, mask=v_there, other=0.0)
-            lse = tl.load(lse_pointer + (row * H + head) * T + i, mask=i < T, other=float("inf"))
-            delta = tl.load(delta_pointer + (row * H + head) * T + i, mask=i < T, other=0.0)
+            q, dout, lse, delta = _load_queries(
+                q_pointer, dout_pointer, lse_pointer, delta_pointer, row, head, i, T, H, D, BLOCK_D
+            )
+            k = _load(k_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
+            v = _load(v_pointer, row, head // (H // K), j, S, K, D, BLOCK_D)
             _weights, dscores, _dproducts = _gradient_of_scores(
                 q, k, v, dout, lse, delta, (step < full_lo) | (step >= full_hi), i, j, biases, q_ids, k_ids, q_places,
                 k_places, row, head, T, S, SCALE, CAP, CAUSAL, WINDOW, SEGMENTS, POSITIONS,

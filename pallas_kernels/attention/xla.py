@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, attend, positions, visible
+from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, positions, visible
 
 CHUNK_KEYS = 512
 
@@ -11,10 +11,6 @@ CHUNK_KEYS = 512
 def kernels(config: Config, operands: Operands) -> Kernels:
     del config, operands  # any will do
     return Kernels(forward, backward)
-
-
-def attention(config: Config, operands: Operands, return_lse: bool):
-    return attend(kernels(config, operands), config, operands, return_lse)
 
 
 def _chunks(operands: Operands):

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from crescendo import parallel
-from crescendo.models.attention import Blocks, packed_attention
+from crescendo.models.attention import FusedBlockAttention, packed_attention
 from crescendo.pallas_kernels.attention import attention, checking
 from crescendo.pallas_kernels.attention.specs import SPECS
 from crescendo.pallas_kernels.op import target
@@ -248,7 +248,7 @@ def test_the_ring_on_tpus_runs_in_kernels(ulysses):
     def gradients(q, k, v, segment_ids):
         def total(*arrays):
             return (
-                layout.attend(packed_attention, *arrays, segment_ids, causal=True, blocks=Blocks)
+                layout.attend(packed_attention, *arrays, segment_ids, causal=True, blocks=FusedBlockAttention)
                 .astype(jnp.float32)
                 .sum()
             )

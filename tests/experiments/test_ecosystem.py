@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -108,6 +109,18 @@ def test_a_run_is_exported_and_gone_on_with(run, small_bindings, tmp_path):
     more = import_hf.bindings(tmp_path / "hf", peak=1e-9)
     bound = configurables.bind(train, ["debug.gin"], [*small_bindings, *more, "TOTAL_EXAMPLES = 16"])
     assert bound(run=str(tmp_path / "continued"))["loss"] == pytest.approx(loss, abs=1e-4)
+
+
+def test_damaged_parameters_are_refused(run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "damaged")
+    newest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    meta = newest / "meta" / "metadata"
+    first = json.loads(meta.read_text())["fingerprints"][0]
+    meta.write_text(meta.read_text().replace(str(first), str(first ^ 1)))
+    with pytest.raises(UserError, match=rf"{newest} is damaged \(its arrays are not .* move it away"):
+        trained.load(folder)
+    shutil.rmtree(newest)  # as it says
+    assert trained.load(folder).examples_seen < int(newest.name)
 
 
 def test_another_shape_is_refused(run, small_bindings, tmp_path):

@@ -83,48 +83,55 @@ def data(tmp_path, monkeypatch):
 def test_every_optimizer_learns_at_its_rate_and_each_member_of_a_sweep_at_its_own(name):
     x = np.random.default_rng(0).normal(loc=1.0, scale=0.1, size=(64, 3)).astype(np.float32)
     recipe = TASKS["images"].recipes[name]
-    sweep = jax.jit(make_sweep(quadratic(), name, recipe, 4, side_by_side=False))
-    order = example_order(64, 64 * 40, 8, seed=0)
+    sweep = jax.jit(make_sweep(quadratic(), name, recipe, 2, side_by_side=False))
+    order = example_order(64, 64 * 40, 4, seed=0)
     peaks = np.float32([0.0, recipe.learning_rate])
-    (still, moving), scores = sweep({"x": x}, {"x": x[:5]}, order, peaks, np.uint32(0))
+    losses, scores = sweep({"x": x}, {"x": x[:5]}, order, 2, peaks, np.uint32(0))
     assert scores.shape == (2, 5, 3)
-    assert len(still) == len(moving) == 320
+    assert losses.shape == (2, 640)
+    assert not losses[:, 320:].any()
+    still, moving = losses[:, :320]
     assert moving[0] == still[0]
     assert np.mean(moving[-20:]) < 0.6 * np.mean(still[-20:])
 
 
 def test_side_by_side_is_the_same_as_one_after_the_other():
     x = np.random.default_rng(0).normal(loc=1.0, size=(64, 3)).astype(np.float32)
-    order, peaks = example_order(64, 128, 16, seed=0), np.float32([0.1, 0.2, 0.4])
+    order, peaks = example_order(64, 128, 8, seed=0), np.float32([0.1, 0.2, 0.4])
     recipe = TASKS["images"].recipes["lamb"]
     both = [
-        jax.jit(make_sweep(quadratic(), "lamb", recipe, 8, side_by_side=flag))({"x": x}, {"x": x}, order, peaks, 3)
+        jax.jit(make_sweep(quadratic(), "lamb", recipe, 2, side_by_side=flag))({"x": x}, {"x": x}, order, 2, peaks, 3)
         for flag in (True, False)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *both)
 
 
-def test_the_microbatch_changes_nothing():
+def test_the_microbatch_changes_nothing_and_one_program_serves_every_batch_size():
     x = np.random.default_rng(0).normal(loc=1.0, size=(64, 3)).astype(np.float32)
-    order, peaks = example_order(64, 128, 16, seed=0), np.float32([0.1])
-    recipe = TASKS["images"].recipes["adamw"]
-    results = [
-        jax.jit(make_sweep(quadratic(), "adamw", recipe, microbatch, side_by_side=False))(
-            {"x": x}, {"x": x}, order, peaks, 3
-        )[1]
-        for microbatch in (2, 16)
-    ]
-    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)
+    peaks, recipe = np.float32([0.1]), TASKS["images"].recipes["adamw"]
+
+    def sweep(most):
+        return jax.jit(make_sweep(quadratic(), "adamw", recipe, most, side_by_side=False))
+
+    def scores(program, microbatch, count):
+        order = example_order(64, 136, microbatch, seed=0)
+        return program({"x": x}, {"x": x}, order, np.int32(count), peaks, 3)[1]
+
+    shared = sweep(8)
+    for batch_size in (2, 16):
+        whole = scores(sweep(1), batch_size, 1)
+        np.testing.assert_allclose(scores(shared, 2, batch_size // 2), whole, rtol=1e-5, atol=1e-6)
+    assert shared._cache_size() == 1
 
 
 @pytest.mark.parametrize(("task", "optimizer"), [("mlm", "lamb"), ("images", "adamw")])
 def test_a_task_learns(task, optimizer):
     arrays = tiny_data(task)
     functions, recipe = TASKS[task].make(TINY[task], arrays), TASKS[task].recipes[optimizer]
-    sweep = jax.jit(make_sweep(functions, optimizer, recipe, 16, side_by_side=False))
+    sweep = jax.jit(make_sweep(functions, optimizer, recipe, 1, side_by_side=False))
     order = example_order(64, 64 * 40, 16, seed=0)
     rate = np.float32([4 * recipe.learning_rate])
-    (losses,), (scores,) = sweep(split(arrays, "train", None), split(arrays, "test", None), order, rate, 0)
+    (losses,), (scores,) = sweep(split(arrays, "train", None), split(arrays, "test", None), order, 1, rate, 0)
     assert np.mean(losses[-10:]) < 0.75 * losses[0]
     loss, correct, weight = scores.sum(0)
     assert correct / weight > 0.5  # chance is 0.25
@@ -232,7 +239,7 @@ def test_every_batch_size_reads_the_same_examples_in_the_same_order():
 
 def test_learning_rates_follow_each_ones_rule():
     task = TASKS["images"]
-    programs = experiment.Programs(task, task.sizes["debug"], quadratic(), [0.5, 1.0], 64, None)
+    programs = experiment.Programs(task, task.sizes["debug"], quadratic(), [0.5, 1.0], 64, None, 64)
     base = task.base_batch_size
     for name, growth in {"sgd": 4.0, "adamw": 2.0, "lamb": 2.0, "lion": 2.0, "lars": 2.0}.items():
         before, after = (programs.peaks(Cell(name, size, 0)) for size in (base, 4 * base))

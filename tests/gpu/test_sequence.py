@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crescendo.models.attention import Blocks, packed_attention
+from crescendo.models.attention import FusedBlockAttention, packed_attention
 from crescendo.parallel import Layout, make_mesh, strategy
 
 pytestmark = [
@@ -26,7 +26,7 @@ def test_two_gpus_equal_one(ulysses):
 
     def ours(q, k, v):
         arrays = (x[:, order] for x in (q, k, v, segment_ids))
-        return layout.attend(packed_attention, *arrays, causal=True, blocks=Blocks)[:, np.argsort(order)]
+        return layout.attend(packed_attention, *arrays, causal=True, blocks=FusedBlockAttention)[:, np.argsort(order)]
 
     def theirs(q, k, v):
         return packed_attention(q, k, v, segment_ids, causal=True, implementation=("mosaic_gpu", "triton"))

@@ -57,8 +57,7 @@ def known_costs(monkeypatch):
             yield dataclasses.replace(timing, seconds=known)
 
     monkeypatch.setattr(tune, "timings", exact)
-    monkeypatch.setattr(tune, "WARM_SECONDS", 0.0)
-    monkeypatch.setattr(tune, "seconds_per_call", lambda call, wait: call() is not None)
+    monkeypatch.setattr(tune, "seconds_in_turns", lambda prepared: [1.0] * len(prepared))
 
 
 def test_the_best_of_the_right_tiles_is_found_group_by_group(known_costs):

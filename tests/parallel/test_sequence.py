@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crescendo.models.attention import Blocks, packed_attention
+from crescendo.models.attention import FusedBlockAttention, packed_attention
 from crescendo.parallel import Layout, make_mesh, strategy
 from crescendo.parallel.collectives import collectives
 from crescendo.parallel.sequence import zigzag
@@ -52,7 +52,7 @@ def test_equals_attention_in_one_place(quick_compilation, problem, sizes, ulysse
 
     def ours(q, k, v):
         arrays = (x[:, order] for x in (q, k, v, segment_ids))
-        return layout.attend(packed_attention, *arrays, causal=causal, blocks=Blocks)[:, np.argsort(order)]
+        return layout.attend(packed_attention, *arrays, causal=causal, blocks=FusedBlockAttention)[:, np.argsort(order)]
 
     output, pull = jax.vjp(jax.jit(ours), q, k, v)
     theirs = jax.jit(functools.partial(packed_attention, causal=causal))
@@ -78,7 +78,7 @@ def test_no_device_holds_a_whole_sequence_of_keys(ulysses, kinds):
     segment_ids = jax.ShapeDtypeStruct((1, 64), jnp.int32)
 
     def loss(q, k, v, segment_ids):
-        return jnp.sum(layout.attend(packed_attention, q, k, v, segment_ids, causal=True, blocks=Blocks))
+        return jnp.sum(layout.attend(packed_attention, q, k, v, segment_ids, causal=True, blocks=FusedBlockAttention))
 
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.batch()),
