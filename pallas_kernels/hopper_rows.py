@@ -4,9 +4,12 @@ A block of 128 threads takes every n-th row. The copy engine brings the next row
 takes away the results, which lie where the row was: between the passes over a row nothing is read from device memory
 twice. So many blocks share a streaming multiprocessor as its shared memory holds: one waits while others compute.
 
-A row is `[W / 128, 128]` for the copy engine, and is worked on in pieces of `PIECE` entries, 16 to a thread.
+A row is `[W / 128, 128]` for the copy engine, and is worked on in pieces of `PIECE` entries, 16 to a thread. A long row
+is shared by the blocks of a cluster, which tell each other a few numbers of each row (`Meeting`): they go on with the
+next row while these are on their way.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -27,21 +30,58 @@ SHARED_BYTES = 220 * 1024
 MAX_BLOCKS = 8
 # Rows of a block in shared memory: one to work on, one on its way out, others on their way in.
 STAGES = 4
+# A row of more bytes is shared by two blocks, or four, or eight.
+PART_BYTES = 32 * 1024
+ROWS_OF_A_CLUSTER = 8
 
 
-def require_whole_lanes(width: int, bytes_of_a_row: int) -> None:
-    """Refuses what doesn't suit the copy engine or shared memory."""
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """How rows are spread over the device.
+
+    Attributes:
+      parts: blocks that share a row, a cluster.
+      lines: of 128 entries, of a part.
+      stages: rows of a block in shared memory: those on their way, and those worked on.
+      blocks: of a streaming multiprocessor.
+    """
+
+    parts: int
+    lines: int
+    stages: int
+    blocks: int
+
+    def clusters(self, rows: int) -> int:
+        """So many as run at a time; of long rows a few for each, as not all multiprocessors suit a cluster."""
+        at_once = self.blocks * target_device().cores // self.parts
+        return min(rows, at_once if self.parts == 1 else -(-rows // ROWS_OF_A_CLUSTER))
+
+
+def geometry(width: int, bytes_of_an_entry: int, other_bytes: int = 0, *, shared: bool = False) -> Geometry:
+    """For rows of that width, with so many bytes besides for a block; `shared` if blocks may share a row.
+
+    Raises:
+      Unsupported: rows that don't suit the copy engine or shared memory.
+    """
     require_gpu(9.0, below=10.0)
+    lines = width // LANES
     if width % LANES:
         raise Unsupported(f"needs rows of a multiple of {LANES} entries, not {width:,}")
-    if width > 256 * LANES or 3 * bytes_of_a_row > SHARED_BYTES:
-        raise Unsupported(f"holds three rows in shared memory, which rows of {width:,} entries are too long for")
-
-
-def geometry(row_bytes: int, other_bytes: int = 0) -> tuple[int, int]:
-    """Stages of a block, and blocks of a streaming multiprocessor."""
+    fitting = [
+        parts
+        for parts in ((1, 2, 4, 8) if shared else (1,))
+        if not lines % parts
+        and lines // parts <= 256
+        and 3 * (lines // parts * LANES * bytes_of_an_entry) + other_bytes <= SHARED_BYTES
+    ]
+    if not fitting:
+        raise Unsupported(f"can't hold three rows of {width:,} entries in shared memory")
+    small = [parts for parts in fitting if width // parts * bytes_of_an_entry <= PART_BYTES]
+    parts = min(small) if small else max(fitting)
+    row_bytes = width // parts * bytes_of_an_entry
     stages = next(n for n in (STAGES, 3) if n == 3 or 2 * (n * row_bytes + other_bytes) <= SHARED_BYTES)
-    return stages, max(1, min(MAX_BLOCKS, SHARED_BYTES // (stages * row_bytes + other_bytes + 1024)))
+    blocks = max(1, min(MAX_BLOCKS, SHARED_BYTES // (stages * row_bytes + other_bytes + 1024)))
+    return Geometry(parts, lines // parts, stages, blocks)
 
 
 def pieces(width: int) -> list[pl.Slice]:
@@ -72,61 +112,121 @@ def stream(count, row_of: Callable, sources, results: dict[int, Any], slots, rea
 
     Args:
       count: of the rows of this block.
-      row_of: `n -> row`, the index that `sources` and `results` take.
-      sources: arrays in device memory, `[rows, W / 128, 128]`.
+      row_of: `n -> index` of the row's part in `sources` and `results`.
+      sources: arrays in device memory, `[rows, parts, lines, 128]`.
       results: from the number of a source to the array that takes what is left in its place.
-      slots: shared memory, `[sources, stages, W / 128, 128]`.
+      slots: shared memory, `[sources, stages, lines, 128]`.
       ready: a barrier for each stage, with as many arrivals as there are sources.
     """
     stages = slots.shape[1]
 
-    def fetch(n, slot):
-        for i, source in enumerate(sources):
-            plgpu.copy_gmem_to_smem(source.at[row_of(n)], slots.at[i, slot], ready.at[slot])
-
-    for n in range(stages):
-        pl.when(n < count)(functools.partial(fetch, n, n))
-
     def step(n, carry):
-        slot = lax.rem(n, stages)
-        plgpu.barrier_wait(ready.at[slot])
-        row = row_of(n)
-        carry = visit(row, [slots.at[i, slot] for i in range(len(sources))], carry)
-        plgpu.commit_smem()
-        for i, result in results.items():
-            plgpu.copy_smem_to_gmem(slots.at[i, slot], result.at[row], commit_group=False)
-        plgpu.commit_smem_to_gmem_group()
+        refs = _arrived(slots, ready, n)
+        carry = visit(row_of(n), refs, carry)
+        _leave(refs, results, row_of(n))
         # The row before has left.
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        ahead = n - 1 + stages
-
-        @pl.when((n > 0) & (ahead < count))
-        def _():
-            fetch(ahead, lax.rem(ahead, stages))
-
+        _fetch(n - 1 + stages, (n > 0) & (n - 1 + stages < count), row_of, sources, slots, ready)
         return carry
 
+    for n in range(stages):
+        _fetch(n, n < count, row_of, sources, slots, ready)
     carry = lax.fori_loop(0, count, step, carry)
     plgpu.wait_smem_to_gmem(0)
     return carry
 
 
-def call(body: Callable, arrays, out_types, *, blocks: int, stages: int, sources: int, row: tuple, dtype, scratch=()):
-    """`plgpu.kernel` with slots and barriers for `stream`: `body(*arrays, *results, slots, ready, *scratch)`."""
+def stream_parts(count, row_of: Callable, sources, results, slots, ready, meeting, first: Callable, second: Callable):
+    """The same for parts of rows: `first(refs) -> numbers`, and `second(refs, numbers of each part)` a row later.
+
+    Args:
+      meeting: `(numbers, met)`, an array in device memory, float32 `[rows, parts, 2]`, and two barriers of the cluster.
+    """
+    stages = slots.shape[1]
+    numbers, met = meeting
+
+    def step(n, _):
+        @pl.when(n < count)
+        def _():
+            for i, number in enumerate(first(_arrived(slots, ready, n))):
+                numbers[(*row_of(n), i)] = number
+            fence()
+            plgpu.barrier_arrive(met.at[lax.rem(n, 2)])
+
+        @pl.when(n > 0)
+        def _():
+            before = n - 1
+            plgpu.barrier_wait(met.at[lax.rem(before, 2)])
+            fence()
+            refs = [slots.at[i, lax.rem(before, stages)] for i in range(len(sources))]
+            row = row_of(before)[0]
+            second(refs, [[numbers[row, part, i] for i in range(2)] for part in range(numbers.shape[1])])
+            _leave(refs, results, row_of(before))
+            _fetch(n - 2 + stages, (n > 1) & (n - 2 + stages < count), row_of, sources, slots, ready)
+
+    for n in range(stages):
+        _fetch(n, n < count, row_of, sources, slots, ready)
+    lax.fori_loop(0, count + 1, step, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def fence() -> None:
+    """Orders what this thread has written and reads, for all of the device."""
+
+    @plgpu.inline_mgpu()
+    def emit(_):
+        from jax.experimental.mosaic.gpu import utils
+
+        utils.inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
+
+    emit()
+
+
+def _fetch(n, wanted, row_of, sources, slots, ready):
+    """Begins to copy row number n."""
+
+    @pl.when(wanted)
+    def _():
+        slot = lax.rem(n, slots.shape[1])
+        for i, source in enumerate(sources):
+            plgpu.copy_gmem_to_smem(source.at[row_of(n)], slots.at[i, slot], ready.at[slot])
+
+
+def _arrived(slots, ready, n):
+    """Row number n in shared memory, once it is there."""
+    slot = lax.rem(n, slots.shape[1])
+    plgpu.barrier_wait(ready.at[slot])
+    return [slots.at[i, slot] for i in range(slots.shape[0])]
+
+
+def _leave(refs, results, place):
+    """Begins to copy results away, and waits until the row before has left."""
+    plgpu.commit_smem()
+    for i, result in results.items():
+        plgpu.copy_smem_to_gmem(refs[i], result.at[place], commit_group=False)
+    plgpu.commit_smem_to_gmem_group()
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+
+
+def call(body: Callable, arrays, out_types, how: Geometry, clusters: int, *, sources: int, dtype, scratch=()):
+    """`plgpu.kernel` with slots and barriers for `stream`: `body(*arrays, *results, slots, ready, *scratch)`.
+
+    The axes are "row" and, where blocks share one, "part"; two barriers of the cluster are then there besides.
+    """
+    scratch = [
+        plgpu.SMEM((sources, how.stages, how.lines, LANES), dtype),
+        plgpu.Barrier(num_arrivals=sources, num_barriers=how.stages),
+        *scratch,
+    ]
+    cluster: dict[str, Any] = {}
+    if how.parts > 1:
+        scratch.append(plgpu.ClusterBarrier(collective_axes=("part",), num_barriers=2))
+        cluster = {"cluster": (how.parts,), "cluster_names": ("part",)}
     return plgpu.kernel(
         body,
         out_type=out_types,
-        scratch_types=[
-            plgpu.SMEM((sources, stages, *row), dtype),
-            plgpu.Barrier(num_arrivals=sources, num_barriers=stages),
-            *scratch,
-        ],
-        grid=(blocks,),
-        grid_names=("block",),
+        scratch_types=scratch,
+        grid=(clusters,),
+        grid_names=("row",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        **cluster,
     )(*arrays)
-
-
-def blocks_of(rows: int, blocks: int) -> int:
-    """Blocks for the whole device, not more than there are rows."""
-    return min(rows, blocks * target_device().cores)

@@ -78,14 +78,19 @@ def streams_of_two_cores(monkeypatch):
     monkeypatch.setattr(hopper_rows, "target_device", lambda: Device("gpu", "interpreter", 9.0, 2))
     monkeypatch.setattr(hopper_rows, "require_gpu", lambda *args, **kwargs: None)
     monkeypatch.setattr(hopper_rows, "MAX_BLOCKS", 1)
+    monkeypatch.setattr(hopper_rows, "fence", lambda: None)
 
 
-@pytest.mark.parametrize("held", [0, 8192])
-@pytest.mark.parametrize("op", [softmax, log_softmax])
-def test_softmax_for_hopper(op, held, streams_of_two_cores, monkeypatch):
+@pytest.mark.parametrize("op", [softmax, log_softmax], ids=lambda op: op.__name__)
+@pytest.mark.parametrize(
+    ("held", "part"), [(0, 2**20), (2**20, 2**20), (0, 4096)], ids=["read again", "held", "shared"]
+)
+def test_softmax_for_hopper(op, held, part, streams_of_two_cores, monkeypatch):
     monkeypatch.setattr(importlib.import_module("crescendo.pallas_kernels.softmax.mosaic_gpu"), "HELD", held)
-    x = jnp.asarray(np.random.default_rng().normal(size=(13, 4224)) * 4, jnp.float32)
-    x = x.at[1].set(-jnp.inf).at[0, 5].set(-jnp.inf).at[2, 7].set(1e4)
+    monkeypatch.setattr(hopper_rows, "PART_BYTES", part)
+    monkeypatch.setattr(hopper_rows, "ROWS_OF_A_CLUSTER", 6)
+    x = jnp.asarray(np.random.default_rng().normal(size=(13, 2304)) * 4, jnp.float32)
+    x = x.at[1].set(-jnp.inf).at[0, 5].set(-jnp.inf).at[2, 7].set(1e4).at[3, :1200].set(-jnp.inf).at[3].add(-300)
     with on_gpu():
         found = results(op, "mosaic_gpu", [x], {"scale": 0.5})
     for f, e in zip(found, results(op, "reference", [x], {"scale": 0.5}), strict=True):
