@@ -92,11 +92,20 @@ def pieces(width: int) -> list[pl.Slice]:
 
 def load(ref, dtype):
     """A piece in float32, each thread's entries those that it has of a piece of that dtype."""
-    size = math.prod(ref.shape)
+    return plgpu.load(ref, layout=_layout(ref.shape, dtype)).astype(jnp.float32)
+
+
+def zeros(shape, dtype):
+    """The same of nothing."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _layout(shape, dtype))
+
+
+def _layout(shape, dtype):
+    size = math.prod(shape)
     vector = min(8 // jnp.dtype(dtype).itemsize, size // LANES)
     while size % (vector * LANES):
         vector //= 2
-    return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED(ref.shape, vec_size=vector)).astype(jnp.float32)
+    return plgpu.Layout.WG_STRIDED(shape, vec_size=vector)
 
 
 def total(reduce: Callable, combine: Callable, parts: Sequence[jax.Array]):

@@ -98,6 +98,20 @@ def test_softmax_for_hopper(op, held, part, streams_of_two_cores, monkeypatch):
         assert jnp.linalg.norm((f - e).ravel()) <= 1e-5 * max(1.0, jnp.linalg.norm(e.ravel()))
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+def test_rms_norm_for_hopper(residual, streams_of_two_cores, monkeypatch):
+    module = importlib.import_module("crescendo.pallas_kernels.rms_norm.mosaic_gpu")
+    monkeypatch.setattr(module, "target_device", hopper_rows.target_device)
+    random = np.random.default_rng()
+    x, other = (jnp.asarray(random.normal(size=(2, 9, 2304)), jnp.float32) for _ in range(2))
+    arguments = [x, jnp.asarray(1 + random.normal(size=(2, 2304)) / 8, jnp.float32)]
+    options = {"eps": 1e-5, "probe": jnp.zeros(2), **({"residual": other} if residual else {})}
+    with on_gpu():
+        found = results(rms_norm, "mosaic_gpu", arguments, options)
+    for f, e in zip(found, results(rms_norm, "reference", arguments, options), strict=True):
+        assert jnp.linalg.norm((f - e).ravel()) <= 1e-5 * max(1.0, jnp.linalg.norm(e.ravel()))
+
+
 @pytest.fixture
 def tpu(monkeypatch):
     """Small blocks, and kernels that take this machine for a TPU."""
