@@ -33,6 +33,8 @@ SQUARE = 128
 # Blocks of K that are on their way at a time, and rows of tiles that are worked on together.
 STAGES = 4
 TILES_TOGETHER = 4
+# Of a square, on its way to device memory: a warpgroup has two in shared memory.
+PIECE = (64, 32)
 
 
 def linear_cross_entropy(x, w, labels, weights, **options):
@@ -146,8 +148,7 @@ def _transforms(columns: int, dtype):
 
 def _block(dtype):
     """Two slots for each warpgroup to leave a square in, piece by piece."""
-    columns = 32
-    return plgpu.SMEM((2, 2, 64, columns), dtype, transforms=_transforms(columns, dtype))
+    return plgpu.SMEM((2, 2, *PIECE), dtype, transforms=_transforms(PIECE[1], dtype))
 
 
 def _write(square, ref, row, column, block):
