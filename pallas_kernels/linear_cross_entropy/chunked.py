@@ -45,12 +45,15 @@ class Rows(NamedTuple):
       target_logit: the mean logit under the target distribution, `[C]`.
       gradient: `[C, V]` in the inputs' dtype, or None.
       scale: that each row of the gradient still has to be multiplied by, `[C]`, or None for 1.
+      of_label: with a scale, the gradient of the label's logit, `[C]`, which is 0 in `gradient`. As large as all others
+        together, it is not rounded to the inputs' dtype.
     """
 
     lse: jax.Array
     target_logit: jax.Array
     gradient: Any
     scale: Any = None
+    of_label: Any = None
 
 
 # (x, w, labels, coefficients | None, options) -> Rows
@@ -298,17 +301,19 @@ def _by_pass(
         x = rows["x"]
         found = logit_pass(x, w, rows["labels"], coefficients, options)
         losses = found.lse - found.target_logit + options.z_loss * jnp.square(found.lse)
-        scale = None if found.scale is None else found.scale[..., None]
+        of_label = None if found.scale is None else found.of_label
         dx = None
         if needs_dx:
             dx = jnp.dot(found.gradient, w, preferred_element_type=wide)
-            dx = dx if scale is None else scale * dx
+            if of_label is not None:
+                dx = found.scale[:, None] * dx + of_label[:, None] * w[rows["labels"]]
             if options.vocab_axis is not None:
                 dx = jax.lax.psum(dx, options.vocab_axis)
             dx = dx.astype(x.dtype)
         if needs_dw:
-            dw = _add_product(dw, found.gradient, x if scale is None else (scale * x).astype(x.dtype))
-        return dw, {"losses": losses, "lse": found.lse, "dx": dx}
+            scaled = x if of_label is None else (found.scale[:, None] * x).astype(x.dtype)
+            dw = _add_product(dw, found.gradient, scaled)
+        return dw, {"losses": losses, "lse": found.lse, "dx": dx, "of_label": of_label}
 
     count = -(-n // chunk)
     padding = count * chunk - n
@@ -324,6 +329,9 @@ def _by_pass(
         dw, others = jax.lax.scan(lambda dw, rows: one(rows, dw), dw, split)
         found = jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape(-1, *a.shape[1:])]), found, others)
     found = jax.tree.map(lambda a: a[:n], found)
+    of_label = found.pop("of_label")
+    if dw is not None and of_label is not None:
+        dw = dw.at[rows["labels"][:n]].add(of_label[:, None] * rows["x"][:n])
     if last_axis:
         return {"dw": dw, **jax.tree.map(lambda a: jnp.moveaxis(a, 0, len(shape) - 1), found)}
     return {"dw": dw, **jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), found)}

@@ -2,9 +2,9 @@
 
 The gradient of a logit is `e^(l - lse)` times a number of its row, minus one at the label. So if e^(l - r) is kept,
 with any reference r of the row, everything else that the softmax's gradient needs may be done to the small operands of
-the matmuls: `dX = diag(s) E W` and `dW = E^T diag(s) X`, with `s = e^(r - lse)` times the row's coefficient, and the
-label's entry of E changed in place. `exponentials` multiplies a chunk by the table and leaves E, rounded to bfloat16,
-and its row sums in float32.
+the matmuls: `dX = diag(s) E W` and `dW = E^T diag(s) X`, with `s = e^(r - lse)` times the row's coefficient. What the
+labels add is a row of W and of X for each, in float32, and 0 in E. `exponentials` multiplies a chunk by the table and
+leaves E, rounded to bfloat16, and its row sums in float32.
 
 The logit of the label serves as r: E can't underflow as a whole, and overflows only for rows whose loss is above
 `MAX_LOSS`. If there is one, everything is done again with the rows' maxima, which need another matmul.
@@ -88,16 +88,18 @@ def _pass(x, w, labels, coefficients, options: chunked.Options, label_logit, ref
     if coefficients is None:
         return chunked.Rows(lse, target_logit, None)
     factor = coefficients.constant + coefficients.lse * lse
-    # In units of factor / total, which the rows are multiplied by later.
-    unit = jnp.where(factor == 0, 0, total * coefficients.target / jnp.where(factor == 0, 1, factor))
+    scale = factor / total
     if smoothing:
+        # In units of the scale, which is 0 where nothing counts.
+        unit = jnp.where(scale == 0, 0, coefficients.target / jnp.where(scale == 0, 1, scale))
         e = (e - (smoothing / vocab_size) * unit[:, None]).astype(x.dtype)
-    of_label = jnp.exp(label_logit - reference) - unit * (1 - smoothing + smoothing / vocab_size)
     row = lax.iota(labels.dtype, len(labels))
-    e = e.at[row, labels].set(of_label.astype(x.dtype), unique_indices=True, indices_are_sorted=True)
-    return chunked.Rows(lse, target_logit, e, factor / total)
+    e = e.at[row, labels].set(0, unique_indices=True, indices_are_sorted=True)
+    of_label = factor * jnp.exp(label_logit - lse) - coefficients.target * (1 - smoothing + smoothing / vocab_size)
+    return chunked.Rows(lse, target_logit, e, scale, of_label)
 
 
+@jax.jit  # lowered once, for all of its calls
 def exponentials(x, w, reference):
     """`e^(x w^T - reference)`, `[C, V]`, and the sums of each row in each tile, float32 `[V / 128, C]`.
 
