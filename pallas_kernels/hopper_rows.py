@@ -155,14 +155,14 @@ def stream_parts(count, row_of: Callable, sources, results, slots, ready, meetin
 
     def step(n, _):
         @pl.when(n < count)
-        def _():
+        def _this_row():
             for i, number in enumerate(first(_arrived(slots, ready, n))):
                 numbers[(*row_of(n), i)] = number
             fence()
             plgpu.barrier_arrive(met.at[lax.rem(n, 2)])
 
         @pl.when(n > 0)
-        def _():
+        def _row_before():
             before = n - 1
             plgpu.barrier_wait(met.at[lax.rem(before, 2)])
             fence()

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from crescendo.pallas_kernels import hopper_rows
 from crescendo.pallas_kernels.hopper_rows import LANES
 from crescendo.pallas_kernels.op import Unsupported, target_device
-from crescendo.pallas_kernels.rms_norm import gradient
+from crescendo.pallas_kernels.rms_norm import gradient, xla
 from crescendo.pallas_kernels.sharded import sharded
 
 
@@ -95,7 +95,7 @@ def backward(h, scale, dy, dh, eps):
     return run(h, scale, *((dy,) if dh is None else (dy, dh)))
 
 
-KERNELS = gradient.Kernels(forward, backward, None, None)
+KERNELS = gradient.Kernels(forward, backward, xla.rotary_forward, xla.rotary_backward)
 
 
 def _inverse(total, width: int, eps: float):

@@ -71,18 +71,22 @@ def _on_rows(passes, arrays):
         if how.parts > 1:
             out_types.append(jax.ShapeDtypeStruct((len(rows[0]), 8, 2), jnp.float32))
 
+        fixed = 2 + (how.parts > 1)  # slots and barriers
+
         def body(*refs):
-            given, results, (slots, ready, *met) = refs[:sources], refs[sources:-2], refs[-2:]
-            if how.parts > 1:
-                results, (slots, ready, *met) = refs[sources:-3], refs[-3:]
+            given, results, (slots, ready, *met) = (
+                refs[:sources],
+                refs[sources : sources + len(out_types)],
+                refs[-fixed:],
+            )
             cluster = lax.axis_index("row")
             part = lax.axis_index("part") if how.parts > 1 else 0
             count = (len(rows[0]) - cluster + clusters - 1) // clusters
             row_of = lambda n: (cluster + n * clusters, part)  # noqa: E731
             streamed = count, row_of, given, {sources - 1: results[0]}, slots, ready
             if how.parts > 1:
-                met = results[1].at[:, : how.parts], met[0]
-                hopper_rows.stream_parts(*streamed, met, lambda refs: passes.first(refs)[0], passes.second)
+                meeting = results[1].at[:, : how.parts], met[0]
+                hopper_rows.stream_parts(*streamed, meeting, lambda refs: passes.first(refs)[0], passes.second)
             else:
                 hopper_rows.stream(*streamed, passes.both)
 
@@ -99,7 +103,7 @@ class _Passes:
 
     options: Options
 
-    def first(self, refs):
+    def first(self, refs, keep=False):
         """`(numbers, what the second pass may use)`."""
         raise NotImplementedError
 
