@@ -8,6 +8,8 @@ from crescendo.models.config import ModelConfig
 from crescendo.models.layers import Linear, RMSNorm, rotate
 from crescendo.models.layout import Layout
 from crescendo.pallas_kernels.attention import Config, Operands, attention, kernels
+from crescendo.pallas_kernels.op import target_device
+from crescendo.pallas_kernels.rms_norm import qk_norm_rotary
 
 
 def packed_attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool, implementation: str | None = None):
@@ -76,6 +78,12 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD, attend, cosine, sine, layout: Layout):
         q_BTHE, k_BTKE, v_BTKE = (project(x_BTD, layout) for project in (self.query, self.key, self.value))
+        if self.qk_norm and layout.whole and target_device().platform == "gpu":
+            # 1.9 to 2.4 times as fast as what XLA makes of the two steps (docs/results/row_kernels.md).
+            scales = self.query_norm.scale[...], self.key_norm.scale[...]
+            angles = cosine[:, :, 0], sine[:, :, 0]
+            q_BTHE, k_BTKE = qk_norm_rotary(q_BTHE, k_BTKE, *scales, *angles, eps=self.query_norm.epsilon)
+            return self.output(attend(q_BTHE, k_BTKE, v_BTKE), layout)
         if self.qk_norm:
             q_BTHE, k_BTKE = self.query_norm(q_BTHE), self.key_norm(k_BTKE)
         q_BTHE, k_BTKE = rotate(q_BTHE, cosine, sine), rotate(k_BTKE, cosine, sine)

@@ -7,7 +7,13 @@ import jax
 
 
 class Layout(Protocol):
-    """What a model asks of a mesh, in logical axis names; it calls these and knows nothing of the rest."""
+    """What a model asks of a mesh, in logical axis names; it calls these and knows nothing of the rest.
+
+    Attributes:
+      whole: whether every array is in one place, so that a kernel may take it as it is.
+    """
+
+    whole: bool
 
     def constrain(self, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """The same array, laid out by the logical names of its axes; None is a whole axis."""
@@ -38,6 +44,8 @@ class Layout(Protocol):
 
 class OneDevice:
     """Everything in one place."""
+
+    whole = True
 
     def constrain(self, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """The array."""

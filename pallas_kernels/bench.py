@@ -253,8 +253,8 @@ def rate(result: Result, spec: Spec) -> tuple[float, str]:
     whole = result.passes == "backward"
     if spec.flops:
         return spec.flops * (PASSES.get(result.op, 3.0) if whole else 1.0) / result.seconds / 1e12, "TFLOP/s"
-    # Of a pass over memory, the gradient goes in and out besides.
-    return spec.bytes * (2.5 if whole else 1.0) / result.seconds / 1e9, "GB/s"
+    moved = spec.bytes + (spec.backward_bytes or 1.5 * spec.bytes) * whole
+    return moved / result.seconds / 1e9, "GB/s"
 
 
 def row(result: Result, spec: Spec, best: dict[tuple[str, str], float]) -> list[str]:

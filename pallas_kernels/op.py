@@ -137,6 +137,7 @@ class Spec:
       bytes: that the forward pass must move through device memory, or 0.
       differentiable: the names or positions of the arguments with gradients.
       tags: what the spec is for: "small" (interpreters), "awkward", "real", "speed" (the issue's table).
+      backward_bytes: that the gradient must move besides, or 0 for one and a half times `bytes`.
     """
 
     name: str
@@ -145,6 +146,7 @@ class Spec:
     bytes: float = 0.0
     differentiable: tuple[int, ...] = (0,)
     tags: frozenset[str] = frozenset()
+    backward_bytes: float = 0.0
 
     def inputs(self, seed: int = 0) -> tuple[tuple, dict]:
         """Arrays on the default device."""

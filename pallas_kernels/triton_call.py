@@ -9,7 +9,8 @@ import jax_triton
 
 from crescendo.pallas_kernels.op import require_gpu
 
-_RESULTS = "out_shape" if "out_shape" in inspect.signature(jax_triton.triton_call).parameters else "out_type"
+# "out_shape" before jax-triton 0.4.
+RESULTS = "out_shape" if "out_shape" in inspect.signature(jax_triton.triton_call).parameters else "out_type"
 
 
 def triton_call(
@@ -44,7 +45,7 @@ def triton_call(
         compute_capability=round(10 * device.compute_capability),
         zeroed_outputs=tuple(zeroed),
         input_output_aliases=aliases,
-        **{_RESULTS: tuple(out_shape)},
+        **{RESULTS: tuple(out_shape)},
         **constants,
     )
     return tuple(results)

@@ -26,6 +26,7 @@ class Layout:
     Attributes:
       parts: how many parts of a microbatch keep their gradients apart until the end of a step.
       batch_shards: how many parts a microbatch is split in, by examples.
+      whole: whether the mesh is of one device.
 
     Raises:
       ValueError: an unknown strategy, an axis that it doesn't use, or a Ulysses degree that doesn't divide the axis
@@ -53,6 +54,7 @@ class Layout:
         self.deferred = tuple(axis for axis in self.strategy.deferred if self.sizes[axis] > 1)
         self.parts = math.prod(self.sizes[axis] for axis in self.deferred)
         self.batch_shards = math.prod(self.sizes[axis] for axis in BATCH_AXES)
+        self.whole = mesh.size == 1
 
     def parameters(self, logical_axes: Tree, arrays: Tree | None = None) -> Tree:
         """The shardings of parameters; see `shardings`."""
@@ -132,7 +134,7 @@ class Layout:
         Where `sequence` is above 1, ring or Ulysses attention by `blocks` takes its place
         (`crescendo.parallel.sequence`).
         """
-        if self.mesh.size == 1:
+        if self.whole:
             return attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT)
         if self.sizes["sequence"] > 1:
             attention = functools.partial(
@@ -158,7 +160,7 @@ class Layout:
 
     def cross_entropy(self, loss: Callable, hidden_BTD, table_VD, labels_BT, weights_BT) -> tuple[jax.Array, jax.Array]:
         """The sums of `loss(hidden, table, labels, weights, vocab_axis=...)` over all rows."""
-        if self.mesh.size == 1:
+        if self.whole:
             return loss(hidden_BTD, table_VD, labels_BT, weights_BT)
         manual = jax.sharding.get_abstract_mesh().manual_axes
         rows = ("batch", "length")

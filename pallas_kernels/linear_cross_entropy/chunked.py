@@ -38,11 +38,22 @@ class RowCoefficients(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What is found for each row of a chunk: `[C]` each, and the gradient `[C, V]` in the inputs' dtype or None."""
+    """What is found for each row of a chunk.
+
+    Attributes:
+      lse: `[C]`; +inf if a quick pass couldn't tell.
+      target_logit: the mean logit under the target distribution, `[C]`.
+      gradient: `[C, V]` in the inputs' dtype, or None.
+      scale: that each row of the gradient still has to be multiplied by, `[C]`, or None for 1.
+      of_label: with a scale, the gradient of the label's logit, `[C]`, which is 0 in `gradient`. As large as all others
+        together, it is not rounded to the inputs' dtype.
+    """
 
     lse: jax.Array
     target_logit: jax.Array
     gradient: Any
+    scale: Any = None
+    of_label: Any = None
 
 
 # (x, w, labels, coefficients | None, options) -> Rows
@@ -50,7 +61,7 @@ LogitPass = Callable[[jax.Array, jax.Array, jax.Array, RowCoefficients | None, "
 
 
 def _add_product(dw, gradient, x):
-    """`dw + gradient^T x`, or the product alone."""
+    """`dw + gradient^T x`, in the memory of dw, or the product alone."""
     rows = tuple(range(x.ndim - 1))
     product = jax.lax.dot_general(gradient, x, ((rows, rows), ((), ())), preferred_element_type=_wide(x.dtype))
     return product if dw is None else dw + product
@@ -62,13 +73,13 @@ class Kernels:
 
     Attributes:
       logit_pass: `(x, w, labels, coefficients or None, options) -> Rows`, without a gradient where None.
-      add_product: `(dw, gradient, x) -> dw`.
+      quick_pass: the same for rows as there usually are: if there are others, `logit_pass` does everything again.
       bytes_per_logit: from the inputs' dtype to the bytes that a chunk takes for each of its logits.
       row_multiple: that the rows of a chunk must be of.
     """
 
     logit_pass: LogitPass
-    add_product: Callable = _add_product
+    quick_pass: LogitPass | None = None
     # The float32 logit and its gradient.
     bytes_per_logit: Callable = lambda dtype: _wide(dtype).itemsize + dtype.itemsize
     row_multiple: int = 1
@@ -83,27 +94,35 @@ class Options:
     soft_cap: float | None
     label_smoothing: float
     vocab_axis: Any  # a mesh axis or several, None for a whole w
+    dw_dtype: Any  # of the gradient that the caller gets
 
     def vocab_size(self, w: jax.Array) -> int:
         """Of all shards together."""
         return w.shape[0] * (1 if self.vocab_axis is None else jax.lax.axis_size(self.vocab_axis))
 
 
-def rows_in_chunk(rows: int, vocab_size: int, bytes_per_logit: int, multiple: int = 1) -> int:
-    """As many rows as `CHUNK_BYTES` hold, at least `MIN_CHUNK_ROWS`, in chunks of almost the same size.
+def rows_in_chunk(rows: int, vocab_size: int, bytes_per_logit: int, multiple: int = 1, lent_bytes: int = 0) -> int:
+    """As many rows as cost the least, with padding, of those that `CHUNK_BYTES` or `lent_bytes` hold.
 
-    >>> rows_in_chunk(8192, 50304, 6), rows_in_chunk(17, 50304, 6), rows_in_chunk(17, 50304, 2, multiple=256)
+    At least `MIN_CHUNK_ROWS` may be taken. Bytes are lent by a result that isn't there yet.
+
+    >>> rows_in_chunk(8192, 50304, 2), rows_in_chunk(17, 50304, 6), rows_in_chunk(17, 50304, 2, multiple=256)
     (2048, 17, 256)
     """
-    most = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (bytes_per_logit * vocab_size))
-    even = -(-rows // math.ceil(rows / most))
-    aligned = math.lcm(multiple, ROW_ALIGNMENT) if even < rows else multiple
-    return min(-(-even // aligned) * aligned, -(-rows // multiple) * multiple)
+    most = max(MIN_CHUNK_ROWS, max(CHUNK_BYTES, lent_bytes) // (bytes_per_logit * vocab_size))
+    fewest = math.ceil(rows / most)
+    if fewest == 1:
+        return -(-rows // multiple) * multiple
+    aligned = math.lcm(multiple, ROW_ALIGNMENT)
+    sizes = {count: -(-rows // (count * aligned)) * aligned for count in range(fewest, 2 * fewest)}
+    return min(sizes.values(), key=lambda size: -(-rows // size) * (size + ROWS_A_CHUNK_COSTS))
 
 
 CHUNK_BYTES = 350 * 2**20
-# Every chunk reads and writes all of dW in float32: fewer rows, and that takes longer than the matmul itself.
+# Every chunk reads and writes all of dW in float32: fewer rows, and that takes longer than the matmul itself. It takes
+# the time of so many rows' three matmuls (on an H100, whatever V and D).
 MIN_CHUNK_ROWS = 2048
+ROWS_A_CHUNK_COSTS = 111
 ROW_ALIGNMENT = 128
 
 
@@ -112,7 +131,7 @@ def chunked(x, w, labels, weights, *, return_lse, **options):
     axes = _varying(x) - _varying(w)
     if axes:  # transposed, this sums the gradient of a w that all devices share
         w = jax.lax.pcast(w, tuple(axes), to="varying")
-    loss_sum, weight_sum, lse = _loss(Options(**options), x, w, labels, weights)
+    loss_sum, weight_sum, lse = _loss(Options(dw_dtype=w.dtype, **options), x, w, labels, weights)
     return (loss_sum, weight_sum, lse) if return_lse else (loss_sum, weight_sum)
 
 
@@ -228,8 +247,29 @@ def _padded(shape, length: int):
     return spec + (None,) * (length - len(spec))
 
 
-def _over_chunks(
-    options: Options, needs: tuple[bool, bool], x, w, labels, weights, of_lse=None, *, last_axis: bool = False
+def _over_chunks(options: Options, *arguments, **how) -> dict[str, Any]:
+    """`_by_pass` by the quick pass, and by the other one where that is needed."""
+    kernels = options.kernels
+    if kernels.quick_pass is None:
+        return _by_pass(kernels.logit_pass, options, *arguments, **how)
+    found = _by_pass(kernels.quick_pass, options, *arguments, **how)
+    again = jnp.any(found["lse"] == jnp.inf)
+    # A loop, and not a condition, as its results take the place of what was there.
+    run = lambda carry: (carry[0] & False, _by_pass(kernels.logit_pass, options, *arguments, **how))  # noqa: E731
+    return jax.lax.while_loop(lambda carry: carry[0], run, (again, found))[1]
+
+
+def _by_pass(
+    logit_pass: LogitPass,
+    options: Options,
+    needs: tuple[bool, bool],
+    x,
+    w,
+    labels,
+    weights,
+    of_lse=None,
+    *,
+    last_axis: bool = False,
 ) -> dict[str, Any]:
     """`losses` and `lse`, and `dx` and `dw` of the loss (or, given its cotangents, of the lse alone) where needed.
 
@@ -246,7 +286,10 @@ def _over_chunks(
     else:
         rows = {name: a.reshape(-1, *a.shape[len(shape) :]) for name, a in rows.items()}
     n, together = rows["labels"].shape[0], max(1, math.prod(rows["labels"].shape[1:]))
-    chunk = rows_in_chunk(n, w.shape[0] * together, kernels.bytes_per_logit(x.dtype), kernels.row_multiple)
+    # The float32 sum is turned into a narrower dW in the end.
+    lent = w.size * options.dw_dtype.itemsize if needs_dw and options.dw_dtype.itemsize < wide.itemsize else 0
+    per_logit = kernels.bytes_per_logit(x.dtype)
+    chunk = rows_in_chunk(n, w.shape[0] * together, per_logit, kernels.row_multiple, lent)
 
     def one(rows, dw):
         coefficients = None
@@ -255,33 +298,40 @@ def _over_chunks(
             coefficients = RowCoefficients(weights, 2 * options.z_loss * weights, weights)
             if of_lse is not None:
                 coefficients = RowCoefficients(rows["of_lse"], zeros, zeros)
-        found = kernels.logit_pass(rows["x"], w, rows["labels"], coefficients, options)
+        x = rows["x"]
+        found = logit_pass(x, w, rows["labels"], coefficients, options)
         losses = found.lse - found.target_logit + options.z_loss * jnp.square(found.lse)
+        of_label = None if found.scale is None else found.of_label
         dx = None
         if needs_dx:
             dx = jnp.dot(found.gradient, w, preferred_element_type=wide)
+            if of_label is not None:
+                dx = found.scale[:, None] * dx + of_label[:, None] * w[rows["labels"]]
             if options.vocab_axis is not None:
                 dx = jax.lax.psum(dx, options.vocab_axis)
             dx = dx.astype(x.dtype)
         if needs_dw:
-            dw = kernels.add_product(dw, found.gradient, rows["x"])
-        return dw, {"losses": losses, "lse": found.lse, "dx": dx}
+            scaled = x if of_label is None else (found.scale[:, None] * x).astype(x.dtype)
+            dw = _add_product(dw, found.gradient, scaled)
+        return dw, {"losses": losses, "lse": found.lse, "dx": dx, "of_label": of_label}
 
-    start = None
-    if needs_dw and (chunk != n or kernels.add_product is not _add_product):
-        start = jnp.zeros(w.shape, wide)
-        if axes := _varying(x) | _varying(w):
-            start = jax.lax.pcast(start, tuple(axes), to="varying")
-    if chunk == n:
-        dw, found = one(rows, start)
-    else:
-        count = -(-n // chunk)
-        padding = count * chunk - n
+    count = -(-n // chunk)
+    padding = count * chunk - n
+    if padding:
         # Padded rows have weight 0: they add nothing to dW, and their own results are cut off.
-        padded = {name: jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)) for name, a in rows.items()}
-        split = {name: a.reshape(count, chunk, *a.shape[1:]) for name, a in padded.items()}
-        dw, found = jax.lax.scan(lambda dw, rows: one(rows, dw), start, split)
-        found = jax.tree.map(lambda a: a.reshape(count * chunk, *a.shape[2:])[:n], found)
+        rows = {name: jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)) for name, a in rows.items()}
+    # The first chunk apart: it writes dW, to which others add.
+    dw, found = one({name: a[:chunk] for name, a in rows.items()}, None)
+    if count > 1:
+        split = {name: a[chunk:].reshape(count - 1, chunk, *a.shape[1:]) for name, a in rows.items()}
+        # Not before the first chunk's logits are gone.
+        (dw, found), split = jax.lax.optimization_barrier(((dw, found), split))
+        dw, others = jax.lax.scan(lambda dw, rows: one(rows, dw), dw, split)
+        found = jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape(-1, *a.shape[1:])]), found, others)
+    found = jax.tree.map(lambda a: a[:n], found)
+    of_label = found.pop("of_label")
+    if dw is not None and of_label is not None:
+        dw = dw.at[rows["labels"][:n]].add(of_label[:, None] * rows["x"][:n])
     if last_axis:
         return {"dw": dw, **jax.tree.map(lambda a: jnp.moveaxis(a, 0, len(shape) - 1), found)}
     return {"dw": dw, **jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), found)}

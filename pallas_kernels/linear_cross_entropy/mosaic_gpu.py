@@ -1,12 +1,13 @@
-"""Pallas for Hopper: a chunk's logits live once, in 16 bits, and dW is added to while the next tile is multiplied.
+"""Pallas for Hopper: a chunk's logits exist once, in 16 bits, and no pass goes over them.
 
-`exponentials` multiplies a chunk by the table and leaves, in the place of logits, `e = 2^(l log2(e) - n)` rounded to
-16 bits, with the integer exponent n of each row of a tile (the pairs of Dukhan and Ablavatski, 2020): every e keeps
-its relative precision however large the logit is, which a logit in 16 bits would not. The sums of e, in float32, give
-the log-sum-exp. XLA turns e into the gradient in one pass.
+The gradient of a logit is `e^(l - lse)` times a number of its row, minus one at the label. So if e^(l - r) is kept,
+with any reference r of the row, everything else that the softmax's gradient needs may be done to the small operands of
+the matmuls: `dX = diag(s) E W` and `dW = E^T diag(s) X`, with `s = e^(r - lse)` times the row's coefficient. What the
+labels add is a row of W and of X for each, in float32, and 0 in E. `exponentials` multiplies a chunk by the table and
+leaves E, rounded to bfloat16, and its row sums in float32.
 
-`add_product` adds `g^T x` to dW by the copy engine's own addition: a tile of dW is never read into the kernel, and the
-addition of one overlaps the matmul of the next. So chunks may be small, where a plain matmul would wait for dW.
+The logit of the label serves as r: E can't underflow as a whole, and overflows only for rows whose loss is above
+`MAX_LOSS`. If there is one, everything is done again with the rows' maxima, which need another matmul.
 """
 
 import functools
@@ -23,120 +24,121 @@ from crescendo.pallas_kernels.linear_cross_entropy import chunked, xla
 from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
 
 LOG2E = 1.4426950408889634
+# Of a row whose exponentials relative to its label are certain to fit in bfloat16 and float32, with room for sums and
+# for weights down to 1e-12.
+MAX_LOSS = 60.0
 TILE_K = 64
 # Each of the two warpgroups that multiply owns a square of the tile of a streaming multiprocessor.
 SQUARE = 128
 # Blocks of K that are on their way at a time, and rows of tiles that are worked on together.
 STAGES = 4
 TILES_TOGETHER = 4
+# Of a square, on its way to device memory: a warpgroup has two in shared memory.
+PIECE = (64, 32)
 
 
 def linear_cross_entropy(x, w, labels, weights, **options):
     """See the op."""
     require_gpu(9.0, below=10.0)
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        raise Unsupported(f"takes bfloat16 and float16, not {x.dtype}")
+    if x.dtype != jnp.bfloat16:
+        raise Unsupported(f"takes bfloat16, not {x.dtype}")
     if options["vocab_axis"] is not None:
         raise Unsupported("has no kernel for a vocabulary that is split inside shard_map")
     if options["soft_cap"] is not None:
         raise Unsupported(f"keeps no logits, which the gradient of soft_cap = {options['soft_cap']} needs")
     vocab_size, width = w.shape
-    if vocab_size % SQUARE or width % (2 * SQUARE) or x.size == 0:
-        raise Unsupported(f"needs V = {vocab_size} to be a multiple of {SQUARE} and D = {width} of {2 * SQUARE}")
+    if vocab_size % SQUARE or width % TILE_K or x.size == 0:
+        raise Unsupported(f"needs V = {vocab_size} to be a multiple of {SQUARE} and D = {width} of {TILE_K}")
     return chunked.chunked(x, w, labels, weights, kernels=KERNELS, **options)
 
 
-def logit_pass(x, w, labels, coefficients, options: chunked.Options) -> chunked.Rows:
-    """As XLA's, which also takes over where the partitioner split the vocabulary."""
+def quick_pass(x, w, labels, coefficients, options: chunked.Options) -> chunked.Rows:
+    """Relative to the labels' logits."""
     if options.vocab_axis is not None:
         return xla.logit_pass(x, w, labels, coefficients, options)
-    smoothing, vocab_size = options.label_smoothing, w.shape[0]
     label_logit = jnp.einsum("cd,cd->c", x, w[labels], preferred_element_type=jnp.float32)
+    return _pass(x, w, labels, coefficients, options, label_logit, label_logit)
+
+
+def logit_pass(x, w, labels, coefficients, options: chunked.Options) -> chunked.Rows:
+    """Relative to the rows' maxima: for any logits."""
+    if options.vocab_axis is not None:
+        return xla.logit_pass(x, w, labels, coefficients, options)
+    label_logit = jnp.einsum("cd,cd->c", x, w[labels], preferred_element_type=jnp.float32)
+    groups = w.shape[0] // SQUARE
+    together = max(n for n in range(1, 65) if groups % n == 0)
+    parts = w.reshape(groups // together, together * SQUARE, w.shape[1])
+    highest = lambda part: jnp.max(jnp.dot(x, part.T, preferred_element_type=jnp.float32), axis=1)  # noqa: E731
+    top = jax.lax.scan(lambda top, part: (jnp.maximum(top, highest(part)), None), label_logit, parts)[0]
+    return _pass(x, w, labels, coefficients, options, label_logit, top)
+
+
+def _pass(x, w, labels, coefficients, options: chunked.Options, label_logit, reference) -> chunked.Rows:
+    smoothing, vocab_size = options.label_smoothing, w.shape[0]
     target_logit = (1 - smoothing) * label_logit
     if smoothing:
         row_sum = jnp.sum(w, axis=0, dtype=jnp.float32)
         target_logit += smoothing / vocab_size * jnp.dot(x, row_sum.astype(jnp.float32), precision="highest")
-    e, exponents, sums = exponentials(x, w)
-    highest = jnp.max(exponents, axis=0)
-    lse = (jnp.log2(jnp.sum(sums * jnp.exp2(exponents - highest), axis=0)) + highest) / LOG2E
+    # Not beyond what float32 holds, whatever the logits are: a row that is not finite is done again, and stays so.
+    reference = jnp.nan_to_num(reference)
+    e, sums = exponentials(x, w, reference)
+    total = jnp.sum(sums, axis=0)
+    loss = jnp.log(total)
+    lse = jnp.where(loss > MAX_LOSS, jnp.inf, loss + reference)
     if coefficients is None:
         return chunked.Rows(lse, target_logit, None)
-    factor = (coefficients.constant + coefficients.lse * lse) * jnp.exp2(exponents - lse * LOG2E)
-    tile, column = (lax.broadcasted_iota(labels.dtype, e.shape, axis) for axis in (1, 2))
-    is_label = tile * SQUARE + column == labels[:, None, None]
-    target = jnp.where(is_label, 1 - smoothing + smoothing / vocab_size, smoothing / vocab_size)
-    gradient = e.astype(jnp.float32) * factor.T[:, :, None] - coefficients.target[:, None, None] * target
-    return chunked.Rows(lse, target_logit, gradient.astype(x.dtype).reshape(-1, vocab_size))
+    factor = coefficients.constant + coefficients.lse * lse
+    scale = factor / total
+    if smoothing:
+        # In units of the scale, which is 0 where nothing counts.
+        unit = jnp.where(scale == 0, 0, coefficients.target / jnp.where(scale == 0, 1, scale))
+        e = (e - (smoothing / vocab_size) * unit[:, None]).astype(x.dtype)
+    row = lax.iota(labels.dtype, len(labels))
+    e = e.at[row, labels].set(0, unique_indices=True, indices_are_sorted=True)
+    of_label = factor * jnp.exp(label_logit - lse) - coefficients.target * (1 - smoothing + smoothing / vocab_size)
+    return chunked.Rows(lse, target_logit, e, scale, of_label)
 
 
-def exponentials(x, w):
-    """`e` `[C, V / 128, 128]`, and the exponents and sums of each row in each tile, float32 `[V / 128, C]`.
+@jax.jit  # lowered once, for all of its calls
+def exponentials(x, w, reference):
+    """`e^(x w^T - reference)`, `[C, V]`, and the sums of each row in each tile, float32 `[V / 128, C]`.
 
     Args:
-      x: `[C, D]`, C a multiple of 256.
+      x: `[C, D]`, C a multiple of 256 and D of 64.
       w: `[V, D]`, V a multiple of 128.
+      reference: float32 `[C]`.
     """
     rows, vocab_size = x.shape[0], w.shape[0]
 
-    def body(x_ref, w_ref, e_ref, exponents_ref, sums_ref):
-        def finish(logits, row, column, warpgroup, block, statistics):
-            exponents = jnp.round(jnp.max(logits, axis=1) * LOG2E)
-            e = jnp.exp2(logits * LOG2E - lax.broadcast_in_dim(exponents, logits.shape, [0]))
-            sums, e = jnp.sum(e, axis=1), e.astype(x.dtype)
+    def body(x_ref, w_ref, reference_ref, e_ref, sums_ref):
+        def finish(logits, row, column, warpgroup, block, sums):
+            reference = plgpu.load(reference_ref.at[pl.ds(row, SQUARE)], layout=ROW, optimized=False)
+            e = jnp.exp2(logits * LOG2E - lax.broadcast_in_dim(reference * LOG2E, logits.shape, [0]))
+            total = jnp.sum(e, axis=1)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            statistics[warpgroup, 0] = exponents
-            statistics[warpgroup, 1] = sums
-            _write(e, e_ref.at[:, column // SQUARE], row, 0, block.at[warpgroup])
-            for i, ref in enumerate((exponents_ref, sums_ref)):
-                plgpu.copy_smem_to_gmem(statistics.at[warpgroup, i], ref.at[column // SQUARE, pl.ds(row, SQUARE)])
+            sums[warpgroup] = total
+            _write(e.astype(x.dtype), e_ref, row, column, block.at[warpgroup])
+            plgpu.copy_smem_to_gmem(sums.at[warpgroup], sums_ref.at[column // SQUARE, pl.ds(row, SQUARE)])
 
-        scratch = {"block": _block(x.dtype), "statistics": plgpu.SMEM((2, 2, SQUARE), jnp.float32)}
-        _multiply(x_ref, w_ref, by_rows=True, a_transposed=False, b_transposed=True, finish=finish, **scratch)
+        scratch = {"block": _block(x.dtype), "sums": plgpu.SMEM((2, SQUARE), jnp.float32)}
+        _multiply(x_ref, w_ref, finish=finish, **scratch)
 
-    statistic = jax.ShapeDtypeStruct((vocab_size // SQUARE, rows), jnp.float32)
     return plgpu.kernel(
         body,
-        out_type=(jax.ShapeDtypeStruct((rows, vocab_size // SQUARE, SQUARE), x.dtype), statistic, statistic),
+        out_type=(
+            jax.ShapeDtypeStruct((rows, vocab_size), x.dtype),
+            jax.ShapeDtypeStruct((vocab_size // SQUARE, rows), jnp.float32),
+        ),
         grid=(target_device().cores,),
-        **LAUNCH,
-    )(x, w)
+        grid_names=("sm",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )(x, w, reference)
 
 
-def add_product(dw, gradient, x):
-    """`dw + gradient^T x`, in the memory of dw.
-
-    Args:
-      dw: float32 `[V, D]`, V a multiple of 128 and D of 256.
-      gradient: `[C, V]`, C a multiple of 64.
-      x: `[C, D]`.
-    """
-
-    def kernel(refs):
-        dw_ref, gradient_ref, x_ref = refs
-
-        def finish(product, row, column, warpgroup, block):
-            _write(product, dw_ref, row, column, block.at[warpgroup], reduction_op="add")
-
-        @pl.core_map(
-            plgpu.Mesh(grid=(target_device().cores,), **{k: v for k, v in LAUNCH.items() if k != "compiler_params"}),
-            compiler_params=LAUNCH["compiler_params"],
-        )
-        def _():
-            by_columns = {"by_rows": False, "a_transposed": True, "b_transposed": False}
-            _multiply(gradient_ref, x_ref, **by_columns, finish=finish, block=_block(jnp.float32))
-
-    return pl.run_state(kernel)((dw, gradient, x))[0]
-
-
-LAUNCH: dict[str, Any] = {
-    "grid_names": ("sm",),
-    "num_threads": 3,
-    "thread_name": "warpgroup",
-    "compiler_params": plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-}
-KERNELS = chunked.Kernels(
-    logit_pass, add_product, bytes_per_logit=lambda dtype: 2 * dtype.itemsize, row_multiple=2 * SQUARE
-)
+ROW = plgpu.Layout.WGMMA.reduce(1)
+KERNELS = chunked.Kernels(logit_pass, quick_pass, bytes_per_logit=lambda dtype: dtype.itemsize, row_multiple=2 * SQUARE)
 
 
 def _transforms(columns: int, dtype):
@@ -147,12 +149,11 @@ def _transforms(columns: int, dtype):
 
 
 def _block(dtype):
-    """Two slots for each warpgroup to leave a square in, piece by piece: 64 rows of 64 bytes or 128."""
-    columns = 32
-    return plgpu.SMEM((2, 2, 64, columns), dtype, transforms=_transforms(columns, dtype))
+    """Two slots for each warpgroup to leave a square in, piece by piece."""
+    return plgpu.SMEM((2, 2, *PIECE), dtype, transforms=_transforms(PIECE[1], dtype))
 
 
-def _write(square, ref, row, column, block, **how):
+def _write(square, ref, row, column, block):
     """Copies a square to `ref[row:, column:]`, one piece on its way while the next one is written to shared memory."""
     _, rows, columns = block.shape
     for i in range(SQUARE // rows):
@@ -161,31 +162,26 @@ def _write(square, ref, row, column, block, **how):
             slot = block.at[(i * (SQUARE // columns) + j) % 2]
             slot[...] = square[rows * i : rows * (i + 1), columns * j : columns * (j + 1)]
             plgpu.commit_smem()
-            there = ref.at[pl.ds(row + rows * i, rows), pl.ds(column + columns * j, columns)]
-            plgpu.copy_smem_to_gmem(slot, there, **how)
+            plgpu.copy_smem_to_gmem(slot, ref.at[pl.ds(row + rows * i, rows), pl.ds(column + columns * j, columns)])
 
 
-def _multiply(a_ref, b_ref, *, by_rows: bool, a_transposed: bool, b_transposed: bool, finish: Callable, **scratch):
-    """Every tile of `a b`, spread over the device; `finish(square, row, column, warpgroup, **scratch)` takes each.
+def _multiply(a_ref, b_ref, *, finish: Callable, **scratch):
+    """Every tile of `a b^T`, spread over the device; `finish(square, row, column, warpgroup, **scratch)` takes each.
 
-    A tile is 256 x 128 and split by rows, or 128 x 256 and split by columns. A third warpgroup copies ahead.
+    A tile is 256 x 128, half its rows to each of two warpgroups. A third one copies ahead.
     """
-    m, k = a_ref.shape[::-1] if a_transposed else a_ref.shape
-    n = b_ref.shape[0] if b_transposed else b_ref.shape[1]
-    tile_m, tile_n = (2 * SQUARE, SQUARE) if by_rows else (SQUARE, 2 * SQUARE)
-    a_block = (TILE_K, tile_m) if a_transposed else (tile_m, TILE_K)
-    b_block = (tile_n, TILE_K) if b_transposed else (TILE_K, tile_n)
+    (m, k), n = a_ref.shape, b_ref.shape[0]
+    tile_m, tile_n = 2 * SQUARE, SQUARE
 
-    def spec(block, k_first: bool):
-        index = (lambda step: (step, 0)) if k_first else (lambda step: (0, step))
-        return plgpu.BlockSpec(block, index, transforms=_transforms(block[1], a_ref.dtype))
+    def spec(rows):
+        return plgpu.BlockSpec((rows, TILE_K), lambda step: (0, step), transforms=_transforms(TILE_K, a_ref.dtype))
 
     def pipeline(step, context):
         return plgpu.emit_pipeline_warp_specialized(
             step,
             grid=(k // TILE_K,),
             memory_registers=40,
-            in_specs=[spec(a_block, a_transposed), spec(b_block, not b_transposed)],
+            in_specs=[spec(tile_m), spec(tile_n)],
             wg_axis="warpgroup",
             num_compute_wgs=2,
             max_concurrent_steps=STAGES,
@@ -212,24 +208,14 @@ def _multiply(a_ref, b_ref, *, by_rows: bool, a_transposed: bool, b_transposed: 
                 @functools.partial(pl.run_scoped, accumulator=plgpu.ACC((SQUARE, SQUARE), jnp.float32))
                 def _(accumulator):
                     run(accumulator)
-                    offset = warpgroup * SQUARE
-                    place = (row + offset, column) if by_rows else (row, column + offset)
-                    finish(accumulator[...], *place, warpgroup, **scratch)
+                    finish(accumulator[...], row + warpgroup * SQUARE, column, warpgroup, **scratch)
 
             def step(_, a, b, accumulator):
-                if by_rows:
-                    a = a.at[:, mine] if a_transposed else a.at[mine]
-                else:
-                    b = b.at[mine] if b_transposed else b.at[:, mine]
-                a = a.transpose((1, 0)) if a_transposed else a
-                b = b.transpose((1, 0)) if b_transposed else b
-                plgpu.wgmma(accumulator, a, b)
+                plgpu.wgmma(accumulator, a.at[mine], b.transpose((1, 0)))
                 plgpu.wgmma_wait(0)
                 return accumulator
 
-            rows, columns = pl.ds(row, tile_m), pl.ds(column, tile_n)
-            a_part = a_ref.at[:, rows] if a_transposed else a_ref.at[rows]
-            b_part = b_ref.at[columns] if b_transposed else b_ref.at[:, columns]
+            a_part, b_part = a_ref.at[pl.ds(row, tile_m)], b_ref.at[pl.ds(column, tile_n)]
             pipeline(step, context)(a_part, b_part, allocations=allocations)
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 
 from crescendo.pallas_kernels.op import op
 
-MODULES = {name: f"crescendo.pallas_kernels.rms_norm.{name}" for name in ("triton", "mosaic_tpu", "xla", "reference")}
-# XLA fuses a norm with what surrounds it and is about as fast alone (docs/results/row_kernels.md): it comes first. For
-# norm and rotary it does until their kernel's numbers have been checked on a GPU.
-XLA_FIRST = {name: MODULES[name] for name in ("xla", "triton", "mosaic_tpu", "reference")}
+# Triton first where there is an NVIDIA GPU (docs/results/row_kernels.md); on a TPU XLA fuses a norm with what surrounds
+# it, and nobody has measured which is faster.
+ORDER = ("triton", "mosaic_gpu", "xla", "mosaic_tpu", "reference")
+MODULES = {name: f"crescendo.pallas_kernels.rms_norm.{name}" for name in ORDER}
 
 
-@op(XLA_FIRST)
+@op(MODULES)
 def rms_norm(x, scale, *, eps, residual=None, probe=None):
     r"""`x / rms(x) * scale` over the last axis, computed in float32 at least.
 
@@ -56,7 +56,7 @@ def rms_norm(x, scale, *, eps, residual=None, probe=None):
     return {"x": x, "scale": scale, "eps": _checked_eps(eps), "residual": residual, "probe": probe}
 
 
-@op(XLA_FIRST)
+@op({name: module for name, module in MODULES.items() if name != "mosaic_gpu"})
 def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
     r"""Norms queries and keys over the head's width, and turns pairs `(x[i], x[i + E/2])` by the position's angle.
 

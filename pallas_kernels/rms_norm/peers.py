@@ -18,9 +18,13 @@ def _plain(x, scale, *, eps, residual=None):
 def _tokamax(x, scale, *, eps, residual=None):
     import tokamax
 
+    from crescendo.pallas_kernels.triton_call import RESULTS
+
+    if RESULTS != "out_type":
+        raise NotImplementedError("tokamax's kernel needs jax-triton 0.4 or later, which needs triton 3.7")
     if residual is not None:
         raise NotImplementedError("tokamax has no residual")
-    return tokamax.layer_norm(x, scale.astype(x.dtype), None, epsilon=eps, subtract_mean=False)
+    return tokamax.layer_norm(x, scale.astype(x.dtype), None, epsilon=eps, subtract_mean=False, implementation="triton")
 
 
 PEERS: dict[str, dict[str, Callable]] = {

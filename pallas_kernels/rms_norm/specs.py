@@ -25,8 +25,10 @@ def _spec(name, shape, tags, dtype=jnp.bfloat16, **options) -> Spec:
     size = jnp.dtype(dtype).itemsize
     for dimension in shape:
         size *= dimension
-    nbytes = (4.0 if "residual" in options else 2.0) * size
-    return Spec(name, functools.partial(_norm, shape, dtype, options), 0.0, nbytes, (0, 1), frozenset(tags.split()))
+    make, tagged = functools.partial(_norm, shape, dtype, options), frozenset(tags.split())
+    # Of x, a residual, y and their sum; backward of that, both cotangents and one gradient for both.
+    moved, backward = (4.0 * size, 4.0 * size) if "residual" in options else (2.0 * size, 3.0 * size)
+    return Spec(name, make, 0.0, moved, (0, 1), tagged, backward)
 
 
 SPECS = (

@@ -17,7 +17,7 @@ from crescendo.pallas_kernels.triton_call import triton_call
 
 MAX_WIDTH = 16384
 # Entries of a row that one thread holds.
-ENTRIES = {"forward": 16, "backward": 8}
+ENTRIES = {"forward": 32, "backward": 8}
 # Threads of a backward pass that a streaming multiprocessor has registers for: the norm's take 64, with rotation 80.
 NORM_THREADS = 1024
 ROTARY_THREADS = 768

@@ -6,7 +6,10 @@ import jax.numpy as jnp
 
 from crescendo.pallas_kernels.op import op
 
-MODULES = {name: f"crescendo.pallas_kernels.softmax.{name}" for name in ("triton", "mosaic_tpu", "xla", "reference")}
+MODULES = {
+    name: f"crescendo.pallas_kernels.softmax.{name}"
+    for name in ("mosaic_gpu", "triton", "mosaic_tpu", "xla", "reference")
+}
 
 
 @op(MODULES)
