@@ -6,9 +6,11 @@ data (`crescendo.optim.schedules.rewarm`).
 """
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
+from crescendo import optim
 from crescendo.experiments import configurables, hf
 from crescendo.experiments.cli import run_command
 from crescendo.experiments.errors import UserError
@@ -40,10 +42,15 @@ def bindings(folder: Path, peak: float) -> list[str]:
         f"train.initialize_from = {str(folder)!r}",
         f"text_data.tokenizer = {str(folder / 'tokenizer.json')!r}",
         *(f"model.{name} = {value!r}" for name, value in decided.items()),
-        "adamw.learning_rate = @rewarm()",
+        *(f"{name}.learning_rate = @rewarm()" for name in optim.OPTIMIZERS if _asks_for_a_rate(name)),
         f"rewarm.peak = {peak!r}",
         "rewarm.total = %TOTAL_EXAMPLES",
     ]
+
+
+def _asks_for_a_rate(optimizer: str) -> bool:
+    """Whether its learning rate is the caller's to say; prodigy's, which it finds itself, is not."""
+    return inspect.signature(optim.OPTIMIZERS[optimizer]).parameters["learning_rate"].default is inspect.Parameter.empty
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,7 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = configurables.parser("Go on training a Llama or Qwen3 model with other text.", EXAMPLES)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json")
     parser.add_argument("--run", help="the run's folder (default: runs/FOLDER-continued)")
-    parser.add_argument("--peak", type=float, default=3e-4, help="the learning rate to warm up to (default 3e-4)")
+    parser.add_argument(
+        "--peak",
+        type=float,
+        default=3e-4,
+        help="the learning rate to warm up to, of any optimizer that asks for one (default 3e-4)",
+    )
     arguments = parser.parse_args(argv)
     made = bindings(arguments.folder, arguments.peak)
     bound = configurables.bind(train, arguments.config or ["debug.gin"], [*made, *arguments.set])

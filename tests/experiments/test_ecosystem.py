@@ -106,9 +106,10 @@ def test_a_run_is_exported_and_gone_on_with(run, small_bindings, tmp_path):
     with pytest.raises(UserError, match="is not empty"):
         export(folder, tmp_path / "hf")
     # The same text, gone on with at a rate of almost nothing: the loss is where it was.
-    more = import_hf.bindings(tmp_path / "hf", peak=1e-9)
-    bound = configurables.bind(train, ["debug.gin"], [*small_bindings, *more, "TOTAL_EXAMPLES = 16"])
-    assert bound(run=str(tmp_path / "continued"))["loss"] == pytest.approx(loss, abs=1e-4)
+    more = [*small_bindings, *import_hf.bindings(tmp_path / "hf", peak=1e-9), "TOTAL_EXAMPLES = 16"]
+    for optimizer in ("adamw", "lion"):
+        bound = configurables.bind(train, ["debug.gin"], [*more, f"train.optimizer = @{optimizer}()"])
+        assert bound(run=str(tmp_path / optimizer))["loss"] == pytest.approx(loss, abs=1e-4)
 
 
 def test_damaged_parameters_are_refused(run, tmp_path):
