@@ -188,9 +188,62 @@ def padded(operands: Operands, block_q: int, block_k: int) -> Operands:
     )
 
 
-def stacked_ranges(ranges):
-    """`[B or 1, blocks, 4]`: lo, full_lo, full_hi, hi."""
-    return jnp.stack([jnp.asarray(array) for array in ranges], axis=-1)
+def stacked_ranges(ranges, tiles: int):
+    """`[B or 1, tiles, 4]`: lo, full_lo, full_hi, hi; nothing for tiles of nothing but padding."""
+    stacked = jnp.stack([jnp.asarray(array) for array in ranges], axis=-1)
+    return jnp.pad(stacked, [(0, 0), (0, tiles - stacked.shape[1]), (0, 0)])
+
+
+def in_pairs(config: Config, tile, length: int, rows: int) -> bool:
+    """Whether tiles of so many rows are taken in pairs (`Schedule`)."""
+    return config.causal and tile.persistent and length > rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which tiles a block of threads takes, of `tiles` in each of so many heads of the batch.
+
+    Where `paired`, an early tile goes with a late one: if work grows along a head, as under causality, all pairs have
+    the same.
+
+    Attributes:
+      tiles: of a head, an even number where paired.
+      heads: of the whole batch.
+      paired: whether the tiles are taken in pairs.
+      at_once: blocks of threads at most; None: one for each tile or pair.
+    """
+
+    tiles: int
+    heads: int
+    paired: bool
+    at_once: int | None
+
+    @property
+    def pairing(self) -> int:
+        return 2 if self.paired else 1
+
+    @property
+    def blocks(self) -> int:
+        units = self.heads * self.tiles // self.pairing
+        return units if self.at_once is None else min(units, self.at_once)
+
+    def count(self, block):
+        """How many tiles a block of threads takes."""
+        units = self.heads * self.tiles // self.pairing
+        return (units - block + self.blocks - 1) // self.blocks * self.pairing
+
+    def tile(self, block, n):
+        """The head, and the tile of it, that a block of threads takes as its n-th."""
+        index, of_head = block + lax.div(n, self.pairing) * self.blocks, self.tiles // self.pairing
+        head, tile = lax.div(index, of_head), lax.rem(index, of_head)
+        if self.paired:
+            tile = jnp.where(lax.rem(n, 2) == 0, tile, self.tiles - 1 - tile)
+        return head, tile
+
+
+def schedule(tile, tiles: int, heads: int, paired: bool) -> Schedule:
+    """Of as many blocks of threads as run at a time, or, where the kernel's tile is not persistent, of one for each."""
+    return Schedule(tiles, heads, paired, target_device().cores if tile.persistent else None)
 
 
 def forward_tile(operands: Operands) -> ForwardTile:
@@ -207,12 +260,9 @@ def forward(config: Config, operands: Operands, tile: ForwardTile | None = None)
     tile = tile or tuned_tiles.tuned("forward", config, operands, forward_tile(operands))
     _, length, keys, _, _, true_width = operands.dims
     of_queries, _ = block_ranges(config, operands, tile.block_q, tile.block_k)
-    # A causal tile of many keys goes with one of few.
-    paired = config.causal and tile.persistent and length > tile.block_q
+    paired = in_pairs(config, tile, length, tile.block_q)
     whole = padded(operands, tile.block_q * (2 if paired else 1), tile.block_k)
-    ranges = stacked_ranges(of_queries)
-    more = whole.q.shape[1] // tile.block_q - ranges.shape[1]
-    ranges = jnp.pad(ranges, [(0, 0), (0, more), (0, 0)])  # tiles of nothing but padding see nothing
+    ranges = stacked_ranges(of_queries, whole.q.shape[1] // tile.block_q)
     out, lse = _forward(config, tile, keys, paired)(whole, ranges)
     return out[:, :length, :, :true_width], lse[:, :, :length]
 
@@ -227,9 +277,7 @@ def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
         metadata = [array for array in operands.metadata if array is not None]
         q_meta, k_meta = metadata[0::2], metadata[1::2]
         tiles_q = length // tile.block_q
-        pairing = 2 if paired else 1
-        units = batch * heads * tiles_q // pairing
-        blocks = min(units, target_device().cores) if tile.persistent else units
+        taken = schedule(tile, tiles_q, batch * heads, paired)
         ragged = keys if keys % tile.block_k else None
         # Wide heads leave no room for a tile of results beside that of queries.
         own_out = width <= 128
@@ -244,16 +292,13 @@ def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
             out_smem = out_smem if own_out else q_smem
             block = lax.axis_index("block")
             warpgroup = lax.axis_index("wg")
-            rounds = (units - block + blocks - 1) // blocks * pairing
+            rounds = taken.count(block)
 
             def place(n):
                 """Batch, head, tile of queries (longest first where causal) and the range of blocks of keys."""
-                index = block + lax.div(n, pairing) * blocks
-                tile_q, rest = lax.rem(index, tiles_q // pairing), lax.div(index, tiles_q // pairing)
-                if paired:
-                    tile_q = jnp.where(lax.rem(n, 2) == 0, tile_q, tiles_q - 1 - tile_q)
+                head, tile_q = taken.tile(block, n)
                 tile_q = tiles_q - 1 - tile_q
-                head, row = lax.rem(rest, heads), lax.div(rest, heads)
+                head, row = lax.rem(head, heads), lax.div(head, heads)
                 at = (row if ranges.shape[0] > 1 else 0, tile_q)
                 return row, head, tile_q, tuple(ranges_ref[(*at, i)] for i in range(4))
 
@@ -477,7 +522,7 @@ def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
                 plgpu.Barrier(num_barriers=tile.consumers),
             ),
             compiler_params=plgpu.CompilerParams(approx_math=True),
-            grid=(blocks,),
+            grid=(taken.blocks,),
             grid_names=("block",),
             num_threads=tile.consumers + 1,
             thread_name="wg",

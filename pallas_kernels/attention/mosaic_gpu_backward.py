@@ -18,7 +18,6 @@ from crescendo.pallas_kernels.attention import mosaic_gpu as shared
 from crescendo.pallas_kernels.attention import mosaic_gpu_fused
 from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges
 from crescendo.pallas_kernels.attention.tiles import tuned
-from crescendo.pallas_kernels.op import target_device
 
 ROWS, LOG2_E = shared.ROWS, shared.LOG2_E
 
@@ -73,26 +72,26 @@ def backward(
     # exp(score - inf) = 0: rows that see nothing, and rows of padding, take no part.
     lse = jnp.where(jnp.isfinite(lse), lse * LOG2_E, jnp.inf)
 
-    def prepared(block_q, block_k):
+    def prepared(block_q: int, block_k: int):
         whole = shared.padded(operands, block_q, block_k)
         more = [(0, 0), (0, 0), (0, whole.q.shape[1] - length)]
         rows = jnp.pad(lse, more, constant_values=jnp.inf), jnp.pad(delta.astype(jnp.float32), more)
         return whole, shared.padded(operands._replace(q=dout), block_q, block_k).q, *rows
 
     # Wide heads leave registers for one gradient at a time.
-    block_q, block_k = keys_tile.block, keys_tile.rows
-    _, ranges = block_ranges(config, operands, block_q, block_k)
-    whole, *rest = prepared(block_q, block_k)
+    paired = shared.in_pairs(config, keys_tile, keys, keys_tile.rows)
+    _, ranges = block_ranges(config, operands, keys_tile.block, keys_tile.rows)
+    whole, *rest = prepared(keys_tile.block, keys_tile.rows * (2 if paired else 1))
     gradients: dict[str, jax.Array] = {}
     for wanted in (("dk",), ("dv",)) if width > 128 else (("dk", "dv"),):
-        results = _keys_kernel(config, whole, keys, keys_tile, wanted, ranges, *rest)
+        results = _keys_kernel(config, whole, keys, keys_tile, paired, wanted, ranges, *rest)
         gradients.update(zip(wanted, results, strict=True))
     dk, dv = (gradients[name][:, :keys, :, :width] for name in ("dk", "dv"))
 
-    block_q, block_k = queries_tile.rows, queries_tile.block
-    ranges, _ = block_ranges(config, operands, block_q, block_k)
-    whole, *rest = prepared(block_q, block_k)
-    (dq,) = _queries_kernel(config, whole, keys, queries_tile, ranges, *rest)
+    paired = shared.in_pairs(config, queries_tile, length, queries_tile.rows)
+    ranges, _ = block_ranges(config, operands, queries_tile.rows, queries_tile.block)
+    whole, *rest = prepared(queries_tile.rows * (2 if paired else 1), queries_tile.block)
+    (dq,) = _queries_kernel(config, whole, keys, queries_tile, paired, ranges, *rest)
     return dq[:, :length, :, :width], dk, dv, None
 
 
@@ -105,27 +104,25 @@ def _split(operands: Operands):
     return [[a for a in operands.metadata[side::2] if a is not None] for side in (0, 1)]
 
 
-def _launch(body, tile: BackwardTile, tiles: int, out_type, scratch):
+def _launch(body, tile: BackwardTile, blocks: int, out_type, scratch):
     return plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        grid=(min(tiles, target_device().cores) if tile.persistent else tiles,),
+        grid=(blocks,),
         grid_names=("block",),
         num_threads=tile.consumers + 1,
         thread_name="wg",
     )
 
 
-def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, wanted, ranges, dout, lse, delta):
+def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, paired, wanted, ranges, dout, lse, delta):
     """The gradients named in `wanted`, of k and v."""
     batch, _, padded_keys, heads, kv_heads, width = operands.dims
     groups, dtype = heads // kv_heads, operands.q.dtype
-    tiles_k = padded_keys // tile.rows
-    tiles = batch * kv_heads * tiles_k
-    blocks = min(tiles, target_device().cores) if tile.persistent else tiles
-    ranges = shared.stacked_ranges(ranges)
+    taken = shared.schedule(tile, padded_keys // tile.rows, batch * kv_heads, paired)
+    ranges = shared.stacked_ranges(ranges, taken.tiles)
     q_meta, k_meta = _split(operands)
     want_dk, want_dv = "dk" in wanted, "dv" in wanted
     shape = (ROWS, tile.block)
@@ -138,12 +135,11 @@ def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, wanted, r
         k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, meta_smem, *barriers = scratch
         own_full, own_free, q_full, q_free, dout_full, dout_free = barriers
         block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
-        rounds = (tiles - block + blocks - 1) // blocks
+        rounds = taken.count(block)
 
         def place(n):
-            index = block + n * blocks
-            tile_k, rest = lax.rem(index, tiles_k), lax.div(index, tiles_k)
-            kv_head, row = lax.rem(rest, kv_heads), lax.div(rest, kv_heads)
+            head, tile_k = taken.tile(block, n)
+            kv_head, row = lax.rem(head, kv_heads), lax.div(head, kv_heads)
             at = (row if ranges.shape[0] > 1 else 0, tile_k)
             return row, kv_head, tile_k, tuple(ranges_ref[(*at, i)] for i in range(4))
 
@@ -298,18 +294,16 @@ def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, wanted, r
         plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.consumers),
     )
     out_type = tuple(jax.ShapeDtypeStruct(operands.k.shape, dtype) for _ in wanted)
-    kernel = _launch(body, tile, tiles, out_type, scratch)
+    kernel = _launch(body, tile, taken.blocks, out_type, scratch)
     return kernel(*operands[:3], dout, lse, delta, ranges, *q_meta, *k_meta)
 
 
-def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, ranges, dout, lse, delta):
+def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, paired, ranges, dout, lse, delta):
     """The gradient of q."""
     batch, length, _, heads, kv_heads, width = operands.dims
     groups, dtype = heads // kv_heads, operands.q.dtype
-    tiles_q = length // tile.rows
-    tiles = batch * heads * tiles_q
-    blocks = min(tiles, target_device().cores) if tile.persistent else tiles
-    ranges = shared.stacked_ranges(ranges)
+    taken = shared.schedule(tile, length // tile.rows, batch * heads, paired)
+    ranges = shared.stacked_ranges(ranges, taken.tiles)
     q_meta, k_meta = _split(operands)
     shape = (ROWS, tile.block)
     ragged = keys if keys % tile.block else None
@@ -320,12 +314,12 @@ def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, ranges
         dq_ref, q_smem, dout_smem, k_smem, v_smem, meta_smem, *barriers = rest
         own_full, own_free, k_full, k_free, v_full, v_free = barriers
         block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
-        rounds = (tiles - block + blocks - 1) // blocks
+        rounds = taken.count(block)
 
         def place(n):
-            index = block + n * blocks
-            tile_q, rest = tiles_q - 1 - lax.rem(index, tiles_q), lax.div(index, tiles_q)
-            head, row = lax.rem(rest, heads), lax.div(rest, heads)
+            head, tile_q = taken.tile(block, n)
+            tile_q = taken.tiles - 1 - tile_q
+            head, row = lax.rem(head, heads), lax.div(head, heads)
             at = (row if ranges.shape[0] > 1 else 0, tile_q)
             return row, head, tile_q, tuple(ranges_ref[(*at, i)] for i in range(4))
 
@@ -458,5 +452,5 @@ def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, ranges
         plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.consumers),
     )
     out_type = (jax.ShapeDtypeStruct(operands.q.shape, dtype),)
-    kernel = _launch(body, tile, tiles, out_type, scratch)
+    kernel = _launch(body, tile, taken.blocks, out_type, scratch)
     return kernel(*operands[:3], dout, lse, delta, ranges, *q_meta, *k_meta)

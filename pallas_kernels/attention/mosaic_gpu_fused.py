@@ -59,48 +59,30 @@ class Plan:
     Attributes:
       ranges: int32 `[tiles of keys, 4]`, of blocks of queries: lo, full_lo, full_hi, hi.
       turns: int32 `[tiles of keys, blocks of queries]`: which place a tile has in a block's sum.
-      paired: whether the tiles are taken in pairs.
+      taken: which tiles a block of threads takes, counted from the last one.
     """
 
     ranges: jax.Array
     turns: jax.Array
-    paired: bool
+    taken: shared.Schedule
 
-    @property
-    def tiles_k(self) -> int:
-        return self.turns.shape[0]
-
-    @property
-    def units(self) -> int:
-        """Pairs of tiles, or tiles, of a head."""
-        return self.tiles_k // (2 if self.paired else 1)
-
-    def blocks(self, heads: int, cores: int) -> int:
-        """Blocks of threads for so many heads of the whole batch: for whole heads, where the cores are enough."""
-        return min(heads * self.units, cores // self.units * self.units or cores)
-
-    def count(self, heads: int, blocks: int, block):
-        """How many tiles a block of threads takes."""
-        return (heads * self.units - block + blocks - 1) // blocks * (2 if self.paired else 1)
-
-    def tile(self, m, blocks: int, block):
+    def tile(self, block, m):
         """The head, and the tile of its keys, that a block of threads takes as its m-th."""
-        pairing = 2 if self.paired else 1
-        unit = block + lax.div(m, pairing) * blocks
-        at, head = lax.rem(unit, self.units), lax.div(unit, self.units)
-        if self.paired:
-            at = jnp.where(lax.rem(m, 2) == 0, at, self.tiles_k - 1 - at)
-        return head, self.tiles_k - 1 - at
+        head, at = self.taken.tile(block, m)
+        return head, self.taken.tiles - 1 - at
 
 
 def plan(config: Config, operands: Operands, tile: FusedTile, cores: int) -> Plan:
     """The plan of a causal call."""
-    _, length, keys, *_ = operands.dims
+    batch, length, keys, heads, *_ = operands.dims
     tiles_k, blocks_q = -(-keys // tile.block_k), -(-length // tile.block_q)
     paired = 1 < tiles_k <= 2 * cores
+    tiles_k += tiles_k % 2 if paired else 0
+    units = tiles_k // (2 if paired else 1)
+    # For whole heads, where the cores are enough.
+    taken = shared.Schedule(tiles_k, batch * heads, paired, cores // units * units or cores)
     _, of_keys = block_ranges(config, operands, tile.block_q, tile.block_k)
-    (ranges,) = shared.stacked_ranges(of_keys)
-    ranges = jnp.pad(ranges, [(0, tiles_k % 2 if paired else 0), (0, 0)])
+    (ranges,) = shared.stacked_ranges(of_keys, tiles_k)
     # At least one step for a tile, under the mask.
     lo = jnp.minimum(ranges[:, 0], blocks_q - 1)
     hi = jnp.maximum(ranges[:, 3], lo + 1)
@@ -108,7 +90,7 @@ def plan(config: Config, operands: Operands, tile: FusedTile, cores: int) -> Pla
     block, index = jnp.arange(blocks_q), jnp.arange(len(ranges))
     seen = ((block >= lo[:, None]) & (block < hi[:, None])).astype(jnp.float32)
     later = (index[:, None] < index).astype(jnp.float32)
-    return Plan(ranges, (later @ seen).astype(jnp.int32), paired)
+    return Plan(ranges, (later @ seen).astype(jnp.int32), taken)
 
 
 def serves(config: Config, operands: Operands) -> bool:
@@ -150,7 +132,7 @@ def backward(config: Config, operands: Operands, lse, dout, delta, tile: FusedTi
     # exp(score - inf) = 0: rows that see nothing, and rows of padding, take no part.
     lse = jnp.where(jnp.isfinite(lse), lse * LOG2_E, jnp.inf)
     order = plan(config, operands, tile, target_device().cores)
-    block_k = tile.block_k * (2 if order.paired else 1)
+    block_k = tile.block_k * order.taken.pairing
     whole = shared.padded(operands, tile.block_q, block_k)
     dout = shared.padded(operands._replace(q=dout), tile.block_q, block_k).q
     more = [(0, 0), (0, 0), (0, whole.q.shape[1] - length)]
@@ -167,9 +149,9 @@ def backward(config: Config, operands: Operands, lse, dout, delta, tile: FusedTi
 def _kernel(config, operands: Operands, keys, tile: FusedTile, order: Plan, dout, lse, delta):
     batch, _, _, heads, _, width = operands.dims
     dtype, blocks_q, shape = operands.q.dtype, order.turns.shape[1], (ROWS, tile.block_q)
-    blocks = order.blocks(batch * heads, target_device().cores)
+    taken = order.taken
     # Tiles of nothing but padding are there to make pairs.
-    ragged = keys if keys % (tile.block_k * (2 if order.paired else 1)) else None
+    ragged = keys if keys % (tile.block_k * taken.pairing) else None
 
     def body(
         q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ranges_ref, turns_ref, dq_ref, dk_ref, dv_ref, *scratch
@@ -178,11 +160,11 @@ def _kernel(config, operands: Operands, keys, tile: FusedTile, order: Plan, dout
         own_full, own_free, q_full, dout_full, q_free, ds_full, ds_free, k_done = barriers
         counter = counters(batch * heads * blocks_q)
         block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
-        count = order.count(batch * heads, blocks, block)
+        count = taken.count(block)
 
         def place(m):
             """Row, head, tile of keys and its range of blocks of queries."""
-            index, tile_k = order.tile(m, blocks, block)
+            index, tile_k = order.tile(block, m)
             head, row = lax.rem(index, heads), lax.div(index, heads)
             return row, head, tile_k, tuple(ranges_ref[tile_k, i] for i in range(4))
 
@@ -363,7 +345,7 @@ def _kernel(config, operands: Operands, keys, tile: FusedTile, order: Plan, dout
         scratch_types=scratch,
         # No thread both reads and writes a place in shared memory without a barrier of ours between.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        grid=(blocks,),
+        grid=(taken.blocks,),
         grid_names=("block",),
         num_threads=CONSUMERS + 1,
         thread_name="wg",

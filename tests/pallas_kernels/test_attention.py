@@ -1,11 +1,15 @@
 """Attention: every implementation against the reference in float64, on this machine or in an interpreter."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given as drawn_by_hypothesis
+from hypothesis import settings
+from hypothesis import strategies as st
 from jax.sharding import AbstractDevice
 
 from crescendo.pallas_kernels.attention import attention, checking, mosaic_gpu, mosaic_gpu_fused
@@ -176,10 +180,10 @@ def test_the_gradients_parts_are_added_in_turn_and_nobody_waits_for_ever(length,
     q, k = (jax.ShapeDtypeStruct((1, size, heads, 64), jnp.bfloat16) for size in (length, keys))
     plan = mosaic_gpu_fused.plan(Config(1.0, causal=True), Operands(q, k, k), tile, cores)
     ranges, turns = np.asarray(plan.ranges), np.asarray(plan.turns)
-    blocks = plan.blocks(heads, cores)
+    blocks = plan.taken.blocks
     assert blocks <= cores
-    counts = [plan.count(heads, blocks, block) for block in range(blocks)]
-    taken = jax.vmap(lambda block: jax.vmap(lambda m: plan.tile(m, blocks, block))(jnp.arange(max(counts))))
+    counts = [plan.taken.count(block) for block in range(blocks)]
+    taken = jax.vmap(lambda block: jax.vmap(lambda m: plan.tile(block, m))(jnp.arange(max(counts))))
     todo = [
         [
             (head, i, turns[at, i])
@@ -200,6 +204,24 @@ def test_the_gradients_parts_are_added_in_turn_and_nobody_waits_for_ever(length,
                 counters[steps.pop(0)[:2]] += 1
                 went = True
         assert went, "every core waits for another one"
+
+
+@settings(deadline=None, max_examples=30)
+@drawn_by_hypothesis(
+    pairs=st.integers(1, 9), heads=st.integers(1, 7), paired=st.booleans(), at_once=st.none() | st.integers(1, 20)
+)
+def test_every_tile_is_taken_once_and_pairs_share_the_work(pairs, heads, paired, at_once):
+    schedule = mosaic_gpu.Schedule(2 * pairs, heads, paired, at_once)
+    taken = [
+        [tuple(int(x) for x in schedule.tile(block, n)) for n in range(schedule.count(block))]
+        for block in range(schedule.blocks)
+    ]
+    assert sorted(itertools.chain(*taken)) == list(itertools.product(range(heads), range(2 * pairs)))
+    counts = [len(of_block) for of_block in taken]
+    assert max(counts) - min(counts) <= schedule.pairing
+    if paired:  # a causal tile's work is its number
+        for of_block in taken:
+            assert sum(tile for _, tile in of_block) == len(of_block) * (2 * pairs - 1) / 2
 
 
 def test_who_serves_and_why_not():
