@@ -31,10 +31,10 @@ TILE_K = 64
 # Each of the two warpgroups that multiply owns a square of the tile of a streaming multiprocessor.
 SQUARE = 128
 # Blocks of K that are on their way at a time, and rows of tiles that are worked on together.
-STAGES = 4
+STAGES = 3
 TILES_TOGETHER = 4
 # Of a square, on its way to device memory: a warpgroup has two in shared memory.
-PIECE = (64, 32)
+PIECE = (128, 64)
 
 
 def linear_cross_entropy(x, w, labels, weights, **options):
@@ -47,8 +47,11 @@ def linear_cross_entropy(x, w, labels, weights, **options):
     if options["soft_cap"] is not None:
         raise Unsupported(f"keeps no logits, which the gradient of soft_cap = {options['soft_cap']} needs")
     vocab_size, width = w.shape
-    if vocab_size % SQUARE or width % TILE_K or x.size == 0:
-        raise Unsupported(f"needs V = {vocab_size} to be a multiple of {SQUARE} and D = {width} of {TILE_K}")
+    if vocab_size % SQUARE or width % TILE_K or width < STAGES * TILE_K or x.size == 0:
+        raise Unsupported(
+            f"needs V = {vocab_size} to be a multiple of {SQUARE}, and D = {width} one of {TILE_K} from "
+            f"{STAGES * TILE_K} on"
+        )
     return chunked.chunked(x, w, labels, weights, kernels=KERNELS, **options)
 
 
@@ -99,7 +102,6 @@ def _pass(x, w, labels, coefficients, options: chunked.Options, label_logit, ref
     return chunked.Rows(lse, target_logit, e, scale, of_label)
 
 
-@jax.jit  # lowered once, for all of its calls
 def exponentials(x, w, reference):
     """`e^(x w^T - reference)`, `[C, V]`, and the sums of each row in each tile, float32 `[V / 128, C]`.
 

@@ -8,7 +8,7 @@ from crescendo.pallas_kernels.op import op
 
 MODULES = {
     name: f"crescendo.pallas_kernels.softmax.{name}"
-    for name in ("mosaic_gpu", "triton", "mosaic_tpu", "xla", "reference")
+    for name in ("triton", "mosaic_gpu", "mosaic_tpu", "xla", "reference")
 }
 
 

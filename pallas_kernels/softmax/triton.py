@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from crescendo.pallas_kernels.op import Unsupported, leave_to_others, target_device
+from crescendo.pallas_kernels.op import Unsupported, target_device
 from crescendo.pallas_kernels.sharded import sharded
 from crescendo.pallas_kernels.softmax.gradient import Options, differentiable
 from crescendo.pallas_kernels.triton_call import triton_call
@@ -23,8 +23,8 @@ from crescendo.pallas_kernels.triton_rows import LOG2E, capped, meet, meeting, p
 ALONE = {"forward": 32768, "backward": 16384}
 SHARED = 8192
 ENTRIES = 4096
-# Below this XLA's fusion of a forward pass is at least as fast: 59 us and 72 us at 16,384 rows of 1,024.
-FEW_COLUMNS = 2048
+# Of a thread: forward so many that more programs share a multiprocessor (NOTES.md).
+THREAD_ENTRIES = {"forward": 32, "backward": 16}
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # ln 2 in two parts: n * LN2_HIGH is exact for |n| < 2^15 (the last bits of LN2_HIGH are 0).
 LN2_HIGH: tl.constexpr = tl.constexpr(0.693145751953125)
@@ -48,8 +48,6 @@ def _call(x, axis, scale, soft_cap, mask, *, log: bool):
         raise Unsupported(f"has nothing to do for x {list(x.shape)}")
     if target_device().platform != "gpu":
         raise Unsupported(f"needs an NVIDIA GPU, not {target_device()}")
-    if x.shape[axis] <= FEW_COLUMNS:
-        leave_to_others(f"is no faster than XLA for rows of at most {FEW_COLUMNS:,} entries, here {x.shape[axis]:,}")
     options = Options(_forward, _backward, log, -1, scale, soft_cap)
     if mask is not None:
         mask = jnp.moveaxis(jnp.broadcast_to(mask, x.shape), axis, -1)
@@ -91,7 +89,7 @@ def _geometry(shape, passes: str) -> dict[str, Any]:
             block *= 2
     parts = -(-columns // block)
     together = max(1, min(ENTRIES // block, triton.next_power_of_2(rows)))
-    warps = min(32, max(4, together * block // 512))
+    warps = min(32, max(4, together * block // (32 * THREAD_ENTRIES[passes])))
     grid = (rows * parts,) if parts > 1 else (-(-rows // together),)
     constants = {"ROWS": rows, "COLUMNS": columns, "PARTS": parts, "TOGETHER": together, "BLOCK": block}
     return {"grid": grid, "num_warps": warps, **constants}

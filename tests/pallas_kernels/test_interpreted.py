@@ -58,9 +58,9 @@ def test_linear_cross_entropy_for_hopper(hopper_of_two_cores, spread, monkeypatc
     monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 256)
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 0)
     random = np.random.default_rng()
-    x, w = (jnp.asarray(random.normal(size=shape), jnp.bfloat16) for shape in ((300, 256), (384, 256)))
-    w, labels = w / 8, jnp.asarray(random.integers(0, 384, 300))
-    x = x.at[280].mul(spread)  # its logits are up to 240, in the second chunk
+    x, w = (jnp.asarray(random.normal(size=shape), jnp.bfloat16) for shape in ((300, 192), (256, 192)))
+    w, labels = w / 8, jnp.asarray(random.integers(0, 256, 300))
+    x = x.at[280].mul(spread)  # its logits are up to 200, in the second chunk
 
     def run(implementation, x, w):
         loss = lambda x, w: linear_cross_entropy(x, w, labels, **OPTIONS, implementation=implementation)[0]  # noqa: E731
@@ -70,7 +70,8 @@ def test_linear_cross_entropy_for_hopper(hopper_of_two_cores, spread, monkeypatc
         found = run("mosaic_gpu", x, w)
     expected = run("reference", x.astype(jnp.float32), w.astype(jnp.float32))
     assert distance(found[0], expected[0]) < 1e-5
-    assert max(distance(f, e) for f, e in zip(found[1:], expected[1:], strict=True)) < 4e-3
+    # Rounding the results alone costs 1.7e-3.
+    assert max(distance(f, e) for f, e in zip(found[1:], expected[1:], strict=True)) < 1.2 * 2**-9
 
 
 @pytest.fixture
@@ -79,18 +80,19 @@ def streams_of_two_cores(monkeypatch):
     monkeypatch.setattr(hopper_rows, "require_gpu", lambda *args, **kwargs: None)
     monkeypatch.setattr(hopper_rows, "MAX_BLOCKS", 1)
     monkeypatch.setattr(hopper_rows, "fence", lambda: None)
+    monkeypatch.setattr(hopper_rows, "PIECE", 512)
 
 
 @pytest.mark.parametrize("op", [softmax, log_softmax], ids=lambda op: op.__name__)
 @pytest.mark.parametrize(
-    ("held", "part"), [(0, 2**20), (2**20, 2**20), (0, 4096)], ids=["read again", "held", "shared"]
+    ("held", "part"), [(0, 2**20), (2**20, 2**20), (0, 2048)], ids=["read again", "held", "shared"]
 )
 def test_softmax_for_hopper(op, held, part, streams_of_two_cores, monkeypatch):
     monkeypatch.setattr(importlib.import_module("crescendo.pallas_kernels.softmax.mosaic_gpu"), "HELD", held)
     monkeypatch.setattr(hopper_rows, "PART_BYTES", part)
-    monkeypatch.setattr(hopper_rows, "ROWS_OF_A_CLUSTER", 6)
-    x = jnp.asarray(np.random.default_rng().normal(size=(13, 2304)) * 4, jnp.float32)
-    x = x.at[1].set(-jnp.inf).at[0, 5].set(-jnp.inf).at[2, 7].set(1e4).at[3, :1200].set(-jnp.inf).at[3].add(-300)
+    monkeypatch.setattr(hopper_rows, "ROWS_OF_A_CLUSTER", 4)
+    x = jnp.asarray(np.random.default_rng().normal(size=(7, 1280)) * 4, jnp.float32)
+    x = x.at[1].set(-jnp.inf).at[0, 5].set(-jnp.inf).at[2, 7].set(1e4).at[3, :640].set(-jnp.inf).at[3].add(-300)
     with on_gpu():
         found = results(op, "mosaic_gpu", [x], {"scale": 0.5})
     for f, e in zip(found, results(op, "reference", [x], {"scale": 0.5}), strict=True):
@@ -103,8 +105,8 @@ def test_rms_norm_for_hopper(residual, streams_of_two_cores, monkeypatch):
     module = importlib.import_module("crescendo.pallas_kernels.rms_norm.mosaic_gpu")
     monkeypatch.setattr(module, "target_device", hopper_rows.target_device)
     random = np.random.default_rng()
-    x, other = (jnp.asarray(random.normal(size=(2, 9, 2304)), jnp.float32) for _ in range(2))
-    arguments = [x, jnp.asarray(1 + random.normal(size=(2, 2304)) / 8, jnp.float32)]
+    x, other = (jnp.asarray(random.normal(size=(2, 5, 1152)), jnp.float32) for _ in range(2))
+    arguments = [x, jnp.asarray(1 + random.normal(size=(2, 1152)) / 8, jnp.float32)]
     options = {"eps": 1e-5, "probe": jnp.zeros(2), **({"residual": other} if residual else {})}
     with on_gpu():
         found = results(rms_norm, "mosaic_gpu", arguments, options)
