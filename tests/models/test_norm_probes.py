@@ -1,5 +1,7 @@
 """Per-example gradients of norm scales against differentiating every example alone, and what they cost."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,11 @@ import pytest
 from flax import nnx
 
 from crescendo import models
-from crescendo.models import ModelConfig
+from crescendo.models import ModelConfig, attention
 from crescendo.models.layers import RMSNorm
 from crescendo.models.loss import next_token_loss
 from crescendo.models.norm_probes import example_squared_norms, norm_probes, norm_scales, with_probes
+from crescendo.pallas_kernels.rms_norm import qk_norm_rotary
 
 CONFIG = ModelConfig(
     vocab_size=50, width=24, layers=2, heads=4, kv_heads=2, mlp_width=40, scan_layers=True
@@ -47,6 +50,19 @@ def test_a_layer_in_float64():
 
     gradient = jax.grad(apply)(jnp.float32(np.tile(scale, (3, 1))))
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)  # the layer computes in float32
+
+
+def test_the_fused_norm_and_rotary_change_no_gradient(problem, monkeypatch):
+    """What a GPU takes for queries and keys, by the kernel that serves this device."""
+    parameters, rows = problem
+    probes = norm_probes(parameters, EXAMPLES)
+    own = jax.jit(jax.value_and_grad(probed, (0, 1)))(parameters, probes, rows)
+    calls = []
+    monkeypatch.setattr(attention, "target_device", lambda: SimpleNamespace(platform="gpu"))
+    monkeypatch.setattr(attention, "qk_norm_rotary", lambda *args, **kw: calls.append(1) or qk_norm_rotary(*args, **kw))
+    fused = jax.jit(jax.value_and_grad(lambda *args: probed(*args), (0, 1)))(parameters, probes, rows)
+    assert calls
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), fused, own)
 
 
 def test_equals_differentiating_every_example_alone(problem):
