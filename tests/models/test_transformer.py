@@ -11,7 +11,6 @@ import pytest
 from crescendo import models
 from crescendo.models import ModelConfig
 from crescendo.models.loss import cross_entropy, next_token_loss
-from crescendo.pallas_kernels.op import Device
 
 SMALL = ModelConfig(vocab_size=50, width=24, layers=3, heads=4, kv_heads=2, mlp_width=40, head_width=8)
 
@@ -210,30 +209,3 @@ def test_unknown_presets_and_undecided_configs_are_refused():
         ModelConfig.preset("124")
     with pytest.raises(ValueError, match="undecided"):
         models.initialize(SMALL, jax.random.key(0))
-
-
-@pytest.mark.parametrize("probed", [False, True], ids=["one scale", "a scale for each example"])
-def test_queries_and_keys_normalised_and_turned_in_one_kernel_are_the_same(parameters, packed, probed, monkeypatch):
-    from crescendo.models import attention, norm_probes
-
-    probes = norm_probes.norm_probes(parameters, 3)
-
-    @jax.jit
-    def loss_and_gradients(parameters, probes):
-        def loss(parameters, probes):
-            given = norm_probes.with_probes(parameters, probes) if probed else parameters
-            return next_token_loss(on_cpu(), given, packed)[0]
-
-        return jax.value_and_grad(loss, (0, 1))(parameters, probes)
-
-    expected = jax.tree.leaves(loss_and_gradients(parameters, probes))
-    # The model believes that it is on a GPU; the op knows better and lets XLA serve.
-    calls = []
-    serve = attention.qk_norm_rotary
-    monkeypatch.setattr(attention, "target_device", lambda: Device("gpu", "a GPU"))
-    monkeypatch.setattr(attention, "qk_norm_rotary", lambda *a, **k: calls.append(a) or serve(*a, **k))
-    jax.clear_caches()
-    found = jax.tree.leaves(loss_and_gradients(parameters, probes))
-    assert calls
-    for f, e in zip(found, expected, strict=True):
-        assert jnp.linalg.norm((f - e).ravel()) <= 2e-5 * jnp.maximum(1e-2, jnp.linalg.norm(e.ravel()))
