@@ -39,7 +39,9 @@ def linear_cross_entropy(
       q_{iv} = (1 - \epsilon) [v = y_i] + \epsilon / V
 
     Logits are of one chunk of rows at a time. The gradients of x and w are computed with the loss, three matmuls in
-    all; that of w is summed in float32. Differentiable in x, w, weights, and through the log-sum-exps.
+    all; that of w is summed in float32. Differentiable in x, w, weights, and through the log-sum-exps. The kernel for
+    Hopper adds rows of the same label to the gradient of w in any order, as XLA does in an embedding's gradient: its
+    last bits vary from call to call.
 
     Args:
       x: `[..., D]`, float32, bfloat16 or float16; the matmuls are in this dtype and sum in float32.
