@@ -17,6 +17,7 @@ from rich.text import Text
 
 from crescendo.experiments import cache, hardware
 from crescendo.experiments.cli import run_command
+from crescendo.pallas_kernels.bench import OPS
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.doctor
@@ -60,11 +61,12 @@ def kernels() -> Iterator[Line]:
         "attention": ([bf16(2, 1024, 8, 64)] * 3, {}),
         "softmax": ([bf16(1024, 4096)], {}),
         "rms_norm": ([bf16(1024, 1024), bf16(1024)], {"eps": 1e-6}),
+        "qk_norm_rotary": ([*[bf16(2, 1024, 8, 64)] * 2, *[bf16(64)] * 2, *[bf16(2, 1024, 32)] * 2], {"eps": 1e-6}),
         "linear_cross_entropy": ([bf16(1024, 768), bf16(50304, 768), jax.ShapeDtypeStruct((1024,), jnp.int32)], {}),
     }
     for name, (arguments, options) in calls.items():
         try:
-            function = getattr(importlib.import_module(f"crescendo.pallas_kernels.{name}"), name)
+            function = getattr(importlib.import_module(f"crescendo.pallas_kernels.{OPS[name][0]}"), name)
             yield name, str(explain(function, *arguments, **options))
         except (ImportError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
             yield name, f"no answer: {error}"
