@@ -10,6 +10,9 @@ from crescendo.experiments.interruption import Interrupted
 
 def run_command(main: Callable[[], object]) -> None:
     """Calls `main()`; a `UserError` becomes one line on standard error and exit code 2, Ctrl-C one and 130."""
+    if not (sys.stdout.isatty() or sys.stderr.isatty()):
+        # A notebook's kernel sets FORCE_COLOR, which makes rich redraw lines in what is no terminal.
+        os.environ.setdefault("TTY_COMPATIBLE", "0")
     try:
         main()
         sys.stdout.flush()

@@ -327,7 +327,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         what = f"no spec with the tags {arguments.tags}" if not found else f"nobody named {arguments.only}"
         print(f"{arguments.op} has {what}: see --help", file=sys.stderr)
         raise SystemExit(2)
-    console = Console()
+    # A notebook's kernel sets FORCE_COLOR, which makes rich redraw lines in what is no terminal.
+    console = Console(force_terminal=None if sys.stdout.isatty() else False)
     results: list[Result] = []
     calls = list(itertools.product(found, arguments.passes))
     with console.status("") as status:

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from crescendo.experiments import commands
 from crescendo.experiments.cli import run_command
@@ -66,3 +67,13 @@ def test_ctrl_c_outside_of_a_loop_is_one_line(capsys: pytest.CaptureFixture):
         run_command(interrupted)
     assert stopped.value.code == 130
     assert capsys.readouterr().err == ("interrupted; what was saved is kept, and the same command goes on from there\n")
+
+
+def test_what_is_captured_has_no_escapes_even_where_a_notebook_asks_for_colours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "")  # put back afterwards
+    monkeypatch.delenv("TTY_COMPATIBLE")
+    run_command(lambda: Console().print("[bold]loss"))
+    assert capsys.readouterr().out == "loss\n"
