@@ -43,8 +43,8 @@ test: $(VENV)/.installed-dev check  ## format, lint, types, and every quick test
 
 # Triton's interpreter changes Triton for the rest of a process, so what it runs comes last and apart.
 test-aot: $(AOT_VENV)/.installed  ## compile the presets' training steps for H100 and TPU, with no device
-	@$(AOT_VENV)/bin/pytest -m "aot and not slow" -k "not interpreted and not fit_on_chip"
-	@$(AOT_VENV)/bin/pytest -m "aot and not slow" -k "interpreted or fit_on_chip"
+	@$(AOT_VENV)/bin/pytest -n 2 --dist loadfile -m "aot and not slow" -k "not interpreted and not fit_on_chip"
+	@$(AOT_VENV)/bin/pytest -n 2 --dist loadfile -m "aot and not slow" -k "interpreted or fit_on_chip"
 
 test-slow: $(VENV)/.installed-dev  ## the tests that take minutes, kills at random moments among them
 	@$(VENV)/bin/pytest -m "(slow or chaos) and not aot" -s
