@@ -70,8 +70,11 @@ def test_linear_cross_entropy_for_hopper(hopper_of_two_cores, spread, monkeypatc
         found = run("mosaic_gpu", x, w)
     expected = run("reference", x.astype(jnp.float32), w.astype(jnp.float32))
     assert distance(found[0], expected[0]) < 1e-5
-    # Rounding the results alone costs 1.7e-3.
-    assert max(distance(f, e) for f, e in zip(found[1:], expected[1:], strict=True)) < 1.2 * 2**-9
+    dx_error, dw_error = (distance(f, e) for f, e in zip(found[1:], expected[1:], strict=True))
+    # Rounding the results alone costs 1.7e-3. The long row is nearly all of dW, which so is a product of two rounded
+    # vectors: its exponentials, where one number may be all and off by 2^-8, and its scaled x, off by 1.7e-3.
+    assert dx_error < 1.2 * 2**-9
+    assert dw_error < (1.2 * 2**-9 if spread == 1 else 1.2 * 2**-8)
 
 
 @pytest.fixture
