@@ -42,7 +42,7 @@ def close(found, expected, tolerance) -> bool:
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     finite = np.isfinite(expected)
     assert (np.isneginf(found) == ~finite).all()
-    error = np.linalg.norm((found - expected)[finite])
+    error = np.linalg.norm(found[finite] - expected[finite])
     return error <= tolerance * max(np.linalg.norm(expected[finite]), 1e-30)
 
 
