@@ -90,6 +90,48 @@ class Ranges(NamedTuple):
     hi: Any
 
 
+def ranges_of_tile(config: Config, tile, side: str, lengths: tuple[int, int], block_q: int, block_k: int) -> Ranges:
+    """The blocks that a tile of queries (`side` "q") or of keys ("k") needs, where index is position.
+
+    Args:
+      tile: its number, or several numbers: int32, also in a kernel.
+      side: whose tile it is; the blocks are of the other side.
+      lengths: T and S; a tile past its side's end needs nothing.
+    """
+    (length, keys), seen = lengths, None if config.window is None else config.window - 1
+    # How far a row of the tile sees, back and ahead.
+    back, ahead = seen, 0 if config.causal else seen
+    rows, size, block, others, whole = block_q, length, block_k, keys, keys // block_k
+    count = -(-others // block)
+    if side == "k":
+        back, ahead = ahead, back
+        rows, size, block, others = block_k, keys, block_q, length
+        count = -(-others // block)
+        # Of a tile that ends past the keys no block is whole.
+        whole = jnp.where(tile < keys // block_k, count, 0)
+
+    def block_of(index):
+        return jax.lax.div(jnp.maximum(index, 0), jnp.int32(block))
+
+    first = tile * rows
+    last = jnp.minimum(first + rows, size) - 1
+    sees_any = first < size
+    lo, hi, full_lo, full_hi = 0, count, 0, jnp.minimum(whole, count)
+    if back is not None:
+        lo, full_lo = block_of(first - back), block_of(last - back + block - 1)
+        sees_any = sees_any & (first - back < others)
+    if ahead is not None:
+        hi = jnp.minimum(block_of(last + ahead) + 1, count)
+        # The last block ends where its side ends.
+        beyond = first + ahead >= others - 1
+        full_hi = jnp.minimum(full_hi, jnp.where(beyond, count, block_of(first + ahead + 1)))
+    hi = jnp.where(sees_any, hi, 0)
+    lo, full_hi = jnp.minimum(lo, hi), jnp.minimum(full_hi, hi)
+    full_lo = jnp.maximum(full_lo, lo)
+    some = full_lo < full_hi
+    return Ranges(lo, jnp.where(some, full_lo, hi), jnp.where(some, full_hi, hi), hi)
+
+
 def _reduced(array, block: int, fill_low, fill_high):
     """Minimum and maximum of each block of `array[..., N]`."""
     extra = -array.shape[-1] % block
@@ -106,7 +148,16 @@ def block_ranges(config: Config, operands: Operands, block_q: int, block_k: int)
     compared by the least and the greatest id of a block and by the set of ids modulo 32, so that any ids are right
     and those of packed rows, padding at the end among them, are tight.
     """
-    keys = operands.dims[2]
+    _, length, keys, *_ = operands.dims
+    if all(array is None for array in operands.metadata):
+        tiles = {"q": -(-length // block_q), "k": -(-keys // block_k)}
+
+        def of(side: str) -> Ranges:
+            index = jnp.arange(tiles[side], dtype=jnp.int32)[None]
+            found = ranges_of_tile(config, index, side, (length, keys), block_q, block_k)
+            return Ranges(*(jnp.broadcast_to(array, index.shape).astype(jnp.int32) for array in found))
+
+        return of("q"), of("k")
     big = np.iinfo(np.int32).max
     q_positions, k_positions = positions(operands)
     q_low, q_high = _reduced(q_positions, block_q, big, -big)

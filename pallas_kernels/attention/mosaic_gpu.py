@@ -11,6 +11,7 @@ The grid is persistent: a block of threads takes every n-th tile, and the loads 
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -20,13 +21,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from crescendo.pallas_kernels.attention import tiles as tuned_tiles
-from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, block_ranges, per_device
+from crescendo.pallas_kernels.attention.contract import (
+    Config,
+    Kernels,
+    Operands,
+    block_ranges,
+    per_device,
+    ranges_of_tile,
+)
 from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 FLOOR = -1e30  # the least maximum: finite, so that a row which has seen nothing yet makes no NaN
 ROWS = 64  # of a warpgroup's matrix instruction
+SHARED_BYTES = 227 * 1024 - 4096  # of a block of threads, less barriers, metadata and row sums
 # Of a thread of the producer and of a consumer, by the number of consumers: together at most what they start with.
 REGISTERS = {1: (40, 240), 2: (24, 240), 3: (32, 160)}
 ROW_LAYOUT, COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -54,6 +63,14 @@ class ForwardTile:
     def block_q(self) -> int:
         return ROWS * self.consumers
 
+    def elements(self, width: int, own_out: bool) -> int:
+        """16-bit elements in shared memory, with a place for results of their own or without."""
+        return width * (self.block_q * (2 if own_out else 1) + 2 * self.stages * self.block_k)
+
+    def own_out(self, width: int) -> bool:
+        """Whether results have a place beside that of queries, so that the next tile's queries are loaded early."""
+        return 2 * self.elements(width, own_out=True) <= SHARED_BYTES
+
 
 def tiled(shape, dtype):
     """Shared memory laid out for TMA and the matrix instructions."""
@@ -64,6 +81,14 @@ def tiled(shape, dtype):
 
 def row_vector(value, size=ROWS):
     return plgpu.layout_cast(jnp.full((size,), value, jnp.float32), ROW_LAYOUT)
+
+
+def opaque(index, step):
+    """`index`, in such a form that the compiler can't know; `step` counts to less than 2^24.
+
+    Otherwise it finds that an operand's addresses are the same in every step, and keeps them all in registers.
+    """
+    return index + lax.shift_right_logical(step, 24)
 
 
 def begin(accumulator, value):
@@ -98,43 +123,47 @@ def hide(scores, config: Config, rows, columns, first_row, first_column, *, tran
     """
     q_dim, k_dim = (1, 0) if transposed else (0, 1)
     shape = scores.shape
-    over = {0: along_rows, 1: along_columns}
+    over, layouts = (along_rows, along_columns), (ROW_LAYOUT, COLUMN_LAYOUT)
     (q_segments, q_positions), (k_segments, k_positions) = rows, columns
 
     def index(dim, first):
-        return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA) + first
+        numbers = plgpu.broadcasted_iota(jnp.int32, (shape[dim],), 0, layout=layouts[dim])
+        # Or the compiler finds that one element's row less its column is always the same, and keeps all of these.
+        return lax.optimization_barrier(numbers) + first
 
-    def spread(vector, dim):
-        return over[dim](vector, shape)
+    def compare(relation, of_queries, of_keys):
+        return relation(over[q_dim](of_queries, shape), over[k_dim](of_keys, shape))
 
     masks = []
     if q_segments is not None:
-        masks.append(spread(q_segments, q_dim) == spread(k_segments, k_dim))
+        masks.append(compare(jnp.equal, q_segments, k_segments))
     if config.masks:
-        if q_positions is None:
-            ahead = index(q_dim, first_row - first_column) - index(k_dim, 0)
-        else:
-            ahead = spread(q_positions, q_dim) - spread(k_positions, k_dim)
+        q_positions = index(q_dim, first_row) if q_positions is None else q_positions
+        k_positions = index(k_dim, first_column) if k_positions is None else k_positions
         if config.causal:
-            masks.append(ahead >= 0)
+            masks.append(compare(jnp.greater_equal, q_positions, k_positions))
         else:
-            masks.append(ahead > -(config.window or 0))
+            masks.append(compare(jnp.greater, q_positions, k_positions - config.window))
         if config.window is not None:
-            masks.append(ahead < config.window)
+            masks.append(compare(jnp.less, q_positions, k_positions + config.window))
     if keys is not None:
-        masks.append(index(k_dim, first_column) < keys)
+        masks.append(over[k_dim](index(k_dim, first_column), shape) < keys)
     for mask in masks:  # one after the other: all at once would need more registers
         scores = jnp.where(mask, scores, -jnp.inf)
     return scores
 
 
-def weights(config: Config, scores, lse, masked, edge):
-    """`P = exp(score - lse)`, and the derivative of the capped score (None without a cap)."""
+def weights(config: Config, scores, lse, masked, partly):
+    """`P = exp(score - lse)`, and the derivative of the capped score (None without a cap).
+
+    `masked` is applied to the scores where `partly`; None: nowhere.
+    """
     slope, factor = None, config.scale * LOG2_E
     if config.soft_cap is not None:
         capped = jnp.tanh(scores * (config.scale / config.soft_cap))
         scores, slope, factor = config.soft_cap * capped, 1 - capped * capped, LOG2_E
-    scores = lax.cond(edge, masked, lambda scores: scores, scores)
+    if partly is not None:
+        scores = lax.cond(partly, masked, lambda scores: scores, scores)
     return jnp.exp2(scores * factor - lse), slope
 
 
@@ -192,6 +221,25 @@ def stacked_ranges(ranges, tiles: int):
     """`[B or 1, tiles, 4]`: lo, full_lo, full_hi, hi; nothing for tiles of nothing but padding."""
     stacked = jnp.stack([jnp.asarray(array) for array in ranges], axis=-1)
     return jnp.pad(stacked, [(0, 0), (0, tiles - stacked.shape[1]), (0, 0)])
+
+
+def has_metadata(operands: Operands) -> bool:
+    """Whether what a query sees depends on arrays."""
+    return any(array is not None for array in operands.metadata)
+
+
+def reader(config: Config, side: str, lengths: tuple[int, int], block_q: int, block_k: int, ranges_ref):
+    """What a kernel finds a tile's range of blocks with: `(row of the batch, tile) -> lo, full_lo, full_hi, hi`.
+
+    `ranges_ref` is what `stacked_ranges` gave, or None: then it is arithmetic, and no other kernel runs before.
+    """
+
+    def read(row, tile):
+        if ranges_ref is None:
+            return ranges_of_tile(config, tile, side, lengths, block_q, block_k)
+        return tuple(ranges_ref[row if ranges_ref.shape[0] > 1 else 0, tile, i] for i in range(4))
+
+    return read
 
 
 def in_pairs(config: Config, tile, length: int, rows: int) -> bool:
@@ -259,16 +307,19 @@ def forward(config: Config, operands: Operands, tile: ForwardTile | None = None)
     """`out [B, T, H, D]` and `lse [B, H, T]`."""
     tile = tile or tuned_tiles.tuned("forward", config, operands, forward_tile(operands))
     _, length, keys, _, _, true_width = operands.dims
-    of_queries, _ = block_ranges(config, operands, tile.block_q, tile.block_k)
     paired = in_pairs(config, tile, length, tile.block_q)
     whole = padded(operands, tile.block_q * (2 if paired else 1), tile.block_k)
-    ranges = stacked_ranges(of_queries, whole.q.shape[1] // tile.block_q)
-    out, lse = _forward(config, tile, keys, paired)(whole, ranges)
+    ranges = None
+    if has_metadata(operands):
+        of_queries, _ = block_ranges(config, operands, tile.block_q, tile.block_k)
+        ranges = stacked_ranges(of_queries, whole.q.shape[1] // tile.block_q)
+    out, lse = _forward(config, tile, (length, keys), paired)(whole, ranges)
     return out[:, :length, :, :true_width], lse[:, :, :length]
 
 
-def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
-    """The kernel's call: `(padded operands, ranges) -> (out, lse)`."""
+def _forward(config: Config, tile: ForwardTile, lengths: tuple[int, int], paired: bool):
+    """The kernel's call: `(padded operands, ranges) -> (out, lse)`; `lengths` are those without padding."""
+    _, keys = lengths
 
     def call(operands: Operands, ranges):
         batch, length, _, heads, kv_heads, width = operands.dims
@@ -279,8 +330,8 @@ def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
         tiles_q = length // tile.block_q
         taken = schedule(tile, tiles_q, batch * heads, paired)
         ragged = keys if keys % tile.block_k else None
-        # Wide heads leave no room for a tile of results beside that of queries.
-        own_out = width <= 128
+        edges = bool(config.masks or q_meta or ragged)
+        own_out = tile.own_out(width)
         shape = (ROWS, tile.block_k)
 
         def body(q_ref, k_ref, v_ref, ranges_ref, *rest):
@@ -293,14 +344,14 @@ def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
             block = lax.axis_index("block")
             warpgroup = lax.axis_index("wg")
             rounds = taken.count(block)
+            range_of = reader(config, "q", lengths, tile.block_q, tile.block_k, ranges_ref)
 
             def place(n):
                 """Batch, head, tile of queries (longest first where causal) and the range of blocks of keys."""
                 head, tile_q = taken.tile(block, n)
                 tile_q = tiles_q - 1 - tile_q
                 head, row = lax.rem(head, heads), lax.div(head, heads)
-                at = (row if ranges.shape[0] > 1 else 0, tile_q)
-                return row, head, tile_q, tuple(ranges_ref[(*at, i)] for i in range(4))
+                return row, head, tile_q, range_of(row, tile_q)
 
             @pl.when(warpgroup == tile.consumers)
             def _producer():
@@ -376,8 +427,11 @@ def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
                     ]
                     plgpu.barrier_wait(q_full.at[wg])
 
-                    def softmax(scores, slot, j, maximum, total):
-                        """The block's weights, the new maximum and sum, and what older sums shrink by."""
+                    def softmax(scores, slot, j, maximum, total, edges: bool):
+                        """The block's weights, the new maximum and sum, and what older sums shrink by.
+
+                        `edges`: whether it may be a block that is seen in part.
+                        """
                         if config.soft_cap is not None:
                             scores = config.soft_cap * jnp.tanh(scores * (config.scale / config.soft_cap))
                             factor = LOG2_E
@@ -402,8 +456,8 @@ def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
                                 plgpu.commit_smem()  # these reads come before the copy that overwrites the slot
                             return scores
 
-                        edge = (j < full_lo) | (j >= full_hi)
-                        if config.masks or q_meta or ragged:
+                        if edges:
+                            edge = (j < full_lo) | (j >= full_hi)
                             scores = lax.cond(edge, masked, lambda scores: scores, scores)
                         plgpu.barrier_arrive(k_free.at[slot])
                         new = jnp.maximum(maximum, scores.max(axis=1) * factor)
@@ -425,12 +479,12 @@ def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
                     def attend_tile():
                         slot = lax.rem(step, tile.stages)
                         scores = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
-                        start = softmax(scores, slot, lo, row_vector(FLOOR), row_vector(0.0))
+                        start = softmax(scores, slot, lo, row_vector(FLOOR), row_vector(0.0), edges)
                         weights, maximum, total, _ = start
                         weights = weights.astype(dtype)
                         mixed = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
 
-                        def one_block(j, carry):
+                        def one_block(edge: bool, j, carry):
                             weights, maximum, total, mixed = carry
                             at = step + (j - lo)
                             slot, last = lax.rem(at, tile.stages), lax.rem(at - 1, tile.stages)
@@ -444,7 +498,7 @@ def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
                                 product(mixed_acc, weights, v_smem.at[last])
                                 pass_turn()
                                 scores = finish(scores_acc, in_flight=1)
-                                new_weights, *sums = softmax(scores, slot, j, maximum, total)
+                                new_weights, *sums = softmax(scores, slot, j, maximum, total, edge)
                                 # The last weights are in use until the product is done: the new ones, rounded, take
                                 # their registers.
                                 new_weights, new_mixed = lax.optimization_barrier((new_weights, finish(mixed_acc)))
@@ -456,9 +510,13 @@ def _forward(config: Config, tile: ForwardTile, keys: int, paired: bool):
                             plgpu.barrier_arrive(v_free.at[last])
                             return weights, maximum, total, mixed * along_rows(shrink, (ROWS, width))
 
-                        weights, maximum, total, mixed = lax.fori_loop(
-                            lo + 1, hi, one_block, (weights, maximum, total, mixed)
-                        )
+                        # Where a tile begins with blocks that it sees all of, these have a loop without a branch.
+                        whole = jnp.where(full_lo <= lo, jnp.maximum(full_hi, lo + 1), lo + 1) if edges else hi
+                        carry = weights, maximum, total, mixed
+                        carry = lax.fori_loop(lo + 1, whole, functools.partial(one_block, False), carry)
+                        if edges:
+                            carry = lax.fori_loop(whole, hi, functools.partial(one_block, True), carry)
+                        weights, maximum, total, mixed = carry
                         last = lax.rem(step + (hi - lo) - 1, tile.stages)
                         if own_out:
                             plgpu.barrier_arrive(q_free.at[wg])

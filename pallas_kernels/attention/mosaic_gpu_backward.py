@@ -7,6 +7,7 @@ queries and walks over the keys, with the gradient of q in registers. No two blo
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from crescendo.pallas_kernels.attention import mosaic_gpu as shared
-from crescendo.pallas_kernels.attention import mosaic_gpu_fused
 from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges
 from crescendo.pallas_kernels.attention.tiles import tuned
 
@@ -62,8 +62,6 @@ def backward(
     tiles: tuple[BackwardTile, BackwardTile] | None = None,
 ):
     """The gradients of q, k and v (and None for the bias, which these kernels don't take)."""
-    if tiles is None and mosaic_gpu_fused.serves(config, operands):
-        return mosaic_gpu_fused.backward(config, operands, lse, dout, delta)
     names = ("gradients of k and v", "gradient of q")
     keys_tile, queries_tile = tiles or (
         tuned(name, config, operands, default) for name, default in zip(names, tiles_for(operands), strict=True)
@@ -80,18 +78,21 @@ def backward(
 
     # Wide heads leave registers for one gradient at a time.
     paired = shared.in_pairs(config, keys_tile, keys, keys_tile.rows)
-    _, ranges = block_ranges(config, operands, keys_tile.block, keys_tile.rows)
+    ranges = None
+    if shared.has_metadata(operands):
+        _, ranges = block_ranges(config, operands, keys_tile.block, keys_tile.rows)
     whole, *rest = prepared(keys_tile.block, keys_tile.rows * (2 if paired else 1))
     gradients: dict[str, jax.Array] = {}
     for wanted in (("dk",), ("dv",)) if width > 128 else (("dk", "dv"),):
-        results = _keys_kernel(config, whole, keys, keys_tile, paired, wanted, ranges, *rest)
+        results = _keys_kernel(config, whole, (length, keys), keys_tile, paired, wanted, ranges, *rest)
         gradients.update(zip(wanted, results, strict=True))
     dk, dv = (gradients[name][:, :keys, :, :width] for name in ("dk", "dv"))
 
     paired = shared.in_pairs(config, queries_tile, length, queries_tile.rows)
-    ranges, _ = block_ranges(config, operands, queries_tile.rows, queries_tile.block)
+    if shared.has_metadata(operands):
+        ranges, _ = block_ranges(config, operands, queries_tile.rows, queries_tile.block)
     whole, *rest = prepared(queries_tile.rows * (2 if paired else 1), queries_tile.block)
-    (dq,) = _queries_kernel(config, whole, keys, queries_tile, paired, ranges, *rest)
+    (dq,) = _queries_kernel(config, whole, (length, keys), queries_tile, paired, ranges, *rest)
     return dq[:, :length, :, :width], dk, dv, None
 
 
@@ -117,16 +118,17 @@ def _launch(body, tile: BackwardTile, blocks: int, out_type, scratch):
     )
 
 
-def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, paired, wanted, ranges, dout, lse, delta):
+def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired, wanted, ranges, dout, lse, delta):
     """The gradients named in `wanted`, of k and v."""
     batch, _, padded_keys, heads, kv_heads, width = operands.dims
     groups, dtype = heads // kv_heads, operands.q.dtype
     taken = shared.schedule(tile, padded_keys // tile.rows, batch * kv_heads, paired)
-    ranges = shared.stacked_ranges(ranges, taken.tiles)
+    ranges = None if ranges is None else shared.stacked_ranges(ranges, taken.tiles)
     q_meta, k_meta = _split(operands)
     want_dk, want_dv = "dk" in wanted, "dv" in wanted
     shape = (ROWS, tile.block)
-    ragged = keys if keys % tile.rows else None
+    ragged = lengths[1] if lengths[1] % tile.rows else None
+    edges = bool(config.masks or q_meta or ragged)
 
     def body(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ranges_ref, *rest):
         q_metas, rest = rest[: len(q_meta)], rest[len(q_meta) :]
@@ -136,12 +138,12 @@ def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, paired, w
         own_full, own_free, q_full, q_free, dout_full, dout_free = barriers
         block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
         rounds = taken.count(block)
+        range_of = shared.reader(config, "k", lengths, tile.block, tile.rows, ranges_ref)
 
         def place(n):
             head, tile_k = taken.tile(block, n)
             kv_head, row = lax.rem(head, kv_heads), lax.div(head, kv_heads)
-            at = (row if ranges.shape[0] > 1 else 0, tile_k)
-            return row, kv_head, tile_k, tuple(ranges_ref[(*at, i)] for i in range(4))
+            return row, kv_head, tile_k, range_of(row, tile_k)
 
         @pl.when(warpgroup == tile.consumers)
         def _producer():
@@ -197,10 +199,10 @@ def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, paired, w
                 k_info = [plgpu.load(meta.at[row, rows], layout=shared.ROW_LAYOUT, optimized=False) for meta in k_metas]
                 plgpu.barrier_wait(own_full.at[wg])
 
-                def one_block(i, carry):
+                def one_block(before, edge, q_block, carry):
                     dk, dv = carry
-                    slot = lax.rem(step + i, tile.stages)
-                    q_block = lo + lax.rem(i, hi - lo)
+                    at = before + (q_block - lo)
+                    own, slot = shared.opaque(wg, at), lax.rem(at, tile.stages)
                     plgpu.barrier_wait(q_full.at[slot])
 
                     def masked(scores):
@@ -221,14 +223,16 @@ def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, paired, w
                         return scores
 
                     def products(scores_acc, dweights_acc, dk_acc, dv_acc):
-                        shared.product(scores_acc, k_smem.at[wg], q_smem.at[slot].transpose((1, 0)))
+                        shared.product(scores_acc, k_smem.at[own], q_smem.at[slot].transpose((1, 0)))
                         plgpu.barrier_wait(dout_full.at[slot])
                         if want_dk:
-                            shared.product(dweights_acc, v_smem.at[wg], dout_smem.at[slot].transpose((1, 0)))
+                            shared.product(dweights_acc, v_smem.at[own], dout_smem.at[slot].transpose((1, 0)))
                         scores = shared.finish(scores_acc, in_flight=int(want_dk))
                         lse = plgpu.load(lse_smem.at[slot], layout=shared.COLUMN_LAYOUT, optimized=False)
-                        edge = (q_block < full_lo) | (q_block >= full_hi)
-                        weights, slope = shared.weights(config, scores, shared.along_columns(lse, shape), masked, edge)
+                        partly = (q_block < full_lo) | (q_block >= full_hi) if edge else None
+                        weights, slope = shared.weights(
+                            config, scores, shared.along_columns(lse, shape), masked, partly
+                        )
                         if want_dv:
                             shared.begin(dv_acc, dv)
                             shared.product(dv_acc, weights.astype(dtype), dout_smem.at[slot])
@@ -261,8 +265,16 @@ def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, paired, w
                     _zeros((ROWS, width)) if want_dk else None,
                     _zeros((ROWS, width)) if want_dv else None,
                 )
-                steps = groups * (hi - lo)
-                dk, dv = lax.fori_loop(0, steps, one_block, start)
+                # Where a tile ends with blocks that see all of it, these have a loop without a branch.
+                partly = jnp.where(full_hi >= hi, jnp.minimum(full_lo, hi), hi) if edges else lo
+
+                def one_head(group, carry):
+                    before = step + group * (hi - lo)
+                    if edges:
+                        carry = lax.fori_loop(lo, partly, functools.partial(one_block, before, True), carry)
+                    return lax.fori_loop(partly, hi, functools.partial(one_block, before, False), carry)
+
+                dk, dv = one_head(0, start) if groups == 1 else lax.fori_loop(0, groups, one_head, start)
                 results = {"dk": (k_smem, None if dk is None else dk * config.scale), "dv": (v_smem, dv)}
                 for name in wanted:
                     buffer, value = results[name]
@@ -272,7 +284,7 @@ def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, paired, w
                     plgpu.copy_smem_to_gmem(results[name][0].at[wg], out_ref.at[row, rows, kv_head])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(own_free.at[wg])
-                return step + steps
+                return step + groups * (hi - lo)
 
             lax.fori_loop(0, rounds, one_tile, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
@@ -298,15 +310,16 @@ def _keys_kernel(config, operands: Operands, keys, tile: BackwardTile, paired, w
     return kernel(*operands[:3], dout, lse, delta, ranges, *q_meta, *k_meta)
 
 
-def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, paired, ranges, dout, lse, delta):
+def _queries_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired, ranges, dout, lse, delta):
     """The gradient of q."""
     batch, length, _, heads, kv_heads, width = operands.dims
     groups, dtype = heads // kv_heads, operands.q.dtype
     taken = shared.schedule(tile, length // tile.rows, batch * heads, paired)
-    ranges = shared.stacked_ranges(ranges, taken.tiles)
+    ranges = None if ranges is None else shared.stacked_ranges(ranges, taken.tiles)
     q_meta, k_meta = _split(operands)
     shape = (ROWS, tile.block)
-    ragged = keys if keys % tile.block else None
+    ragged = lengths[1] if lengths[1] % tile.block else None
+    edges = bool(config.masks or q_meta or ragged)
 
     def body(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ranges_ref, *rest):
         q_metas, rest = rest[: len(q_meta)], rest[len(q_meta) :]
@@ -315,13 +328,13 @@ def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, paired
         own_full, own_free, k_full, k_free, v_full, v_free = barriers
         block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
         rounds = taken.count(block)
+        range_of = shared.reader(config, "q", lengths, tile.rows, tile.block, ranges_ref)
 
         def place(n):
             head, tile_q = taken.tile(block, n)
             tile_q = taken.tiles - 1 - tile_q
             head, row = lax.rem(head, heads), lax.div(head, heads)
-            at = (row if ranges.shape[0] > 1 else 0, tile_q)
-            return row, head, tile_q, tuple(ranges_ref[(*at, i)] for i in range(4))
+            return row, head, tile_q, range_of(row, tile_q)
 
         @pl.when(warpgroup == tile.consumers)
         def _producer():
@@ -380,8 +393,9 @@ def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, paired
                 lse, delta = load_rows(lse_ref.at[row, head, rows]), load_rows(delta_ref.at[row, head, rows])
                 plgpu.barrier_wait(own_full.at[wg])
 
-                def one_block(j, dq):
-                    slot = lax.rem(step + (j - lo), tile.stages)
+                def one_block(edge, j, dq):
+                    at = step + (j - lo)
+                    own, slot = shared.opaque(wg, at), lax.rem(at, tile.stages)
                     plgpu.barrier_wait(k_full.at[slot])
 
                     def masked(scores):
@@ -403,12 +417,12 @@ def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, paired
                         return scores
 
                     def products(scores_acc, dweights_acc, dq_acc):
-                        shared.product(scores_acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
+                        shared.product(scores_acc, q_smem.at[own], k_smem.at[slot].transpose((1, 0)))
                         plgpu.barrier_wait(v_full.at[slot])
-                        shared.product(dweights_acc, dout_smem.at[wg], v_smem.at[slot].transpose((1, 0)))
+                        shared.product(dweights_acc, dout_smem.at[own], v_smem.at[slot].transpose((1, 0)))
                         scores = shared.finish(scores_acc, in_flight=1)
-                        edge = (j < full_lo) | (j >= full_hi)
-                        weights, slope = shared.weights(config, scores, shared.along_rows(lse, shape), masked, edge)
+                        partly = (j < full_lo) | (j >= full_hi) if edge else None
+                        weights, slope = shared.weights(config, scores, shared.along_rows(lse, shape), masked, partly)
                         dweights = shared.finish(dweights_acc)
                         plgpu.barrier_arrive(v_free.at[slot])
                         dscores = weights * (dweights - shared.along_rows(delta, shape))
@@ -426,7 +440,10 @@ def _queries_kernel(config, operands: Operands, keys, tile: BackwardTile, paired
                         plgpu.ACC((ROWS, width), jnp.float32),
                     )
 
-                dq = lax.fori_loop(lo, hi, one_block, _zeros((ROWS, width)))
+                whole = jnp.where(full_lo <= lo, full_hi, lo) if edges else hi
+                dq = lax.fori_loop(lo, whole, functools.partial(one_block, False), _zeros((ROWS, width)))
+                if edges:
+                    dq = lax.fori_loop(whole, hi, functools.partial(one_block, True), dq)
                 q_smem.at[wg][...] = (dq * config.scale).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_smem.at[wg], dq_ref.at[row, rows, head])

@@ -182,6 +182,8 @@ SPECS = (
     spec("window-both-ways", (1, 200, 230, 2, 2, 64), "awkward", window=40),
     spec("window-past-the-end", (1, 150, 150, 2, 2, 64), "awkward", causal=True, window=1000),
     spec("capped", (1, 200, 200, 2, 2, 64), "small", "awkward", causal=True, soft_cap=5.0, scale=0.5),
+    spec("wide", (1, 200, 200, 4, 2, 128), "awkward", causal=True),
+    spec("wide-full", (1, 150, 100, 2, 2, 128), "awkward"),
     spec("width-80", (1, 160, 160, 2, 2, 80), "awkward", causal=True),
     spec("width-96", (1, 160, 160, 4, 2, 96), "awkward", causal=True),
     spec("width-192", (1, 160, 160, 2, 2, 192), "awkward", causal=True),

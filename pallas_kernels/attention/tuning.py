@@ -5,15 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from crescendo.pallas_kernels.attention import mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_fused
+from crescendo.pallas_kernels.attention import mosaic_gpu, mosaic_gpu_backward
 from crescendo.pallas_kernels.attention.contract import Config, Operands
 from crescendo.pallas_kernels.attention.op import attention
 from crescendo.pallas_kernels.attention.tiles import key
-from crescendo.pallas_kernels.op import Spec, Unsupported
+from crescendo.pallas_kernels.op import Spec
 from crescendo.pallas_kernels.tune import Problem, Tunable
 
 ROWS = mosaic_gpu.ROWS
-SHARED_BYTES = 227 * 1024 - 4096  # of a block of threads, less barriers, metadata and row sums
 OTHER_REGISTERS = 8  # that a thread needs at least, beside matrices
 
 
@@ -28,7 +27,7 @@ def _call(spec: Spec) -> tuple[Config, Operands, int]:
 
 def _fits(elements: int, matrices: int, registers: int) -> bool:
     """Whether so many 16-bit elements of shared memory fit, and a consumer's matrices into a thread's registers."""
-    return 2 * elements <= SHARED_BYTES and matrices + OTHER_REGISTERS <= registers
+    return 2 * elements <= mosaic_gpu.SHARED_BYTES and matrices + OTHER_REGISTERS <= registers
 
 
 def _forward(spec: Spec) -> Problem:
@@ -37,8 +36,7 @@ def _forward(spec: Spec) -> Problem:
     def fits(tile: mosaic_gpu.ForwardTile) -> bool:
         # A float32 matrix of 64 rows takes half a register for each column, of each of a warpgroup's threads.
         matrices = width // 2 + tile.block_k // 2 + tile.block_k // 4
-        rows = tile.block_q * (2 if width <= 128 else 1) + 2 * tile.stages * tile.block_k
-        return _fits(width * rows, matrices, mosaic_gpu.REGISTERS[tile.consumers][1])
+        return _fits(tile.elements(width, own_out=False), matrices, mosaic_gpu.REGISTERS[tile.consumers][1])
 
     return Problem(
         key(config, operands),
@@ -57,40 +55,9 @@ def _for_backward(config: Config, operands: Operands) -> tuple:
     return operands, lse, dout, jnp.einsum("bthd,bthd->bht", out.astype(jnp.float32), dout.astype(jnp.float32))
 
 
-def _backward(spec: Spec) -> Problem:
-    """All three gradients at once."""
-    config, operands, width = _call(spec)
-    if not mosaic_gpu_fused.serves(config, operands):
-        raise Unsupported("takes a kernel for each gradient")
-
-    def run(tile):
-        def gradients(operands, lse, dout, delta):
-            return mosaic_gpu_fused.backward(config, operands, lse, dout, delta, tile)[:3]
-
-        return gradients
-
-    def fits(tile: mosaic_gpu_fused.FusedTile) -> bool:
-        held, passing = 2 * tile.tiles * tile.block_k, 2 * tile.stages * tile.block_q
-        scores = 2 * tile.block_k * tile.block_q
-        gradient = 2 * tile.block_q * width  # in float32
-        registers = mosaic_gpu_fused.REGISTERS[1]
-        return _fits(width * (held + passing) + scores + gradient, width + tile.block_q, registers)
-
-    return Problem(
-        key(config, operands),
-        operands.dims[1],
-        mosaic_gpu_fused.FusedTile(),
-        functools.partial(_for_backward, config, operands),
-        run,
-        fits,
-    )
-
-
-def _backward_apart(which: int, spec: Spec) -> Problem:
+def _backward(which: int, spec: Spec) -> Problem:
     """Of the kernel for the gradients of k and v (0) or that for q (1), beside the other with its default."""
     config, operands, width = _call(spec)
-    if mosaic_gpu_fused.serves(config, operands):
-        raise Unsupported("has one kernel for all gradients")
     defaults = mosaic_gpu_backward.tiles_for(operands)
 
     def run(tile):
@@ -111,7 +78,7 @@ def _backward_apart(which: int, spec: Spec) -> Problem:
     return Problem(key(config, operands), operands.dims[1], defaults[which], arrays, run, fits)
 
 
-APART = ({"block": (64, 128), "consumers": (1, 2, 3), "stages": (2, 3), "persistent": (True, False)},)
+BACKWARD = ({"block": (64, 128), "consumers": (1, 2, 3), "stages": (2, 3), "persistent": (True, False)},)
 TUNABLES = (
     Tunable(
         "forward",
@@ -122,11 +89,6 @@ TUNABLES = (
             {"turns": (True, False), "persistent": (True, False)},
         ),
     ),
-    Tunable(
-        "backward",
-        _backward,
-        ({"block_q": (64, 128), "stages": (2, 3), "tiles": (1, 2)},),
-    ),
-    Tunable("gradients of k and v", functools.partial(_backward_apart, 0), APART),
-    Tunable("gradient of q", functools.partial(_backward_apart, 1), APART),
+    Tunable("gradients of k and v", functools.partial(_backward, 0), BACKWARD),
+    Tunable("gradient of q", functools.partial(_backward, 1), BACKWARD),
 )

@@ -14,7 +14,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice
 
-from crescendo.pallas_kernels.attention import mosaic_gpu, mosaic_gpu_fused
+from crescendo.pallas_kernels.attention import mosaic_gpu
 from crescendo.pallas_kernels.op import target
 
 
@@ -51,17 +51,6 @@ def interpreted(monkeypatch):
 
     for name, function in {"begin": begin, "product": product, "finish": finish}.items():
         monkeypatch.setattr(mosaic_gpu, name, function)
-
-    # It knows no counters in memory and no copies that add either: one core takes the tiles in turn.
-    def add_up(piece, there, first):
-        value, sum_so_far = piece[...], there[...]
-        there[...] = jnp.where(first, value, sum_so_far + value)
-        plgpu.commit_smem()
-
-    monkeypatch.setattr(mosaic_gpu_fused, "add_up", add_up)
-    monkeypatch.setattr(mosaic_gpu_fused, "counters", lambda count: None)
-    monkeypatch.setattr(mosaic_gpu_fused, "await_turn", lambda counter, at, turn: None)
-    monkeypatch.setattr(mosaic_gpu_fused, "pass_turn", lambda counter, at: None)
 
     @contextlib.contextmanager
     def context(cores: int = 2):

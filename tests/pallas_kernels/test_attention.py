@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice
 
-from crescendo.pallas_kernels.attention import attention, checking, mosaic_gpu, mosaic_gpu_fused
+from crescendo.pallas_kernels.attention import attention, checking, mosaic_gpu
 from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges, positions, visible
 from crescendo.pallas_kernels.attention.specs import SPECS
 from crescendo.pallas_kernels.op import explain, target
@@ -120,6 +120,30 @@ def test_ranges_of_blocks_hold_every_visible_pair(seed, block_q, block_k):
                     assert lo[row, i] <= full_lo[row, i] <= full_hi[row, i] <= hi[row, i]
 
 
+@settings(deadline=None, max_examples=25)
+@drawn_by_hypothesis(
+    lengths=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    blocks=st.sampled_from([(8, 16), (16, 8), (8, 8)]),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 80),
+)
+def test_ranges_by_arithmetic_are_those_found_by_comparing_positions(lengths, blocks, causal, window):
+    config = Config(1.0, causal=causal, window=window)
+    q, k = (jax.ShapeDtypeStruct((1, size, 1, 8), jnp.float32) for size in lengths)
+    where = (jnp.arange(size, dtype=jnp.int32)[None] for size in lengths)
+    found = block_ranges(config, Operands(q, k, k), *blocks)
+    expected = block_ranges(config, Operands(q, k, k, None, None, None, *where), *blocks)
+    for ours, theirs in zip(found, expected, strict=True):
+        lo, full_lo, full_hi, hi = map(np.asarray, ours)
+        np.testing.assert_array_equal(hi - lo, theirs.hi - theirs.lo)
+        np.testing.assert_array_equal(full_hi - full_lo, theirs.full_hi - theirs.full_lo)
+        np.testing.assert_array_equal(np.where(hi > lo, lo, 0), np.where(hi > lo, theirs.lo, 0))
+        np.testing.assert_array_equal(
+            np.where(full_hi > full_lo, full_lo, 0), np.where(full_hi > full_lo, theirs.full_lo, 0)
+        )
+        assert (lo <= full_lo).all() and (full_lo <= full_hi).all() and (full_hi <= hi).all()
+
+
 def test_bad_input_is_named():
     q = jnp.ones((2, 8, 4, 16))
     k = jnp.ones((2, 8, 2, 16))
@@ -157,53 +181,16 @@ def test_bad_input_is_named():
         attention(q, k, k, causal=True, positions=jnp.ones((2, 8)))
 
 
+IN_MINUTES = ("odd", "empty-rows", "one-token", "half", "wide", "wide-full", "unequal-causal", "window-both-ways")
+
+
 @pytest.mark.parametrize(
-    "name", ["packed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("odd", "empty-rows", "one-token"))]
+    "name", ["packed", "capped", *(pytest.param(name, marks=pytest.mark.slow) for name in IN_MINUTES)]
 )
 def test_hopper_kernels_are_right_and_free_of_races(name, interpreted, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "per_device", lambda kernels: kernels)
     with interpreted():
         compare("mosaic_gpu", BY_NAME[name], None, 1e-2)
-
-
-@pytest.mark.parametrize("name", ["capped", pytest.param("half", marks=pytest.mark.slow)])
-def test_hopper_kernels_with_all_gradients_in_one(name, interpreted, monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "per_device", lambda kernels: kernels)
-    with interpreted(cores=1):
-        compare("mosaic_gpu", BY_NAME[name], None, 1e-2)
-
-
-@pytest.mark.parametrize(("length", "keys", "cores"), [(100, 100, 3), (500, 500, 2), (900, 900, 3), (600, 900, 20)])
-def test_the_gradients_parts_are_added_in_turn_and_nobody_waits_for_ever(length, keys, cores):
-    """Plays the plan on so many cores: each turn comes, and once."""
-    heads, tile = 3, mosaic_gpu_fused.FusedTile()
-    q, k = (jax.ShapeDtypeStruct((1, size, heads, 64), jnp.bfloat16) for size in (length, keys))
-    plan = mosaic_gpu_fused.plan(Config(1.0, causal=True), Operands(q, k, k), tile, cores)
-    ranges, turns = np.asarray(plan.ranges), np.asarray(plan.turns)
-    blocks = plan.taken.blocks
-    assert blocks <= cores
-    counts = [plan.taken.count(block) for block in range(blocks)]
-    taken = jax.vmap(lambda block: jax.vmap(lambda m: plan.tile(block, m))(jnp.arange(max(counts))))
-    todo = [
-        [
-            (head, i, turns[at, i])
-            for head, at in zip(*of_block, strict=True)
-            for i in range(ranges[at, 0], ranges[at, 3])
-        ]
-        for of_block in (
-            [array[:count] for array in arrays]
-            for count, *arrays in zip(counts, *map(np.asarray, taken(jnp.arange(blocks))), strict=True)
-        )
-    ]
-    assert sum(map(len, todo)) == heads * (ranges[:, 3] - ranges[:, 0]).sum()
-    counters = np.zeros((heads, turns.shape[1]), int)
-    while any(todo):
-        went = False
-        for steps in todo:
-            if steps and counters[steps[0][:2]] == steps[0][2]:
-                counters[steps.pop(0)[:2]] += 1
-                went = True
-        assert went, "every core waits for another one"
 
 
 @settings(deadline=None, max_examples=30)
