@@ -101,14 +101,14 @@ def ranges_of_tile(config: Config, tile, side: str, lengths: tuple[int, int], bl
     (length, keys), seen = lengths, None if config.window is None else config.window - 1
     # How far a row of the tile sees, back and ahead.
     back, ahead = seen, 0 if config.causal else seen
-    rows, size, block, others, whole = block_q, length, block_k, keys, keys // block_k
-    count = -(-others // block)
+    rows, size, block, others = block_q, length, block_k, keys
+    whole: Any = keys // block_k
     if side == "k":
         back, ahead = ahead, back
         rows, size, block, others = block_k, keys, block_q, length
-        count = -(-others // block)
         # Of a tile that ends past the keys no block is whole.
-        whole = jnp.where(tile < keys // block_k, count, 0)
+        whole = jnp.where(tile < keys // block_k, -(-length // block_q), 0)
+    count = -(-others // block)
 
     def block_of(index):
         return jax.lax.div(jnp.maximum(index, 0), jnp.int32(block))
@@ -116,7 +116,10 @@ def ranges_of_tile(config: Config, tile, side: str, lengths: tuple[int, int], bl
     first = tile * rows
     last = jnp.minimum(first + rows, size) - 1
     sees_any = first < size
-    lo, hi, full_lo, full_hi = 0, count, 0, jnp.minimum(whole, count)
+    lo: Any = 0
+    full_lo: Any = 0
+    hi: Any = count
+    full_hi: Any = jnp.minimum(whole, count)
     if back is not None:
         lo, full_lo = block_of(first - back), block_of(last - back + block - 1)
         sees_any = sees_any & (first - back < others)

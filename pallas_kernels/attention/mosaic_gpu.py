@@ -50,13 +50,15 @@ class ForwardTile:
       consumers: warpgroups with 64 queries each.
       stages: blocks of k and of v in flight.
       turns: whether the consumers issue in turns.
-      persistent: whether a block of threads takes several tiles.
+      pairs: whether causal tiles are taken in pairs (`Schedule`).
+      persistent: whether a block of threads takes several tiles, or pairs.
     """
 
     block_k: int
     consumers: int = 2
     stages: int = 2
     turns: bool = True
+    pairs: bool = True
     persistent: bool = True
 
     @property
@@ -83,12 +85,12 @@ def row_vector(value, size=ROWS):
     return plgpu.layout_cast(jnp.full((size,), value, jnp.float32), ROW_LAYOUT)
 
 
-def opaque(index, step):
-    """`index`, in such a form that the compiler can't know; `step` counts to less than 2^24.
+def opaque(index):
+    """`index`, in such a form that the compiler can't know.
 
     Otherwise it finds that an operand's addresses are the same in every step, and keeps them all in registers.
     """
-    return index + lax.shift_right_logical(step, 24)
+    return lax.optimization_barrier(index)
 
 
 def begin(accumulator, value):
@@ -244,7 +246,7 @@ def reader(config: Config, side: str, lengths: tuple[int, int], block_q: int, bl
 
 def in_pairs(config: Config, tile, length: int, rows: int) -> bool:
     """Whether tiles of so many rows are taken in pairs (`Schedule`)."""
-    return config.causal and tile.persistent and length > rows
+    return config.causal and tile.pairs and length > rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,13 +30,18 @@ class BackwardTile:
       block: queries (or keys) of a step.
       consumers: warpgroups, each with 64 keys (or queries) of the tile.
       stages: blocks in flight.
-      persistent: whether a block of threads takes several tiles.
+      pairs: whether causal tiles are taken in pairs (`Schedule`).
+      persistent: whether a block of threads takes several tiles, or pairs.
+      behind: whether the product with the gradients of the scores comes a step later, behind the next scores: then it
+        has not to be waited for, and a block of the other side is held for two steps.
     """
 
     block: int
     consumers: int = 2
     stages: int = 2
+    pairs: bool = True
     persistent: bool = True
+    behind: bool = False
 
     @property
     def rows(self) -> int:
@@ -49,8 +54,10 @@ def tiles_for(operands: Operands) -> tuple[BackwardTile, BackwardTile]:
     if width <= 64:
         return BackwardTile(block=128), BackwardTile(block=128)
     if width <= 128:
-        return BackwardTile(block=64), BackwardTile(block=128)
-    return BackwardTile(block=64, consumers=1), BackwardTile(block=64, consumers=1)
+        tile = BackwardTile(block=64, stages=3, persistent=False, behind=True)
+        return tile, tile
+    tile = BackwardTile(block=64, consumers=1, behind=True)
+    return tile, tile
 
 
 def backward(
@@ -126,6 +133,7 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
     ranges = None if ranges is None else shared.stacked_ranges(ranges, taken.tiles)
     q_meta, k_meta = _split(operands)
     want_dk, want_dv = "dk" in wanted, "dv" in wanted
+    behind = tile.behind and want_dk
     shape = (ROWS, tile.block)
     ragged = lengths[1] if lengths[1] % tile.rows else None
     edges = bool(config.masks or q_meta or ragged)
@@ -200,9 +208,11 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
                 plgpu.barrier_wait(own_full.at[wg])
 
                 def one_block(before, edge, q_block, carry):
-                    dk, dv = carry
+                    dk, dv, old = carry
                     at = before + (q_block - lo)
-                    own, slot = shared.opaque(wg, at), lax.rem(at, tile.stages)
+                    own, slot = shared.opaque(wg), lax.rem(at, tile.stages)
+                    begun = at > step
+                    last = jnp.where(begun, lax.rem(at + tile.stages - 1, tile.stages), slot)
                     plgpu.barrier_wait(q_full.at[slot])
 
                     def masked(scores):
@@ -210,7 +220,7 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
                             plgpu.load(meta_smem.at[j, slot], layout=shared.COLUMN_LAYOUT, optimized=False)
                             for j in range(len(q_metas))
                         ]
-                        scores = shared.hide(
+                        return shared.hide(
                             scores,
                             config,
                             shared.unpack(operands, q_info),
@@ -220,39 +230,46 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
                             transposed=True,
                             keys=ragged,
                         )
-                        return scores
 
                     def products(scores_acc, dweights_acc, dk_acc, dv_acc):
                         shared.product(scores_acc, k_smem.at[own], q_smem.at[slot].transpose((1, 0)))
                         plgpu.barrier_wait(dout_full.at[slot])
                         if want_dk:
                             shared.product(dweights_acc, v_smem.at[own], dout_smem.at[slot].transpose((1, 0)))
-                        scores = shared.finish(scores_acc, in_flight=int(want_dk))
+                            shared.begin(dk_acc, dk)
+                            if behind:
+                                shared.product(dk_acc, old, q_smem.at[last])
+                        scores = shared.finish(scores_acc, in_flight=int(want_dk) + int(behind))
                         lse = plgpu.load(lse_smem.at[slot], layout=shared.COLUMN_LAYOUT, optimized=False)
                         partly = (q_block < full_lo) | (q_block >= full_hi) if edge else None
                         weights, slope = shared.weights(
                             config, scores, shared.along_columns(lse, shape), masked, partly
                         )
+                        new_dk, new_dv, dscores = dk, dv, None
+                        if behind:
+                            new_dk = shared.finish(dk_acc)
+                            pl.when(begun)(lambda: plgpu.barrier_arrive(q_free.at[last]))
                         if want_dv:
                             shared.begin(dv_acc, dv)
                             shared.product(dv_acc, weights.astype(dtype), dout_smem.at[slot])
-                        new_dk = dk
                         if want_dk:
                             dweights = shared.finish(dweights_acc, in_flight=int(want_dv))
                             delta = plgpu.load(delta_smem.at[slot], layout=shared.COLUMN_LAYOUT, optimized=False)
                             dscores = weights * (dweights - shared.along_columns(delta, shape))
-                            dscores = dscores if slope is None else dscores * slope
-                            shared.begin(dk_acc, dk)
-                            shared.product(dk_acc, dscores.astype(dtype), q_smem.at[slot])
-                        new_dv = shared.finish(dv_acc, in_flight=int(want_dk)) if want_dv else dv
+                            dscores = (dscores if slope is None else dscores * slope).astype(dtype)
+                            if not behind:
+                                shared.product(dk_acc, dscores, q_smem.at[slot])
+                        if want_dv:
+                            new_dv = shared.finish(dv_acc, in_flight=int(want_dk and not behind))
                         plgpu.commit_smem()  # what was read above comes before the copies that overwrite it
                         plgpu.barrier_arrive(dout_free.at[slot])
+                        if behind:
+                            return new_dk, new_dv, dscores
                         if want_dk:
                             new_dk = shared.finish(dk_acc)
                         plgpu.barrier_arrive(q_free.at[slot])
-                        return new_dk, new_dv
+                        return new_dk, new_dv, None
 
-                    gradient = plgpu.ACC((ROWS, width), jnp.float32)
                     return pl.run_scoped(
                         products,
                         plgpu.ACC(shape, jnp.float32),
@@ -261,9 +278,11 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
                         gradient if want_dv else None,
                     )
 
+                gradient = plgpu.ACC((ROWS, width), jnp.float32)
                 start = (
                     _zeros((ROWS, width)) if want_dk else None,
                     _zeros((ROWS, width)) if want_dv else None,
+                    _zeros(shape).astype(dtype) if behind else None,
                 )
                 # Where a tile ends with blocks that see all of it, these have a loop without a branch.
                 partly = jnp.where(full_hi >= hi, jnp.minimum(full_lo, hi), hi) if edges else lo
@@ -274,7 +293,23 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
                         carry = lax.fori_loop(lo, partly, functools.partial(one_block, before, True), carry)
                     return lax.fori_loop(partly, hi, functools.partial(one_block, before, False), carry)
 
-                dk, dv = one_head(0, start) if groups == 1 else lax.fori_loop(0, groups, one_head, start)
+                dk, dv, old = one_head(0, start) if groups == 1 else lax.fori_loop(0, groups, one_head, start)
+                steps = groups * (hi - lo)
+
+                def last_product():
+                    slot = lax.rem(step + steps - 1, tile.stages)
+
+                    def product(dk_acc):
+                        shared.begin(dk_acc, dk)
+                        shared.product(dk_acc, old, q_smem.at[slot])
+                        return shared.finish(dk_acc)
+
+                    found = pl.run_scoped(product, gradient)
+                    plgpu.barrier_arrive(q_free.at[slot])
+                    return found
+
+                if behind:
+                    dk = lax.cond(steps > 0, last_product, lambda: dk)
                 results = {"dk": (k_smem, None if dk is None else dk * config.scale), "dv": (v_smem, dv)}
                 for name in wanted:
                     buffer, value = results[name]
@@ -284,7 +319,7 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
                     plgpu.copy_smem_to_gmem(results[name][0].at[wg], out_ref.at[row, rows, kv_head])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(own_free.at[wg])
-                return step + groups * (hi - lo)
+                return step + steps
 
             lax.fori_loop(0, rounds, one_tile, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
@@ -393,9 +428,11 @@ def _queries_kernel(config, operands: Operands, lengths, tile: BackwardTile, pai
                 lse, delta = load_rows(lse_ref.at[row, head, rows]), load_rows(delta_ref.at[row, head, rows])
                 plgpu.barrier_wait(own_full.at[wg])
 
-                def one_block(edge, j, dq):
+                def one_block(edge, j, carry):
+                    dq, old = carry
                     at = step + (j - lo)
-                    own, slot = shared.opaque(wg, at), lax.rem(at, tile.stages)
+                    own, slot = shared.opaque(wg), lax.rem(at, tile.stages)
+                    last = jnp.where(j > lo, lax.rem(at + tile.stages - 1, tile.stages), slot)
                     plgpu.barrier_wait(k_full.at[slot])
 
                     def masked(scores):
@@ -420,30 +457,52 @@ def _queries_kernel(config, operands: Operands, lengths, tile: BackwardTile, pai
                         shared.product(scores_acc, q_smem.at[own], k_smem.at[slot].transpose((1, 0)))
                         plgpu.barrier_wait(v_full.at[slot])
                         shared.product(dweights_acc, dout_smem.at[own], v_smem.at[slot].transpose((1, 0)))
-                        scores = shared.finish(scores_acc, in_flight=1)
+                        shared.begin(dq_acc, dq)
+                        if tile.behind:
+                            shared.product(dq_acc, old, k_smem.at[last])
+                        scores = shared.finish(scores_acc, in_flight=1 + int(tile.behind))
                         partly = (j < full_lo) | (j >= full_hi) if edge else None
                         weights, slope = shared.weights(config, scores, shared.along_rows(lse, shape), masked, partly)
+                        if tile.behind:
+                            new_dq = shared.finish(dq_acc)
+                            pl.when(j > lo)(lambda: plgpu.barrier_arrive(k_free.at[last]))
                         dweights = shared.finish(dweights_acc)
                         plgpu.barrier_arrive(v_free.at[slot])
                         dscores = weights * (dweights - shared.along_rows(delta, shape))
-                        dscores = dscores if slope is None else dscores * slope
-                        shared.begin(dq_acc, dq)
-                        shared.product(dq_acc, dscores.astype(dtype), k_smem.at[slot])
-                        dq_new = shared.finish(dq_acc)
+                        dscores = (dscores if slope is None else dscores * slope).astype(dtype)
+                        if tile.behind:
+                            return new_dq, dscores
+                        shared.product(dq_acc, dscores, k_smem.at[slot])
+                        new_dq = shared.finish(dq_acc)
                         plgpu.barrier_arrive(k_free.at[slot])
-                        return dq_new
+                        return new_dq, None
 
                     return pl.run_scoped(
-                        products,
-                        plgpu.ACC(shape, jnp.float32),
-                        plgpu.ACC(shape, jnp.float32),
-                        plgpu.ACC((ROWS, width), jnp.float32),
+                        products, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32), gradient
                     )
 
+                gradient = plgpu.ACC((ROWS, width), jnp.float32)
                 whole = jnp.where(full_lo <= lo, full_hi, lo) if edges else hi
-                dq = lax.fori_loop(lo, whole, functools.partial(one_block, False), _zeros((ROWS, width)))
+                start = _zeros((ROWS, width)), _zeros(shape).astype(dtype) if tile.behind else None
+                carry = lax.fori_loop(lo, whole, functools.partial(one_block, False), start)
                 if edges:
-                    dq = lax.fori_loop(whole, hi, functools.partial(one_block, True), dq)
+                    carry = lax.fori_loop(whole, hi, functools.partial(one_block, True), carry)
+                dq, old = carry
+
+                def last_product():
+                    slot = lax.rem(step + (hi - lo) - 1, tile.stages)
+
+                    def product(dq_acc):
+                        shared.begin(dq_acc, dq)
+                        shared.product(dq_acc, old, k_smem.at[slot])
+                        return shared.finish(dq_acc)
+
+                    found = pl.run_scoped(product, gradient)
+                    plgpu.barrier_arrive(k_free.at[slot])
+                    return found
+
+                if tile.behind:
+                    dq = lax.cond(hi > lo, last_product, lambda: dq)
                 q_smem.at[wg][...] = (dq * config.scale).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_smem.at[wg], dq_ref.at[row, rows, head])

@@ -36,7 +36,8 @@ def _forward(spec: Spec) -> Problem:
     def fits(tile: mosaic_gpu.ForwardTile) -> bool:
         # A float32 matrix of 64 rows takes half a register for each column, of each of a warpgroup's threads.
         matrices = width // 2 + tile.block_k // 2 + tile.block_k // 4
-        return _fits(tile.elements(width, own_out=False), matrices, mosaic_gpu.REGISTERS[tile.consumers][1])
+        even = tile.pairs or config.causal
+        return even and _fits(tile.elements(width, own_out=False), matrices, mosaic_gpu.REGISTERS[tile.consumers][1])
 
     return Problem(
         key(config, operands),
@@ -72,21 +73,24 @@ def _backward(which: int, spec: Spec) -> Problem:
         rows = 2 * tile.rows + 2 * tile.stages * tile.block
         # Up to a width of 128 the one for k and v holds both gradients.
         gradients = width if which == 0 and width <= 128 else width // 2
-        return _fits(width * rows, gradients + tile.block, mosaic_gpu.REGISTERS[tile.consumers][1])
+        matrices = gradients + tile.block + (tile.block // 4 if tile.behind else 0)
+        even = tile.pairs or config.causal
+        return even and _fits(width * rows, matrices, mosaic_gpu.REGISTERS[tile.consumers][1])
 
     arrays = functools.partial(_for_backward, config, operands)
     return Problem(key(config, operands), operands.dims[1], defaults[which], arrays, run, fits)
 
 
-BACKWARD = ({"block": (64, 128), "consumers": (1, 2, 3), "stages": (2, 3), "persistent": (True, False)},)
+ORDER: dict[str, tuple[bool, ...]] = {"persistent": (True, False), "pairs": (True, False)}
+BACKWARD = ({"block": (64, 128), "stages": (2, 3), "behind": (True, False)}, ORDER)
 TUNABLES = (
     Tunable(
         "forward",
         _forward,
         (
             # Three consumers have 160 registers a thread each, and took 1.4 times as long on an H100 wherever they fit.
-            {"block_k": (64, 128, 192), "stages": (2, 3)},
-            {"turns": (True, False), "persistent": (True, False)},
+            {"block_k": (64, 128), "stages": (2, 3)},
+            {"turns": (True, False), **ORDER},
         ),
     ),
     Tunable("gradients of k and v", functools.partial(_backward, 0), BACKWARD),

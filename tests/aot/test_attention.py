@@ -45,7 +45,7 @@ def spilled_bytes(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("width", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
-def test_forward_and_backward_compile_and_the_forward_hardly_spills(width, packed, tmp_path, monkeypatch):
+def test_forward_and_backward_compile_and_hardly_spill(width, packed, tmp_path, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     (device,) = h100s(1)
@@ -60,30 +60,13 @@ def test_forward_and_backward_compile_and_the_forward_hardly_spills(width, packe
         return jax.grad(lambda *arrays: forward(*arrays, segment_ids).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
 
     with target(device):
-        for function in (backward, forward):
-            jax.jit(function).trace(q, k, k, segment_ids).lower(lowering_platforms=("cuda",)).compile()
-            spills = spilled_bytes(tmp_path)
-            assert spills, "the compiler wrote no PTX"
-            for ptx in tmp_path.glob("*"):
-                ptx.unlink()
-    # Wider heads, and the ids of a block of keys beside them, leave a few registers too little.
-    assert spills[0] <= (0 if width == 64 or (width <= 128 and not packed) else 128)
-
-
-def test_all_gradients_in_one_kernel_that_spills_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
-    (device,) = h100s(1)
-    where = NamedSharding(Mesh(np.array([device]), ("x",)), P())
-    q = jax.ShapeDtypeStruct((2, 1024, 4, 64), jnp.bfloat16, sharding=where)
-
-    def gradients(q, k, v):
-        call = functools.partial(attention, causal=True, implementation="mosaic_gpu")
-        return jax.grad(lambda *arrays: call(*arrays).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
-
-    with target(device):
-        jax.jit(gradients).trace(q, q, q).lower(lowering_platforms=("cuda",)).compile()
-    assert spilled_bytes(tmp_path) == [0, 0]  # forward, backward
+        jax.jit(backward).trace(q, k, k, segment_ids).lower(lowering_platforms=("cuda",)).compile()
+    spills = spilled_bytes(tmp_path)
+    assert len(spills) == (4 if width > 128 else 3), "the forward pass, and a kernel or two for k and v, and one for q"
+    # The forward is the first. Wide heads, and ids of a block of keys beside narrow ones, leave a register too little;
+    # both gradients of k and v some more.
+    assert spills[0] <= (0 if width <= 128 and not packed else 8)
+    assert max(spills) <= 128
 
 
 def compile_everything(implementation, spec, device, platform):
