@@ -60,6 +60,26 @@ class Rows(NamedTuple):
 LogitPass = Callable[[jax.Array, jax.Array, jax.Array, RowCoefficients | None, "Options"], Rows]
 
 
+def _packed(dx, dtype):
+    """Rows `[..., D]` in the memory that they take in `dtype`, and what they were multiplied by, `[...]`.
+
+    The loss's own gradient scales them later. So that they are rounded to bfloat16 once, and not twice, 16-bit rows are
+    float16 until then, with 3 bits more, each times a power of two that makes the most of its range.
+    """
+    if dtype.itemsize > 2:
+        return dx.astype(dtype), jnp.ones(dx.shape[:-1], dx.dtype)
+    largest = jnp.max(jnp.abs(dx), axis=-1)
+    exponent = jnp.maximum(jnp.frexp(largest)[1], -100)
+    factor = jnp.where(jnp.isfinite(largest), jnp.ldexp(jnp.ones_like(largest), 15 - exponent), 1)
+    return (dx * factor[..., None]).astype(jnp.float16), factor
+
+
+def _unpacked(found: dict[str, Any]):
+    """The rows that `_packed` was given, in float32, or None."""
+    dx = found["dx"]
+    return None if dx is None else dx.astype(_wide(dx.dtype)) / found["dx_factor"][..., None]
+
+
 def _add_product(dw, gradient, x):
     """`dw + gradient^T x`, in the memory of dw, or the product alone."""
     rows = tuple(range(x.ndim - 1))
@@ -146,21 +166,22 @@ def _forward(options: Options, x, w, labels, weights):
     x, w, labels, weights = x.value, w.value, labels.value, weights.value
     found = _everywhere(options, needs, x, w, labels, weights)
     loss_sum, weight_sum, lse, losses = _totals(found, weights)
-    return (loss_sum, weight_sum, lse), (x, w, labels, weights, losses, found["dx"], found["dw"])
+    gradients = {name: found[name] for name in ("dx", "dx_factor", "dw")}
+    return (loss_sum, weight_sum, lse), (x, w, labels, weights, losses, gradients)
 
 
 def _backward(options: Options, kept, cotangents):
-    x, w, labels, weights, losses, dx, dw = kept
+    x, w, labels, weights, losses, gradients = kept
     of_loss, of_weight, of_lse = cotangents
     scale = jnp.zeros((), losses.dtype) if isinstance(of_loss, SymbolicZero) else of_loss
     dweights = (losses * scale).astype(weights.dtype)
     if not isinstance(of_weight, SymbolicZero):
         dweights += of_weight.astype(weights.dtype)
-    dx, dw = (None if d is None else d * scale for d in (dx, dw))
+    dx, dw = (None if d is None else d * scale for d in (_unpacked(gradients), gradients["dw"]))
     if not isinstance(of_lse, SymbolicZero):
         # Rare (a loss of the log-sum-exps themselves): a pass of its own.
         more = _everywhere(options, (dx is not None, dw is not None), x, w, labels, weights, of_lse)
-        dx, dw = (None if d is None else d + more[name] for d, name in ((dx, "dx"), (dw, "dw")))
+        dx, dw = (None if d is None else d + m for d, m in ((dx, _unpacked(more)), (dw, more["dw"])))
     return None if dx is None else dx.astype(x.dtype), None if dw is None else dw.astype(w.dtype), None, dweights
 
 
@@ -193,10 +214,11 @@ def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weight
 
     def specs(of_rows, of_vocab):
         ins = (P(*of_rows, None), P(of_vocab, None), *(P(*of_rows),) * (2 + len(of_lse)))
-        outs = {"losses": P(*of_rows), "lse": P(*of_rows), "dx": ins[0], "dw": ins[1]}
+        outs = {"losses": P(*of_rows), "lse": P(*of_rows), "dx": ins[0], "dx_factor": P(*of_rows), "dw": ins[1]}
         return ins, {name: spec for name, spec in outs.items() if name not in without}
 
-    without = {name for name, needed in zip(("dx", "dw"), needs, strict=True) if not needed}
+    absent = {"dx": None, "dx_factor": None, "dw": None}
+    without = {name for name, needed in zip(absent, (needs[0], *needs), strict=True) if not needed}
     if AxisType.Manual in mesh.axis_types:
         return local((), options.vocab_axis, *arrays)
     if AxisType.Explicit in mesh.axis_types:
@@ -204,7 +226,7 @@ def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weight
         ins, outs = specs(of_rows, of_vocab)
         run = functools.partial(local, _flat(of_rows), of_vocab)
         found = jax.shard_map(lambda *a: _given(run(*a)), in_specs=ins, out_specs=outs, check_vma=False)(*arrays)
-        return {"dx": None, "dw": None, **found}
+        return {**absent, **found}
 
     if device.platform == "tpu":
         # JAX's callback for the partitioner is not there. It splits the formula itself, by all axes but the last.
@@ -220,7 +242,7 @@ def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weight
         return mesh, lambda *a: _given(run(*a)), place(outs), place(ins)
 
     letters = " ".join(f"r{i}" for i in range(len(rows)))
-    table = {"losses": letters, "lse": letters, "dx": f"{letters} d", "dw": "v d"}
+    table = {"losses": letters, "lse": letters, "dx": f"{letters} d", "dx_factor": letters, "dw": "v d"}
     results = ", ".join(text for name, text in sorted(table.items()) if name not in without)
     split = custom_partitioning(lambda *a: _given(local((), None, *a)))
     split.def_partition(
@@ -228,7 +250,7 @@ def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weight
         sharding_rule=f"{letters} d, v d{f', {letters}' * (2 + len(of_lse))} -> {results}",
         need_replication_factors=("d",),
     )
-    return {"dx": None, "dw": None, **sequential_vmap(split)(*arrays)}
+    return {**absent, **sequential_vmap(split)(*arrays)}
 
 
 def _given(found: dict[str, Any]) -> dict[str, Any]:
@@ -302,18 +324,19 @@ def _by_pass(
         found = logit_pass(x, w, rows["labels"], coefficients, options)
         losses = found.lse - found.target_logit + options.z_loss * jnp.square(found.lse)
         of_label = None if found.scale is None else found.of_label
-        dx = None
+        dx, dx_factor = None, None
         if needs_dx:
             dx = jnp.dot(found.gradient, w, preferred_element_type=wide)
             if of_label is not None:
                 dx = found.scale[:, None] * dx + of_label[:, None] * w[rows["labels"]]
             if options.vocab_axis is not None:
                 dx = jax.lax.psum(dx, options.vocab_axis)
-            dx = dx.astype(x.dtype)
+            dx, dx_factor = _packed(dx, x.dtype)
         if needs_dw:
             scaled = x if of_label is None else (found.scale[:, None] * x).astype(x.dtype)
             dw = _add_product(dw, found.gradient, scaled)
-        return dw, {"losses": losses, "lse": found.lse, "dx": dx, "of_label": of_label}
+        of_rows = {"losses": losses, "lse": found.lse, "dx": dx, "dx_factor": dx_factor, "of_label": of_label}
+        return dw, of_rows
 
     count = -(-n // chunk)
     padding = count * chunk - n

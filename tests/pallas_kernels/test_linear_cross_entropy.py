@@ -104,6 +104,31 @@ def test_bfloat16_is_as_exact_as_what_autodiff_makes_of_the_formula(spec, small_
     assert (errors <= 1.2 * np.maximum(of_plain, 2**-9)).all()
 
 
+def test_a_scaled_loss_rounds_no_gradient_twice(small_chunks):
+    """0.37 is no power of two: gradients that were rounded to bfloat16 before would be off by 2.4e-3."""
+    random = np.random.default_rng()
+    x, w = (jnp.asarray(random.normal(size=size), jnp.bfloat16) for size in ((64, 96), (200, 96)))
+    x, labels = x.at[0].mul(1e-20).at[1].mul(1e-30), jnp.asarray(random.integers(0, 200, 64))
+
+    def gradients(implementation, x, w):
+        loss = lambda x, w: 0.37 * linear_cross_entropy(x, w, labels, implementation=implementation)[0]  # noqa: E731
+        return jax.jit(jax.grad(loss, (0, 1)))(x, w)
+
+    with jax.enable_x64(True):
+        expected = gradients("reference", *(jnp.asarray(np.asarray(a, np.float64)) for a in (x, w)))
+    for found, exact_one in zip(gradients("xla", x, w), expected, strict=True):
+        assert found.dtype == jnp.bfloat16
+        assert distance(found, exact_one) < 1.1 * 2**-9
+
+
+def test_a_row_that_is_not_finite_keeps_its_gradient_so():
+    x = jnp.ones((3, 4), jnp.bfloat16).at[1, 0].set(jnp.nan)
+    w, labels = jnp.ones((5, 4), jnp.bfloat16), jnp.arange(3)
+    dx = jax.grad(lambda x: linear_cross_entropy(x, w, labels, implementation="xla")[0])(x)
+    assert jnp.isnan(dx[1]).all()
+    assert jnp.isfinite(dx[jnp.array([0, 2])]).all()
+
+
 @settings(max_examples=4, deadline=None)
 @given(
     st.integers(1, 9),
