@@ -52,7 +52,9 @@ def tiles_for(operands: Operands) -> tuple[BackwardTile, BackwardTile]:
     """Of the kernel for k and v, and of the one for q."""
     width = operands.dims[-1]
     if width <= 64:
-        return BackwardTile(block=128), BackwardTile(block=128)
+        # Tiles of packed rows differ in work: the device hands them out as blocks of threads become free.
+        tile = BackwardTile(block=128, persistent=operands.q_segments is None)
+        return tile, tile
     if width <= 128:
         tile = BackwardTile(block=64, stages=3, persistent=False, behind=True)
         return tile, tile
