@@ -50,7 +50,7 @@ test-slow: $(VENV)/.installed-dev  ## the tests that take minutes, kills at rand
 	@$(VENV)/bin/pytest -m "(slow or chaos) and not aot" -s
 
 test-gpu:  ## on a machine with an NVIDIA GPU, in whatever environment holds jax[cuda13]
-	@JAX_PLATFORMS=cuda,cpu pytest -m gpu tests/gpu
+	@JAX_PLATFORMS=cuda,cpu pytest -n 4 -m gpu tests/gpu
 
 docs: $(VENV)/.installed-dev  ## the documentation, into build/docs, every warning an error
 	@$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/docs && echo build/docs/index.html

@@ -7,7 +7,8 @@ runs while the tensor cores work on that product, and the consumers take turns a
 also hides behind another's products. Blocks that causality, window or segments hide are never loaded
 (`contract.block_ranges`), and only blocks on an edge pay for a mask.
 
-The grid is persistent: a block of threads takes every n-th tile, and the loads of a tile run ahead into the next one.
+A block of threads takes every n-th tile, or pair of tiles, and the loads of a tile run ahead into the next one; or it
+takes one alone, and the device hands them out (`ForwardTile.persistent`).
 """
 
 import dataclasses
@@ -429,10 +430,10 @@ def _forward(config: Config, tile: ForwardTile, lengths: tuple[int, int], paired
                     ]
                     plgpu.barrier_wait(q_full.at[wg])
 
-                    def softmax(scores, slot, j, maximum, total, edges: bool):
+                    def softmax(scores, slot, j, maximum, total, edge: bool):
                         """The block's weights, the new maximum and sum, and what older sums shrink by.
 
-                        `edges`: whether it may be a block that is seen in part.
+                        `edge`: whether it may be a block that is seen in part.
                         """
                         if config.soft_cap is not None:
                             scores = config.soft_cap * jnp.tanh(scores * (config.scale / config.soft_cap))
@@ -458,9 +459,9 @@ def _forward(config: Config, tile: ForwardTile, lengths: tuple[int, int], paired
                                 plgpu.commit_smem()  # these reads come before the copy that overwrites the slot
                             return scores
 
-                        if edges:
-                            edge = (j < full_lo) | (j >= full_hi)
-                            scores = lax.cond(edge, masked, lambda scores: scores, scores)
+                        if edge:
+                            partly = (j < full_lo) | (j >= full_hi)
+                            scores = lax.cond(partly, masked, lambda scores: scores, scores)
                         plgpu.barrier_arrive(k_free.at[slot])
                         new = jnp.maximum(maximum, scores.max(axis=1) * factor)
                         weights = jnp.exp2(scores * factor - along_rows(new, shape))

@@ -30,14 +30,19 @@ def _fits(elements: int, matrices: int, registers: int) -> bool:
     return 2 * elements <= mosaic_gpu.SHARED_BYTES and matrices + OTHER_REGISTERS <= registers
 
 
+def _another(config: Config, tile) -> bool:
+    """Whether it is another tile than that with `pairs`, which are of causal calls alone."""
+    return tile.pairs or config.causal
+
+
 def _forward(spec: Spec) -> Problem:
     config, operands, width = _call(spec)
 
     def fits(tile: mosaic_gpu.ForwardTile) -> bool:
         # A float32 matrix of 64 rows takes half a register for each column, of each of a warpgroup's threads.
         matrices = width // 2 + tile.block_k // 2 + tile.block_k // 4
-        even = tile.pairs or config.causal
-        return even and _fits(tile.elements(width, own_out=False), matrices, mosaic_gpu.REGISTERS[tile.consumers][1])
+        fitting = _fits(tile.elements(width, own_out=False), matrices, mosaic_gpu.REGISTERS[tile.consumers][1])
+        return fitting and _another(config, tile)
 
     return Problem(
         key(config, operands),
@@ -74,8 +79,8 @@ def _backward(which: int, spec: Spec) -> Problem:
         # Up to a width of 128 the one for k and v holds both gradients.
         gradients = width if which == 0 and width <= 128 else width // 2
         matrices = gradients + tile.block + (tile.block // 4 if tile.behind else 0)
-        even = tile.pairs or config.causal
-        return even and _fits(width * rows, matrices, mosaic_gpu.REGISTERS[tile.consumers][1])
+        fitting = _fits(width * rows, matrices, mosaic_gpu.REGISTERS[tile.consumers][1])
+        return fitting and _another(config, tile)
 
     arrays = functools.partial(_for_backward, config, operands)
     return Problem(key(config, operands), operands.dims[1], defaults[which], arrays, run, fits)

@@ -5,6 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+# Lowering a kernel is Python's work, one thread's at a time, so `make test-gpu` runs several processes. They share the
+# memory; some is left for the programs that tests start.
+if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.85 / processes:.2f}"
+
 
 @pytest.fixture(scope="module")
 def ahead(request):
