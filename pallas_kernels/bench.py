@@ -45,7 +45,8 @@ EXAMPLES = """examples:
   python -m crescendo.pallas_kernels.bench softmax
   python -m crescendo.pallas_kernels.bench attention --plot attention.png
   python -m crescendo.pallas_kernels.bench linear_cross_entropy --passes backward --tags speed
-  python -m crescendo.pallas_kernels.bench rms_norm --only triton xla --json rms_norm.json"""
+  python -m crescendo.pallas_kernels.bench rms_norm --only triton xla --json rms_norm.json
+  python -m crescendo.pallas_kernels.bench softmax --passes forward --calls 20"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Result:
 
     Attributes:
       seconds: a call's, the median.
-      extra_bytes: what the compiled program needs beside its arguments and results; None for peers of torch.
+      extra_bytes: what the compiled program, of one call or several, needs beside its arguments and results; None for
+        peers of torch.
       error: why there is no measurement.
     """
 
@@ -68,22 +70,26 @@ class Result:
 
 
 class Prepared(NamedTuple):
-    """A compiled call, how to wait for its results, and the bytes it needs beside them (None where unknown)."""
+    """A compiled program, how to wait for its results, the bytes it needs beside them, and how many calls it makes.
+
+    `extra_bytes` is None where unknown.
+    """
 
     call: Callable[[], Any]
     wait: Callable[[Any], Any]
     extra_bytes: int | None = None
+    calls: int = 1
 
 
 def seconds_in_turns(prepared: Sequence[Prepared], at_least: float = 0.03, rounds: int = 7) -> list[float]:
-    """A call's seconds, the median over rounds in which everyone has a turn.
+    """A program's seconds, the median over rounds in which everyone has a turn.
 
     So a device that warms up is everyone's. But it also throttles by what was just drawn: whoever follows a program
     that hardly works runs faster. So the order is another one in every round, and a turn is run twice and its second
     half timed. A half is as many calls as take `at_least` seconds, dispatched without waiting.
     """
     counts = []
-    for call, wait, _ in prepared:
+    for call, wait, *_ in prepared:
         wait(call())
         start = time.perf_counter()
         wait(call())
@@ -92,7 +98,7 @@ def seconds_in_turns(prepared: Sequence[Prepared], at_least: float = 0.03, round
     order = np.random.default_rng(0)
     for _ in range(rounds):
         for i in order.permutation(len(prepared)):
-            call, wait, _ = prepared[i]
+            call, wait, *_ = prepared[i]
             for _ in range(2):
                 start = time.perf_counter()
                 for _ in range(counts[i]):
@@ -102,46 +108,57 @@ def seconds_in_turns(prepared: Sequence[Prepared], at_least: float = 0.03, round
     return [statistics.median(seconds) for seconds in runs]
 
 
-def compiled(function: Callable, spec: Spec, passes: str):
-    """The spec's call of `function` and its arrays: `(compiled, arguments)`.
+def compiled(function: Callable, spec: Spec, passes: str, calls: int = 1):
+    """A program of the spec's call of `function`, and what it takes: `(compiled, arguments)`.
 
     Args:
       function: takes the op's arguments.
       passes: "forward" or "backward", which is both.
+      calls: how often, each time on arrays of its own.
     """
-    arguments, options = spec.inputs()
-    named = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
-    fixed = {name: value for name, value in options.items() if name not in named}
 
-    def forward(arguments, named):
+    def forward(options, arguments, named):
+        fixed = {name: value for name, value in options.items() if name not in named}
         return function(*arguments, **named, **fixed)
 
-    def backward(arguments, named, cotangents):
+    def backward(options, arguments, named, cotangents):
         def of(differentiable):
             merged = list(arguments)
             for i, value in zip(spec.differentiable, differentiable, strict=True):
                 merged[i] = value
-            return forward(merged, named)
+            return forward(options, merged, named)
 
         results, back = jax.vjp(of, [arguments[i] for i in spec.differentiable])
         return results, back(cotangents)
 
-    if passes == "forward":
-        return jax.jit(forward).lower(arguments, named).compile(), (arguments, named)
-    random = lambda y: jax.random.normal(jax.random.key(1), y.shape, y.dtype)  # noqa: E731
-    cotangents = jax.tree.map(random, jax.eval_shape(forward, arguments, named))
-    return jax.jit(backward).lower(arguments, named, cotangents).compile(), (arguments, named, cotangents)
+    constants, arrays = [], []
+    for seed in range(calls):
+        arguments, options = spec.inputs(seed)
+        named = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
+        taken: tuple[Any, ...] = (arguments, named)
+        if passes == "backward":
+            shapes = jax.eval_shape(functools.partial(forward, options), *taken)
+            taken += (jax.tree.map(lambda y: jax.random.normal(jax.random.key(1), y.shape, y.dtype), shapes),)
+        constants.append(options)
+        arrays.append(taken)
+    one = forward if passes == "forward" else backward
+
+    def program(*arrays):
+        return [one(options, *taken) for options, taken in zip(constants, arrays, strict=True)]
+
+    return jax.jit(program).lower(*arrays).compile(), arrays
 
 
-def prepare(function: Callable, spec: Spec, passes: str) -> Prepared:
-    """Compiles a call."""
-    program, arrays = compiled(function, spec, passes)
+def prepare(function: Callable, spec: Spec, passes: str, calls: int = 1) -> Prepared:
+    """Compiles so many calls."""
+    program, arrays = compiled(function, spec, passes, calls)
     memory = program.memory_analysis()
-    return Prepared(lambda: program(*arrays), jax.block_until_ready, memory.temp_size_in_bytes if memory else None)
+    extra_bytes = memory.temp_size_in_bytes if memory else None
+    return Prepared(lambda: program(*arrays), jax.block_until_ready, extra_bytes, calls)
 
 
-def prepare_torch(function: Callable, spec: Spec, passes: str) -> Prepared:
-    """The same for a function of tensors, compiled by torch."""
+def prepare_torch(function: Callable, spec: Spec, passes: str, calls: int = 1) -> Prepared:
+    """The same for a function of tensors, compiled by torch; several calls become a CUDA graph."""
     import torch
 
     torch.compiler.reset()  # each spec is another program
@@ -153,36 +170,51 @@ def prepare_torch(function: Callable, spec: Spec, passes: str) -> Prepared:
         dtype = getattr(torch, array.dtype.name) if wide.dtype.kind == "f" else None
         return torch.from_numpy(np.array(wide)).to("cuda", dtype)
 
-    arguments, options = jax.tree.map(
-        lambda a: tensor(a) if isinstance(a, jax.Array) else a, spec.inputs(), is_leaf=lambda a: a is None
-    )
-    inputs = [arguments[i].requires_grad_() for i in spec.differentiable]
-    run = torch.compile(lambda *arguments: function(*arguments, **options), dynamic=False)
+    def drawn(seed: int):
+        arguments, options = jax.tree.map(
+            lambda a: tensor(a) if isinstance(a, jax.Array) else a, spec.inputs(seed), is_leaf=lambda a: a is None
+        )
+        return arguments, [arguments[i].requires_grad_() for i in spec.differentiable], options
 
-    def forward():
+    run = torch.compile(lambda arguments, options: function(*arguments, **options), dynamic=False)
+
+    def forward(arguments, options):
         with torch.no_grad():
-            return run(*arguments)
+            return run(arguments, options)
 
-    results = forward()
+    taken = [drawn(seed) for seed in range(calls)]
     listed = lambda y: [y] if isinstance(y, torch.Tensor) else list(y)  # noqa: E731
-    cotangents = [torch.randn_like(y) for y in listed(results)]
+    cotangents = [torch.randn_like(y) for y in listed(forward(taken[0][0], taken[0][2]))]
 
-    def backward():
-        return torch.autograd.grad(listed(run(*arguments)), inputs, cotangents)
+    def everything():
+        if passes == "forward":
+            return [forward(arguments, options) for arguments, _, options in taken]
+        return [
+            torch.autograd.grad(listed(run(arguments, options)), inputs, cotangents)
+            for arguments, inputs, options in taken
+        ]
 
-    return Prepared(forward if passes == "forward" else backward, lambda _: torch.cuda.synchronize())
+    wait = lambda _: torch.cuda.synchronize()  # noqa: E731
+    if calls == 1:
+        return Prepared(everything, wait)
+    everything()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = everything()
+    return Prepared(lambda: (graph.replay(), results)[1], wait, calls=calls)
 
 
 class Candidate(NamedTuple):
-    """Someone to time: `prepare(function, spec, passes)` is `prepare` or `prepare_torch`."""
+    """Someone to time: `prepare(function, spec, passes, calls)` is `prepare` or `prepare_torch`."""
 
     name: str
     function: Callable
-    prepare: Callable[[Callable, Spec, str], Prepared]
+    prepare: Callable[[Callable, Spec, str, int], Prepared]
 
 
-def measure(op_name: str, spec: Spec, passes: str, who: Sequence[Candidate]) -> list[Result]:
-    """Compiles everyone's version of one call, then times them in turns; what fails says why."""
+def measure(op_name: str, spec: Spec, passes: str, who: Sequence[Candidate], calls: int = 1) -> list[Result]:
+    """Compiles everyone's version of one call, or of a program of several, and times them; what fails says why."""
 
     def attempt(function: Callable, *arguments):
         try:
@@ -200,11 +232,11 @@ def measure(op_name: str, spec: Spec, passes: str, who: Sequence[Candidate]) -> 
     # launches in its first calls, and another thread's work spoils that.
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
         begun = [
-            None if c.prepare is prepare_torch else pool.submit(attempt, c.prepare, c.function, spec, passes)
+            None if c.prepare is prepare_torch else pool.submit(attempt, c.prepare, c.function, spec, passes, calls)
             for c in who
         ]
     found = [
-        future.result() if future else attempt(c.prepare, c.function, spec, passes)
+        future.result() if future else attempt(c.prepare, c.function, spec, passes, calls)
         for c, future in zip(who, begun, strict=True)
     ]
     found = [x if isinstance(x, str) else attempt(first, x) for x in found]
@@ -212,7 +244,7 @@ def measure(op_name: str, spec: Spec, passes: str, who: Sequence[Candidate]) -> 
     return [
         Result(op_name, spec.name, c.name, passes, None, error=x)
         if isinstance(x, str)
-        else Result(op_name, spec.name, c.name, passes, next(seconds), x.extra_bytes)
+        else Result(op_name, spec.name, c.name, passes, next(seconds) / x.calls, x.extra_bytes)
         for c, x in zip(who, found, strict=True)
     ]
 
@@ -319,9 +351,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--passes", nargs="+", choices=["forward", "backward"], default=["forward", "backward"])
     parser.add_argument("--tags", nargs="+", default=["speed"], help="of the specs, all of them (default speed)")
     parser.add_argument("--only", nargs="+", default=[], help="these implementations and peers (default all)")
+    parser.add_argument(
+        "--calls", type=int, default=1, help="in one program or CUDA graph, where a call takes less than to ask for it"
+    )
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
     parser.add_argument("--plot", type=Path, help="draw the measurements into this PNG")
     arguments = parser.parse_args(argv)
+    if arguments.calls < 1:
+        print(f"--calls must be at least 1, not {arguments.calls}", file=sys.stderr)
+        raise SystemExit(2)
     found, who = specs(arguments.op, arguments.tags), candidates(arguments.op, arguments.only)
     if not found or not who:
         what = f"no spec with the tags {arguments.tags}" if not found else f"nobody named {arguments.only}"
@@ -334,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with console.status("") as status:
         for number, (spec, passes) in enumerate(calls, 1):
             status.update(f"{number} of {len(calls)}: {spec.name}, {passes}")
-            results += measure(arguments.op, spec, passes, who)
+            results += measure(arguments.op, spec, passes, who, arguments.calls)
             for result in results[-len(who) :]:
                 console.print("  ".join(row(result, spec, best_peers(arguments.op, results))))
     console.print(table(arguments.op, results, found))
