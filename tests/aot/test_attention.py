@@ -43,24 +43,31 @@ def spilled_bytes(folder: Path) -> list[int]:
     return spills
 
 
-@pytest.mark.parametrize("width", [64, 96, 128, 192, 256])
-@pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
-def test_forward_and_backward_compile_and_hardly_spill(width, packed, tmp_path, monkeypatch):
+CALLS = {
+    **{f"causal-{width}": (width, 2, {"causal": True}) for width in (64, 96, 128, 192, 256)},
+    **{f"packed-{width}": (width, 2, {"causal": True, "segment_ids": True}) for width in (64, 96, 128, 192, 256)},
+    **{f"alone-{width}": (width, 4, {"causal": True}) for width in (64, 128)},
+    "full-128": (128, 4, {}),
+    "window-128": (128, 4, {"causal": True, "window": 300}),
+}
+
+
+@pytest.mark.parametrize(("width", "kv_heads", "options"), CALLS.values(), ids=CALLS)
+def test_forward_and_backward_compile_and_hardly_spill(width, kv_heads, options, tmp_path, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     (device,) = h100s(1)
     where = NamedSharding(Mesh(np.array([device]), ("x",)), P())
-    q, k = (jax.ShapeDtypeStruct((2, 1024, heads, width), jnp.bfloat16, sharding=where) for heads in (4, 2))
-    segment_ids = jax.ShapeDtypeStruct((2, 1024), jnp.int32, sharding=where) if packed else None
+    q, k = (jax.ShapeDtypeStruct((2, 1024, heads, width), jnp.bfloat16, sharding=where) for heads in (4, kv_heads))
+    packed = "segment_ids" in options
+    ids = {"segment_ids": jax.ShapeDtypeStruct((2, 1024), jnp.int32, sharding=where)} if packed else {}
 
-    def forward(q, k, v, segment_ids):
-        return attention(q, k, v, causal=True, segment_ids=segment_ids, implementation="mosaic_gpu")
-
-    def backward(q, k, v, segment_ids):
-        return jax.grad(lambda *arrays: forward(*arrays, segment_ids).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
+    def backward(q, k, v, ids):
+        call = functools.partial(attention, **{**options, **ids}, implementation="mosaic_gpu")
+        return jax.grad(lambda *arrays: call(*arrays).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
 
     with target(device):
-        jax.jit(backward).trace(q, k, k, segment_ids).lower(lowering_platforms=("cuda",)).compile()
+        jax.jit(backward).trace(q, k, k, ids).lower(lowering_platforms=("cuda",)).compile()
     spills = spilled_bytes(tmp_path)
     assert len(spills) == (4 if width > 128 else 3), "the forward pass, and a kernel or two for k and v, and one for q"
     # The forward is the first. Wide heads, and ids of a block of keys beside narrow ones, leave a register too little;

@@ -181,11 +181,14 @@ def test_bad_input_is_named():
         attention(q, k, k, causal=True, positions=jnp.ones((2, 8)))
 
 
-IN_MINUTES = ("odd", "empty-rows", "one-token", "half", "wide", "wide-full", "unequal-causal", "window-both-ways")
+IN_MINUTES = (
+    *("capped", "odd", "empty-rows", "one-token", "half", "wide-full", "unequal-causal", "window-both-ways"),
+    *("packed-wide", "ring-window", "width-192", "window-past-the-end"),
+)
 
 
 @pytest.mark.parametrize(
-    "name", ["packed", "capped", *(pytest.param(name, marks=pytest.mark.slow) for name in IN_MINUTES)]
+    "name", ["packed", "wide", *(pytest.param(name, marks=pytest.mark.slow) for name in IN_MINUTES)]
 )
 def test_hopper_kernels_are_right_and_free_of_races(name, interpreted, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "per_device", lambda kernels: kernels)
