@@ -117,34 +117,34 @@ def compiled(function: Callable, spec: Spec, passes: str, calls: int = 1):
       calls: how often, each time on arrays of its own.
     """
 
-    def forward(options, arguments, named):
-        fixed = {name: value for name, value in options.items() if name not in named}
+    drawn = [spec.inputs(seed) for seed in range(calls)]
+    fixed = {name: value for name, value in drawn[0][1].items() if not isinstance(value, jax.Array)}
+
+    def forward(arguments, named):
         return function(*arguments, **named, **fixed)
 
-    def backward(options, arguments, named, cotangents):
+    def backward(arguments, named, cotangents):
         def of(differentiable):
             merged = list(arguments)
             for i, value in zip(spec.differentiable, differentiable, strict=True):
                 merged[i] = value
-            return forward(options, merged, named)
+            return forward(merged, named)
 
         results, back = jax.vjp(of, [arguments[i] for i in spec.differentiable])
         return results, back(cotangents)
 
-    constants, arrays = [], []
-    for seed in range(calls):
-        arguments, options = spec.inputs(seed)
-        named = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
-        taken: tuple[Any, ...] = (arguments, named)
-        if passes == "backward":
-            shapes = jax.eval_shape(functools.partial(forward, options), *taken)
-            taken += (jax.tree.map(lambda y: jax.random.normal(jax.random.key(1), y.shape, y.dtype), shapes),)
-        constants.append(options)
-        arrays.append(taken)
+    arrays: list[tuple] = [
+        (arguments, {name: value for name, value in options.items() if name not in fixed})
+        for arguments, options in drawn
+    ]
     one = forward if passes == "forward" else backward
+    if passes == "backward":
+        shapes = jax.eval_shape(forward, *arrays[0])
+        random = lambda y: jax.random.normal(jax.random.key(1), y.shape, y.dtype)  # noqa: E731
+        arrays = [(*taken, jax.tree.map(random, shapes)) for taken in arrays]
 
     def program(*arrays):
-        return [one(options, *taken) for options, taken in zip(constants, arrays, strict=True)]
+        return [one(*taken) for taken in arrays]
 
     return jax.jit(program).lower(*arrays).compile(), arrays
 

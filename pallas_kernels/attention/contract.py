@@ -58,6 +58,11 @@ class Operands(NamedTuple):
     def metadata(self) -> tuple:
         return self[4:]
 
+    @property
+    def has_metadata(self) -> bool:
+        """Whether what a query sees depends on arrays."""
+        return any(array is not None for array in self.metadata)
+
 
 def positions(operands: Operands) -> tuple[Any, Any]:
     """Of queries and keys, `[B or 1, T]` and `[B or 1, S]`."""
@@ -152,7 +157,7 @@ def block_ranges(config: Config, operands: Operands, block_q: int, block_k: int)
     and those of packed rows, padding at the end among them, are tight.
     """
     _, length, keys, *_ = operands.dims
-    if all(array is None for array in operands.metadata):
+    if not operands.has_metadata:
         tiles = {"q": -(-length // block_q), "k": -(-keys // block_k)}
 
         def of(side: str) -> Ranges:

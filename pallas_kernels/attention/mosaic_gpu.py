@@ -220,15 +220,16 @@ def padded(operands: Operands, block_q: int, block_k: int) -> Operands:
     )
 
 
-def stacked_ranges(ranges, tiles: int):
-    """`[B or 1, tiles, 4]`: lo, full_lo, full_hi, hi; nothing for tiles of nothing but padding."""
-    stacked = jnp.stack([jnp.asarray(array) for array in ranges], axis=-1)
+def stacked_ranges(config: Config, operands: Operands, side: str, block_q: int, block_k: int, tiles: int):
+    """`[B or 1, tiles, 4]`: lo, full_lo, full_hi, hi; nothing for tiles of nothing but padding.
+
+    None where they are arithmetic, which the kernel does (`reader`). The operands are those without padding.
+    """
+    if not operands.has_metadata:
+        return None
+    of_queries, of_keys = block_ranges(config, operands, block_q, block_k)
+    stacked = jnp.stack(of_queries if side == "q" else of_keys, axis=-1)
     return jnp.pad(stacked, [(0, 0), (0, tiles - stacked.shape[1]), (0, 0)])
-
-
-def has_metadata(operands: Operands) -> bool:
-    """Whether what a query sees depends on arrays."""
-    return any(array is not None for array in operands.metadata)
 
 
 def reader(config: Config, side: str, lengths: tuple[int, int], block_q: int, block_k: int, ranges_ref):
@@ -312,10 +313,8 @@ def forward(config: Config, operands: Operands, tile: ForwardTile | None = None)
     _, length, keys, _, _, true_width = operands.dims
     paired = in_pairs(config, tile, length, tile.block_q)
     whole = padded(operands, tile.block_q * (2 if paired else 1), tile.block_k)
-    ranges = None
-    if has_metadata(operands):
-        of_queries, _ = block_ranges(config, operands, tile.block_q, tile.block_k)
-        ranges = stacked_ranges(of_queries, whole.q.shape[1] // tile.block_q)
+    tiles = whole.q.shape[1] // tile.block_q
+    ranges = stacked_ranges(config, operands, "q", tile.block_q, tile.block_k, tiles)
     out, lse = _forward(config, tile, (length, keys), paired)(whole, ranges)
     return out[:, :length, :, :true_width], lse[:, :, :length]
 

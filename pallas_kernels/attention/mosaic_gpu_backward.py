@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from crescendo.pallas_kernels.attention import mosaic_gpu as shared
-from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges
+from crescendo.pallas_kernels.attention.contract import Config, Operands
 from crescendo.pallas_kernels.attention.tiles import tuned
 
 ROWS, LOG2_E = shared.ROWS, shared.LOG2_E
@@ -87,10 +87,9 @@ def backward(
 
     # Wide heads leave registers for one gradient at a time.
     paired = shared.in_pairs(config, keys_tile, keys, keys_tile.rows)
-    ranges = None
-    if shared.has_metadata(operands):
-        _, ranges = block_ranges(config, operands, keys_tile.block, keys_tile.rows)
     whole, *rest = prepared(keys_tile.block, keys_tile.rows * (2 if paired else 1))
+    tiles_k = whole.k.shape[1] // keys_tile.rows
+    ranges = shared.stacked_ranges(config, operands, "k", keys_tile.block, keys_tile.rows, tiles_k)
     gradients: dict[str, jax.Array] = {}
     for wanted in (("dk",), ("dv",)) if width > 128 else (("dk", "dv"),):
         results = _keys_kernel(config, whole, (length, keys), keys_tile, paired, wanted, ranges, *rest)
@@ -98,9 +97,9 @@ def backward(
     dk, dv = (gradients[name][:, :keys, :, :width] for name in ("dk", "dv"))
 
     paired = shared.in_pairs(config, queries_tile, length, queries_tile.rows)
-    if shared.has_metadata(operands):
-        ranges, _ = block_ranges(config, operands, queries_tile.rows, queries_tile.block)
     whole, *rest = prepared(queries_tile.rows * (2 if paired else 1), queries_tile.block)
+    tiles_q = whole.q.shape[1] // queries_tile.rows
+    ranges = shared.stacked_ranges(config, operands, "q", queries_tile.rows, queries_tile.block, tiles_q)
     (dq,) = _queries_kernel(config, whole, (length, keys), queries_tile, paired, ranges, *rest)
     return dq[:, :length, :, :width], dk, dv, None
 
@@ -112,6 +111,24 @@ def _zeros(shape):
 def _split(operands: Operands):
     """The metadata that are there, of queries and of keys."""
     return [[a for a in operands.metadata[side::2] if a is not None] for side in (0, 1)]
+
+
+def _last_product(gradient, dscores, blocks, free, step, any_step):
+    """`gradient` with the product that is left after a tile's last step, where it had any; its block is free then."""
+
+    def add():
+        slot = lax.rem(step, blocks.shape[0])
+
+        def product(acc):
+            shared.begin(acc, gradient)
+            shared.product(acc, dscores, blocks.at[slot])
+            return shared.finish(acc)
+
+        found = pl.run_scoped(product, plgpu.ACC(gradient.shape, jnp.float32))
+        plgpu.barrier_arrive(free.at[slot])
+        return found
+
+    return lax.cond(any_step, add, lambda: gradient)
 
 
 def _launch(body, tile: BackwardTile, blocks: int, out_type, scratch):
@@ -132,7 +149,6 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
     batch, _, padded_keys, heads, kv_heads, width = operands.dims
     groups, dtype = heads // kv_heads, operands.q.dtype
     taken = shared.schedule(tile, padded_keys // tile.rows, batch * kv_heads, paired)
-    ranges = None if ranges is None else shared.stacked_ranges(ranges, taken.tiles)
     q_meta, k_meta = _split(operands)
     want_dk, want_dv = "dk" in wanted, "dv" in wanted
     behind = tile.behind and want_dk
@@ -298,20 +314,8 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
                 dk, dv, old = one_head(0, start) if groups == 1 else lax.fori_loop(0, groups, one_head, start)
                 steps = groups * (hi - lo)
 
-                def last_product():
-                    slot = lax.rem(step + steps - 1, tile.stages)
-
-                    def product(dk_acc):
-                        shared.begin(dk_acc, dk)
-                        shared.product(dk_acc, old, q_smem.at[slot])
-                        return shared.finish(dk_acc)
-
-                    found = pl.run_scoped(product, gradient)
-                    plgpu.barrier_arrive(q_free.at[slot])
-                    return found
-
                 if behind:
-                    dk = lax.cond(steps > 0, last_product, lambda: dk)
+                    dk = _last_product(dk, old, q_smem, q_free, step + steps - 1, steps > 0)
                 results = {"dk": (k_smem, None if dk is None else dk * config.scale), "dv": (v_smem, dv)}
                 for name in wanted:
                     buffer, value = results[name]
@@ -352,7 +356,6 @@ def _queries_kernel(config, operands: Operands, lengths, tile: BackwardTile, pai
     batch, length, _, heads, kv_heads, width = operands.dims
     groups, dtype = heads // kv_heads, operands.q.dtype
     taken = shared.schedule(tile, length // tile.rows, batch * heads, paired)
-    ranges = None if ranges is None else shared.stacked_ranges(ranges, taken.tiles)
     q_meta, k_meta = _split(operands)
     shape = (ROWS, tile.block)
     ragged = lengths[1] if lengths[1] % tile.block else None
@@ -491,20 +494,8 @@ def _queries_kernel(config, operands: Operands, lengths, tile: BackwardTile, pai
                     carry = lax.fori_loop(whole, hi, functools.partial(one_block, True), carry)
                 dq, old = carry
 
-                def last_product():
-                    slot = lax.rem(step + (hi - lo) - 1, tile.stages)
-
-                    def product(dq_acc):
-                        shared.begin(dq_acc, dq)
-                        shared.product(dq_acc, old, k_smem.at[slot])
-                        return shared.finish(dq_acc)
-
-                    found = pl.run_scoped(product, gradient)
-                    plgpu.barrier_arrive(k_free.at[slot])
-                    return found
-
                 if tile.behind:
-                    dq = lax.cond(hi > lo, last_product, lambda: dq)
+                    dq = _last_product(dq, old, k_smem, k_free, step + (hi - lo) - 1, hi > lo)
                 q_smem.at[wg][...] = (dq * config.scale).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_smem.at[wg], dq_ref.at[row, rows, head])

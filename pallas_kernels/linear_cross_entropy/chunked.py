@@ -74,10 +74,12 @@ def _packed(dx, dtype):
     return (dx * factor[..., None]).astype(jnp.float16), factor
 
 
-def _unpacked(found: dict[str, Any]):
-    """The rows that `_packed` was given, in float32, or None."""
-    dx = found["dx"]
-    return None if dx is None else dx.astype(_wide(dx.dtype)) / found["dx_factor"][..., None]
+def _unpacked(packed):
+    """The rows that `_packed` was given, in float32; None for None."""
+    if packed is None:
+        return None
+    dx, factor = packed
+    return dx.astype(_wide(dx.dtype)) / factor[..., None]
 
 
 def _add_product(dw, gradient, x):
@@ -166,22 +168,21 @@ def _forward(options: Options, x, w, labels, weights):
     x, w, labels, weights = x.value, w.value, labels.value, weights.value
     found = _everywhere(options, needs, x, w, labels, weights)
     loss_sum, weight_sum, lse, losses = _totals(found, weights)
-    gradients = {name: found[name] for name in ("dx", "dx_factor", "dw")}
-    return (loss_sum, weight_sum, lse), (x, w, labels, weights, losses, gradients)
+    return (loss_sum, weight_sum, lse), (x, w, labels, weights, losses, found["dx"], found["dw"])
 
 
 def _backward(options: Options, kept, cotangents):
-    x, w, labels, weights, losses, gradients = kept
+    x, w, labels, weights, losses, dx, dw = kept
     of_loss, of_weight, of_lse = cotangents
     scale = jnp.zeros((), losses.dtype) if isinstance(of_loss, SymbolicZero) else of_loss
     dweights = (losses * scale).astype(weights.dtype)
     if not isinstance(of_weight, SymbolicZero):
         dweights += of_weight.astype(weights.dtype)
-    dx, dw = (None if d is None else d * scale for d in (_unpacked(gradients), gradients["dw"]))
+    dx, dw = (None if d is None else d * scale for d in (_unpacked(dx), dw))
     if not isinstance(of_lse, SymbolicZero):
         # Rare (a loss of the log-sum-exps themselves): a pass of its own.
         more = _everywhere(options, (dx is not None, dw is not None), x, w, labels, weights, of_lse)
-        dx, dw = (None if d is None else d + m for d, m in ((dx, _unpacked(more)), (dw, more["dw"])))
+        dx, dw = (None if d is None else d + m for d, m in ((dx, _unpacked(more["dx"])), (dw, more["dw"])))
     return None if dx is None else dx.astype(x.dtype), None if dw is None else dw.astype(w.dtype), None, dweights
 
 
@@ -214,11 +215,10 @@ def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weight
 
     def specs(of_rows, of_vocab):
         ins = (P(*of_rows, None), P(of_vocab, None), *(P(*of_rows),) * (2 + len(of_lse)))
-        outs = {"losses": P(*of_rows), "lse": P(*of_rows), "dx": ins[0], "dx_factor": P(*of_rows), "dw": ins[1]}
+        outs = {"losses": P(*of_rows), "lse": P(*of_rows), "dx": (ins[0], P(*of_rows)), "dw": ins[1]}
         return ins, {name: spec for name, spec in outs.items() if name not in without}
 
-    absent = {"dx": None, "dx_factor": None, "dw": None}
-    without = {name for name, needed in zip(absent, (needs[0], *needs), strict=True) if not needed}
+    without = {name for name, needed in zip(("dx", "dw"), needs, strict=True) if not needed}
     if AxisType.Manual in mesh.axis_types:
         return local((), options.vocab_axis, *arrays)
     if AxisType.Explicit in mesh.axis_types:
@@ -226,7 +226,7 @@ def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weight
         ins, outs = specs(of_rows, of_vocab)
         run = functools.partial(local, _flat(of_rows), of_vocab)
         found = jax.shard_map(lambda *a: _given(run(*a)), in_specs=ins, out_specs=outs, check_vma=False)(*arrays)
-        return {**absent, **found}
+        return {"dx": None, "dw": None, **found}
 
     if device.platform == "tpu":
         # JAX's callback for the partitioner is not there. It splits the formula itself, by all axes but the last.
@@ -242,7 +242,7 @@ def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weight
         return mesh, lambda *a: _given(run(*a)), place(outs), place(ins)
 
     letters = " ".join(f"r{i}" for i in range(len(rows)))
-    table = {"losses": letters, "lse": letters, "dx": f"{letters} d", "dx_factor": letters, "dw": "v d"}
+    table = {"losses": letters, "lse": letters, "dx": f"{letters} d, {letters}", "dw": "v d"}
     results = ", ".join(text for name, text in sorted(table.items()) if name not in without)
     split = custom_partitioning(lambda *a: _given(local((), None, *a)))
     split.def_partition(
@@ -250,7 +250,7 @@ def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weight
         sharding_rule=f"{letters} d, v d{f', {letters}' * (2 + len(of_lse))} -> {results}",
         need_replication_factors=("d",),
     )
-    return {**absent, **sequential_vmap(split)(*arrays)}
+    return {"dx": None, "dw": None, **sequential_vmap(split)(*arrays)}
 
 
 def _given(found: dict[str, Any]) -> dict[str, Any]:
@@ -295,7 +295,8 @@ def _by_pass(
 ) -> dict[str, Any]:
     """`losses` and `lse`, and `dx` and `dw` of the loss (or, given its cotangents, of the lse alone) where needed.
 
-    The rows are cut as they are in memory, or along the last of their axes only, so that the others may be split.
+    `dx` is `_packed`. The rows are cut as they are in memory, or along the last of their axes only, so that the others
+    may be split.
     """
     needs_dx, needs_dw = needs
     wide, kernels = _wide(x.dtype), options.kernels
@@ -324,19 +325,18 @@ def _by_pass(
         found = logit_pass(x, w, rows["labels"], coefficients, options)
         losses = found.lse - found.target_logit + options.z_loss * jnp.square(found.lse)
         of_label = None if found.scale is None else found.of_label
-        dx, dx_factor = None, None
+        dx = None
         if needs_dx:
             dx = jnp.dot(found.gradient, w, preferred_element_type=wide)
             if of_label is not None:
                 dx = found.scale[:, None] * dx + of_label[:, None] * w[rows["labels"]]
             if options.vocab_axis is not None:
                 dx = jax.lax.psum(dx, options.vocab_axis)
-            dx, dx_factor = _packed(dx, x.dtype)
+            dx = _packed(dx, x.dtype)
         if needs_dw:
             scaled = x if of_label is None else (found.scale[:, None] * x).astype(x.dtype)
             dw = _add_product(dw, found.gradient, scaled)
-        of_rows = {"losses": losses, "lse": found.lse, "dx": dx, "dx_factor": dx_factor, "of_label": of_label}
-        return dw, of_rows
+        return dw, {"losses": losses, "lse": found.lse, "dx": dx, "of_label": of_label}
 
     count = -(-n // chunk)
     padding = count * chunk - n

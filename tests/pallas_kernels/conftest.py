@@ -53,8 +53,8 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(mosaic_gpu, name, function)
 
     @contextlib.contextmanager
-    def context(cores: int = 2):
-        device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=cores, platform="gpu")
+    def context():
+        device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=2, platform="gpu")
         with (
             target(device),
             plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
