@@ -116,6 +116,21 @@ def test_the_nearest_length_in_ratio_is_taken(monkeypatch):
     assert found == [1024, 1024, 8192, 8192]
 
 
+def test_a_device_that_was_not_measured_takes_the_tiles_of_its_processor(monkeypatch):
+    line = {"kernel": "k", "key": {}, "length": 8}
+    tables = {"H100": [{**line, "tile": {"rows": 4}}, {**line, "kernel": "other", "tile": {"rows": 5}}]}
+    monkeypatch.setattr(tiles, "table", lambda op: tables)
+
+    def rows(kind: str, cores: int, kernel: str = "k") -> int:
+        with target(jax.sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform="gpu")):
+            return tiles.tuned("attention", kernel, {}, 8, Tile()).rows
+
+    assert rows("NVIDIA H200", 132) == 4
+    assert rows("NVIDIA A100-SXM4-80GB", 108) == rows("NVIDIA RTX 4090", 128) == 8
+    tables["H200"] = [{**line, "tile": {"rows": 6}}]
+    assert (rows("NVIDIA H200", 132), rows("NVIDIA H200", 132, "other")) == (6, 5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
