@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from crescendo.pallas_kernels.sharded import sharded
 
@@ -217,12 +218,16 @@ class Kernels(NamedTuple):
 
     `forward(config, operands)` gives `out [B, T, H, D]` and `lse`, float32 `[B, H, T]` (-inf where a query sees
     nothing). `backward(config, operands, lse, dout, delta)` gives the gradients of q, k, v and bias (None where it is
-    absent); with P = exp(score - lse), dScore = P * (dout.v - delta), and `delta`, float32 `[B, H, T]`, holds the
-    gradient of `lse` too. The gradient of bias need not be summed over dimensions in which bias has the size 1.
+    absent); with P = exp(score - lse), dScore = P * (dout.v - delta), and `delta`, float32 `[B, H, T]`, is dout.out
+    less the gradient of `lse`. The gradient of bias need not be summed over dimensions in which bias has the size 1.
+
+    Kernels that read `dout` anyway may add dout.out themselves (`adds_out`): then `backward` takes `out` as well, and
+    `delta` is the rest, None for 0.
     """
 
     forward: Callable
     backward: Callable
+    adds_out: bool = False
 
 
 # Letters of the operands' dimensions: key heads k, each with a group g of query heads.
@@ -248,7 +253,7 @@ def per_device(kernels: Kernels) -> Kernels:
     def joined(array, axis):
         return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
 
-    def run(function, operands: Operands, extra: dict[str, Any], outputs: list[str]):
+    def run(function, operands: Operands, extra: list[tuple[str, Any]], outputs: list[str]):
         _, _, _, heads, kv_heads, _ = operands.dims
         groups, letters = heads // kv_heads, LETTERS
         given = operands._replace(q=split(operands.q, 2, kv_heads, groups))
@@ -257,7 +262,8 @@ def per_device(kernels: Kernels) -> Kernels:
             given = given._replace(bias=split(operands.bias, 1, *((kv_heads, groups) if whole else (1, 1))))
             letters = LETTERS._replace(bias=" ".join(_bias_letters(operands)))
         present = [i for i, array in enumerate(given) if array is not None]
-        arrays = [*(given[i] for i in present), *extra.values()]
+        arrays = [*(given[i] for i in present), *(array for _, array in extra)]
+        inputs = [*(letters[i] for i in present), *(of_array for of_array, _ in extra)]
 
         def local(*arrays):
             fields: list[Any] = [None] * len(operands)
@@ -268,34 +274,37 @@ def per_device(kernels: Kernels) -> Kernels:
             part = part._replace(q=joined(part.q, 2), bias=None if part.bias is None else joined(part.bias, 1))
             return function(part, here, groups, *arrays[len(present) :])
 
-        return sharded(local, [*(letters[i] for i in present), *extra], outputs, batch=("b", "k"))(*arrays)
+        return sharded(local, inputs, outputs, batch=("b", "k"))(*arrays)
 
     def forward(config, operands):
         def local(operands, kv_heads, groups):
             out, lse = kernels.forward(config, operands)
             return split(out, 2, kv_heads, groups), split(lse, 1, kv_heads, groups)
 
-        out, lse = run(local, operands, {}, ["b t k g d", "b k g t"])
+        out, lse = run(local, operands, [], ["b t k g d", "b k g t"])
         return out.reshape(operands.q.shape), lse.reshape(lse.shape[0], -1, lse.shape[-1])
 
-    def backward(config, operands, lse, dout, delta):
+    def backward(config, operands, lse, dout, delta, out=None):
         _, _, _, heads, kv_heads, _ = operands.dims
+        groups = heads // kv_heads
+        of_lse, of_out = ("b k g t", 1), ("b t k g d", 2)
+        given = [(lse, *of_lse), (dout, *of_out), (delta, *of_lse), (out, *of_out)]
 
-        def local(operands, kv_heads, groups, lse, delta, dout):
-            dq, dk, dv, dbias = kernels.backward(config, operands, joined(lse, 1), joined(dout, 2), joined(delta, 1))
+        def local(operands, kv_heads, groups, *extra):
+            parts = iter(extra)
+            joint = [None if array is None else joined(next(parts), axis) for array, _, axis in given]
+            dq, dk, dv, dbias = kernels.backward(config, operands, *joint[: 4 if kernels.adds_out else 3])
             last = [] if dbias is None else [split(dbias, 1, kv_heads, -1)]
             return split(dq, 2, kv_heads, groups), dk, dv, *last
 
-        groups = heads // kv_heads
-        lse, delta = (split(array, 1, kv_heads, groups) for array in (lse, delta))
-        extra = {"b k g t": lse, " b k g t": delta, "b t k g d": split(dout, 2, kv_heads, groups)}
+        extra = [(letters, split(array, axis, kv_heads, groups)) for array, letters, axis in given if array is not None]
         outputs = ["b t k g d", "b s k d", "b s k d"]
         if operands.bias is not None:
             outputs.append(" ".join(["b", "k", *_bias_letters(operands)[2:]]))
         dq, dk, dv, *dbias = run(local, operands, extra, outputs)
         return dq.reshape(operands.q.shape), dk, dv, joined(dbias[0], 1) if dbias else None
 
-    return Kernels(forward, backward)
+    return Kernels(forward, backward, kernels.adds_out)
 
 
 def attend(kernels: Kernels, config: Config, operands: Operands, return_lse: bool):
@@ -310,6 +319,7 @@ def _attend(kernels: Kernels, config: Config, operands: Operands):
 
 
 def _attend_forward(kernels, config, operands):
+    operands = jax.custom_derivatives.custom_vjp_primal_tree_values(operands)
     out, lse = kernels.forward(config, operands)
     return (out, lse), (operands, out, lse)
 
@@ -317,10 +327,16 @@ def _attend_forward(kernels, config, operands):
 def _attend_backward(kernels, config, residuals, cotangents):
     operands, out, lse = residuals
     dout, dlse = cotangents
-    f32 = jnp.promote_types(out.dtype, jnp.float32)
+    if isinstance(dout, SymbolicZero):
+        dout = jnp.zeros(out.shape, out.dtype)
     # sum_j P_j (dout.v_j) = dout.out; the gradient of lse adds P * dlse to that of the scores.
-    delta = jnp.einsum("bthd,bthd->bht", out.astype(f32), dout.astype(f32)) - jnp.where(jnp.isfinite(lse), dlse, 0)
-    dq, dk, dv, dbias = kernels.backward(config, operands, lse, dout, delta)
+    delta = None if isinstance(dlse, SymbolicZero) else -jnp.where(jnp.isfinite(lse), dlse, 0)
+    if kernels.adds_out:
+        dq, dk, dv, dbias = kernels.backward(config, operands, lse, dout, delta, out)
+    else:
+        f32 = jnp.promote_types(out.dtype, jnp.float32)
+        total = jnp.einsum("bthd,bthd->bht", out.astype(f32), dout.astype(f32))
+        dq, dk, dv, dbias = kernels.backward(config, operands, lse, dout, total if delta is None else total + delta)
     if dbias is not None:
         once = [axis for axis, size in enumerate(operands.bias.shape) if size != dbias.shape[axis]]
         dbias = dbias.sum(once, keepdims=True).astype(operands.bias.dtype)
@@ -328,4 +344,4 @@ def _attend_backward(kernels, config, residuals, cotangents):
     return (Operands(dq, dk, dv, dbias, *nothing),)
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)

@@ -187,7 +187,7 @@ def kernels(config: Config, operands: Operands) -> Kernels:
 
     del config  # any will do
     check(operands)
-    return per_device(Kernels(forward, mosaic_gpu_backward.backward))
+    return per_device(Kernels(forward, mosaic_gpu_backward.backward, adds_out=True))
 
 
 def padded(operands: Operands, block_q: int, block_k: int) -> Operands:

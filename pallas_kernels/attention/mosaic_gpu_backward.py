@@ -3,7 +3,8 @@
 Two kernels recompute the weights from the log-sum-exp. One holds a tile of keys and walks over the queries that see it,
 of all the query heads of its group, with the gradients of k and v in registers; its scores are transposed, so that
 the weights are the left operand of the next product without passing through memory. The other holds a tile of
-queries and walks over the keys, with the gradient of q in registers. No two blocks of threads add to the same place.
+queries and walks over the keys, with the gradient of q in registers. It comes first, as it has the rows of dout at
+hand, and leaves each row's dout.out for the other. No two blocks of threads add to the same place.
 """
 
 import dataclasses
@@ -68,6 +69,7 @@ def backward(
     lse,
     dout,
     delta,
+    out=None,
     tiles: tuple[BackwardTile, BackwardTile] | None = None,
 ):
     """The gradients of q, k and v (and None for the bias, which these kernels don't take)."""
@@ -76,31 +78,38 @@ def backward(
         tuned(name, config, operands, default) for name, default in zip(names, tiles_for(operands), strict=True)
     )
     _, length, keys, _, _, width = operands.dims
-    # exp(score - inf) = 0: rows that see nothing, and rows of padding, take no part.
-    lse = jnp.where(jnp.isfinite(lse), lse * LOG2_E, jnp.inf)
 
     def prepared(block_q: int, block_k: int):
+        """The operands in whole blocks, and what brings an array like q there, and one of a number for each query."""
         whole = shared.padded(operands, block_q, block_k)
         more = [(0, 0), (0, 0), (0, whole.q.shape[1] - length)]
-        rows = jnp.pad(lse, more, constant_values=jnp.inf), jnp.pad(delta.astype(jnp.float32), more)
-        return whole, shared.padded(operands._replace(q=dout), block_q, block_k).q, *rows
+
+        def like_q(array):
+            return None if array is None else shared.padded(operands._replace(q=array), block_q, block_k).q
+
+        def of_queries(numbers, value):
+            return None if numbers is None else jnp.pad(numbers[..., :length], more, constant_values=value)
+
+        return whole, like_q, of_queries
+
+    paired = shared.in_pairs(config, queries_tile, length, queries_tile.rows)
+    whole, like_q, of_queries = prepared(queries_tile.rows * (2 if paired else 1), queries_tile.block)
+    tiles_q = whole.q.shape[1] // queries_tile.rows
+    ranges = shared.stacked_ranges(config, operands, "q", queries_tile.rows, queries_tile.block, tiles_q)
+    given = like_q(dout), like_q(out), of_queries(lse, -jnp.inf), of_queries(delta, 0)
+    dq, lse, delta = _queries_kernel(config, whole, (length, keys), queries_tile, paired, ranges, *given)
 
     # Wide heads leave registers for one gradient at a time.
     paired = shared.in_pairs(config, keys_tile, keys, keys_tile.rows)
-    whole, *rest = prepared(keys_tile.block, keys_tile.rows * (2 if paired else 1))
+    whole, like_q, of_queries = prepared(keys_tile.block, keys_tile.rows * (2 if paired else 1))
     tiles_k = whole.k.shape[1] // keys_tile.rows
     ranges = shared.stacked_ranges(config, operands, "k", keys_tile.block, keys_tile.rows, tiles_k)
+    rows = like_q(dout), of_queries(lse, jnp.inf), of_queries(delta, 0)
     gradients: dict[str, jax.Array] = {}
     for wanted in (("dk",), ("dv",)) if width > 128 else (("dk", "dv"),):
-        results = _keys_kernel(config, whole, (length, keys), keys_tile, paired, wanted, ranges, *rest)
+        results = _keys_kernel(config, whole, (length, keys), keys_tile, paired, wanted, ranges, *rows)
         gradients.update(zip(wanted, results, strict=True))
     dk, dv = (gradients[name][:, :keys, :, :width] for name in ("dk", "dv"))
-
-    paired = shared.in_pairs(config, queries_tile, length, queries_tile.rows)
-    whole, *rest = prepared(queries_tile.rows * (2 if paired else 1), queries_tile.block)
-    tiles_q = whole.q.shape[1] // queries_tile.rows
-    ranges = shared.stacked_ranges(config, operands, "q", queries_tile.rows, queries_tile.block, tiles_q)
-    (dq,) = _queries_kernel(config, whole, (length, keys), queries_tile, paired, ranges, *rest)
     return dq[:, :length, :, :width], dk, dv, None
 
 
@@ -145,7 +154,7 @@ def _launch(body, tile: BackwardTile, blocks: int, out_type, scratch):
 
 
 def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired, wanted, ranges, dout, lse, delta):
-    """The gradients named in `wanted`, of k and v."""
+    """The gradients named in `wanted`, of k and v, from what `_queries_kernel` leaves of the rows."""
     batch, _, padded_keys, heads, kv_heads, width = operands.dims
     groups, dtype = heads // kv_heads, operands.q.dtype
     taken = shared.schedule(tile, padded_keys // tile.rows, batch * kv_heads, paired)
@@ -351,8 +360,11 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
     return kernel(*operands[:3], dout, lse, delta, ranges, *q_meta, *k_meta)
 
 
-def _queries_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired, ranges, dout, lse, delta):
-    """The gradient of q."""
+def _queries_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired, ranges, dout, out, lse, delta):
+    """The gradient of q, and of each row what it takes: the log-sum-exp in base 2, and delta with dout.out.
+
+    `out` may be None, if `delta` has it, and `delta` for 0.
+    """
     batch, length, _, heads, kv_heads, width = operands.dims
     groups, dtype = heads // kv_heads, operands.q.dtype
     taken = shared.schedule(tile, length // tile.rows, batch * heads, paired)
@@ -361,10 +373,11 @@ def _queries_kernel(config, operands: Operands, lengths, tile: BackwardTile, pai
     ragged = lengths[1] if lengths[1] % tile.block else None
     edges = bool(config.masks or q_meta or ragged)
 
-    def body(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ranges_ref, *rest):
+    def body(q_ref, k_ref, v_ref, dout_ref, out_ref, lse_ref, delta_ref, ranges_ref, *rest):
         q_metas, rest = rest[: len(q_meta)], rest[len(q_meta) :]
         k_metas, rest = rest[: len(k_meta)], rest[len(k_meta) :]
-        dq_ref, q_smem, dout_smem, k_smem, v_smem, meta_smem, *barriers = rest
+        dq_ref, *row_refs = rest[:3]
+        q_smem, dout_smem, k_smem, v_smem, row_smem, meta_smem, *barriers = rest[3:]
         own_full, own_free, k_full, k_free, v_full, v_free = barriers
         block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
         rounds = taken.count(block)
@@ -430,8 +443,21 @@ def _queries_kernel(config, operands: Operands, lengths, tile: BackwardTile, pai
                     return plgpu.load(ref, layout=shared.ROW_LAYOUT, optimized=False)
 
                 q_info = [load_rows(meta.at[row, rows]) for meta in q_metas]
-                lse, delta = load_rows(lse_ref.at[row, head, rows]), load_rows(delta_ref.at[row, head, rows])
-                plgpu.barrier_wait(own_full.at[wg])
+                lse = load_rows(lse_ref.at[row, head, rows])
+                # exp(score - inf) = 0: rows that see nothing, and rows of padding, take no part.
+                lse = jnp.where(lse > -jnp.inf, lse * LOG2_E, jnp.inf)
+                delta = shared.row_vector(0.0) if delta_ref is None else load_rows(delta_ref.at[row, head, rows])
+                if out_ref is None:
+                    plgpu.barrier_wait(own_full.at[wg])
+                else:
+                    mixed = plgpu.load(out_ref.at[row, rows, head], layout=plgpu.Layout.WGMMA, optimized=False)
+                    plgpu.barrier_wait(own_full.at[wg])
+                    dmixed = plgpu.load(dout_smem.at[wg], layout=plgpu.Layout.WGMMA)
+                    delta += (mixed.astype(jnp.float32) * dmixed.astype(jnp.float32)).sum(axis=1)
+                for i, (numbers, row_ref) in enumerate(zip((lse, delta), row_refs, strict=True)):
+                    row_smem.at[i, wg][...] = numbers
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(row_smem.at[i, wg], row_ref.at[row, head, rows])
 
                 def one_block(edge, j, carry):
                     dq, old = carry
@@ -512,6 +538,7 @@ def _queries_kernel(config, operands: Operands, lengths, tile: BackwardTile, pai
         shared.tiled(own, dtype),
         shared.tiled(passing, dtype),
         shared.tiled(passing, dtype),
+        plgpu.SMEM((2, tile.consumers, ROWS), jnp.float32),
         plgpu.SMEM((len(k_meta), tile.stages, tile.block), jnp.int32) if k_meta else None,
         plgpu.Barrier(num_barriers=tile.consumers, num_arrivals=2),
         plgpu.Barrier(num_barriers=tile.consumers),
@@ -520,6 +547,7 @@ def _queries_kernel(config, operands: Operands, lengths, tile: BackwardTile, pai
         plgpu.Barrier(num_barriers=tile.stages),
         plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.consumers),
     )
-    out_type = (jax.ShapeDtypeStruct(operands.q.shape, dtype),)
+    numbers = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+    out_type = jax.ShapeDtypeStruct(operands.q.shape, dtype), numbers, numbers
     kernel = _launch(body, tile, taken.blocks, out_type, scratch)
-    return kernel(*operands[:3], dout, lse, delta, ranges, *q_meta, *k_meta)
+    return kernel(*operands[:3], dout, out, lse, delta, ranges, *q_meta, *k_meta)

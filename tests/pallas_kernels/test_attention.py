@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice
 
-from crescendo.pallas_kernels.attention import attention, checking, mosaic_gpu
+from crescendo.pallas_kernels.attention import attention, checking, mosaic_gpu, mosaic_gpu_backward
 from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges, positions, visible
 from crescendo.pallas_kernels.attention.specs import SPECS
 from crescendo.pallas_kernels.op import explain, target
@@ -194,6 +194,19 @@ def test_hopper_kernels_are_right_and_free_of_races(name, interpreted, monkeypat
     monkeypatch.setattr(mosaic_gpu, "per_device", lambda kernels: kernels)
     with interpreted():
         compare("mosaic_gpu", BY_NAME[name], None, 1e-2)
+
+
+def test_hopper_kernels_take_a_sum_of_whole_rows_from_a_ring(interpreted):
+    """`delta` from outside, as for a block of keys, is what they would have found from the rows of `out`."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k, v, out, dout = (jax.random.normal(key, (1, 90, 1, 64), jnp.bfloat16) for key in keys)
+    operands, config, lse = Operands(q, k, v), Config(0.1), jnp.zeros((1, 1, 90))
+    delta = jnp.einsum("bthd,bthd->bht", out.astype(jnp.float32), dout.astype(jnp.float32)) - 1.0
+    with interpreted():
+        run = functools.partial(jax.jit(mosaic_gpu_backward.backward, static_argnums=0), config, operands, lse, dout)
+        whole, found = run(delta)[:3], run(jnp.full_like(delta, -1.0), out)[:3]
+    for theirs, ours in zip(whole, found, strict=True):
+        assert checking.error(ours, np.asarray(theirs, np.float64)) < 1e-3
 
 
 @settings(deadline=None, max_examples=30)
