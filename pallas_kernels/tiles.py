@@ -40,7 +40,7 @@ def family(kind: str) -> str:
 def tuned[Tile](op_name: str, kernel: str, key: dict[str, Any], length: int, default: Tile) -> Tile:
     """The measured tile with this key and the nearest length on the target device, or `default`.
 
-    A device that was not measured takes the tiles of one with the same processor (an H200 is an H100 with more memory).
+    Tiles of a device with the same processor count as well (an H200 is an H100 with more memory).
 
     Args:
       op_name: the op's package.
@@ -51,9 +51,10 @@ def tuned[Tile](op_name: str, kernel: str, key: dict[str, Any], length: int, def
     """
     own = family(target_device().kind)
     alike = [name for name, processor in GPUS.items() if processor == GPUS.get(own)]
-    for name in dict.fromkeys([own, *alike]):
-        entries = [e for e in table(op_name).get(name, []) if e["kernel"] == kernel and e["key"] == key]
-        if entries:
-            nearest = min(entries, key=lambda entry: abs(math.log(entry["length"] / length)))
-            return dataclasses.replace(default, **nearest["tile"])  # type: ignore[type-var]
-    return default
+    entries = [entry for name in dict.fromkeys([own, *alike]) for entry in table(op_name).get(name, [])]
+    entries = [entry for entry in entries if entry["kernel"] == kernel and entry["key"] == key]
+    if not entries:
+        return default
+    # The first of the nearest: the device's own.
+    nearest = min(entries, key=lambda entry: abs(math.log(entry["length"] / length)))
+    return dataclasses.replace(default, **nearest["tile"])  # type: ignore[type-var]

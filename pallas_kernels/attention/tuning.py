@@ -86,7 +86,7 @@ def _backward(which: int, spec: Spec) -> Problem:
 
 
 ORDER: dict[str, tuple[bool, ...]] = {"persistent": (True, False), "pairs": (True, False)}
-BACKWARD = ({"block": (64, 128), "stages": (2, 3), "behind": (True, False)}, ORDER)
+BACKWARD = ({"block": (64, 128), "stages": (2, 3, 4), "behind": (True, False)}, ORDER)
 TUNABLES = (
     Tunable(
         "forward",

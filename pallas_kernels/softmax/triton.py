@@ -23,8 +23,9 @@ from crescendo.pallas_kernels.triton_rows import LOG2E, capped, meet, meeting, p
 ALONE = {"forward": 32768, "backward": 16384}
 SHARED = 8192
 ENTRIES = 4096
-# Of a thread: forward so many that more programs share a multiprocessor (NOTES.md).
-THREAD_ENTRIES = {"forward": 32, "backward": 16}
+# Of a thread of a program that has its rows to itself, and of one that waits for the others of its row: forward so many
+# that more programs share a multiprocessor (NOTES.md).
+THREAD_ENTRIES = {"forward": (32, 64), "backward": (16, 16)}
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # ln 2 in two parts: n * LN2_HIGH is exact for |n| < 2^15 (the last bits of LN2_HIGH are 0).
 LN2_HIGH: tl.constexpr = tl.constexpr(0.693145751953125)
@@ -89,7 +90,8 @@ def _geometry(shape, passes: str) -> dict[str, Any]:
             block *= 2
     parts = -(-columns // block)
     together = max(1, min(ENTRIES // block, triton.next_power_of_2(rows)))
-    warps = min(32, max(4, together * block // (32 * THREAD_ENTRIES[passes])))
+    waits = 1 < parts <= target_device().cores
+    warps = min(32, max(4, together * block // (32 * THREAD_ENTRIES[passes][waits])))
     grid = (rows * parts,) if parts > 1 else (-(-rows // together),)
     constants = {"ROWS": rows, "COLUMNS": columns, "PARTS": parts, "TOGETHER": together, "BLOCK": block}
     return {"grid": grid, "num_warps": warps, **constants}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -118,7 +119,8 @@ def test_the_nearest_length_in_ratio_is_taken(monkeypatch):
 
 def test_a_device_that_was_not_measured_takes_the_tiles_of_its_processor(monkeypatch):
     line = {"kernel": "k", "key": {}, "length": 8}
-    tables = {"H100": [{**line, "tile": {"rows": 4}}, {**line, "kernel": "other", "tile": {"rows": 5}}]}
+    other = {**line, "kernel": "other"}
+    tables = {"H100": [{**line, "tile": {"rows": 4}}, {**other, "tile": {"rows": 5}}]}
     monkeypatch.setattr(tiles, "table", lambda op: tables)
 
     def rows(kind: str, cores: int, kernel: str = "k") -> int:
@@ -127,7 +129,7 @@ def test_a_device_that_was_not_measured_takes_the_tiles_of_its_processor(monkeyp
 
     assert rows("NVIDIA H200", 132) == 4
     assert rows("NVIDIA A100-SXM4-80GB", 108) == rows("NVIDIA RTX 4090", 128) == 8
-    tables["H200"] = [{**line, "tile": {"rows": 6}}]
+    tables["H200"] = [{**line, "tile": {"rows": 6}}, {**other, "length": 16, "tile": {"rows": 7}}]
     assert (rows("NVIDIA H200", 132), rows("NVIDIA H200", 132, "other")) == (6, 5)
 
 
@@ -164,7 +166,7 @@ def test_the_committed_tiles_of_attention_fit_and_gained(kernel):
     assert found
     for problem in found:
         assert problem.fits(problem.default)
-    for line in tiles.table("attention").get("H100", []):
+    for line in itertools.chain(*tiles.table("attention").values()):
         if line["kernel"] == kernel.name:
             (default, fits), *_ = [
                 (p.default, p.fits) for p in found if (p.key, p.length) == (line["key"], line["length"])
