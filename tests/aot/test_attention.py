@@ -73,7 +73,9 @@ def test_forward_and_backward_compile_and_hardly_spill(width, kv_heads, options,
     # The forward is the first. Wide heads, and ids of a block of keys beside narrow ones, leave a register too little;
     # both gradients of k and v some more.
     assert spills[0] <= (0 if width <= 128 and not packed else 8)
-    assert max(spills) <= 128
+    # Of 256 columns the kernel for q spills more, where a tile begins and in the steps on an edge: its loop over blocks
+    # that are seen as a whole has none.
+    assert max(spills) <= (128 if width < 256 else 160)
 
 
 def compile_everything(implementation, spec, device, platform):
