@@ -347,10 +347,12 @@ def _forward(config: Config, tile: ForwardTile, lengths: tuple[int, int], paired
             warpgroup = lax.axis_index("wg")
             rounds = taken.count(block)
             range_of = reader(config, "q", lengths, tile.block_q, tile.block_k, ranges_ref)
+            # With ids the registers that a warp shares run out: a tile's place is found anew, and not kept.
+            find = opaque if q_metas else lambda index: index
 
             def place(n):
                 """Batch, head, tile of queries (longest first where causal) and the range of blocks of keys."""
-                head, tile_q = taken.tile(block, n)
+                head, tile_q = taken.tile(find(block), n)
                 tile_q = tiles_q - 1 - tile_q
                 head, row = lax.rem(head, heads), lax.div(head, heads)
                 return row, head, tile_q, range_of(row, tile_q)
