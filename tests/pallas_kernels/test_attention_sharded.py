@@ -26,8 +26,9 @@ BIASES = {
 }
 
 
-def backward(config, operands, lse, dout, delta):
-    """As a kernel gives it: the gradient of bias is not summed over examples and key heads."""
+def backward(config, operands, lse, dout, delta, out):
+    """As kernels may: dout.out is added here, and the gradient of bias not summed over examples and key heads."""
+    delta = jnp.einsum("bthd,bthd->bht", dout, out) + (0 if delta is None else delta)
     bias, (batch, _, _, heads, kv_heads, _) = operands.bias, operands.dims
     if bias is None:
         return xla.backward(config, operands, lse, dout, delta)
@@ -42,7 +43,7 @@ def backward(config, operands, lse, dout, delta):
 def who(request, monkeypatch):
     """XLA's own partitioning, and that of kernels."""
     if request.param == "kernels":
-        pair = Kernels(xla.forward, backward)
+        pair = Kernels(xla.forward, backward, adds_out=True)
         monkeypatch.setattr(xla, "kernels", lambda config, operands: per_device(pair))
     return request.param
 
@@ -136,3 +137,18 @@ def test_a_shared_bias_that_vmap_maps(who, quick_compilation):
         value, gradient = jax.value_and_grad(total)(bias)
         np.testing.assert_allclose(mapped[0][i], value, rtol=1e-5)
         assert checking.error(mapped[1][i], gradient) < 2e-5
+
+
+@pytest.mark.parametrize("of", ["out", "lse"])
+def test_only_one_of_the_two_results_has_a_gradient(of, who, quick_compilation):
+    given, cotangents, _ = call_of(None)
+    both = dict(zip(("out", "lse"), cotangents, strict=True))
+    zeros = {name: jnp.zeros_like(array) for name, array in both.items()}
+    exact = checking.exactly(given)(tuple((zeros | {of: both[of]}).values()))
+
+    def total(arrays):
+        results = attention(**arrays, **given.metadata, **given.options, return_lse=True, implementation="xla")
+        return (dict(zip(("out", "lse"), results, strict=True))[of] * both[of]).sum()
+
+    gradients = jax.jit(jax.grad(total))(given.arrays)
+    check({f"d{name}": gradient for name, gradient in gradients.items()}, exact)
