@@ -1,4 +1,9 @@
-"""The gradient that the implementations share: of the results alone, and of x where a cap bends the logits."""
+"""The gradient that the implementations share: of the results alone, and of x where a cap bends the logits.
+
+`dx = y (dy - m)`, where m is the mean of dy weighted by y: `sum(y dy) / sum(y)`. The results as kept are rounded, and
+add up to 1 only nearly: without the division, m would be off by as much, and drown the gradient of a row where one
+entry has nearly all of the weight (bfloat16, 300 logits of standard deviation 4: errors above 5% in one row of 100).
+"""
 
 import dataclasses
 import functools
@@ -49,3 +54,8 @@ def logits(x, scale: float, soft_cap: float | None):
     """`c tanh(s x / c)` in at least float32, and where an entry counts: everywhere but at -inf."""
     scaled = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * scale
     return (scaled if soft_cap is None else soft_cap * jnp.tanh(scaled / soft_cap)), scaled != -jnp.inf
+
+
+def weighted_mean(terms, weights):
+    """Of sums over a row, 0 where all weights are 0."""
+    return terms / jnp.where(weights == 0, 1, weights)

@@ -10,7 +10,7 @@ from jax import lax
 from crescendo.pallas_kernels import hopper_rows
 from crescendo.pallas_kernels.op import Unsupported
 from crescendo.pallas_kernels.sharded import sharded
-from crescendo.pallas_kernels.softmax.gradient import Options, differentiable
+from crescendo.pallas_kernels.softmax.gradient import Options, differentiable, weighted_mean
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -152,15 +152,19 @@ class _Forward(_Passes):
 
 @dataclasses.dataclass(frozen=True)
 class _Backward(_Passes):
-    """The first number is the sum of the products, or in log space of the cotangents."""
+    """The numbers are the sums of the products and of the results, or in log space of the cotangents and 0."""
 
     def first(self, refs, keep=False):
         terms = [_held(keep, self._terms, *pair) for pair in zip(*map(_pieces, refs), strict=True)]
-        products = [dy if self.options.log else y * dy for y, dy in (term() for term in terms)]
-        return [hopper_rows.total(jnp.sum, jnp.add, products), 0.0], terms
+        total = functools.partial(hopper_rows.total, jnp.sum, jnp.add)
+        if self.options.log:
+            return [total([dy for _, dy in (term() for term in terms)]), 0.0], terms
+        products = total([y * dy for y, dy in (term() for term in terms)])
+        return [products, total([y for y, _ in (term() for term in terms)])], terms
 
     def second(self, refs, of_parts, held=None):
-        total = functools.reduce(jnp.add, [total for total, _ in of_parts])
+        total, weight = (functools.reduce(jnp.add, numbers) for numbers in zip(*of_parts, strict=True))
+        total = total if self.options.log else weighted_mean(total, weight)
         for i, (y_ref, dy_ref) in enumerate(zip(*map(_pieces, refs), strict=True)):
             y, dy = self._terms(y_ref, dy_ref) if held is None else held[i]()
             dx = dy - jnp.exp2(y * LOG2E) * total if self.options.log else y * (dy - total)

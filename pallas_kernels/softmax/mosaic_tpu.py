@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from crescendo.pallas_kernels.op import Unsupported
 from crescendo.pallas_kernels.sharded import sharded
-from crescendo.pallas_kernels.softmax.gradient import Options, differentiable, logits
+from crescendo.pallas_kernels.softmax.gradient import Options, differentiable, logits, weighted_mean
 from crescendo.pallas_kernels.tpu_rows import VMEM_BYTES, block_rows, require_whole_rows
 
 
@@ -91,7 +91,8 @@ def _backward_kernel(options: Options, y_ref, dy_ref, *refs):
         dy = jnp.where(y == -jnp.inf, 0, dy)
         dx = dy - jnp.exp(y) * jnp.sum(dy, axis=1, keepdims=True)
     else:
-        dx = y * (dy - jnp.sum(y * dy, axis=1, keepdims=True))
+        total = functools.partial(jnp.sum, axis=1, keepdims=True)
+        dx = y * (dy - weighted_mean(total(y * dy), total(y)))
     if x_ref:
         value, _ = logits(x_ref[0][...], options.scale, options.soft_cap)
         dx *= 1 - jnp.square(value / options.soft_cap)

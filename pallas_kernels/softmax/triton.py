@@ -14,7 +14,7 @@ import triton.language as tl
 
 from crescendo.pallas_kernels.op import Unsupported, target_device
 from crescendo.pallas_kernels.sharded import sharded
-from crescendo.pallas_kernels.softmax.gradient import Options, differentiable
+from crescendo.pallas_kernels.softmax.gradient import Options, differentiable, weighted_mean
 from crescendo.pallas_kernels.triton_call import triton_call
 from crescendo.pallas_kernels.triton_rows import LOG2E, capped, meet, meeting, place
 
@@ -129,13 +129,14 @@ def _backward_rows(options: Options, y, dy, x=None):
     arrays = (y, dy, y if x is None else x)
     dx = jax.ShapeDtypeStruct(y.shape, y.dtype)
     if geometry["PARTS"] <= target_device().cores:
-        left, how_met = meeting(geometry["ROWS"], geometry["PARTS"], 1, first=1)
+        left, how_met = meeting(geometry["ROWS"], geometry["PARTS"], 2, first=1)
         results = triton_call(*arrays, kernel=_backward_kernel, out_shape=[dx, *left], **how_met, **geometry, **how)
         return results[0]
     long = {k: v for k, v in geometry.items() if k != "TOGETHER"}
-    shape = jax.ShapeDtypeStruct((geometry["ROWS"], geometry["PARTS"]), jnp.float32)
+    shape = jax.ShapeDtypeStruct((geometry["ROWS"], geometry["PARTS"], 2), jnp.float32)
     (sums,) = triton_call(*arrays[:2], kernel=_sums_kernel, out_shape=[shape], **long, LOG=options.log)
-    total = jnp.sum(sums, axis=1)
+    terms, weights = jnp.unstack(jnp.sum(sums, axis=1), axis=1)
+    total = terms if options.log else weighted_mean(terms, weights)
     return triton_call(*arrays, total, kernel=_gradient_kernel, out_shape=[dx], **long, **how)[0]
 
 
@@ -202,18 +203,18 @@ def _forward_kernel(
 
 @triton.jit
 def _terms(y, dy, LOG: tl.constexpr):
-    """The cotangents that count, and what their row adds up."""
+    """The cotangents that count, and what their row adds up: terms and weights, all of them 0 in log space."""
     y = y.to(tl.float32)
     dy = dy.to(tl.float32)
     if LOG:
         dy = tl.where(y == -float("inf"), 0.0, dy)
-        return dy, dy
-    return dy, y * dy
+        return dy, dy, tl.zeros_like(dy)
+    return dy, y * dy, y
 
 
 @triton.jit
 def _gradient(y, dy, x, total, SCALE: tl.constexpr, CAP: tl.constexpr, LOG: tl.constexpr):
-    """The gradient of x, given the row's sum of terms."""
+    """The gradient of x, given the row's weighted mean of dy, or in log space its sum."""
     y = y.to(tl.float32)
     dx = dy - tl.exp2(y * LOG2E) * total if LOG else y * (dy - total)
     if CAP > 0:
@@ -243,15 +244,22 @@ def _backward_kernel(
     offsets, exists = _offsets(row, part, ROWS, COLUMNS, TOGETHER, BLOCK)
     y = tl.load(y_ptr + offsets, mask=exists, other=-float("inf") if LOG else 0.0)
     dy = tl.load(dy_ptr + offsets, mask=exists, other=0.0)
-    dy, terms = _terms(y, dy, LOG)
+    dy, terms, weights = _terms(y, dy, LOG)
     total = tl.sum(terms, axis=1)
+    weight = tl.sum(weights, axis=1)
     if PARTS > 1:
+        one = tl.arange(0, 1)
         left = left_ptr + row * PARTS
-        tl.store(left + part + tl.arange(0, 1), total)
+        tl.store(left + part + one, total)
+        tl.store(left + ROWS * PARTS + part + one, weight)
         meet(arrived_ptr, row, PARTS)
         others = tl.arange(0, triton.next_power_of_2(PARTS))
-        sums = tl.load(left + others, mask=others < PARTS, other=0.0, cache_modifier=".cg")
-        total = tl.sum(sums, axis=0) + tl.zeros([1], tl.float32)
+        totals = tl.load(left + others, mask=others < PARTS, other=0.0, cache_modifier=".cg")
+        their_weights = tl.load(left + ROWS * PARTS + others, mask=others < PARTS, other=0.0, cache_modifier=".cg")
+        total = tl.sum(totals, axis=0) + tl.zeros([1], tl.float32)
+        weight = tl.sum(their_weights, axis=0) + tl.zeros([1], tl.float32)
+    if not LOG:
+        total /= tl.where(weight == 0, 1.0, weight)
     x = tl.load(x_ptr + offsets, mask=exists, other=0.0) if CAP > 0 else y
     dx = _gradient(y, dy, x, total[:, None], SCALE, CAP, LOG)
     tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=exists)
@@ -350,8 +358,9 @@ def _sums_kernel(
     offsets = (program // PARTS) * COLUMNS + columns
     y = tl.load(y_ptr + offsets, mask=columns < COLUMNS, other=-float("inf") if LOG else 0.0)
     dy = tl.load(dy_ptr + offsets, mask=columns < COLUMNS, other=0.0)
-    dy, terms = _terms(y, dy, LOG)
-    tl.store(sums_ptr + program, tl.sum(terms, axis=0))
+    dy, terms, weights = _terms(y, dy, LOG)
+    tl.store(sums_ptr + program * 2, tl.sum(terms, axis=0))
+    tl.store(sums_ptr + program * 2 + 1, tl.sum(weights, axis=0))
 
 
 @triton.jit
@@ -376,7 +385,7 @@ def _gradient_kernel(
     exists = columns < COLUMNS
     y = tl.load(y_ptr + offsets, mask=exists, other=-float("inf") if LOG else 0.0)
     dy = tl.load(dy_ptr + offsets, mask=exists, other=0.0)
-    dy, _ = _terms(y, dy, LOG)
+    dy, _, _ = _terms(y, dy, LOG)
     x = tl.load(x_ptr + offsets, mask=exists, other=0.0) if CAP > 0 else y
     dx = _gradient(y, dy, x, tl.load(totals_ptr + row), SCALE, CAP, LOG)
     tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=exists)

@@ -1,8 +1,10 @@
 """For any device: XLA's own fusions, with the shared gradient."""
 
+import functools
+
 import jax.numpy as jnp
 
-from crescendo.pallas_kernels.softmax.gradient import Options, differentiable, logits
+from crescendo.pallas_kernels.softmax.gradient import Options, differentiable, logits, weighted_mean
 
 
 def softmax(x, *, axis, scale, soft_cap, mask):
@@ -38,7 +40,8 @@ def backward(y, dy, x, options: Options):
         dy = jnp.where(y == -jnp.inf, 0, dy)
         dx = dy - jnp.exp(y) * jnp.sum(dy, axis=options.axis, keepdims=True)
     else:
-        dx = y * (dy - jnp.sum(y * dy, axis=options.axis, keepdims=True))
+        total = functools.partial(jnp.sum, axis=options.axis, keepdims=True)
+        dx = y * (dy - weighted_mean(total(y * dy), total(y)))
     if options.soft_cap is not None:
         value, _ = logits(x, options.scale, options.soft_cap)
         dx *= 1 - jnp.square(value / options.soft_cap)

@@ -196,6 +196,15 @@ def test_rows_shared_by_programs_and_rows_too_long_for_that(op, shape, columns, 
     assert_close(results(op, "triton", (x,), {}, key), results(op, "xla", (x,), {}, key), 1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", "xla"])
+@pytest.mark.parametrize("shape", [(300, 1024), (5, 131072)])
+def test_softmax_loses_nothing_to_rounded_results(implementation, shape):
+    """A row always adds up to 1, so a cotangent that is the same everywhere gives no gradient."""
+    x = 4 * jax.random.normal(jax.random.key(SEED), shape, jnp.bfloat16)
+    run = jax.jit(lambda x: jax.vjp(functools.partial(softmax, implementation=implementation), x)[1](jnp.ones_like(x)))
+    assert jnp.max(jnp.abs(run(x)[0])) < 1e-6
+
+
 @pytest.mark.parametrize("chunks_of", ["mosaic_gpu", "triton"])
 def test_linear_cross_entropy_over_several_chunks(chunks_of, monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 0)

@@ -103,6 +103,21 @@ def test_softmax_for_hopper(op, held, part, streams_of_two_cores, monkeypatch):
         assert jnp.linalg.norm((f - e).ravel()) <= 1e-5 * max(1.0, jnp.linalg.norm(e.ravel()))
 
 
+def gradient_of_the_sum(implementation):
+    """Of bfloat16 softmaxes: 0 but for the rounding of float32 sums, for a row always adds up to 1."""
+    x = jnp.asarray(4 * np.random.default_rng().normal(size=(5, 1280)), jnp.bfloat16)
+    y, back = jax.vjp(lambda x: softmax(x, implementation=implementation), x)
+    return back(jnp.ones_like(y))[0]
+
+
+@pytest.mark.parametrize("part", [2**20, 1024], ids=["alone", "shared"])
+def test_softmax_for_hopper_loses_nothing_to_rounded_results(part, streams_of_two_cores, monkeypatch):
+    monkeypatch.setattr(hopper_rows, "PART_BYTES", part)
+    monkeypatch.setattr(hopper_rows, "ROWS_OF_A_CLUSTER", 4)
+    with on_gpu():
+        assert jnp.max(jnp.abs(gradient_of_the_sum("mosaic_gpu"))) < 1e-6
+
+
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 def test_rms_norm_for_hopper(residual, streams_of_two_cores, monkeypatch):
     module = importlib.import_module("crescendo.pallas_kernels.rms_norm.mosaic_gpu")
@@ -156,6 +171,11 @@ def test_softmax_for_tpu(op, spec, tpu):
         found = results(op, "mosaic_tpu", wide, options)
     for f, e in zip(found, results(op, "reference", wide, options), strict=True):
         assert jnp.linalg.norm((f - e).ravel()) <= 1e-5 * max(1.0, jnp.linalg.norm(e.ravel()))
+
+
+def test_softmax_for_tpu_loses_nothing_to_rounded_results(tpu):
+    with on_tpu():
+        assert jnp.max(jnp.abs(gradient_of_the_sum("mosaic_tpu"))) < 1e-6
 
 
 @pytest.mark.parametrize(

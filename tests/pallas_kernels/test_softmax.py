@@ -34,7 +34,8 @@ def value_and_gradient(op, implementation, options, x, cotangent):
 def exact(op, options, x, cotangent):
     wide = np.asarray(x.astype(jnp.float32), np.float64)
     with jax.enable_x64(True):
-        return value_and_gradient(op, "reference", options, jnp.asarray(wide), jnp.asarray(np.asarray(cotangent)))
+        cotangent = jnp.asarray(np.asarray(cotangent, np.float64))
+        return value_and_gradient(op, "reference", options, jnp.asarray(wide), cotangent)
 
 
 def close(found, expected, tolerance) -> bool:
@@ -51,11 +52,19 @@ def close(found, expected, tolerance) -> bool:
 def test_values_and_gradients(op, spec):
     random = np.random.default_rng()
     (x,), options = spec.inputs(random.integers(2**31))
-    cotangent = jnp.asarray(random.normal(size=x.shape), jnp.float32)
+    cotangent = jnp.asarray(random.normal(size=x.shape), x.dtype)
     results = value_and_gradient(op, "xla", options, x, cotangent)
     for found, expected in zip(results, exact(op, options, x, cotangent), strict=True):
         assert found.dtype == x.dtype
         assert close(found, expected, 1e-5 if x.dtype == jnp.float32 else 1e-2)
+
+
+def test_rows_where_one_entry_has_nearly_all_of_the_weight_keep_their_gradient():
+    random = np.random.default_rng()
+    x, cotangent = (jnp.asarray(scale * random.normal(size=(500, 300)), jnp.bfloat16) for scale in (4, 1))
+    _, dx = value_and_gradient(softmax, "xla", {}, x, cotangent)
+    for found, expected in zip(dx, exact(softmax, {}, x, cotangent)[1], strict=True):
+        assert close(found, expected, 1e-2)
 
 
 @settings(max_examples=6, deadline=None)
