@@ -36,7 +36,7 @@ LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 FLOOR = -1e30  # the least maximum: finite, so that a row which has seen nothing yet makes no NaN
 ROWS = 64  # of a warpgroup's matrix instruction
-SHARED_BYTES = 227 * 1024 - 4096  # of a block of threads, less barriers, metadata and row sums
+SHARED_BYTES = 227 * 1024 - 1024  # of a block of threads, less barriers and metadata
 # Of a thread of the producer and of a consumer, by the number of consumers: together at most what they start with.
 REGISTERS = {1: (40, 240), 2: (24, 240), 3: (32, 160)}
 ROW_LAYOUT, COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -340,7 +340,7 @@ def _forward(config: Config, tile: ForwardTile, lengths: tuple[int, int], paired
             q_metas, rest = rest[: len(q_meta)], rest[len(q_meta) :]
             k_metas, rest = rest[: len(k_meta)], rest[len(k_meta) :]
             out_ref, lse_ref, *scratch = rest
-            q_smem, k_smem, v_smem, out_smem, lse_smem, meta_smem, *barriers = scratch
+            q_smem, k_smem, v_smem, out_smem, meta_smem, *barriers = scratch
             q_full, q_free, k_full, k_free, v_full, v_free, turn = barriers
             out_smem = out_smem if own_out else q_smem
             block = lax.axis_index("block")
@@ -548,11 +548,10 @@ def _forward(config: Config, tile: ForwardTile, lengths: tuple[int, int], paired
                     mixed, lse = lax.cond(hi > lo, attend_tile, nothing)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left the buffer
                     out_smem.at[wg][...] = mixed.astype(dtype)
-                    lse_smem.at[wg][...] = lse
                     plgpu.commit_smem()
                     rows = pl.ds(first_row, ROWS)
                     plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[row, rows, head])
-                    plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[row, head, rows])
+                    lse_ref.at[row, head, rows][...] = lse
                     if not own_out:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         plgpu.barrier_arrive(q_free.at[wg])
@@ -573,7 +572,6 @@ def _forward(config: Config, tile: ForwardTile, lengths: tuple[int, int], paired
                 tiled((tile.stages, tile.block_k, width), dtype),
                 tiled((tile.stages, tile.block_k, width), dtype),
                 tiled((tile.consumers, ROWS, width), dtype) if own_out else None,
-                plgpu.SMEM((tile.consumers, ROWS), jnp.float32),
                 plgpu.SMEM((len(k_meta), tile.stages, tile.block_k), jnp.int32) if k_meta else None,
                 plgpu.Barrier(num_barriers=tile.consumers),
                 plgpu.Barrier(num_barriers=tile.consumers),

@@ -1,14 +1,18 @@
 """Attention for Hopper GPUs in Pallas' Mosaic GPU dialect: the backward pass, deterministic.
 
-Two kernels recompute the weights from the log-sum-exp. One holds a tile of keys and walks over the queries that see it,
+One kernel recomputes the weights from the log-sum-exp. It holds a tile of keys and walks over the queries that see it,
 of all the query heads of its group, with the gradients of k and v in registers; its scores are transposed, so that
-the weights are the left operand of the next product without passing through memory. The other holds a tile of
-queries and walks over the keys, with the gradient of q in registers. It comes first, as it has the rows of dout at
-hand, and leaves each row's dout.out for the other. No two blocks of threads add to the same place.
+the weights are the left operand of the next product without passing through memory. Where `mosaic_gpu_scores` serves,
+it also writes down the gradients of the scores, and that of q is made from them. Elsewhere another kernel recomputes
+the weights once more: it holds a tile of queries and walks over the keys, with the gradient of q in registers. It
+comes first, as it has the rows of dout at hand, and leaves each row's dout.out for the other. No two blocks of threads
+add to the same place.
 """
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from crescendo.pallas_kernels.attention import mosaic_gpu as shared
+from crescendo.pallas_kernels.attention import mosaic_gpu_scores as kept
 from crescendo.pallas_kernels.attention.contract import Config, Operands
 from crescendo.pallas_kernels.attention.tiles import tuned
 
@@ -70,30 +75,82 @@ def backward(
     dout,
     delta,
     out=None,
-    tiles: tuple[BackwardTile, BackwardTile] | None = None,
+    tiles: tuple[BackwardTile, BackwardTile | kept.ScoresTile] | None = None,
 ):
-    """The gradients of q, k and v (and None for the bias, which these kernels don't take)."""
-    names = ("gradients of k and v", "gradient of q")
-    keys_tile, queries_tile = tiles or (
-        tuned(name, config, operands, default) for name, default in zip(names, tiles_for(operands), strict=True)
-    )
+    """The gradients of q, k and v (and None for the bias, which these kernels don't take).
+
+    `tiles` are of the kernel for k and v and of that for q: where the latter is a `ScoresTile`, it takes the gradients
+    of the scores from the former.
+    """
+    keys_tile, queries_tile = tiles or _tiles(config, operands)
+    if isinstance(queries_tile, kept.ScoresTile):
+        parts = kept.parts_for(config, operands, keys_tile)
+        assert parts is not None, "such a tile is for calls that keep the gradients of their scores"
+        return *_from_scores(config, operands, lse, dout, delta, out, keys_tile, queries_tile, parts), None
+    return *_in_two_passes(config, operands, lse, dout, delta, out, keys_tile, queries_tile), None
+
+
+def _tiles(config: Config, operands: Operands) -> tuple[BackwardTile, BackwardTile | kept.ScoresTile]:
+    """The measured tiles, of the kernel for k and v and of that for q."""
+    of_keys, of_queries = tiles_for(operands)
+    keys_tile = tuned("gradients of k and v", config, operands, of_keys)
+    parts = kept.parts_for(config, operands, keys_tile)
+    if parts is None:
+        return keys_tile, tuned("gradient of q", config, operands, of_queries)
+    return keys_tile, tuned("gradient of q from scores", config, operands, kept.tile_for(config, operands, parts))
+
+
+def _in_blocks(operands: Operands, block_q: int, block_k: int):
+    """The operands in whole blocks, and what brings an array like q there, and one of a number for each query."""
+    length = operands.q.shape[1]
+    whole = shared.padded(operands, block_q, block_k)
+    more = [(0, 0), (0, 0), (0, whole.q.shape[1] - length)]
+
+    def like_q(array):
+        return None if array is None else shared.padded(operands._replace(q=array), block_q, block_k).q
+
+    def of_queries(numbers, value):
+        return None if numbers is None else jnp.pad(numbers[..., :length], more, constant_values=value)
+
+    return whole, like_q, of_queries
+
+
+def _from_scores(config, operands: Operands, lse, dout, delta, out, keys_tile, queries_tile, parts: kept.Parts):
+    """Part after part: the kernel for k and v leaves the gradients of the scores, from which that of q is made."""
+    _, length, keys, heads, kv_heads, width = operands.dims
+    if out is not None:
+        total = jnp.einsum("bthd,bthd->bht", out, dout, preferred_element_type=jnp.float32)
+        delta = total if delta is None else delta + total
+    paired = shared.in_pairs(config, keys_tile, keys, keys_tile.rows)
+    queries_paired = shared.in_pairs(config, queries_tile, length, queries_tile.rows)
+    block_q = math.lcm(keys_tile.block, queries_tile.rows * (2 if queries_paired else 1))
+    whole, like_q, of_queries = _in_blocks(operands, block_q, keys_tile.rows * (2 if paired else 1))
+    # exp(score - inf) = 0: rows that see nothing, and rows of padding, take no part.
+    lse = jnp.where(lse > -jnp.inf, lse * LOG2_E, jnp.inf)
+    rows = like_q(dout), of_queries(lse, jnp.inf), of_queries(delta, 0)
+
+    def every_part(gradients):
+        dq, dk, dv = gradients
+
+        def one_part(index, _):
+            first = jnp.full((1,), index * parts.units, jnp.int32)
+            scores = _keys_kernel(
+                config, whole, (length, keys), keys_tile, paired, ("dk", "dv"), None, *rows, parts, first, (dk, dv)
+            )
+            first = first * (heads // kv_heads)
+            kept.gradient_of_q(config, whole.k, scores, first, dq, parts.store, queries_tile, queries_paired)
+
+        lax.fori_loop(0, parts.count, one_part, None)
+
+    dq, dk, dv = pl.run_state(every_part)(tuple(lax.empty(array.shape, array.dtype) for array in whole[:3]))
+    return dq[:, :length, :, :width], dk[:, :keys, :, :width], dv[:, :keys, :, :width]
+
+
+def _in_two_passes(config, operands: Operands, lse, dout, delta, out, keys_tile, queries_tile):
+    """The kernel for q and then that for k and v, each with weights of its own."""
     _, length, keys, _, _, width = operands.dims
-
-    def prepared(block_q: int, block_k: int):
-        """The operands in whole blocks, and what brings an array like q there, and one of a number for each query."""
-        whole = shared.padded(operands, block_q, block_k)
-        more = [(0, 0), (0, 0), (0, whole.q.shape[1] - length)]
-
-        def like_q(array):
-            return None if array is None else shared.padded(operands._replace(q=array), block_q, block_k).q
-
-        def of_queries(numbers, value):
-            return None if numbers is None else jnp.pad(numbers[..., :length], more, constant_values=value)
-
-        return whole, like_q, of_queries
-
     paired = shared.in_pairs(config, queries_tile, length, queries_tile.rows)
-    whole, like_q, of_queries = prepared(queries_tile.rows * (2 if paired else 1), queries_tile.block)
+    whole, like_q, of_queries = _in_blocks(operands, queries_tile.rows * (2 if paired else 1), queries_tile.block)
     tiles_q = whole.q.shape[1] // queries_tile.rows
     ranges = shared.stacked_ranges(config, operands, "q", queries_tile.rows, queries_tile.block, tiles_q)
     given = like_q(dout), like_q(out), of_queries(lse, -jnp.inf), of_queries(delta, 0)
@@ -101,7 +158,7 @@ def backward(
 
     # Wide heads leave registers for one gradient at a time.
     paired = shared.in_pairs(config, keys_tile, keys, keys_tile.rows)
-    whole, like_q, of_queries = prepared(keys_tile.block, keys_tile.rows * (2 if paired else 1))
+    whole, like_q, of_queries = _in_blocks(operands, keys_tile.block, keys_tile.rows * (2 if paired else 1))
     tiles_k = whole.k.shape[1] // keys_tile.rows
     ranges = shared.stacked_ranges(config, operands, "k", keys_tile.block, keys_tile.rows, tiles_k)
     rows = like_q(dout), of_queries(lse, jnp.inf), of_queries(delta, 0)
@@ -110,7 +167,7 @@ def backward(
         results = _keys_kernel(config, whole, (length, keys), keys_tile, paired, wanted, ranges, *rows)
         gradients.update(zip(wanted, results, strict=True))
     dk, dv = (gradients[name][:, :keys, :, :width] for name in ("dk", "dv"))
-    return dq[:, :length, :, :width], dk, dv, None
+    return dq[:, :length, :, :width], dk, dv
 
 
 def _zeros(shape):
@@ -153,11 +210,30 @@ def _launch(body, tile: BackwardTile, blocks: int, out_type, scratch):
     )
 
 
-def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired, wanted, ranges, dout, lse, delta):
-    """The gradients named in `wanted`, of k and v, from what `_queries_kernel` leaves of the rows."""
+def _keys_kernel(
+    config,
+    operands: Operands,
+    lengths,
+    tile: BackwardTile,
+    paired,
+    wanted,
+    ranges,
+    dout,
+    lse,
+    delta,
+    parts: kept.Parts | None = None,
+    first=None,
+    gradients=(),
+):
+    """The gradients named in `wanted`, of k and v, from the rows' log-sum-exp in base 2 and dout.out.
+
+    With `parts`, of the units from `first` on, written to the references `gradients`; what comes back is the gradients
+    of the scores.
+    """
     batch, _, padded_keys, heads, kv_heads, width = operands.dims
     groups, dtype = heads // kv_heads, operands.q.dtype
-    taken = shared.schedule(tile, padded_keys // tile.rows, batch * kv_heads, paired)
+    units, blocks = parts.units if parts else batch * kv_heads, tile.block // ROWS
+    taken = shared.schedule(tile, padded_keys // tile.rows, units, paired)
     q_meta, k_meta = _split(operands)
     want_dk, want_dv = "dk" in wanted, "dv" in wanted
     behind = tile.behind and want_dk
@@ -165,27 +241,30 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
     ragged = lengths[1] if lengths[1] % tile.rows else None
     edges = bool(config.masks or q_meta or ragged)
 
-    def body(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ranges_ref, *rest):
+    def body(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, ranges_ref, first_ref, *rest):
         q_metas, rest = rest[: len(q_meta)], rest[len(q_meta) :]
         k_metas, rest = rest[: len(k_meta)], rest[len(k_meta) :]
-        out_refs, scratch = rest[: len(wanted)], rest[len(wanted) :]
-        k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, meta_smem, *barriers = scratch
+        out_refs, rest = rest[: len(wanted)], rest[len(wanted) :]
+        scores_ref: Any = rest[0] if parts else None
+        scratch = rest[1:] if parts else rest
+        k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, meta_smem, scores_smem, *barriers = scratch
         own_full, own_free, q_full, q_free, dout_full, dout_free = barriers
         block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
         rounds = taken.count(block)
         range_of = shared.reader(config, "k", lengths, tile.block, tile.rows, ranges_ref)
 
         def place(n):
-            head, tile_k = taken.tile(block, n)
-            kv_head, row = lax.rem(head, kv_heads), lax.div(head, kv_heads)
-            return row, kv_head, tile_k, range_of(row, tile_k)
+            unit, tile_k = taken.tile(block, n)
+            whole = unit if first_ref is None else first_ref[0] + unit
+            kv_head, row = lax.rem(whole, kv_heads), lax.div(whole, kv_heads)
+            return unit, row, kv_head, tile_k, range_of(row, tile_k)
 
         @pl.when(warpgroup == tile.consumers)
         def _producer():
             plgpu.set_max_registers(shared.REGISTERS[tile.consumers][0], action="decrease")
 
             def one_tile(n, step):
-                row, kv_head, tile_k, (lo, _, _, hi) = place(n)
+                _, row, kv_head, tile_k, (lo, _, _, hi) = place(n)
                 for wg in range(tile.consumers):
 
                     @pl.when(n > 0)
@@ -228,15 +307,15 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
             wg = warpgroup
 
             def one_tile(n, step):
-                row, kv_head, tile_k, (lo, full_lo, full_hi, hi) = place(n)
+                unit, row, kv_head, tile_k, (lo, full_lo, full_hi, hi) = place(n)
                 first_row = tile_k * tile.rows + wg * ROWS
                 rows = pl.ds(first_row, ROWS)
                 k_info = [plgpu.load(meta.at[row, rows], layout=shared.ROW_LAYOUT, optimized=False) for meta in k_metas]
                 plgpu.barrier_wait(own_full.at[wg])
 
-                def one_block(before, edge, q_block, carry):
+                def one_block(group, edge, q_block, carry):
                     dk, dv, old = carry
-                    at = before + (q_block - lo)
+                    at = step + group * (hi - lo) + (q_block - lo)
                     own, slot = shared.opaque(wg), lax.rem(at, tile.stages)
                     begun = at > step
                     last = jnp.where(begun, lax.rem(at + tile.stages - 1, tile.stages), slot)
@@ -272,7 +351,8 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
                         weights, slope = shared.weights(
                             config, scores, shared.along_columns(lse, shape), masked, partly
                         )
-                        new_dk, new_dv, dscores = dk, dv, None
+                        new_dk, new_dv = dk, dv
+                        dscores: Any = None
                         if behind:
                             new_dk = shared.finish(dk_acc)
                             pl.when(begun)(lambda: plgpu.barrier_arrive(q_free.at[last]))
@@ -286,9 +366,17 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
                             dscores = (dscores if slope is None else dscores * slope).astype(dtype)
                             if not behind:
                                 shared.product(dk_acc, dscores, q_smem.at[slot])
+                        if parts:
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the block before has left the buffer
+                            for i in range(blocks):
+                                scores_smem.at[wg, i][...] = dscores[:, i * ROWS : (i + 1) * ROWS]
                         if want_dv:
                             new_dv = shared.finish(dv_acc, in_flight=int(want_dk and not behind))
                         plgpu.commit_smem()  # what was read above comes before the copies that overwrite it
+                        if parts:
+                            for i in range(blocks):
+                                at = parts.store.place(unit * groups + group, tile_k, q_block * blocks + i)
+                                plgpu.copy_smem_to_gmem(scores_smem.at[wg, i], scores_ref.at[*at, wg])
                         plgpu.barrier_arrive(dout_free.at[slot])
                         if behind:
                             return new_dk, new_dv, dscores
@@ -315,10 +403,9 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
                 partly = jnp.where(full_hi >= hi, jnp.minimum(full_lo, hi), hi) if edges else lo
 
                 def one_head(group, carry):
-                    before = step + group * (hi - lo)
                     if edges:
-                        carry = lax.fori_loop(lo, partly, functools.partial(one_block, before, True), carry)
-                    return lax.fori_loop(partly, hi, functools.partial(one_block, before, False), carry)
+                        carry = lax.fori_loop(lo, partly, functools.partial(one_block, group, True), carry)
+                    return lax.fori_loop(partly, hi, functools.partial(one_block, group, False), carry)
 
                 dk, dv, old = one_head(0, start) if groups == 1 else lax.fori_loop(0, groups, one_head, start)
                 steps = groups * (hi - lo)
@@ -348,6 +435,7 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
         plgpu.SMEM((tile.stages, tile.block), jnp.float32),
         plgpu.SMEM((tile.stages, tile.block), jnp.float32),
         plgpu.SMEM((len(q_meta), tile.stages, tile.block), jnp.int32) if q_meta else None,
+        shared.tiled((tile.consumers, blocks, ROWS, ROWS), dtype) if parts else None,
         plgpu.Barrier(num_barriers=tile.consumers, num_arrivals=2),
         plgpu.Barrier(num_barriers=tile.consumers),
         plgpu.Barrier(num_barriers=tile.stages, num_arrivals=2 + len(q_meta)),
@@ -355,9 +443,11 @@ def _keys_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired
         plgpu.Barrier(num_barriers=tile.stages, num_arrivals=2),
         plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.consumers),
     )
-    out_type = tuple(jax.ShapeDtypeStruct(operands.k.shape, dtype) for _ in wanted)
+    out_type: Any = tuple(jax.ShapeDtypeStruct(operands.k.shape, dtype) for _ in wanted)
+    if parts:
+        out_type = jax.ShapeDtypeStruct(parts.store.shape, dtype)
     kernel = _launch(body, tile, taken.blocks, out_type, scratch)
-    return kernel(*operands[:3], dout, lse, delta, ranges, *q_meta, *k_meta)
+    return kernel(*operands[:3], dout, lse, delta, ranges, first, *q_meta, *k_meta, *gradients)
 
 
 def _queries_kernel(config, operands: Operands, lengths, tile: BackwardTile, paired, ranges, dout, out, lse, delta):

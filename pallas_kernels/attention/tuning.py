@@ -4,11 +4,11 @@ import functools
 
 import jax
 
-from crescendo.pallas_kernels.attention import mosaic_gpu, mosaic_gpu_backward
+from crescendo.pallas_kernels.attention import mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_scores
 from crescendo.pallas_kernels.attention.contract import Config, Operands
 from crescendo.pallas_kernels.attention.op import attention
 from crescendo.pallas_kernels.attention.tiles import key
-from crescendo.pallas_kernels.op import Spec
+from crescendo.pallas_kernels.op import Spec, Unsupported
 from crescendo.pallas_kernels.tune import Problem, Tunable
 
 ROWS = mosaic_gpu.ROWS
@@ -60,10 +60,18 @@ def _for_backward(config: Config, operands: Operands) -> tuple:
     return operands, lse, dout, out
 
 
-def _backward(which: int, spec: Spec) -> Problem:
-    """Of the kernel for the gradients of k and v (0) or that for q (1), beside the other with its default."""
+def _backward(which: int, from_scores: bool | None, spec: Spec) -> Problem:
+    """Of the kernel for the gradients of k and v (0) or one for that of q (1), beside the other with its default.
+
+    `from_scores` says which one for q it is.
+    """
     config, operands, width = _call(spec)
-    defaults = mosaic_gpu_backward.tiles_for(operands)
+    defaults: tuple = mosaic_gpu_backward.tiles_for(operands)
+    parts = mosaic_gpu_scores.parts_for(config, operands, defaults[0])
+    if parts is not None:
+        defaults = defaults[0], mosaic_gpu_scores.tile_for(config, operands, parts)
+    if from_scores not in (None, parts is not None):
+        raise Unsupported("the gradient of q is made by the other kernel")
 
     def run(tile):
         pair = (tile, defaults[1]) if which == 0 else (defaults[0], tile)
@@ -73,13 +81,17 @@ def _backward(which: int, spec: Spec) -> Problem:
 
         return gradients
 
-    def fits(tile: mosaic_gpu_backward.BackwardTile) -> bool:
-        rows = 2 * tile.rows + 2 * tile.stages * tile.block
-        # Up to a width of 128 the one for k and v holds both gradients.
-        gradients = width if which == 0 and width <= 128 else width // 2
-        matrices = gradients + tile.block + (tile.block // 4 if tile.behind else 0)
-        fitting = _fits(width * rows, matrices, mosaic_gpu.REGISTERS[tile.consumers][1])
-        return fitting and _another(config, tile)
+    def fits(tile) -> bool:
+        if isinstance(tile, mosaic_gpu_scores.ScoresTile):
+            matrices, elements = tile.blocks * width // 2, tile.elements(width)
+        else:
+            elements = width * (2 * tile.rows + 2 * tile.stages * tile.block)
+            # Up to a width of 128 the one for k and v holds both gradients.
+            gradients = width if which == 0 and width <= 128 else width // 2
+            matrices = gradients + tile.block + (tile.block // 4 if tile.behind else 0)
+            if which == 0 and parts is not None:
+                elements += tile.rows * tile.block
+        return _fits(elements, matrices, mosaic_gpu.REGISTERS[tile.consumers][1]) and _another(config, tile)
 
     arrays = functools.partial(_for_backward, config, operands)
     return Problem(key(config, operands), operands.dims[1], defaults[which], arrays, run, fits)
@@ -97,6 +109,11 @@ TUNABLES = (
             {"turns": (True, False), **ORDER},
         ),
     ),
-    Tunable("gradients of k and v", functools.partial(_backward, 0), BACKWARD),
-    Tunable("gradient of q", functools.partial(_backward, 1), BACKWARD),
+    Tunable("gradients of k and v", functools.partial(_backward, 0, None), BACKWARD),
+    Tunable("gradient of q", functools.partial(_backward, 1, False), BACKWARD),
+    Tunable(
+        "gradient of q from scores",
+        functools.partial(_backward, 1, True),
+        ({"blocks": (1, 2), "stages": (3, 4, 5, 6)}, ORDER),
+    ),
 )

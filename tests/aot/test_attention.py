@@ -72,9 +72,9 @@ def test_forward_and_backward_compile_and_hardly_spill(width, kv_heads, options,
     assert len(spills) == (4 if width > 128 else 3), "the forward pass, and a kernel or two for k and v, and one for q"
     # The forward is the first. Both gradients of k and v leave some registers too little.
     assert spills[0] == 0
-    # Of 256 columns the kernel for q spills more, where a tile begins and in the steps on an edge: its loop over blocks
-    # that are seen as a whole has none.
-    assert max(spills) <= (128 if width < 256 else 160)
+    # Of 256 columns the kernel for q, the second, spills more, where a tile begins and in the steps on an edge: its
+    # loop over blocks that are seen as a whole has none.
+    assert all(spilled <= (160 if width == 256 and i == 1 else 128) for i, spilled in enumerate(spills)), spills
 
 
 def compile_everything(implementation, spec, device, platform):
@@ -179,12 +179,44 @@ def test_triton_kernels_interpreted(spec, monkeypatch):
     assert all(value < 2e-3 for value in errors.values()), errors
 
 
-def test_sharded_by_batch_and_heads_nothing_is_gathered():
+def of_scores(batch: int, length: int, heads: int, kv_heads: int):
+    """Forward and backward of a causal call that may keep the gradients of its scores, compiled."""
+    where = NamedSharding(Mesh(np.array(h100s(1)), ("x",)), P())
+    q, k = (jax.ShapeDtypeStruct((batch, length, n, 128), jnp.bfloat16, sharding=where) for n in (heads, kv_heads))
+
+    def backward(q, k, v):
+        call = functools.partial(attention, causal=True, implementation="mosaic_gpu")
+        return jax.grad(lambda *arrays: call(*arrays).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
+
+    with target(h100s(1)[0]):
+        return jax.jit(backward).trace(q, k, k).lower(lowering_platforms=("cuda",)).compile()
+
+
+@pytest.mark.parametrize(
+    ("call", "mib"),
+    # In whole: 1 GiB; in one part each: 17, 5, 1; a group of heads that needs more than the bound keeps nothing.
+    [((4, 4096, 16, 16), 530), ((1, 32768, 16, 16), 1032), ((1, 4096, 32, 8), 530), ((1, 65536, 16, 16), 0)],
+    ids=["short", "long", "grouped", "longer"],
+)
+def test_the_gradients_of_scores_take_bounded_memory(call, mib):
+    compiled = of_scores(*call)
+    arrays = 2 * call[0] * call[1] * call[2] * 128
+    # Beside them the forward's result and its cotangent, and a few numbers a row.
+    assert compiled.memory_analysis().temp_size_in_bytes < mib * 2**20 + 2.1 * arrays
+    text = compiled.as_text()
+    assert text.count('custom_call_target="mosaic_gpu') == 3  # in a loop over the parts: nothing is compiled twice
+    assert ("AllocateBuffer" in text) == bool(mib)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_sharded_by_batch_and_heads_nothing_is_gathered(width):
     devices = h100s(8)
     mesh = Mesh(np.array(devices).reshape(4, 2), ("data", "model"))
     where = NamedSharding(mesh, P("data", None, "model"))
-    q, k = (jax.ShapeDtypeStruct((8, 1024, heads, 64), jnp.bfloat16, sharding=where) for heads in (4, 2))
+    q, k = (jax.ShapeDtypeStruct((8, 1024, heads, width), jnp.bfloat16, sharding=where) for heads in (4, 2))
+    # Without them, heads of 128 keep the gradients of their scores.
     segment_ids = jax.ShapeDtypeStruct((8, 1024), jnp.int32, sharding=NamedSharding(mesh, P("data")))
+    segment_ids = segment_ids if width == 64 else None
 
     def gradients(q, k, v, segment_ids):
         def total(*arrays):
@@ -197,7 +229,8 @@ def test_sharded_by_batch_and_heads_nothing_is_gathered():
         lowered = jax.jit(gradients).trace(q, k, k, segment_ids).lower(lowering_platforms=("cuda",))
     text = lowered.compile().as_text()
     assert text.count('custom_call_target="mosaic_gpu') == 3
-    assert "bf16[2,1024,1,2,64]" in text or "bf16[2,1024,2,64]" in text  # a device's own queries: 2 rows, 2 heads
+    # A device's own queries: 2 rows, 2 heads.
+    assert f"bf16[2,1024,1,2,{width}]" in text or f"bf16[2,1024,2,{width}]" in text
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in text
 
