@@ -324,6 +324,12 @@ def _attend_forward(kernels, config, operands):
     return (out, lse), (operands, out, lse)
 
 
+def dout_out(dout, out):
+    """Of each row, `[B, H, T]`, in float32 or wider."""
+    wide = jnp.promote_types(out.dtype, jnp.float32)
+    return jnp.einsum("bthd,bthd->bht", dout.astype(wide), out.astype(wide))
+
+
 def _attend_backward(kernels, config, residuals, cotangents):
     operands, out, lse = residuals
     dout, dlse = cotangents
@@ -334,8 +340,7 @@ def _attend_backward(kernels, config, residuals, cotangents):
     if kernels.adds_out:
         dq, dk, dv, dbias = kernels.backward(config, operands, lse, dout, delta, out)
     else:
-        f32 = jnp.promote_types(out.dtype, jnp.float32)
-        total = jnp.einsum("bthd,bthd->bht", out.astype(f32), dout.astype(f32))
+        total = dout_out(dout, out)
         dq, dk, dv, dbias = kernels.backward(config, operands, lse, dout, total if delta is None else total + delta)
     if dbias is not None:
         once = [axis for axis, size in enumerate(operands.bias.shape) if size != dbias.shape[axis]]

@@ -36,7 +36,7 @@ LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 FLOOR = -1e30  # the least maximum: finite, so that a row which has seen nothing yet makes no NaN
 ROWS = 64  # of a warpgroup's matrix instruction
-SHARED_BYTES = 227 * 1024 - 1024  # of a block of threads, less barriers and metadata
+SHARED_BYTES = 227 * 1024 - 1024  # of a block of threads, less what is small: barriers, rows' numbers, metadata
 # Of a thread of the producer and of a consumer, by the number of consumers: together at most what they start with.
 REGISTERS = {1: (40, 240), 2: (24, 240), 3: (32, 160)}
 ROW_LAYOUT, COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)

@@ -12,7 +12,7 @@ add to the same place.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from crescendo.pallas_kernels.attention import mosaic_gpu as shared
 from crescendo.pallas_kernels.attention import mosaic_gpu_scores as kept
-from crescendo.pallas_kernels.attention.contract import Config, Operands
+from crescendo.pallas_kernels.attention.contract import Config, Operands, dout_out
 from crescendo.pallas_kernels.attention.tiles import tuned
 
 ROWS, LOG2_E = shared.ROWS, shared.LOG2_E
@@ -100,6 +100,21 @@ def _tiles(config: Config, operands: Operands) -> tuple[BackwardTile, BackwardTi
     return keys_tile, tuned("gradient of q from scores", config, operands, kept.tile_for(config, operands, parts))
 
 
+class _Part(NamedTuple):
+    """A part of a call that keeps the gradients of its scores.
+
+    Attributes:
+      units, store: how many there are (`mosaic_gpu_scores.Parts`), and where the gradients lie.
+      first: int32 `[1]`, the first unit, counted over the batch.
+      gradients: references to the whole gradients of k and v.
+    """
+
+    units: int
+    store: kept.Store
+    first: Any
+    gradients: tuple
+
+
 def _in_blocks(operands: Operands, block_q: int, block_k: int):
     """The operands in whole blocks, and what brings an array like q there, and one of a number for each query."""
     length = operands.q.shape[1]
@@ -119,8 +134,7 @@ def _from_scores(config, operands: Operands, lse, dout, delta, out, keys_tile, q
     """Part after part: the kernel for k and v leaves the gradients of the scores, from which that of q is made."""
     _, length, keys, heads, kv_heads, width = operands.dims
     if out is not None:
-        total = jnp.einsum("bthd,bthd->bht", out, dout, preferred_element_type=jnp.float32)
-        delta = total if delta is None else delta + total
+        delta = dout_out(dout, out) if delta is None else delta + dout_out(dout, out)
     paired = shared.in_pairs(config, keys_tile, keys, keys_tile.rows)
     queries_paired = shared.in_pairs(config, queries_tile, length, queries_tile.rows)
     block_q = math.lcm(keys_tile.block, queries_tile.rows * (2 if queries_paired else 1))
@@ -134,9 +148,8 @@ def _from_scores(config, operands: Operands, lse, dout, delta, out, keys_tile, q
 
         def one_part(index, _):
             first = jnp.full((1,), index * parts.units, jnp.int32)
-            scores = _keys_kernel(
-                config, whole, (length, keys), keys_tile, paired, ("dk", "dv"), None, *rows, parts, first, (dk, dv)
-            )
+            part = _Part(parts.units, parts.store, first, (dk, dv))
+            scores = _keys_kernel(config, whole, (length, keys), keys_tile, paired, ("dk", "dv"), None, *rows, part)
             first = first * (heads // kv_heads)
             kept.gradient_of_q(config, whole.k, scores, first, dq, parts.store, queries_tile, queries_paired)
 
@@ -221,18 +234,15 @@ def _keys_kernel(
     dout,
     lse,
     delta,
-    parts: kept.Parts | None = None,
-    first=None,
-    gradients=(),
+    part: _Part | None = None,
 ):
     """The gradients named in `wanted`, of k and v, from the rows' log-sum-exp in base 2 and dout.out.
 
-    With `parts`, of the units from `first` on, written to the references `gradients`; what comes back is the gradients
-    of the scores.
+    Of a part, they are written to its references, and what comes back is the gradients of the scores.
     """
     batch, _, padded_keys, heads, kv_heads, width = operands.dims
     groups, dtype = heads // kv_heads, operands.q.dtype
-    units, blocks = parts.units if parts else batch * kv_heads, tile.block // ROWS
+    units, blocks = part.units if part else batch * kv_heads, tile.block // ROWS
     taken = shared.schedule(tile, padded_keys // tile.rows, units, paired)
     q_meta, k_meta = _split(operands)
     want_dk, want_dv = "dk" in wanted, "dv" in wanted
@@ -245,8 +255,8 @@ def _keys_kernel(
         q_metas, rest = rest[: len(q_meta)], rest[len(q_meta) :]
         k_metas, rest = rest[: len(k_meta)], rest[len(k_meta) :]
         out_refs, rest = rest[: len(wanted)], rest[len(wanted) :]
-        scores_ref: Any = rest[0] if parts else None
-        scratch = rest[1:] if parts else rest
+        scores_ref: Any = rest[0] if part else None
+        scratch = rest[1:] if part else rest
         k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, meta_smem, scores_smem, *barriers = scratch
         own_full, own_free, q_full, q_free, dout_full, dout_free = barriers
         block, warpgroup = lax.axis_index("block"), lax.axis_index("wg")
@@ -366,16 +376,16 @@ def _keys_kernel(
                             dscores = (dscores if slope is None else dscores * slope).astype(dtype)
                             if not behind:
                                 shared.product(dk_acc, dscores, q_smem.at[slot])
-                        if parts:
+                        if part:
                             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the block before has left the buffer
                             for i in range(blocks):
                                 scores_smem.at[wg, i][...] = dscores[:, i * ROWS : (i + 1) * ROWS]
                         if want_dv:
                             new_dv = shared.finish(dv_acc, in_flight=int(want_dk and not behind))
                         plgpu.commit_smem()  # what was read above comes before the copies that overwrite it
-                        if parts:
+                        if part:
                             for i in range(blocks):
-                                at = parts.store.place(unit * groups + group, tile_k, q_block * blocks + i)
+                                at = part.store.place(unit * groups + group, tile_k, q_block * blocks + i)
                                 plgpu.copy_smem_to_gmem(scores_smem.at[wg, i], scores_ref.at[*at, wg])
                         plgpu.barrier_arrive(dout_free.at[slot])
                         if behind:
@@ -435,7 +445,7 @@ def _keys_kernel(
         plgpu.SMEM((tile.stages, tile.block), jnp.float32),
         plgpu.SMEM((tile.stages, tile.block), jnp.float32),
         plgpu.SMEM((len(q_meta), tile.stages, tile.block), jnp.int32) if q_meta else None,
-        shared.tiled((tile.consumers, blocks, ROWS, ROWS), dtype) if parts else None,
+        shared.tiled((tile.consumers, blocks, ROWS, ROWS), dtype) if part else None,
         plgpu.Barrier(num_barriers=tile.consumers, num_arrivals=2),
         plgpu.Barrier(num_barriers=tile.consumers),
         plgpu.Barrier(num_barriers=tile.stages, num_arrivals=2 + len(q_meta)),
@@ -444,9 +454,10 @@ def _keys_kernel(
         plgpu.Barrier(num_barriers=tile.stages, num_arrivals=tile.consumers),
     )
     out_type: Any = tuple(jax.ShapeDtypeStruct(operands.k.shape, dtype) for _ in wanted)
-    if parts:
-        out_type = jax.ShapeDtypeStruct(parts.store.shape, dtype)
+    if part:
+        out_type = jax.ShapeDtypeStruct(part.store.shape, dtype)
     kernel = _launch(body, tile, taken.blocks, out_type, scratch)
+    first, gradients = (part.first, part.gradients) if part else (None, ())
     return kernel(*operands[:3], dout, lse, delta, ranges, first, *q_meta, *k_meta, *gradients)
 
 
