@@ -2,9 +2,9 @@
 
 `OP/tuning.py` names the kernels (`TUNABLES`), each with groups of a tile's fields and the values to try. The values of
 a group are tried in every combination that fits, with the best of the groups before. A tile whose results aren't the
-default's is refused. The best and the default are timed once more, in turns, and one that isn't faster by more than
-the noise isn't taken. What is found goes into `OP/tiles.json`, one entry for each kernel, device, key and length, and
-replaces the one that was there.
+default's is refused. The best, the default and the tile in force are timed once more, in turns, and the one in force
+stays unless the best is faster by more than the noise. What is found goes into `OP/tiles.json`, one entry for each
+kernel, device, key and length, and replaces the one that was there.
 """
 
 import argparse
@@ -118,16 +118,23 @@ def timings(run: Callable, arrays: tuple, candidates: Sequence[Any], wanted, thr
         yield Timing(tile, seconds.get(tile), errors.get(tile, ""))
 
 
-def search(tunable: Tunable, problem: Problem, deadline: float, threads: int, show: Callable[[Timing], None]):
-    """The default's timing and the best one's."""
+def search(
+    tunable: Tunable, problem: Problem, deadline: float, threads: int, show: Callable[[Timing], None], in_force=None
+):
+    """The timings of the default and of the tile to take.
+
+    `in_force` is the tile that calls take so far, None for the default: it stays unless another is faster by more than
+    the noise.
+    """
     default, arrays = problem.default, problem.arrays()
+    so_far = in_force if in_force is not None and problem.fits(in_force) else default
     wanted = jax.jit(problem.run(default))(*arrays)
     tried: dict[Any, Timing] = {}
-    best = default
+    best = so_far
     for group in tunable.groups:
         values = (dict(zip(group, chosen, strict=True)) for chosen in itertools.product(*group.values()))
         candidates = [tile for tile in (dataclasses.replace(best, **fields) for fields in values) if problem.fits(tile)]
-        candidates = [tile for tile in dict.fromkeys([best, *candidates]) if tile not in tried]
+        candidates = [tile for tile in dict.fromkeys([default, best, *candidates]) if tile not in tried]
         if time.monotonic() > deadline:
             break
         for timing in timings(problem.run, arrays, candidates, wanted, threads):
@@ -136,13 +143,16 @@ def search(tunable: Tunable, problem: Problem, deadline: float, threads: int, sh
         measured = {tile: timing.seconds for tile, timing in tried.items() if timing.seconds is not None}
         best = min(measured, key=measured.__getitem__, default=best)
     missing = Timing(default, error="not measured")
-    if best == default or tried.get(default, missing).seconds is None:
+    last = list(dict.fromkeys([default, so_far, best]))
+    if len(last) == 1 or tried.get(default, missing).seconds is None:
         return tried.get(default, missing), tried.get(default, missing)
-    # Groups were timed at different moments: once more, these two in turns.
-    first, last = timings(problem.run, arrays, [default, best], wanted, threads)
-    if first.seconds is None or last.seconds is None:
+    # Groups were timed at different moments: once more, these in turns.
+    again = {timing.tile: timing for timing in timings(problem.run, arrays, last, wanted, threads)}
+    seconds = {tile: timing.seconds for tile, timing in again.items() if timing.seconds is not None}
+    if default not in seconds or best not in seconds:
         return tried[default], tried[default]
-    return first, last if last.seconds < first.seconds * (1 - NOISE) else first
+    stays = so_far in seconds and seconds[best] >= seconds[so_far] * (1 - NOISE)
+    return again[default], again[so_far if stays else best]
 
 
 def entry(tunable: Tunable, problem: Problem, default: Timing, best: Timing) -> dict[str, Any]:
@@ -239,7 +249,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             took = f"{1e3 * timing.seconds:9.4f} ms" if timing.seconds else "        -   "
             print(f"{took}  {shown(timing.tile)}  {timing.error}", flush=True)
 
-        default, best = search(tunable, problem, deadline, arguments.threads, show)
+        in_force = tiles.tuned(arguments.op, tunable.name, problem.key, problem.length, problem.default)
+        default, best = search(tunable, problem, deadline, arguments.threads, show, in_force)
         if default.seconds is None or best.seconds is None:
             print(f"          no result: {default.error}", flush=True)
             continue

@@ -24,6 +24,11 @@ SMALL_MODEL = (
 WORDS = ("batch", "size", "noise", "scale", "warm", "up", "learning", "rate", "mesh", "kernel", "decay", "token")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _quick(quick_compilation):
+    """For every module of the folder: its runs are short, and compiled for each batch size."""
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """400 text files of random sentences."""

@@ -82,6 +82,18 @@ def test_what_is_no_faster_than_noise_is_not_taken(known_costs):
     assert best.tile == Tile()
 
 
+def test_the_tile_in_force_stays_within_the_noise(known_costs):
+    tunable = tune.Tunable("double", problem, ({"rows": (8, 16)}, {"stages": (2, 3)}))
+
+    def found(in_force):
+        return tune.search(tunable, problem(SPEC), float("inf"), 1, print, in_force)[1].tile
+
+    # The best costs 0.0725; with 16 rows and five stages, which no group tries, it is as much.
+    assert found(Tile(16, 5)) == Tile(16, 5)
+    assert found(Tile(8, 3)) == Tile(16, 3)
+    assert found(Tile(16, 5, odd=True)) == Tile(16, 3)  # another length's, which doesn't fit here
+
+
 def test_results_that_are_not_finite_are_never_equal():
     x = jnp.array([1.0, -jnp.inf])
     assert tune.distance(x, x) == 0
@@ -172,7 +184,8 @@ def test_the_committed_tiles_of_attention_fit_and_gained(kernel):
                 (p.default, p.fits) for p in found if (p.key, p.length) == (line["key"], line["length"])
             ]
             assert fits(dataclasses.replace(default, **line["tile"])), line
-            assert line["ms"] <= line["default_ms"]
+            # A tile in force stays where none is faster by more than the noise.
+            assert line["ms"] * (1 - tune.NOISE) <= line["default_ms"]
 
 
 def test_the_committed_tables_name_kernels_that_are_there():
