@@ -194,7 +194,7 @@ def of_scores(batch: int, length: int, heads: int, kv_heads: int):
 
 @pytest.mark.parametrize(
     ("call", "mib"),
-    # In whole: 1 GiB; in one part each: 17, 5, 1; a group of heads that needs more than the bound keeps nothing.
+    # What one part keeps; where one group of heads would need more than the bound, nothing is kept.
     [((4, 4096, 16, 16), 530), ((1, 32768, 16, 16), 1032), ((1, 4096, 32, 8), 530), ((1, 65536, 16, 16), 0)],
     ids=["short", "long", "grouped", "longer"],
 )
