@@ -285,7 +285,7 @@ def make_sweep(functions: Functions, optimizer: str, recipe: Recipe, most: int, 
 
         def loss_fn(parameters, part):
             rows = jax.tree.map(lambda x: x[order[part["number"]]], train)
-            return functions.loss(parameters, rows, mask_key, part["number"] * microbatch)
+            return (*functions.loss(parameters, rows, mask_key, part["number"] * microbatch), {})
 
         def step(number, state):
             parameters, opt_state, losses = state

@@ -41,8 +41,11 @@ def measured_gradients(
     rows = batch["rows"]
     count, examples = batch["microbatches"] * spread.parts, rows["tokens"].shape[1] // spread.parts
 
+    def loss_and_extra(parameters, rows):
+        return (*loss_fn(parameters, rows), {})
+
     def probed_loss(both, rows):
-        return loss_fn(with_probes(*both), rows)
+        return loss_and_extra(with_probes(*both), rows)
 
     def measure(both) -> dict[str, jax.Array]:
         gradients, of_probes = both
@@ -88,7 +91,7 @@ def measured_gradients(
             norm_example_squared_norm=jnp.sum(squares["examples"]) * examples / count,
         )
     if {"dot_products", "coordinates"} & set(statistics):
-        found = parallel.deviations(loss_fn, parameters, rows, batch["microbatches"], gradients, spread=spread)
+        found = parallel.deviations(loss_and_extra, parameters, rows, batch["microbatches"], gradients, spread=spread)
         variance = jax.tree.map(lambda x: x * examples / jnp.maximum(count - 1, 1), found.squares)
         # An entry without noise passes at any size, also where it is 0.
         ratios = jax.tree.map(lambda v, g: jnp.max(jnp.where(v > 0, v / jnp.square(g), 0)), variance, gradients)

@@ -53,6 +53,7 @@ class Accumulated(NamedTuple):
     Attributes:
       loss_sum: float32.
       weight: float32, what `loss_sum` and `gradients` are divided by to get means.
+      extra: float32 scalars by name, what else `loss_fn` sums up.
       gradients: of `loss_sum`, float32, the parameters' tree.
       squared_norms: float32 `[k_max * parts, ...]`, what was measured of part i's mean gradient `g_i / w_i`, by default
         `||g_i / w_i||^2`; 0 from `count * parts` on. A part is a microbatch, or a shard of one (`Spread`).
@@ -60,6 +61,7 @@ class Accumulated(NamedTuple):
 
     loss_sum: jax.Array
     weight: jax.Array
+    extra: dict[str, jax.Array]
     gradients: Tree
     squared_norms: Tree
 
@@ -83,23 +85,24 @@ def accumulate(
     The trip count is traced, so a batch of another size is the same program: a change of batch size never recompiles.
 
     Args:
-      loss_fn: `(parameters, microbatch) -> (loss_sum, weight)`, both scalars.
+      loss_fn: `(parameters, microbatch) -> (loss_sum, weight, extra)`: two float32 scalars, and a dict of such (it may
+        be empty) that are added up too, such as counts of right answers.
       parameters: a tree of arrays.
       microbatches: a tree of arrays `[k_max, microbatch, ...]`.
       count: int32 scalar in `[1, k_max]`.
       measure: from a part's gradients to a tree of sums of their squares.
       spread: how gradients are summed over the devices.
 
-    >>> loss = lambda w, x: (jnp.sum(w * x), jnp.float32(x.size))
+    >>> loss = lambda w, x: (jnp.sum(w * x), jnp.float32(x.size), {"odd": jnp.sum(x % 2)})
     >>> total = accumulate(loss, jnp.float32(2), jnp.arange(6.0).reshape(3, 2), jnp.int32(2))
-    >>> float(total.loss_sum), float(total.weight), float(total.gradients)
-    (12.0, 4.0, 6.0)
+    >>> float(total.loss_sum), float(total.weight), float(total.gradients), float(total.extra["odd"])
+    (12.0, 4.0, 6.0, 2.0)
     """
 
-    def one(index, k_max, loss_sum, weight, gradients) -> Accumulated:
+    def one(index, k_max, loss_sum, weight, extra, gradients) -> Accumulated:
         squares = jax.tree.map(lambda x: x / jnp.square(jnp.maximum(weight, 1.0)), measure(gradients))
         rows = jax.tree.map(lambda x: jnp.zeros((k_max, *x.shape)).at[index].set(x), squares)
-        return Accumulated(loss_sum, weight, gradients, rows)
+        return Accumulated(loss_sum, weight, extra, gradients, rows)
 
     def local(parameters, microbatches, count):
         return _sum_over_microbatches(one, loss_fn, parameters, microbatches, count, spread.keep)
@@ -112,14 +115,15 @@ def accumulate(
         return (
             jax.lax.psum(total.loss_sum, spread.axes),
             jax.lax.psum(total.weight, spread.axes),
+            jax.tree.map(lambda x: jax.lax.psum(x, spread.axes), total.extra),
             _reduce(total.gradients, spread),
             jax.tree.map(lambda x: x[:, None], total.squared_norms),
         )
 
     specs = jax.tree.map(lambda dimension: P(*(None,) * dimension, "fsdp") if dimension >= 0 else P(), spread.scattered)
-    by_part = _by_part(reduced, spread, (P(), P(), specs, P(None, spread.axes)))
-    loss_sum, weight, gradients, squared_norms = by_part(parameters, microbatches, count)
-    return Accumulated(loss_sum, weight, gradients, jax.tree.map(_flatten_parts, squared_norms))
+    by_part = _by_part(reduced, spread, (P(), P(), P(), specs, P(None, spread.axes)))
+    loss_sum, weight, extra, gradients, squared_norms = by_part(parameters, microbatches, count)
+    return Accumulated(loss_sum, weight, extra, gradients, jax.tree.map(_flatten_parts, squared_norms))
 
 
 def _by_part(function: Callable, spread: Spread, out_specs: Tree, *, others: int = 0) -> Callable:
@@ -188,13 +192,13 @@ def deviations(
       loss_fn, parameters, microbatches, count, spread: as given to `accumulate`.
       mean_gradients: `g`, its gradients over its weight.
 
-    >>> loss = lambda w, x: (jnp.sum(w * x), jnp.float32(x.size))
+    >>> loss = lambda w, x: (jnp.sum(w * x), jnp.float32(x.size), {})
     >>> found = deviations(loss, jnp.float32(2), jnp.arange(6.0).reshape(3, 2), jnp.int32(2), jnp.float32(1.5))
     >>> print(found.dot_products, found.squares)
     [0.75 3.75 0.  ] 2.0
     """
 
-    def one(index, k_max, loss_sum, weight, gradients, mean_gradients) -> Deviations:
+    def one(index, k_max, loss_sum, weight, extra, gradients, mean_gradients) -> Deviations:
         means = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), gradients)
         dot_product = sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), means, mean_gradients)))
         squares = jax.tree.map(lambda a, b: jnp.square(a - b), means, mean_gradients)
@@ -219,15 +223,20 @@ def deviations(
 def _sum_over_microbatches(
     one: Callable, loss_fn: Callable, parameters: Tree, microbatches: Tree, count: jax.Array, keep: Callable
 ):
-    """The sum of `one(index, k_max, loss_sum, weight, gradients in float32)` over the first `count` microbatches."""
+    """The sum of `one(index, k_max, loss_sum, weight, extra, gradients in float32)` over the first `count` of them."""
     k_max = jax.tree.leaves(microbatches)[0].shape[0]
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def loss_and_rest(parameters, microbatch):
+        loss_sum, weight, extra = loss_fn(parameters, microbatch)
+        return loss_sum, (weight, extra)
+
+    value_and_grad = jax.value_and_grad(loss_and_rest, has_aux=True)
 
     def term(index):
         microbatch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), microbatches)
-        (loss_sum, weight), gradients = value_and_grad(parameters, microbatch)
+        (loss_sum, (weight, extra)), gradients = value_and_grad(parameters, microbatch)
         gradients = keep(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
-        return one(index, k_max, loss_sum, weight, gradients)
+        return one(index, k_max, loss_sum, weight, extra, gradients)
 
     if k_max == 1:
         return term(0)

@@ -5,12 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crescendo.parallel import accumulate, deviations
+from crescendo.parallel import Layout, accumulate, deviations, make_mesh
 
 
 def loss_fn(parameters, rows):
     residual = jnp.tanh(rows["x"] @ parameters["w"]) - rows["y"]
-    return jnp.sum(rows["weight"] * jnp.square(residual)), jnp.sum(rows["weight"])
+    extra = {"absolute": jnp.sum(jnp.abs(residual)), "rows": jnp.float32(residual.size)}
+    return jnp.sum(rows["weight"] * jnp.square(residual)), jnp.sum(rows["weight"]), extra
+
+
+def mean_loss(parameters, rows):
+    loss_sum, weight, _ = loss_fn(parameters, rows)
+    return loss_sum / weight
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +41,13 @@ def test_sums_equal_those_of_the_whole_batch(problem, compiled, count):
     parameters, rows = problem
     total = compiled(parameters, rows, jnp.int32(count))
     whole = jax.tree.map(lambda x: x[:count].reshape(-1, *x.shape[2:]), rows)
-    (loss, weight), gradients = jax.value_and_grad(loss_fn, has_aux=True)(parameters, whole)
+    loss, weight, extra = loss_fn(parameters, whole)
+    gradients = jax.grad(lambda p: loss_fn(p, whole)[0])(parameters)
     np.testing.assert_allclose(total.loss_sum, loss, rtol=1e-6)
     np.testing.assert_allclose(total.weight, weight)
+    assert total.extra.keys() == extra.keys()
+    for name, expected in extra.items():
+        np.testing.assert_allclose(total.extra[name], expected, rtol=1e-6)
     np.testing.assert_allclose(total.gradients["w"], gradients["w"], rtol=1e-5, atol=1e-6)
 
 
@@ -45,7 +55,7 @@ def test_squared_norms_are_those_of_each_mean_gradient(problem, compiled):
     parameters, rows = problem
     total = compiled(parameters, rows, jnp.int32(3))
     for i in range(3):
-        mean = jax.grad(lambda p, i=i: jnp.divide(*loss_fn(p, jax.tree.map(lambda x: x[i], rows))))(parameters)
+        mean = jax.grad(mean_loss)(parameters, jax.tree.map(lambda x, i=i: x[i], rows))
         np.testing.assert_allclose(total.squared_norms[i], np.sum(np.square(mean["w"])), rtol=1e-5)
     assert total.squared_norms[3] == 0
 
@@ -55,10 +65,7 @@ def test_deviations_are_those_of_each_mean_gradient_from_the_whole(problem):
     total = accumulate(loss_fn, parameters, rows, jnp.int32(3))
     mean = jax.tree.map(lambda g: g / total.weight, total.gradients)
     found = deviations(loss_fn, parameters, rows, jnp.int32(3), mean)
-    means = [
-        jax.grad(lambda p, i=i: jnp.divide(*loss_fn(p, jax.tree.map(lambda x: x[i], rows))))(parameters)["w"]
-        for i in range(3)
-    ]
+    means = [jax.grad(mean_loss)(parameters, jax.tree.map(lambda x, i=i: x[i], rows))["w"] for i in range(3)]
     np.testing.assert_allclose(found.dot_products, [*(g @ mean["w"] for g in means), 0], rtol=1e-5)
     np.testing.assert_allclose(found.squares["w"], sum((g - mean["w"]) ** 2 for g in means), rtol=1e-4)
 
@@ -76,3 +83,21 @@ def test_one_microbatch_needs_no_loop(problem):
     first = jax.tree.map(lambda x: x[:1], rows)
     text = jax.jit(lambda p, r: accumulate(loss_fn, p, r, jnp.int32(1))).lower(parameters, first).as_text()
     assert "while" not in text
+
+
+def test_parts_that_wait_for_the_end_of_the_step_add_up_the_same(problem):
+    parameters, rows = problem
+    rows = jax.tree.map(lambda x: x.repeat(8, axis=1), rows)
+    layout = Layout(make_mesh(data=4, fsdp=2), "zero1")
+    spread = layout.spread({"w": ("embed",)})
+    assert spread.parts == 8
+    alone = accumulate(loss_fn, parameters, rows, jnp.int32(3))
+    parts = jax.jit(lambda p, r: accumulate(loss_fn, p, r, jnp.int32(3), spread=spread))
+    padded = {"w": np.pad(parameters["w"], (0, 3))}
+    inputs = rows | {"x": np.pad(rows["x"], ((0, 0), (0, 0), (0, 3)))}
+    found = parts(padded, inputs)
+    for name in ("loss_sum", "weight", "extra"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), getattr(found, name), getattr(alone, name)
+        )
+    np.testing.assert_allclose(found.gradients["w"][:5], alone.gradients["w"], rtol=1e-5, atol=1e-5)
