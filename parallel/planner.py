@@ -21,21 +21,32 @@ class BatchPlan(NamedTuple):
         return batch_size // self.microbatch_examples
 
 
-def plan_batches(sizes: Sequence[int], shards: int, max_microbatch_examples: int | None = None) -> BatchPlan:
-    """The largest microbatch that divides every batch size, splits over the devices, and is within the bound.
+def plan_batches(
+    sizes: Sequence[int], shards: int, max_microbatch_examples: int | None = None, *, min_microbatches: int = 1
+) -> BatchPlan:
+    """The largest microbatch that divides every batch size, splits over the devices, and is within the bounds.
 
     Args:
       sizes: every batch size that the run may take, in examples.
       shards: the number of parts that a microbatch is split in, one a device along the batch-like mesh axes.
       max_microbatch_examples: the bound that memory sets; None for no bound. One example a shard is always allowed.
+      min_microbatches: every batch is cut into at least so many: what compares microbatches needs two.
 
     Raises:
-      ValueError: for a size below 1 or one that the shards can't divide.
+      ValueError: for a size below 1, one that the shards can't divide, or one of fewer than `min_microbatches`
+        examples a shard.
 
     >>> plan_batches([4, 8, 24], shards=2)
     BatchPlan(microbatch_examples=4, max_microbatches=6)
     >>> plan_batches([4, 8, 24], shards=2, max_microbatch_examples=3)
     BatchPlan(microbatch_examples=2, max_microbatches=12)
+    >>> plan_batches([8, 24], shards=2, min_microbatches=2)
+    BatchPlan(microbatch_examples=4, max_microbatches=6)
+    >>> plan_batches([8, 24], shards=8, min_microbatches=2)
+    Traceback (most recent call last):
+    ...
+    ValueError: batch_size = 8 over 8 devices can't be cut into 2 microbatches: use a multiple of 8 from 16 on, such \
+as 16 or 24
     """
     for size in sizes:
         if size < 1:
@@ -44,8 +55,15 @@ def plan_batches(sizes: Sequence[int], shards: int, max_microbatch_examples: int
             below, above = size // shards * shards, -(-size // shards) * shards
             nearest = f"{below} or {above}" if below else f"{above}"
             raise ValueError(f"batch_size = {size} does not divide over {shards} devices: use {nearest}")
+        if size < min_microbatches * shards:
+            least = min_microbatches * shards
+            raise ValueError(
+                f"batch_size = {size} over {shards} devices can't be cut into {min_microbatches} microbatches: use a "
+                f"multiple of {shards} from {least} on, such as {least} or {least + shards}"
+            )
     common = math.gcd(*sizes)
     bound = max(common if max_microbatch_examples is None else max_microbatch_examples, shards)
+    bound = min(bound, min(sizes) // min_microbatches)
     microbatch = max(
         divisor for divisor in range(shards, common + 1, shards) if common % divisor == 0 and divisor <= bound
     )
