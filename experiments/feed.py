@@ -20,7 +20,7 @@ def put_rows(
       shape: of each array.
       read: from the numbers of rows, `group * examples + example`, to their arrays `[rows, T]`.
     """
-    sharding, order = layout.batch(leading=1), layout.order(shape[2])
+    sharding, order = layout.rows(("length",), leading=1), layout.order(shape[2])
     places = sharding.addressable_devices_indices_map(shape).values()
     parts = [index[1].indices(shape[1]) for index in places if index is not None]
     begin, end = min(start for start, _, _ in parts), max(stop for _, stop, _ in parts)

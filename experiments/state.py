@@ -107,7 +107,7 @@ def abstract_batch(layout: parallel.Layout, plan: parallel.BatchPlan, sequence_l
     """The input of one step: `rows` of shape `[k_max, microbatch, T]`, their `count`, and the clock."""
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated)
     shape = (plan.max_microbatches, plan.microbatch_examples, sequence_length)
-    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.batch(leading=1))
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout.rows(("length",), leading=1))
     names = ("tokens", "labels", "segment_ids", "positions")
     return {"rows": dict.fromkeys(names, rows), "microbatches": scalar, "examples_seen": scalar}
 

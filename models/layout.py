@@ -23,6 +23,10 @@ class Layout(Protocol):
         """The same array, its gradient summed over the devices before anything else happens to it."""
         ...
 
+    def in_row_order(self, array: jax.Array, axis: int = 1) -> jax.Array:
+        """An array made in the natural order of a row's tokens, in the order in which rows lie on the devices."""
+        ...
+
     def attend(
         self, attention: Callable, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool, blocks: Any
     ) -> jax.Array:
@@ -55,6 +59,11 @@ class OneDevice:
     def weight(self, array: jax.Array, names: tuple[str, ...]) -> jax.Array:
         """The array."""
         del names
+        return array
+
+    def in_row_order(self, array: jax.Array, axis: int = 1) -> jax.Array:
+        """The array."""
+        del axis
         return array
 
     def attend(

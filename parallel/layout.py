@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -87,15 +88,76 @@ class Layout:
 
         return jax.tree.map(sharding, logical_axes, is_leaf=_is_names)
 
+    def like_parameter(
+        self, table: Table, names: tuple[str, ...], parameter_shape: tuple[int, ...], array_shape: tuple[int, ...]
+    ) -> NamedSharding:
+        """The sharding of an optimizer's array that belongs to a parameter, whatever its shape.
+
+        An array of the parameter's shape lies like it. Otherwise each dimension lies like the parameter's first one of
+        the same size that no dimension before it took, where the mesh divides it; one without such a size is whole.
+
+        Args:
+          table: from logical axis to mesh axes, as if the array were the parameter.
+          names: the logical names of the parameter's axes.
+          parameter_shape, array_shape: the two shapes.
+
+        >>> from crescendo.parallel.mesh import MeshSpec
+        >>> layout = Layout(MeshSpec(data=1, fsdp=4, tensor=2).abstract(8))
+        >>> names, shape = ("layers", "embed", "mlp"), (3, 16, 40)  # [L, D, F]
+        >>> def spec(*array_shape):
+        ...     return layout.like_parameter(layout.strategy.optimizer, names, shape, array_shape).spec
+        >>> spec(3, 16), spec(3, 40)  # Adafactor's factors of rows and columns
+        (P(None, ('fsdp', 'sequence')), P(None, 'tensor'))
+        >>> spec(3, 5, 40), spec(1)  # GaLore's moments of rank 5, a placeholder
+        (P(None, None, 'tensor'), P(None,))
+        """
+        entries = spec_entries(table, names)
+        if array_shape == parameter_shape:
+            return NamedSharding(self.mesh, PartitionSpec(*entries))
+        free = list(range(len(parameter_shape)))
+        found: list = []
+        for size in array_shape:
+            match = next((i for i in free if parameter_shape[i] == size), None)
+            if match is not None:
+                free.remove(match)
+                ways = math.prod(self.sizes[axis] for axis in table.get(names[match] or "", ()))
+            found.append(entries[match] if match is not None and size % ways == 0 else None)
+        return NamedSharding(self.mesh, PartitionSpec(*found))
+
     @property
     def replicated(self) -> NamedSharding:
         """Whole on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def batch(self, *, leading: int = 0) -> NamedSharding:
-        """The sharding of rows `[..., B, T]`, behind `leading` other axes."""
-        entries = spec_entries(ACTIVATIONS, (*(None,) * leading, "batch", "length"))
+    def rows(self, axes: tuple[str | None, ...], *, leading: int = 0) -> NamedSharding:
+        """The sharding of arrays `[..., B, *axes]`, B being split like the batch.
+
+        Args:
+          axes: the logical names of the axes of one example's array; None is a whole axis.
+          leading: how many whole axes there are before B.
+
+        >>> from crescendo.parallel.mesh import MeshSpec
+        >>> layout = Layout(MeshSpec(data=2, sequence=4).abstract(8))
+        >>> layout.rows(("length",), leading=1).spec
+        P(None, ('data', 'fsdp', 'expert'), 'sequence')
+        """
+        entries = spec_entries(ACTIVATIONS, (*(None,) * leading, "batch", *axes))
         return NamedSharding(self.mesh, PartitionSpec(*entries))
+
+    def in_row_order(self, array: jax.Array, axis: int = 1) -> jax.Array:
+        """An array made in the natural order of a row's tokens, put into the order in which rows lie on the devices.
+
+        What is drawn at random for each token goes through it, so that a token gets the same on every mesh.
+
+        Args:
+          array: any with an axis of tokens.
+          axis: that axis.
+
+        Raises:
+          ValueError: for a length that the mesh can't divide.
+        """
+        order = self.order(array.shape[axis])
+        return array if order is None else jnp.take(array, order, axis=axis)
 
     def constrain(self, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """The activation, laid out by the logical names of its axes; None is a whole axis."""
@@ -223,6 +285,19 @@ class Layout:
                 f"ulysses = {degree} can't split the {local} query and {local_kv} key heads of a device (heads = "
                 f"{heads}, kv_heads = {kv_heads}, tensor = {tensor}): use one of {possible}"
             )
+
+    def without_experts(self) -> "Layout":
+        """The layout, for a model without experts.
+
+        Raises:
+          ValueError: where the mesh has devices along `expert`.
+        """
+        if self.sizes["expert"] > 1:
+            raise ValueError(
+                f"mesh expert = {self.sizes['expert']}: this model has no experts, and would hold whole replicas along "
+                "it: use expert = 1, and data or fsdp for the batch"
+            )
+        return self
 
     def spread(self, logical_axes: Tree) -> Spread:
         """How `accumulate` sums gradients over this mesh."""

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from crescendo.models import ModelConfig, logical_axes
 from crescendo.models import axes as names
+from crescendo.models.layout import ONE_DEVICE
 from crescendo.parallel import STRATEGIES, Layout, MeshSpec, make_mesh, strategy
 from crescendo.parallel.mesh import AXES, slow_factors
 from crescendo.parallel.rules import ACTIVATIONS
@@ -106,8 +107,68 @@ def test_tensor_parallel_splits_columns_then_rows():
 
 def test_a_batch_is_split_by_examples_and_tokens():
     layout = Layout(make_mesh(data=2, fsdp=2, sequence=2))
-    array = jax.device_put(np.zeros((3, 8, 6)), layout.batch(leading=1))
+    array = jax.device_put(np.zeros((3, 8, 6)), layout.rows(("length",), leading=1))
     assert {shard.data.shape for shard in array.addressable_shards} == {(3, 2, 3)}
+
+
+def test_rows_of_any_shape_are_split_by_examples():
+    layout = Layout(make_mesh(data=2, fsdp=2, sequence=2))
+    assert layout.rows(()).shard_shape((8,)) == (2,)  # labels
+    assert layout.rows((None, None, None)).shard_shape((8, 28, 28, 3)) == (2, 28, 28, 3)  # pictures
+    assert layout.rows(("length", None)).shard_shape((8, 6, 2)) == (2, 3, 2)
+
+
+@pytest.mark.parametrize(("sizes", "ulysses"), [({"sequence": 4}, 1), ({"sequence": 4, "fsdp": 2}, 2), ({}, 1)])
+def test_what_is_drawn_for_tokens_follows_them_into_the_order_of_rows(sizes, ulysses):
+    layout = Layout(make_mesh(**{"data": -1} | sizes), strategy(ulysses=ulysses))
+    natural = np.random.default_rng(0).normal(size=(8, 32, 3)).astype(np.float32)
+    order = layout.order(32)
+    expected = natural if order is None else natural[:, order]
+    moved = jax.jit(layout.in_row_order, out_shardings=layout.rows(("length", None)))(natural)
+    np.testing.assert_array_equal(moved, expected)
+    np.testing.assert_array_equal(layout.in_row_order(natural.T, axis=-2), expected.T)
+    np.testing.assert_array_equal(ONE_DEVICE.in_row_order(natural), natural)
+    # Inside of what is done part by part too, where some of the mesh's axes are manual.
+    manual = jax.shard_map(
+        layout.in_row_order,
+        mesh=layout.mesh,
+        in_specs=PartitionSpec("data"),
+        out_specs=PartitionSpec("data"),
+        axis_names={"data"},
+        check_vma=False,
+    )
+    np.testing.assert_array_equal(jax.jit(manual)(natural), expected)
+
+
+def test_an_expert_axis_is_refused_for_a_model_without_experts():
+    layout = Layout(make_mesh(data=2, fsdp=4))
+    assert layout.without_experts() is layout
+    with pytest.raises(
+        ValueError, match=r"^mesh expert = 2: this model has no experts, and would .*: use expert = 1, "
+    ):
+        Layout(make_mesh(data=1, fsdp=4, expert=2)).without_experts()
+
+
+NAMED = st.lists(st.tuples(st.sampled_from(("layers", "embed", "mlp", "vocab")), st.integers(1, 4)), max_size=4)
+
+
+@given(named=NAMED, data=st.data())
+def test_an_optimizer_array_of_any_shape_has_a_place(named, data):
+    layout = Layout(MeshSpec(data=1, fsdp=4, tensor=2).abstract(8))
+    named = list(dict(named).items())  # a mesh axis can split one dimension only
+    axes, shape = tuple(name for name, _ in named), tuple(8 * n for _, n in named)
+    table = layout.strategy.optimizer
+    whole = layout.like_parameter(table, axes, shape, shape)
+    assert whole == layout.optimizer({"w": axes})["w"]
+    kept = data.draw(st.lists(st.sampled_from(range(len(shape))), unique=True).map(sorted) if shape else st.just([]))
+    found = layout.like_parameter(table, axes, shape, tuple(shape[i] for i in kept))
+    if len(set(shape)) == len(shape):  # which dimension is meant is then clear
+        assert list(found.spec) == [whole.spec[i] for i in kept]
+    other = tuple(data.draw(st.lists(st.integers(1, 40), max_size=4)))
+    found = layout.like_parameter(table, axes, shape, other)
+    assert len(found.spec) == len(other)
+    found.shard_shape(other)  # raises where the mesh doesn't divide it
+    assert all(size in shape for size, entry in zip(other, found.spec, strict=True) if entry is not None)
 
 
 @pytest.mark.parametrize(
