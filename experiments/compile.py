@@ -58,7 +58,7 @@ def lower_step(
     """
     platform = mesh.devices.flat[0].platform
     platform = "gpu" if platform == "cuda" else platform
-    layout = parallel.Layout(mesh, strategy)
+    layout = parallel.Layout(mesh, strategy).with_heads(config.heads, config.kv_heads)
     layout.order(sequence_length)  # raises for a length that the mesh can't divide
     shardings = state_shardings(config, optimizer, layout)
     step = make_step(
@@ -115,7 +115,7 @@ def compile_step(
     """
     device = mesh.local_devices[0]
     with user_values():
-        layout = parallel.Layout(mesh, strategy)
+        layout = parallel.Layout(mesh, strategy).with_heads(config.heads, config.kv_heads)
         shardings = state_shardings(config, optimizer, layout)
         layout.order(sequence_length)
     shards = layout.batch_shards

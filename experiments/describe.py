@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # In a loop the layers compile in the time of one.
         changes = {"scan_layers": True} | ({"remat": arguments.remat} if arguments.remat else {})
         config = ModelConfig.preset(arguments.model, **changes).for_platform(platform)
+        layout = layout.with_heads(config.heads, config.kv_heads)
     optimizer = optax.chain(optim.adamw(1e-3), adaptive_batch_size(constant(batch_size)))
     arrays = jax.eval_shape(functools.partial(models.initialize, config), jax.random.key(0))
     axes = models.logical_axes(config)

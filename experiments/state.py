@@ -73,10 +73,10 @@ def state_shardings(config: ModelConfig, optimizer, layout: parallel.Layout) -> 
     Raises:
       ValueError: a dimension of the model that the mesh can't divide.
     """
+    layout = layout.with_heads(config.heads, config.kv_heads)
     replicated, logical_axes = layout.replicated, models.logical_axes(config)
     state = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
     of_parameters = layout.parameters(logical_axes, state.parameters)
-    layout.check_heads(config.heads, config.kv_heads)
     of_opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda array, parameter, sharding: sharding if array.shape == parameter.shape else replicated,
@@ -139,6 +139,7 @@ def make_step(
     """
     check_statistics(statistics)
     logical_axes = models.logical_axes(config)
+    layout = None if layout is None else layout.with_heads(config.heads, config.kv_heads)
     activations = ONE_DEVICE if layout is None else layout
     spread = WHOLE if layout is None else layout.spread(logical_axes)
 

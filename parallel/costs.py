@@ -82,15 +82,21 @@ def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) ->
         of_gradients = ways(strategy.gradients, names, split)
         of_updates = ways(strategy.optimizer, names, split)
         k = work.microbatches
+        # A device works with its own copy of a key head: so much of the weight, which is whole along `tensor`, crosses.
+        copied = layout.key_copies > 1 and "kv_heads" in names
+        heads = sizes["tensor"] // layout.key_copies if copied else 1
         if of_parameters > 1:  # gathered for the forward pass, and a layer again for the backward pass
-            sent["all-gather"] += k * (1 + stacked) * _share(of_parameters) * count * each
+            sent["all-gather"] += k * (1 + stacked) * _share(of_parameters) * count / heads * each
         elif of_updates > 1:
             sent["all-gather"] += _share(of_updates) * count * FLOAT32
         if of_gradients > 1:
-            sent["reduce-scatter"] += k * _share(of_gradients) * count * each
+            sent["reduce-scatter"] += k * _share(of_gradients) * count / heads * each
             count /= of_gradients
         elif sizes["sequence"] > 1:
-            sent["all-reduce"] += 2 * k * _share(sizes["sequence"]) * count * each
+            sent["all-reduce"] += 2 * k * _share(sizes["sequence"]) * count / heads * each
+        if copied:
+            sent["all-reduce"] += 2 * k * _share(layout.key_copies) * count / heads * each
+            sent["all-gather"] += k * _share(heads) * count * each
         rest = [axis for axis in layout.deferred if axis != "fsdp"]
         if "fsdp" in layout.deferred:
             if ways(strategy.optimizer, names, ("fsdp",)) > 1:
@@ -127,7 +133,7 @@ def _sequence(layout: Layout, work: Work) -> dict[str, float]:
     forwards = 1 + work.full_remat
     # Of one head over the device's tokens; groups of Ulysses trade tokens for heads, which changes no size.
     head = _rows(layout, work) * work.head_width * work.microbatches * work.layers / layout.sizes["tensor"]
-    kv_heads = max(work.kv_heads, degree * layout.sizes["tensor"]) if degree > 1 else work.kv_heads
+    kv_heads = max(work.kv_heads, degree * layout.sizes["tensor"])  # copies, so that each device has a head
     sent = dict.fromkeys(KINDS, 0.0)
     keys_and_values = 2 * kv_heads * head
     # Once forward and once backward, where layers that are computed again use the same; their gradients in float32.

@@ -1,5 +1,6 @@
 """A mesh and a strategy together: the sharding of every array of a training step."""
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -28,6 +29,7 @@ class Layout:
       parts: how many parts of a microbatch keep their gradients apart until the end of a step.
       batch_shards: how many parts a microbatch is split in, by examples.
       whole: whether the mesh is of one device.
+      key_copies: on how many devices along `tensor` each key head is; see `with_heads`.
 
     Raises:
       ValueError: an unknown strategy, an axis that it doesn't use, or a Ulysses degree that doesn't divide the axis
@@ -56,6 +58,7 @@ class Layout:
         self.parts = math.prod(self.sizes[axis] for axis in self.deferred)
         self.batch_shards = math.prod(self.sizes[axis] for axis in BATCH_AXES)
         self.whole = mesh.size == 1
+        self.key_copies = 1
 
     def parameters(self, logical_axes: Tree, arrays: Tree | None = None) -> Tree:
         """The shardings of parameters; see `shardings`."""
@@ -167,14 +170,28 @@ class Layout:
         """The weight of a matmul; its gradient is first what the sum over all tokens is, and split only then.
 
         Left to itself the partitioner may split the gradient first, and gather all devices' activations for that.
+
+        Where key heads have copies (`with_heads`), the axis `kv_heads` of the result has one for each device along
+        `tensor`: a device multiplies by its own head alone, and the copies' gradients are summed.
         """
+        copies = self.key_copies if "kv_heads" in names else 1
 
         @jax.custom_vjp
-        def same(array):
-            return array
+        def taken(array):
+            if copies == 1:
+                return array
+            return self._lay_out(self.strategy.parameters | TENSOR, jnp.repeat(array, copies, axis), names)
 
-        same.defvjp(lambda array: (array, None), lambda _, g: (self._lay_out(TENSOR, g, names),))
-        return same(array)
+        def pull(_, g):
+            g = self._lay_out(TENSOR, g, names)
+            if copies == 1:
+                return (g,)
+            g = jnp.sum(g.reshape(*g.shape[:axis], -1, copies, *g.shape[axis + 1 :]), axis + 1)
+            return (self._lay_out(self.strategy.gradients, g, names),)
+
+        axis = names.index("kv_heads") if copies > 1 else 0
+        taken.defvjp(lambda array: (taken(array), None), pull)
+        return taken(array)
 
     def lay_out(self, table: Table, tree: Tree, logical_axes: Tree) -> Tree:
         """The arrays, laid out by `table` whatever made them."""
@@ -275,16 +292,49 @@ class Layout:
             )
         return sequence.zigzag(sequence_length, ring) if ring > 1 else None
 
-    def check_heads(self, heads: int, kv_heads: int) -> None:
-        """Raises ValueError where the Ulysses degree can't divide the heads of a device."""
+    def with_heads(self, heads: int, kv_heads: int) -> "Layout":
+        """The layout for attention with so many query and key heads.
+
+        Devices along `tensor` have whole heads. With fewer key heads than devices each has a copy of the one that its
+        queries share: the parameters' axis `kv_heads` is then whole along `tensor` (Megatron-LM does the same), and
+        `weight` makes the copies.
+
+        Raises:
+          ValueError: heads that `tensor` can't divide, key heads that neither divide `tensor` nor are divided by it, or
+            a Ulysses degree that can't divide the heads of a device.
+
+        >>> from crescendo.parallel.mesh import MeshSpec
+        >>> layout = Layout(MeshSpec(data=1, tensor=8).abstract(8))
+        >>> layout.with_heads(16, 2).key_copies, layout.with_heads(16, 8).key_copies
+        (4, 1)
+        >>> layout.with_heads(16, 2).parameters({"key": ("embed", "kv_heads")})["key"].spec
+        P(('fsdp', 'sequence'), None)
+        """
         tensor, degree = self.sizes["tensor"], self.strategy.ulysses
-        local, local_kv = heads // tensor, kv_heads // tensor
+        if heads % tensor or (kv_heads % tensor and tensor % kv_heads):
+            *rest, last = (n for n in divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0)
+            would = f"{', '.join(map(str, rest))} or {last}" if rest else f"{last}"
+            wrong = (
+                f"heads = {heads} does not divide over tensor = {tensor}"
+                if heads % tensor
+                else f"neither of kv_heads = {kv_heads} and tensor = {tensor} divides the other"
+            )
+            raise ValueError(f"{wrong}: use a tensor of {would}")
+        copies = max(1, tensor // kv_heads)
+        local, local_kv = heads // tensor, kv_heads * copies // tensor
         if local % degree or (local_kv % degree and degree % local_kv):
             possible = [n for n in divisors(local) if local_kv % n == 0 or n % local_kv == 0]
             raise ValueError(
                 f"ulysses = {degree} can't split the {local} query and {local_kv} key heads of a device (heads = "
                 f"{heads}, kv_heads = {kv_heads}, tensor = {tensor}): use one of {possible}"
             )
+        if copies == self.key_copies:
+            return self
+        layout = copy.copy(self)
+        layout.key_copies = copies
+        if copies > 1:
+            layout.strategy = self.strategy.whole("kv_heads")
+        return layout
 
     def without_experts(self) -> "Layout":
         """The layout, for a model without experts.

@@ -44,6 +44,23 @@ class Strategy:
     deferred: tuple[str, ...]
     ulysses: int = 1
 
+    def whole(self, name: str) -> "Strategy":
+        """The same, with a logical axis of parameters, gradients and optimizer state whole on every device.
+
+        >>> STRATEGIES["zero1"].whole("embed").optimizer == TENSOR
+        True
+        """
+
+        def rest(table: Table) -> Table:
+            return {axis: where for axis, where in table.items() if axis != name}
+
+        return dataclasses.replace(
+            self,
+            parameters=rest(self.parameters),
+            gradients=rest(self.gradients),
+            optimizer=rest(self.optimizer),
+        )
+
 
 STRATEGIES: dict[str, Strategy] = {
     "data": Strategy(TENSOR, TENSOR, TENSOR, deferred=BATCH_AXES),

@@ -27,6 +27,17 @@ def test_70b_over_4096_devices_is_described_without_any(capsys):
     assert float(held["optimizer state"]) == pytest.approx(2 * 70.55e9 * 4 / 4096 / 2**30, rel=0.02)
 
 
+def test_more_devices_along_tensor_than_key_heads_hold_copies(capsys):
+    held = {}
+    for tensor in ("8", "16"):
+        describe.main(["--model", "70b", "--devices", "4096", "--tensor", tensor, "--batch-size", "512"])
+        shown = capsys.readouterr().out
+        row = next(line for line in shown.splitlines() if line.startswith("│ blocks.attention.key.ker"))
+        held[tensor] = int(row.split("│")[-2].replace(",", ""))
+    # Whole along tensor, the key weight of 80 x 8192 x 8 x 128 is split over fsdp = 256 alone.
+    assert held == {"8": 4 * 80 * 8192 * 8 * 128 // 4096, "16": 4 * 80 * 8192 * 8 * 128 // 256}
+
+
 def test_the_command_of_the_package_is_the_same():
     command = [sys.executable, "-m", "crescendo.parallel.describe", "--devices"]
     shown = subprocess.run([*command, "8"], capture_output=True, text=True)
@@ -60,8 +71,8 @@ def test_what_stays_whole_is_warned_of():
         (["--devices", "0"], "--devices 0 must be at least 1"),
         (["--devices", "6", "--tensor", "4"], "does not cover the 6 devices"),
         (
-            ["--model", "70b", "--devices", "64", "--tensor", "16"],
-            r"kv_heads = 8 does not divide over tensor = 16: use",
+            ["--model", "70b", "--devices", "128", "--tensor", "128"],
+            r"^heads = 64 does not divide over tensor = 128: use a tensor of 1, 2, 4, 8, 16, 32 or 64$",
         ),
         (["--devices", "8", "--sequence", "4", "--sequence-length", "100"], "sequence_length = 100 does not divide"),
         (["--devices", "8", "--fsdp", "1", "--sequence", "8", "--ulysses", "8"], "ulysses = 8 can't split the 4 query"),

@@ -93,13 +93,13 @@ def layout_of(name: str) -> parallel.Layout:
 class Trainer:
     """The debug model's training on a layout: `state` and `clock`, moved by `run`."""
 
-    def __init__(self, layout: parallel.Layout, plan: parallel.BatchPlan, statistics=()):
+    def __init__(self, layout: parallel.Layout, plan: parallel.BatchPlan, statistics=(), config=CONFIG):
         chain = optimizer()
-        self.layout, self.shardings = layout, state_shardings(CONFIG, chain, layout)
-        step = make_step(CONFIG, chain, max_gradient_norm=1.0, layout=layout, statistics=statistics)
+        self.layout, self.shardings = layout, state_shardings(config, chain, layout)
+        step = make_step(config, chain, max_gradient_norm=1.0, layout=layout, statistics=statistics)
         quick = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
         self.step = jax.jit(step, out_shardings=(self.shardings, None), compiler_options=quick)
-        self.state = jax.jit(lambda: initial_state(CONFIG, chain, 0), out_shardings=self.shardings)()
+        self.state = jax.jit(lambda: initial_state(config, chain, 0), out_shardings=self.shardings)()
         self.clock = Clock(batch_size=SIZES[0])
         self.feed = Feed(Stream(rows(), seed=0), plan, layout)
 
@@ -116,9 +116,9 @@ class Trainer:
 
 
 @functools.cache
-def on_one_device(microbatch: int, statistics) -> tuple[TrainState, list[dict]]:
+def on_one_device(microbatch: int, statistics, config=CONFIG) -> tuple[TrainState, list[dict]]:
     layout = parallel.Layout(parallel.make_mesh(devices=jax.devices()[:1]))
-    trainer = Trainer(layout, parallel.BatchPlan(microbatch, SIZES[-1] // microbatch), statistics)
+    trainer = Trainer(layout, parallel.BatchPlan(microbatch, SIZES[-1] // microbatch), statistics, config)
     found = trainer.run(10)
     return trainer.state, found
 
@@ -129,11 +129,35 @@ def on_one_device(microbatch: int, statistics) -> tuple[TrainState, list[dict]]:
     [*QUICK.items(), *(pytest.param(name, STATISTICS, marks=pytest.mark.slow) for name in MESHES)],
 )
 def test_ten_steps_equal_those_of_one_device(name, statistics):
-    trainer = Trainer(layout_of(name), parallel.BatchPlan(8, 3), statistics)
-    layout, found = trainer.layout, trainer.run(10)
-    state = trainer.state
+    check_ten_steps(layout_of(name), statistics, CONFIG)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("axes", "plan", "kv_heads"),
+    [
+        ({"data": 2, "tensor": 4}, "zero1", 2),
+        *(
+            pytest.param(axes, plan, kv_heads, marks=pytest.mark.slow)
+            for axes, plan, kv_heads in [
+                ({"fsdp": 2, "tensor": 4}, "fsdp", 2),
+                ({"tensor": 8}, "fsdp", 1),
+                ({"tensor": 4, "sequence": 2}, "fsdp", 2),
+                ({"tensor": 4, "sequence": 2}, parallel.strategy("fsdp", ulysses=2), 1),
+            ]
+        ),
+    ],
+)
+def test_fewer_key_heads_than_devices_along_tensor_change_nothing(axes, plan, kv_heads):
+    layout = parallel.Layout(parallel.make_mesh(**{"data": 1} | axes), plan)
+    check_ten_steps(layout, STATISTICS[:2], dataclasses.replace(CONFIG, kv_heads=kv_heads))
+
+
+def check_ten_steps(layout: parallel.Layout, statistics, config: ModelConfig) -> None:
+    trainer = Trainer(layout, parallel.BatchPlan(8, 3), statistics, config)
+    found, state = trainer.run(10), trainer.state
     # Gradients that are summed once a step are measured part by part: the same as so much smaller microbatches.
-    expected_state, expected = on_one_device(8 // layout.parts, statistics)
+    expected_state, expected = on_one_device(8 // layout.parts, statistics, config)
     for ours, theirs in zip(found, expected, strict=True):
         for metric in theirs.keys() - {"noise_scale", "noise_scale_error"}:
             tolerance = 1e-3 if "noise_scale" in metric else 1e-5  # a ratio of differences
@@ -237,7 +261,9 @@ def test_batches_lie_where_the_step_wants_them():
 
 def test_models_that_a_mesh_cannot_divide_are_refused_by_name():
     layout = parallel.Layout(parallel.make_mesh(data=1, tensor=8))
-    message = r"parameter blocks\.attention\.key\.kernel: its axis kv_heads = 4 does not divide over tensor = 8: use a "
-    with pytest.raises(ValueError, match=message + "tensor of 1, 2 or 4, or kv_heads = 8"):
-        state_shardings(CONFIG, optimizer(), layout)
+    message = r"parameter blocks\.mlp\.down\.kernel: its axis mlp = 60 does not divide over tensor = 8: use a "
+    with pytest.raises(ValueError, match=message + "tensor of 1, 2, 3, .* 30 or 60, or mlp = 56 or 64"):
+        state_shardings(dataclasses.replace(CONFIG, mlp_width=60), optimizer(), layout)
+    with pytest.raises(ValueError, match=r"^heads = 4 does not divide over tensor = 8: use a tensor of 1, 2 or 4$"):
+        state_shardings(dataclasses.replace(CONFIG, heads=4), optimizer(), layout)
     assert models.logical_axes(CONFIG)["blocks"]["attention"]["key"]["kernel"][2] == "kv_heads"

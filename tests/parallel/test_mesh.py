@@ -1,6 +1,7 @@
 """Meshes, and the layouts of arrays on them."""
 
 import math
+import re
 import types
 
 import jax
@@ -192,4 +193,46 @@ def test_rows_and_heads_that_the_mesh_cannot_divide_are_refused():
     with pytest.raises(
         ValueError, match=r"ulysses = 8 can't split the 4 query and 2 key heads .* use one of \[1, 2, 4\]"
     ):
-        layout.check_heads(4, 2)
+        layout.with_heads(4, 2)
+    layout = Layout(make_mesh(data=1, tensor=8))
+    with pytest.raises(
+        ValueError,
+        match=r"^neither of kv_heads = 3 and tensor = 8 divides the other: use a tensor of 1, 3, 6, 12 or 24$",
+    ):
+        layout.with_heads(24, 3)
+    with pytest.raises(
+        ValueError, match=r"^heads = 12 does not divide over tensor = 8: use a tensor of 1, 2, 4 or 12$"
+    ):
+        layout.with_heads(12, 4)
+
+
+@given(
+    st.sampled_from([1, 2, 3, 4, 6, 8]),
+    st.integers(1, 8),
+    st.integers(1, 8),
+    st.sampled_from(list(STRATEGIES)),
+    st.sampled_from([1, 2]),
+)
+def test_each_device_has_the_key_head_of_its_queries(tensor, kv_heads, group, plan, ulysses):
+    layout = Layout(MeshSpec(data=1, tensor=tensor, sequence=2).abstract(2 * tensor), strategy(plan, ulysses=ulysses))
+    heads = kv_heads * group
+    possible = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+    if tensor not in possible:
+        with pytest.raises(ValueError, match=r"^[^\n]* tensor = \d+[^\n]*: use a tensor of [^\n]*$") as error:
+            layout.with_heads(heads, kv_heads)
+        assert [int(n) for n in re.findall(r"\d+", str(error.value).split(": use ")[1])] == possible
+        return
+    if heads // tensor % ulysses or (ulysses == 2 and kv_heads > tensor and kv_heads // tensor % 2):
+        with pytest.raises(ValueError, match=r"^ulysses = 2 can't split the \d+ query and \d+ key heads of a device"):
+            layout.with_heads(heads, kv_heads)
+        return
+    found = layout.with_heads(heads, kv_heads)
+    assert found.with_heads(heads, kv_heads) is found
+    assert (found is layout) == (tensor <= kv_heads)
+    keys = np.repeat(np.arange(kv_heads), found.key_copies).reshape(tensor, -1)
+    queries = np.arange(heads).reshape(tensor, -1) // group
+    for of_keys, of_queries in zip(keys, queries, strict=True):
+        repeated = np.repeat(of_keys, queries.shape[1] // keys.shape[1])
+        np.testing.assert_array_equal(repeated, of_queries)
+    for table in (found.strategy.parameters, found.strategy.gradients, found.strategy.optimizer):
+        assert ("kv_heads" in table) == (tensor <= kv_heads)
