@@ -20,7 +20,10 @@ class Layout(Protocol):
         ...
 
     def weight(self, array: jax.Array, names: tuple[str, ...]) -> jax.Array:
-        """The same array, its gradient summed over the devices before anything else happens to it."""
+        """The same array, its gradient summed over the devices before anything else happens to it.
+
+        Its axis `kv_heads` may grow by copies, where there are more devices along heads than key heads.
+        """
         ...
 
     def in_row_order(self, array: jax.Array, axis: int = 1) -> jax.Array:

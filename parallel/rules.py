@@ -7,8 +7,9 @@ Table = dict[str, tuple[str, ...]]
 
 # A logical axis that a table doesn't name stays whole on every device.
 TENSOR: Table = {"heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",)}
-# Devices along `sequence` have the same parameters: they share them like those along `fsdp`.
-SPLIT: Table = TENSOR | {"embed": ("fsdp", "sequence")}
+# Devices along `sequence` have the same parameters: they share them like those along `fsdp`. Convolutions' kernels and
+# norms have channels in place of a residual width.
+SPLIT: Table = TENSOR | {"embed": ("fsdp", "sequence"), "channels": ("fsdp", "sequence")}
 BATCH_AXES = ("data", "fsdp", "expert")
 # Between matmuls the residual stream and its norms are split by tokens over `tensor` too (Korthikanti et al. 2022).
 ACTIVATIONS: Table = TENSOR | {
