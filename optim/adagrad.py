@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Mask, as_mask
 from crescendo.optim.precision import in_float32
 from crescendo.optim.scaling import scale_by_learning_rate
@@ -40,7 +41,7 @@ def scale_by_adagrad_norm(initial_accumulator: float = 0.1) -> optax.GradientTra
     >>> print(updates, state.sum_of_squares)
     [0.6 0.8] 25.0
     """
-    _check_accumulator(initial_accumulator)
+    check_constants(initial_accumulator=initial_accumulator)
 
     def init(params: optax.Params) -> ScaleByAdagradNormState:
         del params
@@ -82,12 +83,13 @@ def adagrad_norm(
       layer_axis: where layers are stacked; see `masks.layer_axes`.
 
     Raises:
-      ValueError: a negative or NaN learning rate or accumulator; at `init`, a mask that matches nothing.
+      ValueError: a negative or NaN learning rate, a constant out of its range; at `init`, a mask that matches nothing.
 
     >>> optimizer = adagrad_norm(0.5, initial_accumulator=0.0)
     >>> print(optimizer.update(jnp.array([3.0, 4.0]), optimizer.init(jnp.ones(2)), jnp.ones(2))[0])
     [-0.3 -0.4]
     """
+    check_constants(weight_decay=weight_decay)
     return in_float32(
         optax.chain(
             scale_by_adagrad_norm(initial_accumulator),
@@ -122,7 +124,7 @@ def adagrad(
         steps of bfloat16.
 
     Raises:
-      ValueError: a negative or NaN learning rate or accumulator; at `init`, a mask that matches nothing.
+      ValueError: a negative or NaN learning rate, a constant out of its range; at `init`, a mask that matches nothing.
 
     References:
       Duchi et al., 2011, `Adaptive Subgradient Methods <https://jmlr.org/papers/v12/duchi11a.html>`_
@@ -131,7 +133,7 @@ def adagrad(
     >>> print(optimizer.update(jnp.array([3.0, 4.0]), optimizer.init(jnp.ones(2)), jnp.ones(2))[0])
     [-0.5 -0.5]
     """
-    _check_accumulator(initial_accumulator)
+    check_constants(initial_accumulator=initial_accumulator, eps=eps, weight_decay=weight_decay)
     return in_float32(
         optax.chain(
             optax.scale_by_rss(initial_accumulator, eps),
@@ -140,9 +142,3 @@ def adagrad(
         ),
         moment_dtype=moment_dtype,
     )
-
-
-def _check_accumulator(value: float) -> None:
-    """Raises ValueError for a value known to be negative or NaN."""
-    if not isinstance(value, jax.Array) and not value >= 0:
-        raise ValueError(f"initial_accumulator = {value} must be at least 0: optax's default is 0.1")

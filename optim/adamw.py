@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Mask, as_mask
 from crescendo.optim.precision import in_float32
 from crescendo.optim.scaling import scale_by_learning_rate
@@ -39,7 +40,7 @@ def adamw(
       nesterov: look ahead in the first moment, as `nadamw`.
 
     Raises:
-      ValueError: a negative or NaN learning rate; at `init`, a mask that matches nothing.
+      ValueError: a negative or NaN learning rate, a constant out of its range; at `init`, a mask that matches nothing.
 
     References:
       Loshchilov and Hutter, 2019, `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_
@@ -51,6 +52,7 @@ def adamw(
     >>> print(optax.apply_updates(params, updates))
     [ 0.5 -0.5]
     """
+    check_constants(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return in_float32(
         optax.chain(
             optax.scale_by_adam(b1=b1, b2=b2, eps=eps, nesterov=nesterov),

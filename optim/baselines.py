@@ -2,16 +2,19 @@
 
 Each takes a rate or a schedule, which follows the extra argument `examples_seen` if the caller passes it, decays
 matrices only unless told otherwise, computes in float32 or better and stores its moments in `moment_dtype`. All of them
-raise ValueError for a negative or NaN learning rate and, at `init`, for a mask that matches nothing.
+raise ValueError for a negative or NaN learning rate, for a constant out of its range (`checks.RANGES`) and, at `init`,
+for a mask that matches nothing.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Mask, as_mask, is_matrix, layer_axes, leaves_with_paths
 from crescendo.optim.precision import in_float32
 from crescendo.optim.scaling import scale_by_learning_rate, with_learning_rate
@@ -35,6 +38,7 @@ def sgd(
     >>> print(sgd(0.5).update(jnp.ones(1), sgd(0.5).init(jnp.ones(1)), jnp.ones(1))[0])
     [-0.5]
     """
+    check_constants(momentum=momentum, weight_decay=weight_decay)
     return in_float32(
         optax.chain(
             optax.add_decayed_weights(weight_decay, mask=as_mask(mask, layer_axis)),
@@ -68,6 +72,13 @@ def adafactor(
     >>> print(updates)
     [-0.5]
     """
+    check_constants(
+        decay_rate=decay_rate,
+        clipping_threshold=clipping_threshold,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        min_dim_size_to_factor=min_dim_size_to_factor,
+    )
     return in_float32(
         with_learning_rate(
             lambda rate: optax.adafactor(
@@ -116,6 +127,14 @@ def muon(
     >>> updates["blocks"]["kernel"].shape
     (3, 4, 4)
     """
+    check_constants(
+        momentum=momentum,
+        newton_schulz_steps=newton_schulz_steps,
+        rms=rms,
+        weight_decay=weight_decay,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+    )
     return in_float32(
         with_learning_rate(
             lambda rate: contrib.muon(
@@ -188,6 +207,9 @@ def schedule_free(
     >>> print(f"{update:.4f}")
     -0.5000
     """
+    check_constants(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, weight_power=weight_power)
+    if not isinstance(b1, jax.core.Tracer) and b1 == 0:
+        raise ValueError("b1 = 0 must be above 0: the average is the parameters' share b1, try 0.9")
 
     def make(rate: jax.Array) -> optax.GradientTransformation:
         adam_without_momentum = optax.chain(
@@ -235,27 +257,44 @@ def prodigy(
     """`optax.contrib.prodigy`: Adam that finds its own rate; `learning_rate` is a multiplier with a peak of 1.
 
     Everything decays alike: the rule has no mask. Keep `safeguard_warmup` on with a warmup (Mishchenko and Defazio,
-    2023, https://arxiv.org/abs/2306.06101).
+    2023, https://arxiv.org/abs/2306.06101). Steps before the first gradient at a rate above 0 change nothing: the
+    estimate of the rate is a quotient of sums over them, 0 / 0 in optax.
 
     >>> import jax.numpy as jnp
     >>> print(prodigy().update(jnp.ones(1), prodigy().init(jnp.ones(1)), jnp.ones(1))[0].shape)
     (1,)
     """
-    return in_float32(
-        with_learning_rate(
-            lambda rate: contrib.prodigy(
-                rate,
-                betas=(b1, b2),
-                eps=eps,
-                estim_lr0=initial_rate,
-                estim_lr_coef=rate_coefficient,
-                weight_decay=weight_decay,
-                safeguard_warmup=safeguard_warmup,
-            ),
-            learning_rate,
-        ),
-        moment_dtype=moment_dtype,
+    check_constants(
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        initial_rate=initial_rate,
+        rate_coefficient=rate_coefficient,
     )
+
+    def make(rate: jax.Array) -> optax.GradientTransformationExtraArgs:
+        rule = contrib.prodigy(
+            rate,
+            betas=(b1, b2),
+            eps=eps,
+            estim_lr0=initial_rate,
+            estim_lr_coef=rate_coefficient,
+            weight_decay=weight_decay,
+            safeguard_warmup=safeguard_warmup,
+        )
+
+        def update(
+            updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: object
+        ) -> tuple[optax.Updates, optax.OptState]:
+            moved, after = rule.update(updates, state, params, **extra_args)
+            known = optax.tree.norm(after.grad_sum, ord=1) != 0  # the estimate's denominator
+            moved = jax.tree.map(lambda u: jnp.where(known, u, 0), moved)
+            return moved, jax.tree.map(lambda new, old: jnp.where(known, new, old), after, state)
+
+        return optax.GradientTransformationExtraArgs(rule.init, update)
+
+    return in_float32(with_learning_rate(make, learning_rate), moment_dtype=moment_dtype)
 
 
 def sophia(
@@ -283,6 +322,15 @@ def sophia(
     >>> print(sophia(0.5).update(params, sophia(0.5).init(params), params, obj_fn=lambda w: w @ w / 2)[0])
     [-0.5 -0.5]
     """
+    check_constants(
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        gamma=gamma,
+        clip_threshold=clip_threshold,
+        update_interval=update_interval,
+        weight_decay=weight_decay,
+    )
     return in_float32(
         with_learning_rate(
             lambda rate: contrib.sophia(

@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Mask, as_mask
 from crescendo.optim.precision import in_float32
 from crescendo.optim.scaling import scale_by_learning_rate
@@ -47,7 +48,8 @@ def lamb(
       moment_dtype: dtype in which both moments are stored; None: the parameters'.
 
     Raises:
-      ValueError: a negative or NaN learning rate, a bad clip; at `init`, a mask that matches nothing.
+      ValueError: a negative or NaN learning rate, a constant out of its range, a bad clip; at `init`, a mask that
+        matches nothing.
 
     References:
       You et al., 2020, `Large Batch Optimization for Deep Learning: Training BERT in 76 minutes
@@ -60,6 +62,7 @@ def lamb(
     >>> print(f"{jnp.linalg.norm(updates):.4f} {optax.tree_utils.tree_get(state, 'trust_ratio')[0]:.3f}")
     2.5000 3.536
     """
+    check_constants(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return in_float32(
         optax.chain(
             optax.scale_by_adam(b1=b1, b2=b2, eps=eps),

@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Mask
 from crescendo.optim.precision import in_float32
 from crescendo.optim.scaling import scale_by_learning_rate
@@ -31,6 +32,7 @@ def scale_by_lars(
     >>> print(transform.update(jnp.array([[1.0]]), transform.init(params), params)[0])
     [[2.]]
     """
+    check_constants(weight_decay=weight_decay, trust_coefficient=trust_coefficient)
 
     def rule(grad: jax.Array, param: jax.Array, axis: int | None, decays: bool) -> tuple[jax.Array, jax.Array]:
         strength = weight_decay if decays else 0.0
@@ -74,7 +76,8 @@ def lars(
       moment_dtype: dtype in which the momentum is stored; None: the parameters'.
 
     Raises:
-      ValueError: a negative or NaN learning rate; at `init`, a mask that matches nothing; at `update`, no params.
+      ValueError: a negative or NaN learning rate, a constant out of its range; at `init`, a mask that matches
+        nothing; at `update`, no params.
 
     References:
       You et al., 2017, `Large Batch Training of Convolutional Networks <https://arxiv.org/abs/1708.03888>`_
@@ -86,6 +89,7 @@ def lars(
     >>> print(updates)
     [[-1.5  2. ]]
     """
+    check_constants(momentum=momentum)
     return in_float32(
         optax.chain(
             scale_by_lars(

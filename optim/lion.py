@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Mask, as_mask
 from crescendo.optim.precision import in_float32
 from crescendo.optim.scaling import scale_by_learning_rate
@@ -37,7 +38,7 @@ def lion(
       moment_dtype: dtype in which the momentum is stored; None: the parameters'.
 
     Raises:
-      ValueError: a negative or NaN learning rate; at `init`, a mask that matches nothing.
+      ValueError: a negative or NaN learning rate, a constant out of its range; at `init`, a mask that matches nothing.
 
     References:
       Chen et al., 2023, `Symbolic Discovery of Optimization Algorithms <https://arxiv.org/abs/2302.06675>`_
@@ -48,6 +49,7 @@ def lion(
     >>> print(optimizer.update(params, optimizer.init(params), params)[0])
     [-0.5  0.5]
     """
+    check_constants(b1=b1, b2=b2, weight_decay=weight_decay)
     return in_float32(
         optax.chain(
             optax.scale_by_lion(b1=b1, b2=b2),

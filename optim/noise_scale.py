@@ -28,6 +28,7 @@ import numpy as np
 import optax
 
 from crescendo.optim.batch_size import BatchStats
+from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Path, layer_axes, leaves_with_paths
 
 Number = jax.Array | float
@@ -236,8 +237,7 @@ def gradient_noise_scale(
     >>> print(noise_scale(state).value)
     6.0
     """
-    if not isinstance(decay, jax.Array) and not 0 <= decay < 1:
-        raise ValueError(f"decay = {decay} must be at least 0 and below 1: 0.99 averages about 100 steps")
+    check_constants(decay=decay)
     if groups is not None:
         group_indices({}, groups)
 

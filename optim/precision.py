@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from crescendo.optim.checks import check_moment_dtype
+
 
 def in_float32(
     inner: optax.GradientTransformation, *, moment_dtype: jax.typing.DTypeLike | None = None
@@ -21,14 +23,13 @@ def in_float32(
         moves by less than its rounding and sticks: keep b2 at 0.95 or below.
 
     Raises:
-      ValueError: a dtype that isn't floating.
+      ValueError: a dtype that isn't floating, or of 8 bits or fewer.
 
     >>> transform = in_float32(optax.scale_by_adam(b2=0.95), moment_dtype="bfloat16")
     >>> transform.init(jnp.ones(2)).nu.dtype
     dtype(bfloat16)
     """
-    if moment_dtype is not None and not jnp.issubdtype(moment_dtype, jnp.floating):
-        raise ValueError(f"moment_dtype must be a floating dtype, such as float32 or bfloat16, got {moment_dtype}")
+    check_moment_dtype(moment_dtype)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> optax.OptState:
