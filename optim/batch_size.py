@@ -1,4 +1,4 @@
-"""Batch-size policies, and the optax transform that carries one beside the optimizer.
+"""Batch-size policies, and the wrapper that carries one beside an optimizer.
 
 A policy is pure: it is tested without a model, checkpointed like the parameters, and decides the same again when a
 run is resumed. The training loop reads `current_batch_size(opt_state)`, and by definition uses it one step late: the
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from crescendo.optim.scaling import learning_rate_factor
+from crescendo.optim.scaling import learning_rate_factor, update_with_factor
+from crescendo.optim.states import find_states
 
 
 class BatchStats(NamedTuple):
@@ -69,6 +70,8 @@ class BatchSizePolicy(NamedTuple):
       statistics: the members of `STATISTICS` that it reads.
       measured_on: the fingerprint of the model and data whose measurements it follows, for the loop to compare with its
         own; None where it follows none.
+      min_microbatches: how many microbatches a batch must have for the policy to learn anything from it; the planner
+        gives every size at least so many.
     """
 
     init: Callable[[], Any]
@@ -77,6 +80,7 @@ class BatchSizePolicy(NamedTuple):
     reason: str
     statistics: tuple[str, ...] = ()
     measured_on: str | None = None
+    min_microbatches: int = 1
 
 
 def constant(batch_size: int) -> BatchSizePolicy:
@@ -143,66 +147,76 @@ def by_threshold(sizes: Sequence[int], starts_examples: Sequence[int], reason: s
 
 
 class AdaptiveBatchSizeState(NamedTuple):
-    """State of `adaptive_batch_size`: the policy's own, the size it decided, the last learning-rate factor."""
+    """State of `adaptive_batch_size`: the optimizer's own, the policy's own, and the size it decided (int32[])."""
 
+    inner_state: optax.OptState
     policy_state: Any
     batch_size: jax.Array
-    learning_rate_factor: jax.Array
 
 
 def adaptive_batch_size(
-    policy: BatchSizePolicy, coupling: str = "sqrt", *, base_batch_size: int | None = None
+    optimizer: optax.GradientTransformation,
+    policy: BatchSizePolicy,
+    coupling: str = "sqrt",
+    *,
+    base_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Lets `policy` choose the batch size, and scales the updates by the coupling of learning rate and batch size.
+    """`optimizer`, with a batch size that `policy` chooses and a learning rate that follows it.
 
-    Chain it behind the optimizer: `u <- f(B / B_0) u`, with B the size of the batch that made the gradient and B_0
-    the one that the learning rate is meant for; f is `x` for "linear" (SGD), `sqrt x` for "sqrt" (Adam and its kin),
-    1 for "none" (McCandlish et al. 2018; Merrill et al. 2025 for batch warmup). The direction is left alone.
+    The rate is f(B / B_0) eta, with B the size of the batch that made the gradient and B_0 the one that eta is meant
+    for; f is `x` for "linear" (SGD), `sqrt x` for "sqrt" (Adam and its kin), 1 for "none" (McCandlish et al. 2018;
+    Merrill et al. 2025 for batch warmup). The factor reaches the optimizer as the extra argument
+    `learning_rate_factor`, so what it derives from its rate (Schedule-Free's average, Prodigy's estimate) and the rate
+    in its state follow too. The updates of an optimizer that doesn't take it, such as optax's own, are scaled instead.
 
     Args:
+      optimizer: any optimizer of this package or of optax; chain what comes before it within.
       policy: the batch-size policy.
       coupling: "linear", "sqrt" or "none".
       base_batch_size: B_0; the policy's initial size when None.
 
-    >>> optimizer = optax.chain(optax.sgd(0.1), adaptive_batch_size(staged([2, 8], starts_examples=[0, 64])))
+    Raises:
+      ValueError: an unknown coupling, a base that isn't positive; at `update`, no extra argument `batch_stats`.
+
+    >>> optimizer = adaptive_batch_size(optax.sgd(0.1), staged([2, 8], starts_examples=[0, 64]))
     >>> state = optimizer.init(jnp.ones(3))
     >>> int(current_batch_size(state))
     2
     """
     base = policy.sizes[0] if base_batch_size is None else base_batch_size
     learning_rate_factor(coupling, base, base)  # raises for an unknown coupling
+    inner = optax.with_extra_args_support(optimizer)
 
-    def init(params):
-        del params
-        return AdaptiveBatchSizeState(policy.init(), jnp.int32(policy.sizes[0]), jnp.float32(1))
+    def init(params: optax.Params) -> AdaptiveBatchSizeState:
+        return AdaptiveBatchSizeState(inner.init(params), policy.init(), jnp.int32(policy.sizes[0]))
 
-    def update(updates, state, params=None, *, batch_stats: BatchStats | None = None, **extra_args):
-        del params, extra_args
+    def update(
+        updates: optax.Updates,
+        state: AdaptiveBatchSizeState,
+        params: optax.Params | None = None,
+        *,
+        batch_stats: BatchStats | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AdaptiveBatchSizeState]:
         if batch_stats is None:
             raise ValueError("adaptive_batch_size needs the extra argument batch_stats (BatchStats) in update()")
-        factor = learning_rate_factor(coupling, batch_stats.batch_size, base)
+        extra_args["learning_rate_factor"] = learning_rate_factor(coupling, batch_stats.batch_size, base)
+        updates, inner_state = update_with_factor(
+            inner, updates, state.inner_state, params, batch_stats=batch_stats, **extra_args
+        )
         batch_size, policy_state = policy.update(state.policy_state, batch_stats)
-        updates = jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates)
-        return updates, AdaptiveBatchSizeState(policy_state, batch_size, jnp.asarray(factor, jnp.float32))
+        return updates, AdaptiveBatchSizeState(inner_state, policy_state, batch_size)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def current_batch_size(opt_state) -> jax.Array:
-    """The size that the policy decided last, an int32 scalar, from the state of a chain with `adaptive_batch_size`."""
-    return _state(opt_state).batch_size
+def current_batch_size(opt_state: optax.OptState) -> jax.Array:
+    """The size that the policy decided last, an int32 scalar, from a state with one `adaptive_batch_size`.
 
-
-def current_learning_rate_factor(opt_state) -> jax.Array:
-    """What the coupling multiplied the last update by, a float32 scalar."""
-    return _state(opt_state).learning_rate_factor
-
-
-def _state(opt_state) -> AdaptiveBatchSizeState:
-    def is_ours(x):
-        return isinstance(x, AdaptiveBatchSizeState)
-
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
+    Raises:
+      ValueError: a state with none, or with several.
+    """
+    found = find_states(opt_state, AdaptiveBatchSizeState)
     if len(found) != 1:
-        raise ValueError(f"the optimizer state holds {len(found)} adaptive_batch_size states; chain exactly one")
-    return found[0]
+        raise ValueError(f"the optimizer state holds {len(found)} adaptive_batch_size states; wrap exactly one")
+    return found[0].batch_size

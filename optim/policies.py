@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crescendo.optim.batch_size import BatchSizePolicy, BatchStats, by_threshold
+from crescendo.optim.checks import check_constants
 from crescendo.optim.noise_scale import Averages, add_microbatches, add_norm_layers, excess, no_averages
 
 
@@ -194,8 +195,9 @@ def noise_scale_following(
     "linear" for SGD.
 
     Args:
-      start: the initial batch size, in examples. From "gradient" it must be at least two microbatches: a single one
-        tells nothing, and the size would stay.
+      start: the initial batch size, in examples; at least 2 from "gradient", which compares a batch with its
+        microbatches: a single one tells nothing, so the planner gives every batch two or more
+        (`BatchSizePolicy.min_microbatches`).
       cap: the batch never grows past it.
       ratio: of the batch size to the noise scale.
       hysteresis: how far past a boundary the noise scale must be, so that noise doesn't move the size to and fro.
@@ -213,8 +215,8 @@ def noise_scale_following(
       McCandlish et al., 2018, `An Empirical Model of Large-Batch Training <https://arxiv.org/abs/1812.06162>`_, eq. 2.7
 
     >>> policy = noise_scale_following(8, 64)
-    >>> policy.sizes, policy.statistics
-    ((8, 16, 32, 64), ())
+    >>> policy.sizes, policy.statistics, policy.min_microbatches
+    ((8, 16, 32, 64), (), 2)
     """
     sizes = doubling_ladder(start, cap)
     if not 0 < ratio < math.inf:
@@ -225,7 +227,7 @@ def noise_scale_following(
         raise ValueError(f"confidence = {confidence} must be finite and at least 0: try 2 standard errors")
     if min_updates < 2:
         raise ValueError(f"min_updates = {min_updates} must be at least 2: one step has no standard error")
-    _check_decay(decay)
+    check_constants(decay=decay)
     if decay == 0:
         raise ValueError("decay = 0 leaves no average to be sure of: try 0.99")
     if source not in ("gradient", "norm_layers"):
@@ -247,9 +249,10 @@ def noise_scale_following(
         rung = jnp.clip(state.rung + grow - fall, 0, last)
         return jnp.asarray(table)[rung], NoiseScaleFollowingState(averages, rung)
 
-    return BatchSizePolicy(
-        init, update, sizes, "gradient noise scale", ("norm_layers",) if source == "norm_layers" else ()
-    )
+    policy = BatchSizePolicy(init, update, sizes, "gradient noise scale")
+    if source == "norm_layers":
+        return policy._replace(statistics=("norm_layers",))
+    return policy._replace(min_microbatches=2)
 
 
 class NormTestState(NamedTuple):
@@ -281,10 +284,10 @@ def norm_test(start: int, cap: int, *, eta: float = 0.25, variant: str = "norm",
     - "coordinate": :math:`\max_c \mathrm{Var}_c / (\eta^2 g_c^2)`: every entry of the gradient must pass. Needs a
       second pass too, and soon asks for the cap, because some entry of a large model's gradient is near 0.
 
-    The batch never shrinks, and a step with one microbatch decides nothing: start with at least two. ||g||^2 is
-    ||G||^2 + tr(Sigma) / B in the mean, so near a minimum, where noise is all there is, one decision grows the batch by
-    about 1 / eta^2. Coupling: "none" with `adagrad` and `adagrad_norm`, whose rate adapts (the paper's pairing); "sqrt"
-    with Adam and its kin.
+    The batch never shrinks. A step with one microbatch decides nothing, so the planner gives every batch two or more
+    (`BatchSizePolicy.min_microbatches`). ||g||^2 is ||G||^2 + tr(Sigma) / B in the mean, so near a minimum, where noise
+    is all there is, one decision grows the batch by about 1 / eta^2. Coupling: "none" with `adagrad` and
+    `adagrad_norm`, whose rate adapts (the paper's pairing); "sqrt" with Adam and its kin.
 
     Args:
       start: the initial batch size, in examples.
@@ -315,7 +318,7 @@ def norm_test(start: int, cap: int, *, eta: float = 0.25, variant: str = "norm",
         raise ValueError(f"eta = {eta} must be above 0 and at most 1: try 0.25")
     if variant not in _NORM_TESTS:
         raise ValueError(f"unknown variant {variant!r} of the norm test: use {', '.join(_NORM_TESTS)}")
-    _check_decay(decay)
+    check_constants(decay=decay)
     statistics, reason = _NORM_TESTS[variant]
     table = np.array(sizes, np.int32)
 
@@ -352,7 +355,7 @@ def norm_test(start: int, cap: int, *, eta: float = 0.25, variant: str = "norm",
         rung = jnp.maximum(state.rung, wanted)
         return jnp.asarray(table)[rung], NormTestState(*averages, rung)
 
-    return BatchSizePolicy(init, update, sizes, reason, statistics)
+    return BatchSizePolicy(init, update, sizes, reason, statistics, min_microbatches=2)
 
 
 def _required(value: jax.Array | None, statistics: tuple[str, ...]) -> jax.Array:
@@ -360,9 +363,3 @@ def _required(value: jax.Array | None, statistics: tuple[str, ...]) -> jax.Array
     if value is None:
         raise ValueError(f"this norm test needs the statistic {statistics[0]!r}: have the loop measure it")
     return value
-
-
-def _check_decay(decay: float) -> None:
-    """Raises ValueError for a decay outside [0, 1)."""
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay = {decay} must be at least 0 and below 1")

@@ -180,14 +180,20 @@ def refine(norms: Norms, *, norm: str = "l1", smoothing: float = 0.1) -> np.ndar
 
 
 def refined_schedule(
-    peak: float, norms: Norms, total: float, *, warmup: float = 0, norm: str = "l1", smoothing: float = 0.1
-) -> optax.Schedule:
+    peak: float,
+    norms: Norms,
+    total: float | None = None,
+    *,
+    warmup: float = 0,
+    norm: str = "l1",
+    smoothing: float = 0.1,
+) -> optax.Schedule | schedules.OfRun:
     """peak * refine(norms), stretched over [0, total] and interpolated linearly; `peak` is to be tuned anew.
 
     Args:
       peak: the highest rate.
       norms: see `refine`; a `GradientNorms` is placed by its clock, anything else evenly.
-      total: the count at which the rate is 0.
+      total: the count at which the rate is 0; None: the run's end, however long the recorded one was.
       warmup: an added linear rise from 0, if the refined schedule's own isn't enough.
       norm: `l1` or `l2`.
       smoothing: see `refine`.
@@ -198,7 +204,8 @@ def refined_schedule(
     >>> float(refined_schedule(0.5, [1.0, 1.0, 1.0], 100)(50))
     0.25
     """
-    return _interpolated(peak, total, warmup, *_curve(norms, norm, smoothing))
+    fractions, multipliers = _curve(norms, norm, smoothing)
+    return _interpolated(peak, total, warmup=warmup, fractions=fractions, multipliers=multipliers)
 
 
 def save_refined(path: str | Path, norms: Norms, *, norm: str = "l1", smoothing: float = 0.1) -> None:
@@ -218,8 +225,13 @@ def save_refined(path: str | Path, norms: Norms, *, norm: str = "l1", smoothing:
     Path(path).write_text(json.dumps(content | {"norm": norm, "smoothing": smoothing}) + "\n")
 
 
-def refined(peak: float, total: float, *, path: str | Path, warmup: float = 0) -> optax.Schedule:
+def refined(
+    peak: float, total: float | None = None, *, path: str | Path, warmup: float = 0
+) -> optax.Schedule | schedules.OfRun:
     """The refined schedule that `save_refined` wrote to `path`, with a peak and a length of its own.
+
+    The curve is stretched over [0, total], whatever the length of the run that it was recorded in; `total` None: over
+    the run.
 
     Raises:
       ValueError: a file that isn't one, and as `schedules.linear`.
@@ -241,7 +253,7 @@ def refined(peak: float, total: float, *, path: str | Path, warmup: float = 0) -
         valid = False
     if not valid:
         raise ValueError(f"{path} is not a refined schedule: write it with save_refined")
-    return _interpolated(peak, total, warmup, fractions, multipliers)
+    return _interpolated(peak, total, warmup=warmup, fractions=fractions, multipliers=multipliers)
 
 
 def _curve(norms: Norms, norm: str, smoothing: float) -> tuple[np.ndarray, np.ndarray]:
@@ -255,8 +267,9 @@ def _curve(norms: Norms, norm: str, smoothing: float) -> tuple[np.ndarray, np.nd
     return clock / clock[-1], multipliers
 
 
+@schedules.ends_with_the_run
 def _interpolated(
-    peak: float, total: float, warmup: float, fractions: np.ndarray, multipliers: np.ndarray
+    peak: float, total: float, *, warmup: float, fractions: np.ndarray, multipliers: np.ndarray
 ) -> optax.Schedule:
     """The schedule through the given points, linear in between."""
     schedules.check(peak, total, warmup)

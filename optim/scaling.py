@@ -5,8 +5,9 @@ size to another, or predict it from the model and the data.
 """
 
 import math
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 
 from crescendo.optim import schedules
+from crescendo.optim.states import nodes
 
 
 class ScaleByLearningRateState(NamedTuple):
@@ -22,21 +24,39 @@ class ScaleByLearningRateState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as optax's states do
     """Updates made, int32[]."""
     learning_rate: jax.Array
-    """The rate of the last update (before the first: of count 0), float32[]; float64[] under x64."""
+    """The rate of the last update (before the first: of count 0, or 0 if not known), float32[]; float64[] under x64."""
+
+    @property
+    def takes_learning_rate_factor(self) -> bool:
+        """See `update_with_factor`."""
+        return True
+
+    def report(self) -> dict[str, jax.Array]:
+        """The rate."""
+        return {"learning_rate": self.learning_rate}
 
 
 def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
-    """Multiply the update by -eta(t), where t is the extra argument `examples_seen` if the caller passes it.
+    r"""Multiply the update by -f eta(t), where t is the extra argument `examples_seen` if the caller passes it.
 
     Without `examples_seen` t is the number of updates made, as in `optax.scale_by_learning_rate`, so that what is
-    chained with this is a drop-in optax optimizer. The rate used is kept in the state: `optax.tree_utils.tree_get(
-    opt_state, "learning_rate")` reads it for the log. The product is rounded once, to the update's dtype.
+    chained with this is a drop-in optax optimizer. f, 1 by default, is the extra argument `learning_rate_factor`, by
+    which `adaptive_batch_size` lets the rate follow the batch; a schedule that follows it by itself (`power`) is read
+    at the batch of the extra argument `batch_stats`, and f is left out. The rate used, f eta(t), is kept in the state:
+    `optim.reported(opt_state)["learning_rate"]` reads it for the log. The product is rounded once, to the update's
+    dtype.
 
     Args:
-      learning_rate: a rate or a schedule over the caller's clock.
+      learning_rate: a rate or a schedule over the caller's clock; one without a total ends with the run, whose length
+        is the extra argument `total_examples`, a Python number.
 
     Raises:
-      ValueError: a rate (for a schedule: its value at 0) that is negative, NaN or infinite.
+      ValueError: a rate (for a schedule: its value at 0) that is negative, NaN or infinite; at `update`, a schedule
+        whose length isn't known.
+      LengthError: at `update`, a schedule whose parts don't fit the run.
+
+    Warns:
+      LengthWarning: (when traced) a schedule that ends elsewhere than the run.
 
     >>> transform = scale_by_learning_rate(schedules.linear(1.0, 100))
     >>> state = transform.init(jnp.ones(2))
@@ -44,11 +64,11 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
     >>> print(update, state.learning_rate, state.count)
     [-0.25 -0.25] 0.25 1
     """
-    rate_at = as_schedule(learning_rate)
+    rate_at = follow_clock(learning_rate)
 
     def init(params: optax.Params) -> ScaleByLearningRateState:
         del params
-        return ScaleByLearningRateState(jnp.zeros((), jnp.int32), rate_at(0))
+        return ScaleByLearningRateState(jnp.zeros((), jnp.int32), rate_at.at_start())
 
     def update(
         updates: optax.Updates,
@@ -56,10 +76,18 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
         params: optax.Params | None = None,
         *,
         examples_seen: jax.typing.ArrayLike | None = None,
+        total_examples: float | None = None,
+        batch_stats: Any = None,
+        learning_rate_factor: jax.typing.ArrayLike = 1,
         **extra_args: object,
     ) -> tuple[optax.Updates, ScaleByLearningRateState]:
         del params, extra_args
-        rate = rate_at(state.count if examples_seen is None else examples_seen)
+        rate = rate_at(
+            state.count if examples_seen is None else examples_seen,
+            total_examples=total_examples,
+            batch_size=None if batch_stats is None else batch_stats.batch_size,
+            factor=learning_rate_factor,
+        )
         updates = jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates)
         return updates, ScaleByLearningRateState(optax.safe_increment(state.count), rate)
 
@@ -72,8 +100,17 @@ class WithLearningRateState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as optax's states do
     """Updates made, int32[]."""
     learning_rate: jax.Array
-    """The rate of the last update (before the first: of count 0), float32[]; float64[] under x64."""
+    """The rate of the last update (before the first: of count 0, or 0 if not known), float32[]; float64[] under x64."""
     inner_state: optax.OptState
+
+    @property
+    def takes_learning_rate_factor(self) -> bool:
+        """See `update_with_factor`."""
+        return True
+
+    def report(self) -> dict[str, jax.Array]:
+        """The rate."""
+        return {"learning_rate": self.learning_rate}
 
 
 def with_learning_rate(
@@ -82,26 +119,27 @@ def with_learning_rate(
     """An optimizer that takes its rate at construction, driven by `examples_seen` as `scale_by_learning_rate` is.
 
     For optimizers whose rate isn't a last factor (Adafactor, Prodigy, Schedule-Free). Like `optax.inject_hyperparams`
-    it makes the optimizer anew in every update, but for the rate alone and on the caller's clock.
+    it makes the optimizer anew in every update, but for the rate alone and on the caller's clock; the rate includes the
+    `learning_rate_factor`, so that whatever the optimizer derives from its rate follows the batch.
 
     Args:
       make: from a rate (a traced scalar) to the optimizer; its state must not depend on the rate's value.
       learning_rate: a rate or a schedule.
 
-    Raises:
-      ValueError: a rate (for a schedule: its value at 0) that is negative, NaN or infinite.
+    Raises and warns: as `scale_by_learning_rate`.
 
     >>> transform = with_learning_rate(optax.sgd, schedules.linear(1.0, 100))
     >>> update, state = transform.update(jnp.ones(2), transform.init(jnp.ones(2)), examples_seen=75)
     >>> print(update, state.learning_rate)
     [-0.25 -0.25] 0.25
     """
-    rate_at = as_schedule(learning_rate)
+    rate_at = follow_clock(learning_rate)
 
     def init(params: optax.Params) -> WithLearningRateState:
         # Copied, so that a state which keeps the first parameters can be donated together with the parameters.
-        inner_state = make(rate_at(0)).init(jax.tree.map(jnp.copy, params))
-        return WithLearningRateState(jnp.zeros((), jnp.int32), rate_at(0), inner_state)
+        rate = rate_at.at_start()
+        inner_state = make(rate).init(jax.tree.map(jnp.copy, params))
+        return WithLearningRateState(jnp.zeros((), jnp.int32), rate, inner_state)
 
     def update(
         updates: optax.Updates,
@@ -109,30 +147,135 @@ def with_learning_rate(
         params: optax.Params | None = None,
         *,
         examples_seen: jax.typing.ArrayLike | None = None,
+        total_examples: float | None = None,
+        batch_stats: Any = None,
+        learning_rate_factor: jax.typing.ArrayLike = 1,
         **extra_args: object,
     ) -> tuple[optax.Updates, WithLearningRateState]:
-        rate = rate_at(state.count if examples_seen is None else examples_seen)
+        rate = rate_at(
+            state.count if examples_seen is None else examples_seen,
+            total_examples=total_examples,
+            batch_size=None if batch_stats is None else batch_stats.batch_size,
+            factor=learning_rate_factor,
+        )
         inner = optax.with_extra_args_support(make(rate))
-        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        updates, inner_state = inner.update(updates, state.inner_state, params, batch_stats=batch_stats, **extra_args)
         return updates, WithLearningRateState(optax.safe_increment(state.count), rate, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def as_schedule(learning_rate: optax.ScalarOrSchedule) -> optax.Schedule:
-    """A rate or a schedule as a schedule that returns arrays of the default float dtype.
+def update_with_factor(
+    optimizer: optax.GradientTransformationExtraArgs,
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None,
+    *,
+    learning_rate_factor: jax.typing.ArrayLike | None = None,
+    **extra_args: Any,
+) -> tuple[optax.Updates, optax.OptState]:
+    """`optimizer.update` at its learning rate times a factor, whoever's it is.
 
-    Raises:
-      ValueError: a rate (for a schedule: its value at 0) that is negative, NaN or infinite.
+    The factor goes to the optimizer as an extra argument. Where its state holds nothing that takes it, as in optax's
+    own, the updates are scaled instead. What takes it has a state with a true attribute `takes_learning_rate_factor`, as
+    `scale_by_learning_rate` and `with_learning_rate` have.
 
-    >>> as_schedule(0.5)(3)
-    Array(0.5, dtype=float32)
+    >>> for optimizer in (optax.chain(scale_by_learning_rate(0.5)), optax.sgd(0.5)):
+    ...     optimizer = optax.with_extra_args_support(optimizer)
+    ...     state = optimizer.init(jnp.ones(1))
+    ...     print(update_with_factor(optimizer, jnp.ones(1), state, None, learning_rate_factor=2.0)[0])
+    [-1.]
+    [-1.]
     """
-    if not callable(learning_rate):
-        schedules.check_learning_rate(learning_rate)
-        return lambda count: jnp.asarray(learning_rate, float)
-    schedules.check_learning_rate(learning_rate(0), "learning_rate at count 0")
-    return lambda count: jnp.asarray(learning_rate(count), float)
+    if learning_rate_factor is None:
+        return optimizer.update(updates, state, params, **extra_args)
+    takes_it = any(getattr(node, "takes_learning_rate_factor", False) is True for node in nodes(state))
+    updates, state = optimizer.update(updates, state, params, learning_rate_factor=learning_rate_factor, **extra_args)
+    if not takes_it:
+        updates = jax.tree.map(lambda u: (u * learning_rate_factor).astype(u.dtype), updates)
+    return updates, state
+
+
+class RateAt(Protocol):
+    """What `follow_clock` makes of a rate or a schedule."""
+
+    def __call__(
+        self,
+        count: jax.typing.ArrayLike,
+        *,
+        total_examples: float | None = None,
+        batch_size: jax.typing.ArrayLike | None = None,
+        factor: jax.typing.ArrayLike = 1,
+    ) -> jax.Array:
+        """The rate at a count of a run of a given length, at a batch size, times the coupling's factor."""
+
+    def at_start(self) -> jax.Array:
+        """The rate at count 0, as far as it is known without a run: 0 if it isn't."""
+
+
+def follow_clock(learning_rate: optax.ScalarOrSchedule | schedules.OfRun) -> RateAt:
+    """A rate or a schedule as a function of all that it may depend on, in the default float dtype.
+
+    Raises and warns: as `scale_by_learning_rate`.
+
+    >>> rate_at = follow_clock(schedules.linear(1.0))
+    >>> print(rate_at(50, total_examples=100), rate_at(50, total_examples=100, factor=2.0), rate_at.at_start())
+    0.5 1.0 0.0
+    """
+    return _RateAt(learning_rate)
+
+
+class _RateAt:
+    """See `RateAt`."""
+
+    def __init__(self, learning_rate: Any):
+        self._rate = learning_rate
+        if not callable(learning_rate):
+            schedules.check_learning_rate(learning_rate)
+        elif not isinstance(learning_rate, schedules.OfRun):
+            schedules.check_learning_rate(self._of_batch(learning_rate, 1)(0), "learning_rate at count 0")
+
+    def __call__(
+        self,
+        count: jax.typing.ArrayLike,
+        *,
+        total_examples: float | None = None,
+        batch_size: jax.typing.ArrayLike | None = None,
+        factor: jax.typing.ArrayLike = 1,
+    ) -> jax.Array:
+        if not callable(self._rate):
+            return jnp.asarray(self._rate, float) * factor
+        schedule = self._of_run(total_examples)
+        follows_batch = batch_size is not None and hasattr(schedule, "at_batch_size")
+        rate = jnp.asarray(self._of_batch(schedule, batch_size)(count), float)
+        return rate if follows_batch else rate * factor
+
+    def at_start(self) -> jax.Array:
+        known = not isinstance(self._rate, schedules.OfRun) and not hasattr(self._rate, "at_batch_size")
+        return self(0) if known else jnp.zeros((), float)
+
+    def _of_run(self, total_examples: float | None) -> optax.Schedule:
+        """The schedule of a run so long."""
+        if total_examples is None:
+            return self._rate
+        if isinstance(self._rate, schedules.OfRun):
+            return self._rate.of(total_examples)
+        own = getattr(self._rate, "total", total_examples)
+        if own != total_examples:
+            warnings.warn(
+                f"the learning rate's schedule ends at {own} and the run at {total_examples}: leave out the "
+                f"schedule's total to end it with the run",
+                schedules.LengthWarning,
+                stacklevel=2,
+            )
+        return self._rate
+
+    @staticmethod
+    def _of_batch(schedule: Any, batch_size: jax.typing.ArrayLike | None) -> optax.Schedule:
+        """The schedule at a batch, where it depends on it."""
+        if batch_size is None or not hasattr(schedule, "at_batch_size"):
+            return schedule
+        return schedule.at_batch_size(batch_size)
 
 
 def learning_rate_factor(
@@ -212,6 +355,7 @@ def bert_recipe(batch_size: int) -> BertRecipe:
     return BertRecipe(5e-3 * math.sqrt(ratio), 0.2 * ratio)
 
 
+@schedules.ends_with_the_run
 def bert_76_minutes(
     total: float, *, batch_sizes: tuple[int, ...] = (65_536, 32_768), boundaries: tuple[float, ...] | None = None
 ) -> optax.Schedule:
@@ -220,7 +364,7 @@ def bert_76_minutes(
     By default two stages: 65,536 examples (of 128 tokens) for 9/10 of the run, then 32,768 (of 512), warmed up again.
 
     Args:
-      total: the length of the run, in the caller's count.
+      total: the length of the run, in the caller's count; None: what the loop says.
       batch_sizes: the batch of each stage, in examples.
       boundaries: the counts at which a new stage starts, one fewer than stages; None: 9/10 of `total` for two stages.
 

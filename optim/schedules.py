@@ -7,17 +7,104 @@ value. Fractions (`end_fraction`, ...) are of `peak`, so a sweep over `peak` mov
 jittable, work element by element on arrays of counts, return the default float dtype (float32; float64 under x64), and
 are exact at both ends.
 
+Left out, `total` is the run's length: the factory then returns an `OfRun`, which an optimizer makes a schedule of when
+the loop tells it the length (`total_examples`). Only `constant` and `infinite` go on for ever without one.
+
 >>> import jax.numpy as jnp
 >>> print(linear(0.5, 100, warmup=20)(jnp.array([0, 10, 20, 60, 100, 120])))
 [0.   0.25 0.5  0.25 0.   0.  ]
+>>> print(linear(0.5, warmup=20).of(100)(10))
+0.25
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+
+class LengthError(ValueError):
+    """The parts of a schedule don't fit its length."""
+
+
+class LengthWarning(UserWarning):
+    """A schedule ends elsewhere than the run that it is used in."""
+
+
+class OfRun:
+    """A schedule as long as the run, whose length isn't known yet.
+
+    It stands where a schedule stands, but can't be called: `of` makes the schedule.
+
+    Args:
+      factory: from a length to the schedule.
+
+    >>> cosine(1.0).of(4)(2)
+    Array(0.5, dtype=float32)
+    """
+
+    def __init__(self, factory: Callable[[float], optax.Schedule]):
+        self._factory = factory
+
+    def of(self, total_examples: float) -> optax.Schedule:
+        """The schedule over a run of `total_examples`, in the caller's count.
+
+        Raises:
+          LengthError: parts that don't fit it.
+        """
+        return self._factory(total_examples)
+
+    def __call__(self, count: jax.typing.ArrayLike) -> jax.Array:
+        """Raises ValueError: without a length there is no rate."""
+        raise ValueError(
+            "the schedule's length isn't known: give it a total, or pass the extra argument total_examples to update()"
+        )
+
+
+class _LengthOfRun(float):
+    """A length beyond every other, by which a schedule is checked before the run's is known."""
+
+    def __str__(self) -> str:
+        return "(the run's length)"
+
+
+def ends_with_the_run(factory: Callable[..., optax.Schedule]) -> Callable[..., Any]:
+    """`factory` with a `total` that may be left out or None: it then returns an `OfRun`.
+
+    What doesn't depend on the length is checked at once. A schedule that is given a length keeps it as its `total`.
+    """
+    signature = inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        bound = signature_of_run.bind(*args, **kwargs)
+
+        def of(total: float) -> optax.Schedule:
+            bound.arguments["total"] = total
+            return with_total(factory(*bound.args, **bound.kwargs), total)
+
+        total = bound.arguments.get("total")
+        if total is not None:
+            return of(total)
+        of(_LengthOfRun(1e300))
+        return OfRun(of)
+
+    parameters = dict(signature.parameters)
+    parameters["total"] = parameters["total"].replace(default=None, annotation=float | None)
+    signature_of_run = signature.replace(parameters=list(parameters.values()), return_annotation=optax.Schedule | OfRun)
+    make.__signature__ = signature_of_run  # type: ignore[attr-defined]
+    return make
+
+
+def with_total(schedule: optax.Schedule, total: float) -> optax.Schedule:
+    """`schedule`, which keeps its length as the attribute `total`, for a run to compare with its own."""
+    schedule.total = total
+    return schedule
 
 
 def constant(peak: float, total: float | None = None, *, warmup: float = 0) -> optax.Schedule:
@@ -33,6 +120,7 @@ def constant(peak: float, total: float | None = None, *, warmup: float = 0) -> o
     return with_warmup(lambda t: peak * jnp.ones_like(t), warmup)
 
 
+@ends_with_the_run
 def linear(peak: float, total: float, *, warmup: float = 0, end_fraction: float = 0.0) -> optax.Schedule:
     """Linear decay: eta(t) = peak * ((1 - u) + end_fraction * u), u = (t - warmup) / (total - warmup).
 
@@ -40,12 +128,13 @@ def linear(peak: float, total: float, *, warmup: float = 0, end_fraction: float 
 
     Args:
       peak: the highest rate.
-      total: the count at which the decay ends.
+      total: the count at which the decay ends; None: the run's end.
       warmup: the count at which the linear rise from 0 ends.
       end_fraction: the final rate, as a fraction of `peak`.
 
     Raises:
-      ValueError: a rate or fraction that is negative, NaN or out of range, or parts that don't fit `total`.
+      ValueError: a rate or fraction that is negative, NaN or out of range.
+      LengthError: parts that don't fit `total`; without one they are compared with the run's length when it is known.
 
     References:
       Defazio et al., 2023, `Optimal Linear Decay Learning Rate Schedules <https://arxiv.org/abs/2310.07831>`_
@@ -57,6 +146,7 @@ def linear(peak: float, total: float, *, warmup: float = 0, end_fraction: float 
     return with_warmup(lambda t: peak * _between(1.0, end_fraction, _progress(t, warmup, total)), warmup)
 
 
+@ends_with_the_run
 def cosine(peak: float, total: float, *, warmup: float = 0, end_fraction: float = 0.0) -> optax.Schedule:
     """Half a cosine: eta(t) = peak * (end_fraction + (1 - end_fraction) * (1 + cos(pi u)) / 2), u as in `linear`.
 
@@ -72,6 +162,7 @@ def cosine(peak: float, total: float, *, warmup: float = 0, end_fraction: float 
     return with_warmup(lambda t: peak * _between(1.0, end_fraction, _half_cosine(_progress(t, warmup, total))), warmup)
 
 
+@ends_with_the_run
 def wsd(
     peak: float,
     total: float,
@@ -92,7 +183,7 @@ def wsd(
 
     Args:
       peak: the stable rate.
-      total: the count at which the decay ends.
+      total: the count at which the decay ends; None: the run's end.
       warmup: the count at which the linear rise from 0 ends.
       decay: length of the decay; None: a tenth of `total`.
       shape: `linear`, `sqrt` or `exponential`.
@@ -120,6 +211,7 @@ def wsd(
     )
 
 
+@ends_with_the_run
 def rex(
     peak: float, total: float, *, warmup: float = 0, curvature: float = 0.5, end_fraction: float = 0.0
 ) -> optax.Schedule:
@@ -146,11 +238,12 @@ def rex(
     return with_warmup(schedule, warmup)
 
 
+@ends_with_the_run
 def power(
     peak: float,
     total: float,
     *,
-    batch_size: float,
+    batch_size: float | None = None,
     tokens_per_count: float = 1,
     amplitude: float = 4.6,
     exponent: float = -0.51,
@@ -162,12 +255,14 @@ def power(
     """A power law in the tokens seen: eta(n) = min(peak, batch_size * amplitude * n^exponent), then a decay.
 
     n = t * `tokens_per_count`. Over the last `decay` counts the rate goes from its value there to `end_fraction` of
-    that value, as in `wsd`. Meant for models parametrised by muP.
+    that value, as in `wsd`. Meant for models parametrised by muP. The rule itself says how the rate follows the batch,
+    so no coupling is applied to it: told the present batch, an optimizer reads `schedule.at_batch_size(batch)`.
 
     Args:
       peak: the cap (the paper's is 0.02).
-      total: the count at which the decay ends.
-      batch_size: the batch in sequences.
+      total: the count at which the decay ends; None: the run's end.
+      batch_size: the batch in sequences, for callers that don't tell the present one (a training loop does); None: the
+        schedule can only be read by `at_batch_size`.
       tokens_per_count: tokens in one count: 1 if the caller counts tokens, the sequence length if examples.
       amplitude: the paper's a, 4 to 4.6.
       exponent: the paper's b; at most 0.
@@ -189,18 +284,32 @@ def power(
     decay = total / 10 if decay is None else decay
     check(peak, total, warmup, decay=decay, end_fraction=end_fraction)
     for name, value in dict(batch_size=batch_size, tokens_per_count=tokens_per_count, amplitude=amplitude).items():
-        if not value > 0:
+        if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
     if not exponent <= 0:
         raise ValueError(f"exponent must be at most 0, got {exponent}: the paper's is -0.51")
     weight = _decay_weight(shape)
 
-    def schedule(t: jax.Array) -> jax.Array:
-        tokens = jnp.minimum(t, jnp.asarray(total - decay, t.dtype)) * tokens_per_count
-        stable = jnp.minimum(peak, batch_size * amplitude * jnp.maximum(tokens, 1.0) ** exponent)
-        return stable * _between(end_fraction, 1.0, weight(_progress(t, total - decay, total)))
+    def at_batch_size(batch_size: jax.typing.ArrayLike) -> optax.Schedule:
+        """The schedule of a batch, which may be traced."""
 
-    return with_warmup(schedule, warmup)
+        def schedule(t: jax.Array) -> jax.Array:
+            tokens = jnp.minimum(t, jnp.asarray(total - decay, t.dtype)) * tokens_per_count
+            stable = jnp.minimum(peak, batch_size * amplitude * jnp.maximum(tokens, 1.0) ** exponent)
+            return stable * _between(end_fraction, 1.0, weight(_progress(t, total - decay, total)))
+
+        return with_warmup(schedule, warmup)
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        if batch_size is None:
+            raise ValueError(
+                "the power schedule needs the batch: give it batch_size, or pass the extra argument batch_stats to "
+                "update()"
+            )
+        return at_batch_size(batch_size)(count)
+
+    schedule.at_batch_size = at_batch_size  # type: ignore[attr-defined]
+    return schedule
 
 
 def infinite(
@@ -255,9 +364,11 @@ def infinite(
             return rate
         return rate * (end_fraction / constant_fraction) ** _progress(t, total - decay, total)
 
-    return with_warmup(schedule, warmup)
+    warmed = with_warmup(schedule, warmup)
+    return warmed if total is None else with_total(warmed, total)
 
 
+@ends_with_the_run
 def rewarm(
     peak: float,
     total: float,
@@ -274,7 +385,7 @@ def rewarm(
 
     Args:
       peak: the highest rate.
-      total: the count at which the decay ends (of the same clock as `start`).
+      total: the count at which the decay ends (of the same clock as `start`); None: the run's end.
       start: the count at which the earlier training ended.
       warmup: length of the rise; None: a hundredth of total - start.
       start_fraction: the rate at `start`, as a fraction of `peak`.
@@ -303,6 +414,7 @@ def rewarm(
     return schedule
 
 
+@ends_with_the_run
 def step(
     peak: float,
     total: float,
@@ -315,7 +427,7 @@ def step(
 
     Args:
       peak: the rate before the first boundary.
-      total: the length of the run; the boundaries lie within it.
+      total: the length of the run; the boundaries lie within it. None: what the loop says.
       boundaries: rising counts; None: 1/2 and 3/4 of `total`, as for ResNets on CIFAR-10.
       factor: from 0 to 1.
       warmup: the count at which the linear rise from 0 ends; at most the first boundary.
@@ -335,7 +447,7 @@ def step(
     if not 0 <= factor <= 1:
         raise ValueError(f"factor must be from 0 to 1, got {factor}")
     if edges != sorted(set(edges)) or any(not warmup <= edge < total for edge in edges):
-        raise ValueError(f"boundaries must rise strictly from warmup {warmup} to below total {total}, got {edges}")
+        raise LengthError(f"boundaries must rise strictly from warmup {warmup} to below total {total}, got {edges}")
 
     def schedule(t: jax.Array) -> jax.Array:
         passed = sum((jnp.asarray(t >= jnp.asarray(edge, t.dtype), t.dtype) for edge in edges), jnp.zeros_like(t))
@@ -411,7 +523,7 @@ def check(peak: float, total: float, warmup: float, **parts: float) -> None:
     length = sum(durations.values())
     if length > total or (length == total and "decay" not in parts):  # something must be left to decay over
         written = " + ".join(f"{name} {value}" for name, value in durations.items())
-        raise ValueError(f"{written} don't fit total {total}: shorten them or lengthen total")
+        raise LengthError(f"{written} don't fit total {total}: shorten them or lengthen total")
 
 
 def check_learning_rate(rate: object, name: str = "learning_rate") -> None:

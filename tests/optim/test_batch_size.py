@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crescendo.optim import batch_size
+from crescendo import optim
+from crescendo.optim import batch_size, schedules
 from crescendo.optim.batch_size import BatchSizePolicy, BatchStats, adaptive_batch_size, constant, staged
+from crescendo.optim.scaling import ScaleByLearningRateState, WithLearningRateState
+from crescendo.optim.states import find_states
 
 
 def stats(examples_seen=0, size=4):
@@ -82,27 +85,26 @@ def test_the_factor_is_of_the_batch_used_and_the_size_is_for_later(coupling, fac
     """A decision takes effect with the batch that has its size, however late that comes."""
     if factors is None:
         factors = [1, 2, 4]  # the rule's own exponent is a half
-    transform = adaptive_batch_size(counting([2, 8, 32]), coupling)
+    transform = adaptive_batch_size(optax.identity(), counting([2, 8, 32]), coupling)
     state, gradient = transform.init(None), {"a": jnp.ones(3), "b": jnp.ones((), jnp.bfloat16)}
     assert int(batch_size.current_batch_size(state)) == 2
     for used, factor, decided in zip([2, 8, 32], factors, [8, 32, 2], strict=True):
         updates, state = transform.update(gradient, state, batch_stats=stats(size=used))
         np.testing.assert_allclose(updates["a"], np.full(3, factor))
         assert updates["b"].dtype == jnp.bfloat16
-        assert float(batch_size.current_learning_rate_factor(state)) == factor
         assert int(batch_size.current_batch_size(state)) == decided
 
 
 def test_a_loop_that_lags_by_one_step_uses_what_update_n_decided_for_batch_n_plus_2():
     """The loop's order: a step is dispatched before the decision of the one before it is read."""
-    transform = adaptive_batch_size(staged([2, 8], starts_examples=[0, 5]))
+    transform = adaptive_batch_size(optim.scale_by_learning_rate(1.0), staged([2, 8], starts_examples=[0, 5]))
     state = transform.init(None)
     size = decided = int(batch_size.current_batch_size(state))
     used, factors, seen = [], [], 0
     for _ in range(7):
         _, after = transform.update((), state, batch_stats=stats(seen, size))
         used.append(size)
-        factors.append(float(batch_size.current_learning_rate_factor(after)))
+        factors.append(float(optax.tree_utils.tree_get(after, "learning_rate")))
         seen += size
         size, decided = decided, int(batch_size.current_batch_size(after))
         state = after
@@ -112,7 +114,7 @@ def test_a_loop_that_lags_by_one_step_uses_what_update_n_decided_for_batch_n_plu
 
 
 def test_another_base_and_another_size_compile_nothing():
-    transform = adaptive_batch_size(staged([2, 8], starts_examples=[0, 64]), base_batch_size=8)
+    transform = adaptive_batch_size(optax.identity(), staged([2, 8], starts_examples=[0, 64]), base_batch_size=8)
     step = jax.jit(lambda s, b: transform.update(jnp.ones(2), s, batch_stats=b))
     updates, state = step(transform.init(None), stats(0, 2))
     np.testing.assert_allclose(updates, np.full(2, 0.5))
@@ -122,13 +124,144 @@ def test_another_base_and_another_size_compile_nothing():
 
 
 def test_the_transform_says_what_it_lacks():
-    transform = adaptive_batch_size(constant(2))
+    transform = adaptive_batch_size(optax.identity(), constant(2))
     with pytest.raises(ValueError, match="needs the extra argument batch_stats"):
         transform.update((), transform.init(None))
     with pytest.raises(ValueError, match="unknown learning-rate rule 'cubic'"):
-        adaptive_batch_size(constant(2), "cubic")
+        adaptive_batch_size(optax.identity(), constant(2), "cubic")
     with pytest.raises(ValueError, match="holds 0 adaptive_batch_size states"):
         batch_size.current_batch_size(optax.sgd(0.1).init(jnp.ones(1)))
-    twice = optax.chain(transform, transform)
-    with pytest.raises(ValueError, match="holds 2 adaptive_batch_size states; chain exactly one"):
+    twice = adaptive_batch_size(transform, constant(2))
+    with pytest.raises(ValueError, match="holds 2 adaptive_batch_size states; wrap exactly one"):
         batch_size.current_batch_size(twice.init(jnp.ones(1)))
+
+
+def quadratic(params):
+    """A loss with another curvature in each direction."""
+    return sum(jnp.sum(jnp.arange(1, x.size + 1).reshape(x.shape) * x**2) for x in jax.tree.leaves(params)) / 2
+
+
+def halves(*shape):
+    return jnp.full(shape, 0.5, jnp.float32)
+
+
+PARAMS = {"blocks": {"kernel": halves(2, 4, 4), "bias": halves(2, 4)}, "head": halves(4, 4)}
+
+
+def trained(optimizer, sizes, *, total=640):
+    """Parameters, state and the rates used, after a step with each of the sizes, told all that a run tells."""
+    step_of_batch = optax.with_extra_args_support(optimizer)
+
+    @jax.jit
+    def step(params, state, told):
+        loss, gradient = jax.value_and_grad(quadratic)(params)
+        updates, state = step_of_batch.update(
+            gradient,
+            state,
+            params,
+            examples_seen=told.examples_seen + told.batch_size / 2,
+            total_examples=total,
+            batch_stats=told,
+            value=loss,
+            obj_fn=quadratic,
+        )
+        return optax.apply_updates(params, updates), state
+
+    params, state, seen, rates = PARAMS, step_of_batch.init(PARAMS), 0, []
+    for size in sizes:
+        params, state = step(params, state, stats(seen, size))
+        rates += [float(x.learning_rate) for x in find_states(state, ScaleByLearningRateState, WithLearningRateState)]
+        seen += size
+    assert step._cache_size() == 1
+    return params, state, rates
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_every_optimizer_sees_the_rate_that_follows_the_batch(name):
+    """Two steps at 4 times the batch are two steps at twice the rate, in every number of the state too."""
+    make = optim.OPTIMIZERS[name]
+    grown, state, rates = trained(adaptive_batch_size(make(0.01), constant(4)), [16, 16])
+    faster, expected, _ = trained(make(0.02), [16, 16])
+    np.testing.assert_allclose(rates, [0.02, 0.02], rtol=1e-6)
+    for a, b in zip(jax.tree.leaves((grown, state.inner_state)), jax.tree.leaves((faster, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9)
+
+
+def label(params):
+    return jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "vector", params)
+
+
+FOREIGN = {
+    "optax adamw": lambda: optax.adamw(0.01),
+    "optax masked": lambda: optax.masked(optim.adamw(0.01), label_is_matrix),
+    "optax partition": lambda: optax.partition({"matrix": optim.adamw(0.01), "vector": optim.sgd(0.1)}, label),
+    "optax partition of optax's": lambda: optax.partition(
+        {"matrix": optax.adam(0.01), "vector": optax.sgd(0.1)}, label
+    ),
+    "optax muon": lambda: optax.contrib.muon(0.01),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optim.adamw, static_args=("nesterov",))(0.01),
+    "inject_hyperparams of optax's": lambda: optax.inject_hyperparams(optax.adamw)(0.01),
+    "dog": lambda: optax.contrib.dog(),
+    "dadapt_adamw": lambda: optax.contrib.dadapt_adamw(),
+    "momo": lambda: optax.contrib.momo(0.01),
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optim.lamb(0.01)),
+}
+
+
+def label_is_matrix(params):
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_any_optimizer_can_be_wrapped(name):
+    """Optax's own and what optax wraps, under jit, told all that a run tells; the factor counts once."""
+    once, _, _ = trained(adaptive_batch_size(FOREIGN[name](), constant(4)), [4])
+    grown, _, _ = trained(adaptive_batch_size(FOREIGN[name](), constant(4)), [16])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grown))
+    if name != "optax masked":  # what a mask leaves out passes as the gradient itself
+        for start, a, b in zip(*map(jax.tree.leaves, (PARAMS, once, grown)), strict=True):
+            np.testing.assert_allclose(b - start, 2 * (a - start), rtol=1e-4, atol=1e-7)
+    trained(adaptive_batch_size(FOREIGN[name](), counting([4, 16])), [4, 16, 4])
+
+
+def test_a_schedule_that_follows_the_batch_gets_no_coupling():
+    """Power at 256 from 16, n = 1.28e8 tokens at the first step: min(0.02, 256 a n^b), never four times the cap."""
+    for own_batch_size in (None, 16):
+        schedule = schedules.power(0.02, batch_size=own_batch_size, tokens_per_count=1e6)
+        optimizer = adaptive_batch_size(optim.adamw(schedule), counting([16, 256]))
+        rates = trained(optimizer, [16, 256, 256], total=10**4)[2]
+        counts = [8, 16 + 128, 16 + 256 + 128]
+        expected = [min(0.02, b * 4.6 * (t * 1e6) ** -0.51) for b, t in zip([16, 256, 256], counts, strict=True)]
+        np.testing.assert_allclose(rates, expected, rtol=1e-4)
+
+
+def test_updates_are_bit_for_bit_those_of_the_optimizer_alone_while_the_batch_is_the_base():
+    wrapped = trained(adaptive_batch_size(optim.adamw(schedules.linear(0.01)), constant(8)), [8] * 5)
+    alone = trained(optim.adamw(schedules.linear(0.01)), [8] * 5)
+    jax.tree.map(np.testing.assert_array_equal, (wrapped[0], wrapped[1].inner_state), alone[:2])
+
+
+def test_prodigy_from_a_rate_of_zero_is_finite():
+    """A warmup read at its start, and gradients that are all 0, estimate nothing; afterwards it goes on."""
+    optimizer = optim.prodigy(schedules.linear(1.0, 640, warmup=64))
+    gradient = jax.tree.map(jnp.ones_like, PARAMS)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for clock, scale in ((0, 1.0), (0, 1.0), (8, 0.0), (16, 1.0), (32, 1.0), (640, 1.0)):
+        updates, state = optimizer.update(
+            jax.tree.map(lambda g, s=scale: s * g, gradient), state, params, examples_seen=clock
+        )
+        params = optax.apply_updates(params, updates)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, state)))
+    assert (params["head"] < PARAMS["head"]).all()
+
+
+def test_prodigy_under_a_warmup_learns():
+    optimizer = adaptive_batch_size(optim.prodigy(schedules.linear(1.0, warmup=64)), constant(8))
+    params, _, _ = trained(optimizer, [8] * 80)
+    assert quadratic(params) < 0.1 * quadratic(PARAMS)
+
+
+def test_sophia_takes_the_callers_loss():
+    optimizer = adaptive_batch_size(optim.sophia(schedules.linear(0.02)), constant(8))
+    params, _, _ = trained(optimizer, [8] * 80)
+    assert quadratic(params) < 0.1 * quadratic(PARAMS)

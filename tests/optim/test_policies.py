@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -207,7 +208,7 @@ def test_norm_layers_tell_with_a_single_microbatch():
 
 def test_a_noisy_quadratic_in_the_loop_that_lags():
     """Sizes by `adaptive_batch_size`, used two batches later: B ends at the rung below the true noise scale of 24."""
-    transform = adaptive_batch_size(policies.noise_scale_following(4 * 2, 64), "none")
+    transform = adaptive_batch_size(optax.identity(), policies.noise_scale_following(4 * 2, 64), "none")
     gradient, deviation = jnp.full(16, 0.25), jnp.sqrt(24 / 16)
 
     @jax.jit
@@ -330,7 +331,7 @@ EVERY = {
 
 def test_a_run_resumed_from_a_checkpoint_decides_the_same(tmp_path):
     """Each policy after 4 of 12 updates, through one orbax checkpoint, within the transform's state."""
-    chains = {name: adaptive_batch_size(policy) for name, policy in EVERY.items()}
+    chains = {name: adaptive_batch_size(optax.identity(), policy) for name, policy in EVERY.items()}
 
     def advance(states, steps):
         decided = []
@@ -348,6 +349,16 @@ def test_a_run_resumed_from_a_checkpoint_decides_the_same(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one, other)
     assert sizes == same
     assert all(sizes[-1][name] > 8 for name in EVERY)
+
+
+def test_policies_that_compare_microbatches_ask_for_two():
+    """The fixed ones and the normalisation layers' noise scale learn from one as well."""
+    several = [policies.noise_scale_following(8, 64)]
+    several += [policies.norm_test(8, 64, variant=variant) for variant in ("norm", "inner_product", "coordinate")]
+    assert [policy.min_microbatches for policy in several] == [2] * 4
+    one = [batch_size.constant(8), EVERY["geometric"], EVERY["curve"]]
+    one += [policies.noise_scale_following(8, 64, source="norm_layers")]
+    assert [policy.min_microbatches for policy in one] == [1] * 4
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 
 from crescendo import optim
 from crescendo.optim import schedules
+from crescendo.optim.checks import RANGES
 
 PARAMS = {"hidden": jnp.ones((2, 3))}
 MASKED = [
@@ -28,6 +30,45 @@ def test_the_rate_follows_the_clock(make):
         updates, state = transform.update(PARAMS, state, **clock)
         assert state.learning_rate == np.float32(rate)
         np.testing.assert_array_equal(updates["hidden"], np.full((2, 3), np.float32(-rate)))
+
+
+BOTH = [optim.scale_by_learning_rate, lambda rate: optim.with_learning_rate(optax.sgd, rate)]
+
+
+@pytest.mark.parametrize("make", BOTH)
+def test_a_schedule_without_a_total_ends_with_the_run(make):
+    transform = make(schedules.linear(1.0, warmup=20))
+    state = transform.init(PARAMS)
+    assert state.learning_rate == 0
+    update = jax.jit(transform.update, static_argnames="total_examples")
+    for clock, rate in ((10, 0.5), (60, 0.5), (100, 0.0)):
+        _, state = update(PARAMS, state, examples_seen=clock, total_examples=100)
+        assert state.learning_rate == np.float32(rate)
+    with pytest.raises(ValueError, match="length isn't known"):
+        transform.update(PARAMS, state, examples_seen=10)
+    with pytest.raises(schedules.LengthError, match="warmup 20 don't fit total 16"):
+        transform.update(PARAMS, state, examples_seen=10, total_examples=16)
+
+
+@pytest.mark.parametrize("make", BOTH)
+def test_a_schedule_that_ends_elsewhere_is_said(make):
+    transform = make(schedules.linear(1.0, 6144))
+    update = jax.jit(transform.update, static_argnames="total_examples")
+    with pytest.warns(schedules.LengthWarning, match="ends at 6144 and the run at 512: leave out the schedule's total"):
+        _, state = update(PARAMS, transform.init(PARAMS), examples_seen=0, total_examples=512)
+    assert state.learning_rate == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        update(PARAMS, state, examples_seen=0, total_examples=6144)
+        make(schedules.constant(1.0, 3)).update(PARAMS, state, total_examples=512)
+
+
+@pytest.mark.parametrize("make", BOTH)
+def test_the_factor_multiplies_the_rate(make):
+    transform = make(0.5)
+    updates, state = transform.update(PARAMS, transform.init(PARAMS), learning_rate_factor=jnp.float32(4))
+    assert state.learning_rate == 2
+    np.testing.assert_array_equal(updates["hidden"], np.full((2, 3), np.float32(-2)))
 
 
 def test_product_is_rounded_once():
@@ -56,6 +97,54 @@ def test_mask_that_matches_nothing(name, mask):
 def test_bad_moment_dtype(dtype):
     with pytest.raises((ValueError, TypeError), match=r"moment_dtype must be a floating dtype|no such"):
         optim.adamw(0.1, moment_dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"])
+def test_moments_of_eight_bits_are_refused(name):
+    for make in (optim.adamw, optim.muon, optim.schedule_free):
+        with pytest.raises(ValueError, match=f"moment_dtype = {name} has too few bits .*: use float32 or bfloat16"):
+            make(0.1, moment_dtype=name)
+
+
+FRACTIONS = [
+    ("b1", 1), ("b1", 1.0), ("b2", 1.0), ("b2", -0.1), ("adam_b1", 1.0), ("adam_b2", math.nan), ("momentum", math.nan),
+    ("momentum", 1.0), ("decay_rate", 1.5), ("decay", 1.0), ("decay", math.nan),
+]  # fmt: skip
+OTHERS = [
+    ("eps", -1), ("eps", math.nan), ("eps", math.inf), ("weight_decay", -0.1), ("weight_decay", math.inf), ("rms", 0.0),
+    ("rms", math.nan), ("gamma", 0.0), ("gamma", math.nan), ("initial_rate", 0.0), ("initial_rate", -1e-6),
+    ("rate_coefficient", 0.0), ("trust_coefficient", -1.0), ("trust_coefficient", math.nan), ("clip_threshold", 0.0),
+    ("clipping_threshold", -1.0), ("weight_power", -1.0), ("initial_accumulator", math.inf),
+    ("newton_schulz_steps", 0), ("update_interval", 0), ("min_dim_size_to_factor", 0),
+]  # fmt: skip
+EXPORTED = optim.OPTIMIZERS | optim.TRANSFORMS
+OUT_OF_RANGE = [
+    (name, key, value)
+    for key, value in FRACTIONS + OTHERS
+    for name, make in EXPORTED.items()
+    if key in inspect.signature(make).parameters
+]
+
+
+@pytest.mark.parametrize(("name", "key", "value"), OUT_OF_RANGE)
+def test_constants_out_of_range_are_refused_by_name(name, key, value):
+    rate = {"learning_rate": 0.1} if "learning_rate" in inspect.signature(EXPORTED[name]).parameters else {}
+    with pytest.raises(ValueError, match=rf"^{key} = {value} must be (at least|above) [01].*: try [0-9.e+-]+$"):
+        EXPORTED[name](**rate, **{key: value})
+
+
+def test_every_float_option_has_a_range():
+    """A new constant can't be forgotten: it stands in the table, and in the cases above."""
+    for name, make in EXPORTED.items():
+        for key, parameter in inspect.signature(make).parameters.items():
+            if isinstance(parameter.default, float) and (name, key) != ("prodigy", "learning_rate"):
+                assert key in RANGES, (name, key)
+                assert any((name, key) == case[:2] for case in OUT_OF_RANGE), (name, key)
+
+
+def test_schedule_free_needs_momentum():
+    with pytest.raises(ValueError, match="b1 = 0 must be above 0"):
+        optim.schedule_free(0.1, b1=0.0)
 
 
 def test_learning_rate_factor():

@@ -166,6 +166,60 @@ def test_bad_input(name, options, message, refined_file):
         make(name, refined_file, **options)
 
 
+OF_RUN = [name for name in optim.SCHEDULES if name not in ("constant", "infinite")]
+
+
+@pytest.mark.parametrize("name", OF_RUN)
+def test_without_a_total_the_run_says_its_length(name, refined_file):
+    """The same rates as with a total; until the length is known there is none, but mistakes are found at once."""
+    ours, given = make(name, refined_file, total=None, warmup=100), make(name, refined_file, warmup=100)
+    np.testing.assert_array_equal(ours.of(TOTAL)(np.array(COUNTS)), given(np.array(COUNTS)))
+    assert given.total == ours.of(TOTAL).total == TOTAL
+    with pytest.raises(
+        ValueError, match="length isn't known: give it a total, or pass the extra argument total_exampl"
+    ):
+        ours(3)
+    with pytest.raises(schedules.LengthError, match=r"(warmup|start|boundaries).* 100.*total 50"):
+        ours.of(50)
+    for bad in ({"peak": math.nan}, {"warmup": -1}):
+        with pytest.raises(ValueError, match="must be at least 0 and finite"):
+            make(name, refined_file, **{"total": None, "warmup": 100} | bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("wsd", {"shape": "square"}, "unknown decay shape 'square'"),
+        ("linear", {"end_fraction": 1.5}, "end_fraction must be from 0 to 1"),
+        ("step", {"boundaries": (600, 300)}, r"to below total \(the run's length\), got \[600, 300\]"),
+        ("power", {"exponent": 0.5}, "exponent must be at most 0"),
+    ],
+)
+def test_what_does_not_depend_on_the_total_is_checked_at_once(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        optim.SCHEDULES[name](PEAK, **options)
+
+
+def test_constant_and_infinite_need_no_length():
+    assert schedules.constant(PEAK)(10**9) == np.float32(PEAK)
+    assert not hasattr(schedules.constant(PEAK, TOTAL), "total")
+    assert not hasattr(schedules.infinite(PEAK, cooldown=5), "total")
+    assert schedules.infinite(PEAK, TOTAL, cooldown=5).total == TOTAL
+
+
+def test_power_at_the_present_batch():
+    """The cap holds at every batch: at 256 the rate is min(peak, 256 a n^b), and not a multiple of the cap."""
+    schedule = schedules.power(0.02, tokens_per_count=1e6).of(TOTAL)
+    at = jax.jit(lambda size, count: schedule.at_batch_size(size)(count))
+    for size in (16, 256):
+        expected = min(0.02, size * 4.6 * 5e8**-0.51)
+        np.testing.assert_allclose(at(size, 500), expected, rtol=1e-5)
+        given = schedules.power(0.02, TOTAL, batch_size=size, tokens_per_count=1e6)
+        np.testing.assert_allclose(given(500), at(size, 500), rtol=1e-6)
+    with pytest.raises(ValueError, match="power schedule needs the batch: give it batch_size, or pass the extra arg"):
+        schedule(500)
+
+
 def test_plot_draws_every_schedule(tmp_path, capsys):
     """All of them in one PNG, and chosen ones with arguments."""
     plot.main(["--output", str(tmp_path / "all.png")])
