@@ -2,7 +2,7 @@
 
 The tables map the name that a config uses to its function; the common tests find every optimizer, transform and
 schedule in them. Schedules are called by their module (`schedules.linear`), since their names are too plain to stand
-alone.
+alone. `reported` reads what the states say of themselves, and `evaluation_params` what to evaluate.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,8 @@ import optax
 from crescendo.optim import schedules
 from crescendo.optim.adagrad import adagrad, adagrad_norm, scale_by_adagrad_norm
 from crescendo.optim.adamw import adamw, nadamw
-from crescendo.optim.baselines import adafactor, evaluation_params, muon, prodigy, schedule_free, sgd, sophia
+from crescendo.optim.averaging import average_weights, evaluation_params, has_evaluation_params
+from crescendo.optim.baselines import adafactor, muon, prodigy, schedule_free, sgd, sophia
 from crescendo.optim.batch_size import (
     BatchSizePolicy,
     BatchStats,
@@ -20,6 +21,7 @@ from crescendo.optim.batch_size import (
     current_batch_size,
     staged,
 )
+from crescendo.optim.combinators import chain
 from crescendo.optim.lamb import lamb
 from crescendo.optim.lars import lars, scale_by_lars
 from crescendo.optim.lion import lion
@@ -43,6 +45,7 @@ from crescendo.optim.scaling import (
     step_law,
     with_learning_rate,
 )
+from crescendo.optim.states import reported
 from crescendo.optim.trust_ratio import scale_by_layer_trust_ratio, trust_ratios
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
@@ -78,7 +81,12 @@ TRANSFORMS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
 }
 """Pieces to chain."""
 
-SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
+COMBINATORS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
+    function.__name__: function for function in (chain, average_weights)
+}
+"""What makes an optimizer of others."""
+
+SCHEDULES: dict[str, Callable[..., optax.Schedule | schedules.OfRun]] = {
     function.__name__: function
     for function in (
         schedules.constant,
@@ -93,9 +101,10 @@ SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
         refined,
     )
 }
-"""Schedules `name(peak, total, *, warmup=0, **options)`."""
+"""Schedules `name(peak, total=None, *, warmup=0, **options)`; without a total they end with the run."""
 
 __all__ = [
+    "COMBINATORS",
     "OPTIMIZERS",
     "SCHEDULES",
     "TRANSFORMS",
@@ -108,14 +117,17 @@ __all__ = [
     "adagrad_norm",
     "adamw",
     "adaptive_batch_size",
+    "average_weights",
     "bert_76_minutes",
     "bert_recipe",
+    "chain",
     "critical_batch_following",
     "current_batch_size",
     "evaluation_params",
     "geometric_warmup",
     "gradient_noise_scale",
     "group_noise_scales",
+    "has_evaluation_params",
     "in_float32",
     "lamb",
     "lars",
@@ -132,6 +144,7 @@ __all__ = [
     "refine",
     "refined",
     "refined_schedule",
+    "reported",
     "save_refined",
     "scale_by_adagrad_norm",
     "scale_by_lars",

@@ -222,26 +222,6 @@ def schedule_free(
     return in_float32(with_learning_rate(make, learning_rate), moment_dtype=moment_dtype)
 
 
-def evaluation_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
-    """The parameters to evaluate: the average that `schedule_free` keeps, and for any other optimizer `params`.
-
-    >>> import jax.numpy as jnp
-    >>> optimizer = schedule_free(0.5)
-    >>> print(evaluation_params(optimizer.init(jnp.ones(2)), jnp.ones(2)))
-    [1. 1.]
-    """
-    states = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_schedule_free) if _is_schedule_free(s)]
-    if not states:
-        return params
-    averaged = contrib.schedule_free_eval_params(states[0], params)
-    return jax.tree.map(lambda x, p: x.astype(p.dtype), averaged, params)
-
-
-def _is_schedule_free(state: Any) -> bool:
-    """Whether a node of an optimizer state is Schedule-Free's."""
-    return isinstance(state, contrib.ScheduleFreeState)
-
-
 def prodigy(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,

@@ -205,6 +205,13 @@ class GradientNoiseScaleState(NamedTuple):
     groups: Averages | None
     norm_layers: Averages | None
 
+    def report(self) -> dict[str, jax.Array]:
+        """The noise scales over all parameters and their standard errors, in examples."""
+        scales = {"noise_scale": self.total, "norm_layers_noise_scale": self.norm_layers}
+        found = {name: read_averages(averages) for name, averages in scales.items() if averages is not None}
+        values = {name: scale.value for name, scale in found.items()}
+        return values | {f"{name}_error": scale.standard_error for name, scale in found.items()}
+
 
 def gradient_noise_scale(
     decay: float = 0.99, *, groups: Groups = None, norm_layers: bool = False, layer_axis: LayerAxis = None

@@ -177,7 +177,7 @@ def update_with_factor(
     """`optimizer.update` at its learning rate times a factor, whoever's it is.
 
     The factor goes to the optimizer as an extra argument. Where its state holds nothing that takes it, as in optax's
-    own, the updates are scaled instead. What takes it has a state with a true attribute `takes_learning_rate_factor`, as
+    own, the updates are scaled instead. What takes it has a state with a true `takes_learning_rate_factor`, as
     `scale_by_learning_rate` and `with_learning_rate` have.
 
     >>> for optimizer in (optax.chain(scale_by_learning_rate(0.5)), optax.sgd(0.5)):

@@ -1,5 +1,6 @@
 """What an optimizer's state holds, however its transforms are wrapped and nested."""
 
+import collections
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,9 +17,8 @@ def nodes(opt_state: optax.OptState) -> Iterator[Any]:
     ['MaskedState', 'tuple', 'TraceState']
     """
     yield opt_state
-    for child in jax.tree.leaves(opt_state, is_leaf=lambda x: x is not opt_state):
-        if child is not opt_state:
-            yield from nodes(child)
+    for child in _children(opt_state):
+        yield from nodes(child)
 
 
 def find_states(opt_state: optax.OptState, *kinds: type) -> list[Any]:
@@ -29,3 +29,45 @@ def find_states(opt_state: optax.OptState, *kinds: type) -> list[Any]:
     1
     """
     return [node for node in nodes(opt_state) if isinstance(node, kinds)]
+
+
+def reported(opt_state: optax.OptState) -> dict[str, jax.Array]:
+    """The scalars that an optimizer's, a transform's and a policy's states say of themselves, by name, for the log.
+
+    A state that has something to say defines `report(self) -> dict[str, jax.Array]`, of scalars; it is found however
+    deep it is nested. What several groups of `optax.partition` report gets the group's label behind its name.
+
+    Raises:
+      ValueError: two states that report one name.
+
+    >>> import jax.numpy as jnp
+    >>> from crescendo.optim.adamw import adamw
+    >>> reported(optax.chain(optax.clip(1.0), adamw(0.5)).init(jnp.ones(2)))
+    {'learning_rate': Array(0.5, dtype=float32)}
+    """
+    report = getattr(opt_state, "report", None)
+    parts = [report()] if callable(report) else []
+    if isinstance(opt_state, optax.transforms.PartitionState):
+        parts += _by_label({str(label): reported(state) for label, state in opt_state.inner_states.items()})
+    else:
+        parts += [reported(child) for child in _children(opt_state)]
+    found: dict[str, jax.Array] = {}
+    for part in parts:
+        if both := sorted(found.keys() & part.keys()):
+            raise ValueError(f"two states of the optimizer report {both[0]}: chain what reports it once")
+        found |= part
+    return found
+
+
+def _by_label(groups: dict[str, dict[str, jax.Array]]) -> list[dict[str, jax.Array]]:
+    """The reports of groups, those that would collide renamed."""
+    counts = collections.Counter(name for part in groups.values() for name in part)
+    return [
+        {name if counts[name] == 1 else f"{name}_{label}": value for name, value in part.items()}
+        for label, part in groups.items()
+    ]
+
+
+def _children(node: Any) -> list[Any]:
+    """What a node of a tree holds, one level down; nothing for a leaf."""
+    return [child for child in jax.tree.leaves(node, is_leaf=lambda x: x is not node) if child is not node]

@@ -19,6 +19,15 @@ class TrustRatioState(NamedTuple):
     trust_ratio: jax.Array
     """The last ratios, one per layer and parameter in the order of the leaves, 1 where excluded; float32[ratios]."""
 
+    def report(self) -> dict[str, jax.Array]:
+        """The least, the median and the largest ratio, without those of exactly 1: excluded, or of a layer still 0."""
+        ratios = jnp.where(self.trust_ratio == 1, jnp.nan, self.trust_ratio)
+        return {
+            "trust_ratio_min": jnp.nanmin(ratios),
+            "trust_ratio_median": jnp.nanmedian(ratios),
+            "trust_ratio_max": jnp.nanmax(ratios),
+        }
+
 
 def scale_by_layer_trust_ratio(
     *, phi_clip: PhiClip = None, trust_mask: Mask = None, layer_axis: LayerAxis = None
