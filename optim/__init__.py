@@ -22,6 +22,7 @@ from crescendo.optim.batch_size import (
     staged,
 )
 from crescendo.optim.combinators import chain
+from crescendo.optim.groups import ParameterGroup, assign, frozen_mask, group, scale_groups
 from crescendo.optim.lamb import lamb
 from crescendo.optim.lars import lars, scale_by_lars
 from crescendo.optim.lion import lion
@@ -112,11 +113,13 @@ __all__ = [
     "BatchStats",
     "GradientNorms",
     "NoiseScale",
+    "ParameterGroup",
     "adafactor",
     "adagrad",
     "adagrad_norm",
     "adamw",
     "adaptive_batch_size",
+    "assign",
     "average_weights",
     "bert_76_minutes",
     "bert_recipe",
@@ -124,8 +127,10 @@ __all__ = [
     "critical_batch_following",
     "current_batch_size",
     "evaluation_params",
+    "frozen_mask",
     "geometric_warmup",
     "gradient_noise_scale",
+    "group",
     "group_noise_scales",
     "has_evaluation_params",
     "in_float32",
@@ -150,6 +155,7 @@ __all__ = [
     "scale_by_lars",
     "scale_by_layer_trust_ratio",
     "scale_by_learning_rate",
+    "scale_groups",
     "schedule_free",
     "schedules",
     "sgd",

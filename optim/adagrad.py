@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from crescendo.optim.checks import check_constants
-from crescendo.optim.masks import LayerAxis, Mask, as_mask
+from crescendo.optim.masks import LayerAxis, Mask
 from crescendo.optim.precision import in_float32
 from crescendo.optim.scaling import scale_by_learning_rate
+from crescendo.optim.weight_decay import add_decayed_weights
 
 
 class ScaleByAdagradNormState(NamedTuple):
@@ -93,7 +94,7 @@ def adagrad_norm(
     return in_float32(
         optax.chain(
             scale_by_adagrad_norm(initial_accumulator),
-            optax.add_decayed_weights(weight_decay, mask=as_mask(mask, layer_axis)),
+            add_decayed_weights(weight_decay, mask, layer_axis),
             scale_by_learning_rate(learning_rate),
         )
     )
@@ -137,7 +138,7 @@ def adagrad(
     return in_float32(
         optax.chain(
             optax.scale_by_rss(initial_accumulator, eps),
-            optax.add_decayed_weights(weight_decay, mask=as_mask(mask, layer_axis)),
+            add_decayed_weights(weight_decay, mask, layer_axis),
             scale_by_learning_rate(learning_rate),
         ),
         moment_dtype=moment_dtype,

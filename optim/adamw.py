@@ -4,9 +4,10 @@ import jax
 import optax
 
 from crescendo.optim.checks import check_constants
-from crescendo.optim.masks import LayerAxis, Mask, as_mask
+from crescendo.optim.masks import LayerAxis, Mask
 from crescendo.optim.precision import in_float32
 from crescendo.optim.scaling import scale_by_learning_rate
+from crescendo.optim.weight_decay import add_decayed_weights
 
 
 def adamw(
@@ -56,7 +57,7 @@ def adamw(
     return in_float32(
         optax.chain(
             optax.scale_by_adam(b1=b1, b2=b2, eps=eps, nesterov=nesterov),
-            optax.add_decayed_weights(weight_decay, mask=as_mask(mask, layer_axis)),
+            add_decayed_weights(weight_decay, mask, layer_axis),
             scale_by_learning_rate(learning_rate),
         ),
         moment_dtype=moment_dtype,

@@ -26,6 +26,11 @@ class AverageWeightsState(NamedTuple):
         """See `scaling.update_with_factor`."""
         return True
 
+    @property
+    def takes_rate_multipliers(self) -> bool:
+        """See `scaling.update_with_factor`."""
+        return True
+
 
 def average_weights(optimizer: optax.GradientTransformation, examples: float) -> optax.GradientTransformationExtraArgs:
     r"""`optimizer`, with an exponential average of the parameters after each update, for evaluation.

@@ -17,7 +17,8 @@ from optax import contrib
 from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Mask, as_mask, is_matrix, layer_axes, leaves_with_paths
 from crescendo.optim.precision import in_float32
-from crescendo.optim.scaling import scale_by_learning_rate, with_learning_rate
+from crescendo.optim.scaling import scale_by_learning_rate, scale_by_parameter, with_learning_rate
+from crescendo.optim.weight_decay import add_decayed_weights
 
 DType = jax.typing.DTypeLike | None
 
@@ -41,7 +42,7 @@ def sgd(
     check_constants(momentum=momentum, weight_decay=weight_decay)
     return in_float32(
         optax.chain(
-            optax.add_decayed_weights(weight_decay, mask=as_mask(mask, layer_axis)),
+            add_decayed_weights(weight_decay, mask, layer_axis),
             optax.trace(decay=momentum, nesterov=nesterov),
             scale_by_learning_rate(learning_rate),
         ),
@@ -214,8 +215,8 @@ def schedule_free(
     def make(rate: jax.Array) -> optax.GradientTransformation:
         adam_without_momentum = optax.chain(
             optax.scale_by_rms(decay=b2, eps=eps, eps_in_sqrt=False, bias_correction=True),
-            optax.add_decayed_weights(weight_decay, mask=as_mask(mask, layer_axis)),
-            optax.scale_by_learning_rate(rate),
+            add_decayed_weights(weight_decay, mask, layer_axis),
+            scale_by_parameter(-rate),
         )
         return contrib.schedule_free(adam_without_momentum, rate, b1=b1, weight_lr_power=weight_power)
 

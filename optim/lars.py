@@ -1,5 +1,7 @@
 """LARS: SGD with momentum, at a step proportional to each layer's norm."""
 
+from typing import Any
+
 import jax
 import optax
 
@@ -7,7 +9,16 @@ from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Mask
 from crescendo.optim.precision import in_float32
 from crescendo.optim.scaling import scale_by_learning_rate
-from crescendo.optim.trust_ratio import layer_norm, layerwise, safe_ratio
+from crescendo.optim.trust_ratio import TrustRatioState, layer_norm, layerwise, safe_ratio
+
+
+class ScaleByLarsState(TrustRatioState):
+    """State of `scale_by_lars`: the trust ratios, and the mark that `decay_multipliers` are read."""
+
+    @property
+    def reads_decay_multipliers(self) -> bool:
+        """See `groups.scale_groups`."""
+        return True
 
 
 def scale_by_lars(
@@ -34,13 +45,13 @@ def scale_by_lars(
     """
     check_constants(weight_decay=weight_decay, trust_coefficient=trust_coefficient)
 
-    def rule(grad: jax.Array, param: jax.Array, axis: int | None, decays: bool) -> tuple[jax.Array, jax.Array]:
-        strength = weight_decay if decays else 0.0
+    def rule(grad: jax.Array, param: jax.Array, axis: int | None, decay: Any) -> tuple[jax.Array, jax.Array]:
+        strength = 0.0 if decay is None else weight_decay * decay
         w, g = layer_norm(param, axis), layer_norm(grad, axis)
         ratio = safe_ratio(w, g, trust_coefficient * w, g + strength * w)
-        return grad + strength * param if decays else grad, ratio
+        return grad if decay is None else grad + strength * param, ratio
 
-    return layerwise(rule, trust_mask=trust_mask, decay_mask=mask, layer_axis=layer_axis)
+    return layerwise(rule, trust_mask=trust_mask, decay_mask=mask, layer_axis=layer_axis, state_type=ScaleByLarsState)
 
 
 def lars(

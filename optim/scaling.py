@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from crescendo.optim import schedules
-from crescendo.optim.states import nodes
+from crescendo.optim.states import nodes, spread
 
 
 class ScaleByLearningRateState(NamedTuple):
@@ -172,13 +172,15 @@ def update_with_factor(
     params: optax.Params | None,
     *,
     learning_rate_factor: jax.typing.ArrayLike | None = None,
+    rate_multipliers: Any = None,
     **extra_args: Any,
 ) -> tuple[optax.Updates, optax.OptState]:
-    """`optimizer.update` at its learning rate times a factor, whoever's it is.
+    """`optimizer.update` at its learning rate times a factor, whoever's it is, and times a multiplier by parameter.
 
-    The factor goes to the optimizer as an extra argument. Where its state holds nothing that takes it, as in optax's
-    own, the updates are scaled instead. What takes it has a state with a true `takes_learning_rate_factor`, as
-    `scale_by_learning_rate` and `with_learning_rate` have.
+    Each goes to the optimizer as an extra argument if its state holds something that takes it: a true attribute
+    `takes_learning_rate_factor`, as `scale_by_learning_rate` and `with_learning_rate` have, or
+    `takes_rate_multipliers`, as what averages the parameters has. Where nothing does, as in optax's own, the updates
+    are scaled instead.
 
     >>> for optimizer in (optax.chain(scale_by_learning_rate(0.5)), optax.sgd(0.5)):
     ...     optimizer = optax.with_extra_args_support(optimizer)
@@ -187,13 +189,56 @@ def update_with_factor(
     [-1.]
     [-1.]
     """
-    if learning_rate_factor is None:
-        return optimizer.update(updates, state, params, **extra_args)
-    takes_it = any(getattr(node, "takes_learning_rate_factor", False) is True for node in nodes(state))
-    updates, state = optimizer.update(updates, state, params, learning_rate_factor=learning_rate_factor, **extra_args)
-    if not takes_it:
+    given = dict(learning_rate_factor=learning_rate_factor, rate_multipliers=rate_multipliers)
+    left = {name: value for name, value in given.items() if value is not None}
+    for name in tuple(left):
+        if any(getattr(node, f"takes_{name}", False) is True for node in nodes(state)):
+            extra_args[name] = left.pop(name)
+    updates, state = optimizer.update(updates, state, params, **extra_args)
+    if "learning_rate_factor" in left:
         updates = jax.tree.map(lambda u: (u * learning_rate_factor).astype(u.dtype), updates)
+    if "rate_multipliers" in left:
+        updates = _multiplied(updates, rate_multipliers)
     return updates, state
+
+
+class ScaleByParameterState(NamedTuple):
+    """State of `scale_by_parameter`: no arrays."""
+
+    @property
+    def takes_rate_multipliers(self) -> bool:
+        """See `update_with_factor`."""
+        return True
+
+
+def scale_by_parameter(scale: jax.typing.ArrayLike) -> optax.GradientTransformationExtraArgs:
+    """Multiply the update by `scale` and by the extra argument `rate_multipliers`, a tree of floats, if it is passed.
+
+    >>> transform = scale_by_parameter(-3.0)
+    >>> print(transform.update(jnp.ones(1), transform.init(jnp.ones(1)), rate_multipliers=0.5)[0])
+    [-1.5]
+    """
+
+    def update(
+        updates: optax.Updates,
+        state: ScaleByParameterState,
+        params: optax.Params | None = None,
+        *,
+        rate_multipliers: Any = None,
+        **extra_args: object,
+    ) -> tuple[optax.Updates, ScaleByParameterState]:
+        del params, extra_args
+        updates = jax.tree.map(lambda u: scale * u, updates)
+        if rate_multipliers is not None:
+            updates = _multiplied(updates, rate_multipliers)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: ScaleByParameterState(), update)
+
+
+def _multiplied(updates: optax.Updates, multipliers: Any) -> optax.Updates:
+    """Each update times its multiplier; multipliers may stand where a mask left nothing."""
+    return jax.tree.map(lambda u, m: (u * m).astype(u.dtype), updates, spread(multipliers, updates))
 
 
 class RateAt(Protocol):

@@ -71,3 +71,12 @@ def _by_label(groups: dict[str, dict[str, jax.Array]]) -> list[dict[str, jax.Arr
 def _children(node: Any) -> list[Any]:
     """What a node of a tree holds, one level down; nothing for a leaf."""
     return [child for child in jax.tree.leaves(node, is_leaf=lambda x: x is not node) if child is not node]
+
+
+def spread(prefix: Any, tree: Any) -> Any:
+    """A prefix of `tree` as a whole one: every leaf of the prefix at each of the leaves below it.
+
+    >>> spread({"a": 2.0, "b": 3.0}, {"a": [0, 0], "b": 0})
+    {'a': [2.0, 2.0], 'b': 3.0}
+    """
+    return jax.tree.map(lambda value, below: jax.tree.map(lambda _: value, below), prefix, tree)

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from crescendo.optim.masks import LayerAxis, Mask, as_mask, layer_axes
+from crescendo.optim.states import spread
 
 PhiClip = tuple[float, float] | None
 
@@ -57,8 +58,8 @@ def scale_by_layer_trust_ratio(
     """
     check_phi_clip(phi_clip)
 
-    def rule(update: jax.Array, param: jax.Array, axis: int | None, decays: bool) -> tuple[jax.Array, jax.Array]:
-        del decays
+    def rule(update: jax.Array, param: jax.Array, axis: int | None, decay: Any) -> tuple[jax.Array, jax.Array]:
+        del decay
         w, u = layer_norm(param, axis), layer_norm(update, axis)
         phi = w if phi_clip is None else jnp.clip(w, *phi_clip)
         return update, safe_ratio(w, u, phi, u)
@@ -66,13 +67,21 @@ def scale_by_layer_trust_ratio(
     return layerwise(rule, trust_mask=trust_mask, decay_mask=True, layer_axis=layer_axis)
 
 
-Rule = Callable[[jax.Array, jax.Array, int | None, bool], tuple[jax.Array, jax.Array]]
+Rule = Callable[[jax.Array, jax.Array, int | None, Any], tuple[jax.Array, jax.Array]]
 
 
 def layerwise(
-    rule: Rule, *, trust_mask: Mask, decay_mask: Mask, layer_axis: LayerAxis
+    rule: Rule,
+    *,
+    trust_mask: Mask,
+    decay_mask: Mask,
+    layer_axis: LayerAxis,
+    state_type: type[TrustRatioState] = TrustRatioState,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transform of a rule: (update, param, layer axis, decays?) -> (update, ratio with the layer axis kept)."""
+    """The transform of a rule: (update, param, layer axis, decay) -> (update, ratio with the layer axis kept).
+
+    The decay is None where `decay_mask` excludes, else the parameter's multiplier: 1 or what `decay_multipliers` says.
+    """
     trusted, decayed = as_mask(trust_mask, layer_axis, name="trust_mask"), as_mask(decay_mask, layer_axis)
 
     def init(params: optax.Params) -> TrustRatioState:
@@ -80,29 +89,36 @@ def layerwise(
             mask(params)  # one that matches nothing raises
         leaves, axes = jax.tree.leaves(params), layer_axes(params, layer_axis)
         sizes = [1 if axis is None else leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True)]
-        return TrustRatioState(jnp.ones(sum(sizes)))
+        return state_type(jnp.ones(sum(sizes)))
 
     def update(
-        updates: optax.Updates, state: TrustRatioState, params: optax.Params | None = None, **extra_args: object
+        updates: optax.Updates,
+        state: TrustRatioState,
+        params: optax.Params | None = None,
+        *,
+        decay_multipliers: Any = None,
+        **extra_args: object,
     ) -> tuple[optax.Updates, TrustRatioState]:
         del extra_args
         if params is None:
             raise ValueError("a trust ratio needs the parameters: call update(updates, state, params)")
         scaled, ratios = [], [jnp.ones(0)]
         leaves, treedef = jax.tree.flatten(updates)
-        for g, w, axis, trust, decays in zip(
+        multipliers = spread(1.0 if decay_multipliers is None else decay_multipliers, updates)
+        for g, w, axis, trust, decays, multiplier in zip(
             leaves,
             jax.tree.leaves(params),
             layer_axes(params, layer_axis),
             jax.tree.leaves(trusted(params)),
             jax.tree.leaves(decayed(params)),
+            jax.tree.leaves(multipliers),
             strict=True,
         ):
-            u, ratio = rule(g, w, axis, decays)
+            u, ratio = rule(g, w, axis, multiplier if decays else None)
             ratio = ratio if trust else jnp.ones_like(ratio)
             scaled.append((u * ratio).astype(g.dtype))
             ratios.append(ratio.reshape(-1))
-        state = TrustRatioState(jnp.concatenate(ratios).astype(state.trust_ratio.dtype))
+        state = state_type(jnp.concatenate(ratios).astype(state.trust_ratio.dtype))
         return jax.tree.unflatten(treedef, scaled), state
 
     return optax.GradientTransformationExtraArgs(init, update)

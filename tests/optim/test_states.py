@@ -79,9 +79,7 @@ def test_groups_of_a_partition_report_under_their_labels():
 
 def test_one_name_twice_is_refused():
     twice = optim.chain([optim.adamw(0.1), optim.adamw(0.1)])
-    with pytest.raises(
-        ValueError, match="two states of the optimizer report learning_rate: chain what reports it"
-    ):
+    with pytest.raises(ValueError, match="two states of the optimizer report learning_rate: chain what reports it"):
         optim.reported(twice.init(PARAMS))
 
 
