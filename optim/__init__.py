@@ -29,6 +29,7 @@ from crescendo.optim.lion import lion
 from crescendo.optim.noise_scale import NoiseScale, gradient_noise_scale, group_noise_scales, noise_scale
 from crescendo.optim.policies import critical_batch_following, geometric_warmup, noise_scale_following, norm_test
 from crescendo.optim.precision import in_float32
+from crescendo.optim.recipes import bert_76_minutes, bert_recipe, step_law
 from crescendo.optim.refinement import (
     GradientNorms,
     record_gradient_norms,
@@ -38,12 +39,10 @@ from crescendo.optim.refinement import (
     refined_schedule,
     save_refined,
 )
+from crescendo.optim.run_length import LengthError, LengthWarning, OfRun
 from crescendo.optim.scaling import (
-    bert_76_minutes,
-    bert_recipe,
     learning_rate_factor,
     scale_by_learning_rate,
-    step_law,
     with_learning_rate,
 )
 from crescendo.optim.states import reported
@@ -87,7 +86,7 @@ COMBINATORS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
 }
 """What makes an optimizer of others."""
 
-SCHEDULES: dict[str, Callable[..., optax.Schedule | schedules.OfRun]] = {
+SCHEDULES: dict[str, Callable[..., optax.Schedule | OfRun]] = {
     function.__name__: function
     for function in (
         schedules.constant,
@@ -112,7 +111,10 @@ __all__ = [
     "BatchSizePolicy",
     "BatchStats",
     "GradientNorms",
+    "LengthError",
+    "LengthWarning",
     "NoiseScale",
+    "OfRun",
     "ParameterGroup",
     "adafactor",
     "adagrad",

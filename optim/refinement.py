@@ -19,6 +19,7 @@ import optax
 import scipy.ndimage
 
 from crescendo.optim import schedules
+from crescendo.optim.run_length import OfRun, ends_with_the_run
 
 
 class RecordGradientNormsState(NamedTuple):
@@ -101,7 +102,7 @@ class GradientNorms(NamedTuple):
     """A run's history of gradient norms, oldest first; float64[T] each."""
 
     clock: np.ndarray
-    """`examples_seen` (or the step) before the update; the mean over a slot's steps."""
+    """`examples_seen` (or the step) as the update was told it; the mean over a slot's steps."""
     l1: np.ndarray
     l2: np.ndarray
 
@@ -187,7 +188,7 @@ def refined_schedule(
     warmup: float = 0,
     norm: str = "l1",
     smoothing: float = 0.1,
-) -> optax.Schedule | schedules.OfRun:
+) -> optax.Schedule | OfRun:
     """peak * refine(norms), stretched over [0, total] and interpolated linearly; `peak` is to be tuned anew.
 
     Args:
@@ -225,9 +226,7 @@ def save_refined(path: str | Path, norms: Norms, *, norm: str = "l1", smoothing:
     Path(path).write_text(json.dumps(content | {"norm": norm, "smoothing": smoothing}) + "\n")
 
 
-def refined(
-    peak: float, total: float | None = None, *, path: str | Path, warmup: float = 0
-) -> optax.Schedule | schedules.OfRun:
+def refined(peak: float, total: float | None = None, *, path: str | Path, warmup: float = 0) -> optax.Schedule | OfRun:
     """The refined schedule that `save_refined` wrote to `path`, with a peak and a length of its own.
 
     The curve is stretched over [0, total], whatever the length of the run that it was recorded in; `total` None: over
@@ -267,7 +266,7 @@ def _curve(norms: Norms, norm: str, smoothing: float) -> tuple[np.ndarray, np.nd
     return clock / clock[-1], multipliers
 
 
-@schedules.ends_with_the_run
+@ends_with_the_run
 def _interpolated(
     peak: float, total: float, *, warmup: float, fractions: np.ndarray, multipliers: np.ndarray
 ) -> optax.Schedule:

@@ -7,8 +7,8 @@ value. Fractions (`end_fraction`, ...) are of `peak`, so a sweep over `peak` mov
 jittable, work element by element on arrays of counts, return the default float dtype (float32; float64 under x64), and
 are exact at both ends.
 
-Left out, `total` is the run's length: the factory then returns an `OfRun`, which an optimizer makes a schedule of when
-the loop tells it the length (`total_examples`). Only `constant` and `infinite` go on for ever without one.
+Left out, `total` is the run's length: the factory then returns a `run_length.OfRun`, of which an optimizer makes a
+schedule when the loop tells it the length (`total_examples`). Only `constant` and `infinite` go on for ever without.
 
 >>> import jax.numpy as jnp
 >>> print(linear(0.5, 100, warmup=20)(jnp.array([0, 10, 20, 60, 100, 120])))
@@ -17,94 +17,14 @@ the loop tells it the length (`total_examples`). Only `constant` and `infinite` 
 0.25
 """
 
-import functools
-import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-
-class LengthError(ValueError):
-    """The parts of a schedule don't fit its length."""
-
-
-class LengthWarning(UserWarning):
-    """A schedule ends elsewhere than the run that it is used in."""
-
-
-class OfRun:
-    """A schedule as long as the run, whose length isn't known yet.
-
-    It stands where a schedule stands, but can't be called: `of` makes the schedule.
-
-    Args:
-      factory: from a length to the schedule.
-
-    >>> cosine(1.0).of(4)(2)
-    Array(0.5, dtype=float32)
-    """
-
-    def __init__(self, factory: Callable[[float], optax.Schedule]):
-        self._factory = factory
-
-    def of(self, total_examples: float) -> optax.Schedule:
-        """The schedule over a run of `total_examples`, in the caller's count.
-
-        Raises:
-          LengthError: parts that don't fit it.
-        """
-        return self._factory(total_examples)
-
-    def __call__(self, count: jax.typing.ArrayLike) -> jax.Array:
-        """Raises ValueError: without a length there is no rate."""
-        raise ValueError(
-            "the schedule's length isn't known: give it a total, or pass the extra argument total_examples to update()"
-        )
-
-
-class _LengthOfRun(float):
-    """A length beyond every other, by which a schedule is checked before the run's is known."""
-
-    def __str__(self) -> str:
-        return "(the run's length)"
-
-
-def ends_with_the_run(factory: Callable[..., optax.Schedule]) -> Callable[..., Any]:
-    """`factory` with a `total` that may be left out or None: it then returns an `OfRun`.
-
-    What doesn't depend on the length is checked at once. A schedule that is given a length keeps it as its `total`.
-    """
-    signature = inspect.signature(factory)
-
-    @functools.wraps(factory)
-    def make(*args: Any, **kwargs: Any) -> Any:
-        bound = signature_of_run.bind(*args, **kwargs)
-
-        def of(total: float) -> optax.Schedule:
-            bound.arguments["total"] = total
-            return with_total(factory(*bound.args, **bound.kwargs), total)
-
-        total = bound.arguments.get("total")
-        if total is not None:
-            return of(total)
-        of(_LengthOfRun(1e300))
-        return OfRun(of)
-
-    parameters = dict(signature.parameters)
-    parameters["total"] = parameters["total"].replace(default=None, annotation=float | None)
-    signature_of_run = signature.replace(parameters=list(parameters.values()), return_annotation=optax.Schedule | OfRun)
-    make.__signature__ = signature_of_run  # type: ignore[attr-defined]
-    return make
-
-
-def with_total(schedule: optax.Schedule, total: float) -> optax.Schedule:
-    """`schedule`, which keeps its length as the attribute `total`, for a run to compare with its own."""
-    schedule.total = total
-    return schedule
+from crescendo.optim.run_length import LengthError, ends_with_the_run, with_total
 
 
 def constant(peak: float, total: float | None = None, *, warmup: float = 0) -> optax.Schedule:

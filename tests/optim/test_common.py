@@ -87,7 +87,7 @@ def assert_close(actual, expected, tolerance):
 
 
 def test_every_public_name_is_documented_and_exported():
-    assert set(optim.__all__) >= (set(optim.OPTIMIZERS) | set(optim.TRANSFORMS))
+    assert set(optim.__all__) >= {*optim.OPTIMIZERS, *optim.TRANSFORMS, *optim.COMBINATORS}
     for name in optim.__all__:
         assert hasattr(optim, name), name
         assert inspect.getdoc(getattr(optim, name)), name

@@ -46,7 +46,7 @@ def test_a_schedule_without_a_total_ends_with_the_run(make):
         assert state.learning_rate == np.float32(rate)
     with pytest.raises(ValueError, match="length isn't known"):
         transform.update(PARAMS, state, examples_seen=10)
-    with pytest.raises(schedules.LengthError, match="warmup 20 don't fit total 16"):
+    with pytest.raises(optim.LengthError, match="warmup 20 don't fit total 16"):
         transform.update(PARAMS, state, examples_seen=10, total_examples=16)
 
 
@@ -54,7 +54,7 @@ def test_a_schedule_without_a_total_ends_with_the_run(make):
 def test_a_schedule_that_ends_elsewhere_is_said(make):
     transform = make(schedules.linear(1.0, 6144))
     update = jax.jit(transform.update, static_argnames="total_examples")
-    with pytest.warns(schedules.LengthWarning, match="ends at 6144 and the run at 512: leave out the schedule's total"):
+    with pytest.warns(optim.LengthWarning, match="ends at 6144 and the run at 512: leave out the schedule's total"):
         _, state = update(PARAMS, transform.init(PARAMS), examples_seen=0, total_examples=512)
     assert state.learning_rate == 1
     with warnings.catch_warnings():

@@ -179,7 +179,7 @@ def test_without_a_total_the_run_says_its_length(name, refined_file):
         ValueError, match="length isn't known: give it a total, or pass the extra argument total_exampl"
     ):
         ours(3)
-    with pytest.raises(schedules.LengthError, match=r"(warmup|start|boundaries).* 100.*total 50"):
+    with pytest.raises(optim.LengthError, match=r"(warmup|start|boundaries).* 100.*total 50"):
         ours.of(50)
     for bad in ({"peak": math.nan}, {"warmup": -1}):
         with pytest.raises(ValueError, match="must be at least 0 and finite"):
