@@ -1,9 +1,12 @@
 """The shape of a decoder, and the presets."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 Remat = Literal["none", "dots", "full"]
+
+SPEED_FIELDS = ("scan_layers", "remat", "dtype")
+"""The fields of a model that say how fast it runs and not what it computes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,8 @@ class ModelConfig:
       z_loss: the coefficient of `log^2 Z` in the training loss (PaLM uses 1e-4).
       rope_theta: the base of the rotary frequencies.
       norm_epsilon: added to the mean square in RMSNorm.
+      dropout: in training, the probability with which each element of what a branch adds to the residual stream is 0;
+        the others are divided by `1 - dropout` (Srivastava et al. 2014).
       scan_layers: run the layers in a loop (compiles fast) or unrolled (runs fast). The parameters are stacked on a
         leading axis either way, so checkpoints fit both. None: unrolled up to 24 layers on GPUs and up to 4
         elsewhere; on one H100 unrolled was measured 1.35x faster at 12 layers.
@@ -33,7 +38,7 @@ class ModelConfig:
         on accelerators, float32 on the CPU.
 
     Raises:
-      ValueError: for a size below 1, or heads that don't divide.
+      ValueError: for a size below 1, heads that don't divide, or a dropout outside of [0, 1).
 
     >>> ModelConfig.preset("debug").head_size
     32
@@ -52,6 +57,7 @@ class ModelConfig:
     z_loss: float = 0.0
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-6
+    dropout: float = 0.0
     scan_layers: bool | None = None
     remat: Remat = "none"
     dtype: str | None = None
@@ -66,10 +72,24 @@ class ModelConfig:
             raise ValueError(f"width = {self.width} must be a multiple of heads = {self.heads}, or set head_width")
         if self.head_size < 2 or self.head_size % 2:
             raise ValueError(f"a head of width {self.head_size} must be even: rotary positions turn pairs")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
         if self.remat not in ("none", "dots", "full"):
             raise ValueError(f"remat = {self.remat!r} must be one of 'none', 'dots', 'full'")
         if self.dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"dtype = {self.dtype!r} must be 'float32', 'bfloat16' or None")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the model computes, as JSON: every field but those that only say how fast.
+
+        `dropout` is there only where it is not 0, so that models from before it was a field are what they were.
+
+        >>> ModelConfig().identity == ModelConfig(remat="full", scan_layers=True).identity
+        True
+        """
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in SPEED_FIELDS}
+        return fields if self.dropout else {name: value for name, value in fields.items() if name != "dropout"}
 
     @property
     def head_size(self) -> int:
@@ -92,10 +112,11 @@ class ModelConfig:
             dtype=("float32" if platform == "cpu" else "bfloat16") if self.dtype is None else self.dtype,
         )
 
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, sequence_length: int, *, causal: bool = True) -> float:
         """Forward and backward matmul FLOPs a token, causal attention counted at half: `6 N + 6 L H E T`.
 
-        N counts the parameters that multiply each token: every matrix, the output matrix once, the look-up not.
+        N counts the parameters that multiply each token: every matrix, the output matrix once, the look-up not. With
+        `causal=False` attention counts `12 L H E T`.
 
         >>> round(ModelConfig.preset("124m").flops_per_token(1024) / 1e6)
         798
@@ -103,7 +124,8 @@ class ModelConfig:
         attention = 2 * self.width * self.head_size * (self.heads + self.kv_heads)
         mlp = 3 * self.width * self.mlp_width
         matrices = self.layers * (attention + mlp) + self.vocab_size * self.width
-        return 6.0 * matrices + 6.0 * self.layers * self.heads * self.head_size * sequence_length
+        mixing = self.layers * self.heads * self.head_size * sequence_length
+        return 6.0 * matrices + (6.0 if causal else 12.0) * mixing
 
 
 PRESETS = {

@@ -1,7 +1,9 @@
 """Losses return `(sum, weight)`; the mean is taken once, after all microbatches and devices are added up."""
 
 import functools
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from crescendo.models.config import ModelConfig
@@ -60,19 +62,62 @@ def next_token_loss(
     z_loss: float = 0.0,
     implementation: str | None = None,
     layout: Layout = ONE_DEVICE,
+    dropout_keys_B=None,
 ):
     """The loss of packed rows: `(loss_sum in nats, weight in tokens)`, padding (`segment_ids` 0) left out.
 
     Args:
       batch: `tokens`, `labels`, `segment_ids`, `positions`, each int32 `[B, T]`.
       z_loss: `config.z_loss` when training; 0 gives the plain cross-entropy.
-      implementation: of the attention.
+      implementation: of the attention; "reference" is that of the loss too, so that it has second derivatives.
       layout: how activations lie over the devices.
+      dropout_keys_B: see `Transformer`.
     """
     model = apply(config, parameters)
     hidden_BTD = model(
-        batch["tokens"], batch["segment_ids"], batch["positions"], implementation=implementation, layout=layout
+        batch["tokens"],
+        batch["segment_ids"],
+        batch["positions"],
+        implementation=implementation,
+        layout=layout,
+        dropout_keys_B=dropout_keys_B,
     )
     weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
-    loss = functools.partial(cross_entropy, z_loss=z_loss, soft_cap=config.logit_soft_cap)
+    loss = token_loss(config, z_loss=z_loss, implementation=implementation)
     return layout.cross_entropy(loss, hidden_BTD, model.output_table(), batch["labels"], weights_BT)
+
+
+def token_loss(config: ModelConfig, *, z_loss: float, implementation: str | None) -> Callable:
+    """The `cross_entropy` of a model: what `Layout.cross_entropy` takes.
+
+    Args:
+      config: its logits' soft cap.
+      z_loss: see `cross_entropy`.
+      implementation: of the attention: "reference" is that of the loss too, others leave the loss to choose.
+    """
+    reference = "reference" if implementation == "reference" else None
+    return functools.partial(cross_entropy, z_loss=z_loss, soft_cap=config.logit_soft_cap, implementation=reference)
+
+
+def correct_tokens(hidden_BTD, table_VD, labels_BT, weights_BT, *, vocab_axis: str | None = None):
+    """How much weight lies on tokens whose label has the largest logit, and how much in all: float32 scalars.
+
+    The first one of equal logits counts as the largest. `Layout.cross_entropy` takes it for a loss; the logits of a
+    device's rows exist in full.
+
+    Args:
+      hidden_BTD, table_VD, labels_BT, weights_BT, vocab_axis: see `cross_entropy`.
+
+    >>> table = jnp.eye(3)
+    >>> print(*correct_tokens(table[None], table, jnp.array([[0, 1, 1]]), jnp.ones((1, 3))))
+    2.0 3.0
+    """
+    table_VD = table_VD.astype(hidden_BTD.dtype)
+    logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, table_VD, preferred_element_type=jnp.float32)
+    best_BT = jnp.argmax(logits_BTV, axis=-1)
+    if vocab_axis is not None:
+        top_BT = jnp.max(logits_BTV, axis=-1)
+        ours_BT = top_BT == jax.lax.pmax(top_BT, vocab_axis)
+        best_BT = best_BT + jax.lax.axis_index(vocab_axis) * table_VD.shape[0]
+        best_BT = jax.lax.pmin(jnp.where(ours_BT, best_BT, jnp.iinfo(best_BT.dtype).max), vocab_axis)
+    return jnp.sum(jnp.where(best_BT == labels_BT, weights_BT, 0)), jnp.sum(weights_BT)

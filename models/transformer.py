@@ -1,6 +1,7 @@
 """The decoder: embedding, blocks stacked on a leading axis, final norm, output table."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +24,25 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+Drop = Callable[[jax.Array, int], jax.Array]
+"""From what a branch adds and the branch's number (0 attention, 1 feed-forward) to the same with some of it dropped."""
+
+
+def _keep(x_BTD: jax.Array, branch: int) -> jax.Array:
+    del branch
+    return x_BTD
+
+
+def _drop(rate: float, keys_B, layer, layout: Layout, x_BTD: jax.Array, branch: int) -> jax.Array:
+    """Dropout by a mask that is a function of the example's key, the layer and the branch."""
+
+    def kept(key):
+        return jax.random.bernoulli(jax.random.fold_in(key, 2 * layer + branch), 1 - rate, x_BTD.shape[1:])
+
+    kept_BTD = layout.constrain(layout.in_row_order(jax.vmap(kept)(keys_B)), RESIDUAL)
+    return jnp.where(kept_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
 
 
 class Mlp(nnx.Module):
@@ -56,14 +76,74 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, axes.EMBED, config.norm_epsilon)
         self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BTD, attend, cosine, sine, layout: Layout):
+    def __call__(self, x_BTD, attend, cosine, sine, layout: Layout, *, drop: Drop = _keep, fused: bool = True):
         def take_in(norm, x_BTD):
             # Norms are split like the residual stream: said twice, or their float32 insides would cross the devices.
             return layout.constrain(layout.constrain(norm(x_BTD), RESIDUAL), TAKEN_IN)
 
-        mixed_BTD = self.attention(take_in(self.attention_norm, x_BTD), attend, cosine, sine, layout)
-        x_BTD = x_BTD + layout.constrain(mixed_BTD, RESIDUAL)
-        return x_BTD + layout.constrain(self.mlp(take_in(self.mlp_norm, x_BTD), layout), RESIDUAL)
+        mixed_BTD = self.attention(take_in(self.attention_norm, x_BTD), attend, cosine, sine, layout, fused=fused)
+        x_BTD = x_BTD + drop(layout.constrain(mixed_BTD, RESIDUAL), 0)
+        return x_BTD + drop(layout.constrain(self.mlp(take_in(self.mlp_norm, x_BTD), layout), RESIDUAL), 1)
+
+
+def stacked_blocks(config: ModelConfig, *, dtype, rngs: nnx.Rngs) -> Block:
+    """All the layers as one `Block` whose parameters have a leading axis."""
+
+    @nnx.split_rngs(splits=config.layers)
+    @functools.partial(nnx.vmap, in_axes=(0,), out_axes=0)
+    def stacked(rngs):
+        return Block(config, dtype=dtype, rngs=rngs)
+
+    blocks: Any = stacked(rngs)
+    return blocks
+
+
+def through_blocks(
+    blocks: Block,
+    config: ModelConfig,
+    x_BTD,
+    segment_ids_BT,
+    cosine,
+    sine,
+    *,
+    causal: bool,
+    implementation: str | None,
+    layout: Layout,
+    dropout_keys_B=None,
+):
+    """The residual stream behind all layers, in a loop or unrolled.
+
+    Args:
+      blocks: as `stacked_blocks` makes them.
+      config: theirs.
+      x_BTD: the residual stream before them.
+      segment_ids_BT: int32; tokens attend within their segment.
+      cosine, sine: `[B, T, 1, E / 2]`, see `rotary`.
+      causal, implementation, layout, dropout_keys_B: see `Transformer`.
+    """
+    attention = functools.partial(packed_attention, causal=causal, implementation=implementation)
+    structure, stacked = nnx.split(blocks)
+    fused = implementation != "reference"
+
+    def attend(q_BTHE, k_BTKE, v_BTKE):
+        return layout.attend(
+            attention, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, causal=causal, blocks=FusedBlockAttention
+        )
+
+    def block(x_BTD, of_layer):
+        if dropout_keys_B is None:
+            parameters, drop = of_layer, _keep
+        else:
+            parameters, number = of_layer
+            drop = functools.partial(_drop, config.dropout, dropout_keys_B, number, layout)
+        layer: Any = nnx.merge(structure, parameters)
+        return layer(x_BTD, attend, cosine, sine, layout, drop=drop, fused=fused), None
+
+    if config.remat != "none":
+        block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+    unroll = 1 if config.scan_layers else config.layers
+    of_layers = stacked if dropout_keys_B is None else (stacked, jnp.arange(config.layers))
+    return jax.lax.scan(block, x_BTD, of_layers, unroll=unroll)[0]
 
 
 class Transformer(nnx.Module):
@@ -72,7 +152,8 @@ class Transformer(nnx.Module):
     Call it with `tokens`, `segment_ids` and `positions`, each int32 `[B, T]`; it returns the normalised hidden
     states `[B, T, D]` in the compute dtype. `output_table()` is the `[V, D]` matrix that makes logits of them: the
     loss multiplies by it, so that logits need never exist in full. With `causal=False` a token sees its whole
-    document, as in an encoder.
+    document, as in an encoder. With `dropout_keys_B`, a random key for each example, the configured dropout is applied:
+    its masks are functions of the key, the layer and the branch, and the same however the batch lies.
 
     Args:
       config: `scan_layers` and `dtype` decided (`ModelConfig.for_platform`).
@@ -84,13 +165,7 @@ class Transformer(nnx.Module):
         self.config = config
         dtype = jnp.dtype(config.dtype)
         self.embedding = Table(config.vocab_size, config.width, (axes.VOCAB, axes.EMBED), rngs=rngs)
-
-        @nnx.split_rngs(splits=config.layers)
-        @functools.partial(nnx.vmap, in_axes=(0,), out_axes=0)
-        def stacked(rngs):
-            return Block(config, dtype=dtype, rngs=rngs)
-
-        self.blocks = stacked(rngs)
+        self.blocks = stacked_blocks(config, dtype=dtype, rngs=rngs)
         self.final_norm = RMSNorm(config.width, axes.EMBED, config.norm_epsilon)
         if not config.tied_head:
             self.head = Table(config.vocab_size, config.width, (axes.VOCAB, axes.EMBED), rngs=rngs)
@@ -108,26 +183,21 @@ class Transformer(nnx.Module):
         causal: bool = True,
         implementation: str | None = None,
         layout: Layout = ONE_DEVICE,
+        dropout_keys_B=None,
     ):
         config = self.config
         x_BTD = layout.constrain(layout.look_up(self.embedding.table[...], tokens_BT, config.dtype), RESIDUAL)
-        attention = functools.partial(packed_attention, causal=causal, implementation=implementation)
-        cosine, sine = rotary(positions_BT, config.head_size, config.rope_theta)
-        structure, stacked = nnx.split(self.blocks)
-
-        def attend(q_BTHE, k_BTKE, v_BTKE):
-            return layout.attend(
-                attention, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, causal=causal, blocks=FusedBlockAttention
-            )
-
-        def block(x_BTD, parameters):
-            layer: Any = nnx.merge(structure, parameters)
-            return layer(x_BTD, attend, cosine, sine, layout), None
-
-        if config.remat != "none":
-            block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
-        unroll = 1 if config.scan_layers else config.layers
-        x_BTD, _ = jax.lax.scan(block, x_BTD, stacked, unroll=unroll)
+        x_BTD = through_blocks(
+            self.blocks,
+            config,
+            x_BTD,
+            segment_ids_BT,
+            *rotary(positions_BT, config.head_size, config.rope_theta),
+            causal=causal,
+            implementation=implementation,
+            layout=layout,
+            dropout_keys_B=dropout_keys_B if config.dropout else None,
+        )
         return layout.constrain(self.final_norm(x_BTD), RESIDUAL)
 
 

@@ -1,0 +1,152 @@
+"""What a task is: what is trained, on what, and how its quality is measured.
+
+The trainer knows nothing else of it. A task is made by a function `(data, model) -> Task` that configs name, such as
+`train.task = @masked_lm`; a new one is a file in this folder.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+from crescendo.models.layout import ONE_DEVICE, Layout
+
+Tree = Any
+EXAMPLE = "example"
+"""The array of every batch that says which examples its rows are, int32 `[B]`: their numbers on the clock."""
+
+
+class RowArray(NamedTuple):
+    """One array of an example.
+
+    Attributes:
+      shape: of one example's, without the batch.
+      dtype: such as "int32".
+      axes: the logical names of its axes (`crescendo.models.axes`); None where an axis is never split.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str | None, ...]
+
+
+class Source(Protocol):
+    """An array of examples: any of them is found by its number."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, row_numbers: ArrayLike) -> dict[str, np.ndarray]:
+        """The rows of these numbers, stacked: `[rows, ...]` each, by the names of `Task.row`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a loss may know beside parameters and rows.
+
+    Attributes:
+      layout: how arrays lie over the devices.
+      seed: of the random draws, an integer or a uint32 scalar.
+      examples_seen: the clock before the batch, int32; None where there is no run.
+      training: whether parameters are being trained: dropout and terms that only training has.
+      implementation: of attention, and of the loss where it is "reference"; None: the first one that serves.
+    """
+
+    layout: Layout = ONE_DEVICE
+    seed: Any = 0
+    examples_seen: Any = None
+    training: bool = True
+    implementation: str | None = None
+
+    def keys(self, rows: Mapping[str, jax.Array], use: int) -> jax.Array:
+        """A random key for each example, `[B]`: a function of the seed, the example and the use alone.
+
+        So a draw is the same on every mesh, in every microbatch, and after a resume.
+
+        Args:
+          rows: a batch; its array `example` numbers them.
+          use: what the draw is for, so that two uses differ; a number of the task's own.
+
+        >>> rows = {"example": jnp.array([3, 4])}
+        >>> Context(seed=1).keys(rows, use=0).shape
+        (2,)
+        """
+        key = jax.random.fold_in(jax.random.key(self.seed), use)
+        return jax.vmap(lambda number: jax.random.fold_in(key, number))(rows[EXAMPLE])
+
+
+class Loss(NamedTuple):
+    """A loss as sums, so that microbatches and devices add up; the mean is taken once.
+
+    Attributes:
+      sum: float32.
+      weight: float32, what the sum is divided by.
+      extra: further named sums over the same weight, for the record: float32 each.
+    """
+
+    sum: jax.Array
+    weight: jax.Array
+    extra: Mapping[str, jax.Array] = {}  # noqa: RUF012 (never changed)
+
+
+class Task(Protocol):
+    """What is trained.
+
+    Attributes:
+      name: of the task, such as "language_model".
+      unit: what a loss is taken over and what is counted in records: "token", "image".
+      units_per_example: how many of them a row has.
+      flops_per_example: forward and backward, by the matrix products.
+      row: every array of an example, by name.
+      train: the examples to train on.
+      held_out: sets of held-out examples by name; the first one, "validation", decides what is best.
+      identity: what fixes the model, as JSON: a run goes on only as what it was. Nothing that only says how fast.
+      fingerprint: of the model and the data together.
+    """
+
+    name: str
+    unit: str
+    units_per_example: int
+    flops_per_example: float
+    row: Mapping[str, RowArray]
+    train: Source
+    held_out: Mapping[str, Source]
+    identity: Mapping[str, Any]
+    fingerprint: str
+
+    def initialize(self, key: jax.Array) -> Tree:
+        """Fresh float32 parameters as nested dicts; pure, so that it can be jitted with output shardings."""
+        ...
+
+    def logical_axes(self) -> Tree:
+        """The logical names of every parameter's axes, as nested dicts of tuples."""
+        ...
+
+    def place(self, layout: Any) -> Any:
+        """The layout as this model needs it.
+
+        Raises:
+          ValueError: for a mesh that can't divide the model or its rows, or an axis that the model has no use for.
+        """
+        ...
+
+    def loss(self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context) -> Loss:
+        """The training loss of a batch."""
+        ...
+
+    def evaluate(
+        self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Named sums and their weights over a batch of held-out rows; "loss" is among them. Padding rows weigh 0."""
+        ...
+
+
+def padded_rows(source: Source, numbers: np.ndarray, wanted: int) -> dict[str, np.ndarray]:
+    """`source.take(numbers)` with zeros behind, to `wanted` rows."""
+    return {
+        name: np.pad(x, ((0, wanted - len(numbers)), *((0, 0),) * (x.ndim - 1)))
+        for name, x in source.take(numbers).items()
+    }

@@ -1,0 +1,113 @@
+"""What the tasks over packed text share: their rows, their model's vocabulary, and where their parameters go."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import jax
+
+from crescendo import models
+from crescendo.experiments.tasks.base import Context, RowArray, Source, Tree
+from crescendo.models import ModelConfig, axes
+
+VOCAB_MULTIPLE = 128
+"""The vocabulary is rounded up to this, so that the output matmul fills the hardware's tiles."""
+
+# What a task's random draws are for (`Context.keys`): the numbers keep them apart.
+DROPOUT, MASKS = 0, 1
+
+
+class Text(Protocol):
+    """What a task needs of its data; `crescendo.experiments.data.TextData` has it."""
+
+    @property
+    def train(self) -> Source: ...
+    @property
+    def validation(self) -> Source: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def sequence_length(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class TextTask:
+    """A transformer over packed rows; a task adds its name, `loss` and `evaluate`.
+
+    Args:
+      data: packed rows.
+      model: decided for the platform; its vocabulary becomes the data's, rounded up to `VOCAB_MULTIPLE`.
+      options: what else fixes what is computed, as JSON.
+      reserved_tokens: rows of the vocabulary to keep behind the data's.
+      causal: whether attention looks back only, for the count of FLOPs.
+
+    Attributes:
+      data: as given.
+      config: the model with its vocabulary.
+    """
+
+    name: str
+    unit: str
+    units_per_example: int
+    flops_per_example: float
+    row: Mapping[str, RowArray]
+    train: Source
+    held_out: Mapping[str, Source]
+    identity: Mapping[str, Any]
+    fingerprint: str
+
+    def __init__(
+        self,
+        data: Text,
+        model: ModelConfig,
+        *,
+        options: Mapping[str, Any] = MappingProxyType({}),
+        reserved_tokens: int = 0,
+        causal: bool = True,
+    ):
+        vocab_size = -(-(data.vocab_size + reserved_tokens) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        length = data.sequence_length
+        self.data = data
+        self.config = dataclasses.replace(model, vocab_size=vocab_size)
+        self.unit = "token"
+        self.units_per_example = length
+        self.flops_per_example = self.config.flops_per_token(length, causal=causal) * length
+        self.row = dict.fromkeys(
+            ("tokens", "labels", "segment_ids", "positions"), RowArray((length,), "int32", (axes.LENGTH,))
+        )
+        self.train, self.held_out = data.train, {"validation": data.validation}
+        self.identity = {**self.config.identity, **options}
+        self.fingerprint = fingerprint(self.identity, data.fingerprint)
+
+    def initialize(self, key: jax.Array) -> Tree:
+        """Fresh parameters."""
+        return models.initialize(self.config, key)
+
+    def logical_axes(self) -> Tree:
+        """The names of the parameters' axes."""
+        return models.logical_axes(self.config)
+
+    def place(self, layout: Any) -> Any:
+        """The layout for this model's heads."""
+        layout = layout.without_experts().with_heads(self.config.heads, self.config.kv_heads)
+        layout.order(self.data.sequence_length)  # refuses rows that the mesh can't divide
+        return layout
+
+    def dropout_keys(self, rows: Mapping[str, jax.Array], context: Context) -> jax.Array | None:
+        """The keys of the batch's dropout; None where there is none."""
+        return context.keys(rows, DROPOUT) if context.training and self.config.dropout else None
+
+
+def fingerprint(identity: Mapping[str, Any], of_data: str) -> str:
+    """Of a model and the rows that it reads, 16 hexadecimal digits.
+
+    >>> fingerprint({"width": 8}, "rows") == fingerprint({"width": 9}, "rows")
+    False
+    """
+    return hashlib.blake2b(json.dumps([dict(identity), of_data]).encode(), digest_size=8).hexdigest()
