@@ -1,6 +1,7 @@
 """The two tasks of the large-batch experiment: their data, models and learning rates."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -156,14 +157,16 @@ def make_masked_lm(model: ModelConfig, arrays: Arrays) -> Functions:
     def with_rows(function: Callable) -> Callable:
         def call(parameters, rows, key, examples_seen):
             rows = {name: array.astype(jnp.int32) for name, array in rows.items()}
-            return function(config, parameters, rows, key, examples_seen, mask_token=mask_token)
+            numbers_B = examples_seen + jnp.arange(len(rows["tokens"]))
+            keys_B = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers_B)
+            return function(config, parameters, rows, keys_B, mask_token=mask_token)
 
         return call
 
     return Functions(
         lambda key: models.initialize(config, key),
-        with_rows(encoder.masked_lm_loss),
-        with_rows(encoder.masked_lm_accuracy),
+        with_rows(functools.partial(encoder.masked_lm_loss, z_loss=config.z_loss)),
+        with_rows(lambda *args, **options: encoder.masked_lm_scores(*args, **options)["accuracy"]),
     )
 
 

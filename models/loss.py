@@ -95,8 +95,16 @@ def token_loss(config: ModelConfig, *, z_loss: float, implementation: str | None
       z_loss: see `cross_entropy`.
       implementation: of the attention: "reference" is that of the loss too, others leave the loss to choose.
     """
-    reference = "reference" if implementation == "reference" else None
-    return functools.partial(cross_entropy, z_loss=z_loss, soft_cap=config.logit_soft_cap, implementation=reference)
+    loss = functools.partial(cross_entropy, z_loss=z_loss, soft_cap=config.logit_soft_cap)
+    if implementation != "reference":
+        return loss
+
+    def reference(hidden_BTD, table_VD, labels_BT, weights_BT, *, vocab_axis: str | None = None):
+        sums = loss(hidden_BTD, table_VD, labels_BT, weights_BT, vocab_axis=vocab_axis, implementation="reference")
+        # It gathers the table, and what each device then computes is the same without being known to be.
+        return sums if vocab_axis is None else jax.lax.pmean(sums, vocab_axis)
+
+    return reference
 
 
 def correct_tokens(hidden_BTD, table_VD, labels_BT, weights_BT, *, vocab_axis: str | None = None):

@@ -9,16 +9,21 @@ import pytest
 
 from crescendo import models
 from crescendo.models import ModelConfig
-from crescendo.models.encoder import mask_tokens, masked_lm_accuracy, masked_lm_loss
+from crescendo.models.encoder import mask_tokens, masked_lm_loss, masked_lm_scores
 
 CONFIG = ModelConfig(vocab_size=40, width=16, layers=2, heads=2, kv_heads=2, mlp_width=24).for_platform("cpu")
 MASK = 32
 KEY = jax.random.key(3)
 
 
+def keys(seen, count, key=KEY):
+    """Of so many examples from `seen` on."""
+    return jax.vmap(lambda number: jax.random.fold_in(key, number))(seen + jnp.arange(count))
+
+
 @jax.jit
 def masked(tokens, segment_ids, seen):
-    return mask_tokens(tokens, segment_ids, KEY, seen, mask_token=MASK)
+    return mask_tokens(tokens, segment_ids, keys(seen, len(tokens)), mask_token=MASK)
 
 
 @jax.jit
@@ -28,8 +33,10 @@ def hidden(parameters, tokens, batch):
 
 @jax.jit
 def scores(parameters, batch, seen):
-    """Loss and accuracy."""
-    return [f(CONFIG, parameters, batch, KEY, seen, mask_token=MASK) for f in (masked_lm_loss, masked_lm_accuracy)]
+    """Loss in training, and what is measured in evaluation."""
+    of_rows = keys(seen, len(batch["tokens"]))
+    loss = masked_lm_loss(CONFIG, parameters, batch, of_rows, mask_token=MASK)
+    return loss, masked_lm_scores(CONFIG, parameters, batch, of_rows, mask_token=MASK)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +88,7 @@ def test_the_choice_follows_the_clock_and_not_the_cut_into_batches(batch):
     first, _ = masked(tokens[:2], segment_ids[:2], 100)
     second, _ = masked(tokens[2:], segment_ids[2:], 102)
     np.testing.assert_array_equal(whole, jnp.concatenate([first, second]))
-    of_another_key, _ = mask_tokens(tokens, segment_ids, jax.random.key(4), 100, mask_token=MASK)
+    of_another_key, _ = mask_tokens(tokens, segment_ids, keys(100, 6, jax.random.key(4)), mask_token=MASK)
     for other in (masked(tokens, segment_ids, 106)[0], of_another_key):
         assert np.any(other != whole)
 
@@ -95,7 +102,8 @@ def test_a_token_sees_both_ways_but_only_its_document(parameters, batch):
 
 
 def test_loss_and_accuracy_are_those_of_the_chosen_tokens(parameters, batch):
-    (loss, weight), (correct, count) = scores(parameters, batch, 12)
+    (loss, weight), measured = scores(parameters, batch, 12)
+    correct, count = measured["accuracy"]
     inputs, chosen = masked(batch["tokens"], batch["segment_ids"], 12)
     logits = np.float64(hidden(parameters, inputs, batch)) @ np.float64(parameters["embedding"]["table"]).T
     log_z = np.log(np.exp(logits).sum(-1))
@@ -103,10 +111,11 @@ def test_loss_and_accuracy_are_those_of_the_chosen_tokens(parameters, batch):
     losses = log_z - np.take_along_axis(logits, tokens[..., None], -1)[..., 0]
     assert weight == count == chosen.sum() > 0
     np.testing.assert_allclose(loss, losses[chosen].sum(), rtol=1e-5)
+    np.testing.assert_allclose(measured["loss"], (loss, weight), rtol=1e-6)
     assert correct == ((logits.argmax(-1) == tokens) & chosen).sum()
 
 
 def test_a_mask_token_outside_the_vocabulary_is_refused(parameters, batch):
     for mask_token in (0, 40):
         with pytest.raises(ValueError, match=f"mask_token = {mask_token} must lie between 1 and 39"):
-            masked_lm_loss(CONFIG, parameters, batch, KEY, 0, mask_token=mask_token)
+            masked_lm_loss(CONFIG, parameters, batch, keys(0, 6), mask_token=mask_token)

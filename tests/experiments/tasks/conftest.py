@@ -19,7 +19,7 @@ from crescendo.parallel.rules import ACTIVATIONS, spec_entries
 
 LENGTH = 16
 VOCAB = 60
-SMALL = ModelConfig(width=16, layers=2, heads=4, kv_heads=2, mlp_width=32)
+SMALL = ModelConfig(width=16, layers=2, heads=4, kv_heads=2, mlp_width=32, scan_layers=True)
 MESHES = {
     "data 2, fsdp 2": {"data": 2, "fsdp": 2},
     "tensor 2, data 2": {"data": 2, "tensor": 2},

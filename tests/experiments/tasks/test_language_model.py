@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from crescendo import parallel
 from crescendo.experiments.tasks.base import Context
 from crescendo.experiments.tasks.language_model import language_model
 from crescendo.models import ModelConfig
 from crescendo.models.loss import next_token_loss
 from crescendo.models.norm_probes import norm_probes, with_probes
 
-from .conftest import MESHES, assert_any_cut, assert_same_on, fresh, read
+from .conftest import MESHES, assert_any_cut, assert_same_on, fresh, on_mesh, read, value_and_gradient
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +79,27 @@ def test_any_mesh_will_do(task, mesh):
 
 def test_dropout_follows_examples_and_not_the_cut(text, small_model):
     task = language_model(text, small_model(dropout=0.3))
-    rows = read(task.train, range(5))
+    rows, parameters = read(task.train, range(5)), fresh(task)
     whole = assert_any_cut(task, rows, seed=1)
-    assert whole.sum != task.loss(fresh(task), rows, Context(seed=2)).sum
-    later = rows | {"example": rows["example"] + 100}
-    assert whole.sum != task.loss(fresh(task), later, Context(seed=1)).sum
-    kept = task.loss(fresh(task), rows, Context(seed=1, training=False))
-    np.testing.assert_array_equal(kept.sum, task.evaluate(fresh(task), rows, Context(seed=9))["loss"][0])
+    loss = jax.jit(lambda rows, seed: task.loss(parameters, rows, Context(seed=seed)).sum)
+    for other, seed in ((rows, 2), (rows | {"example": rows["example"] + 100}, 1)):
+        assert whole.sum != loss(other, seed)
+    still = jax.jit(lambda rows: task.loss(parameters, rows, Context(training=False)).sum)(rows)
+    without = language_model(text, small_model())
+    assert still == jax.jit(lambda rows: without.loss(parameters, rows, Context()).sum)(rows)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_reference_serves_on_any_mesh(task, mesh):
+    rows, parameters = read(task.train, range(4)), fresh(task)
+    layout = task.place(parallel.Layout(parallel.make_mesh(**MESHES[mesh], devices=jax.devices()[:4]), "fsdp"))
+    placed = on_mesh(task, layout, rows)
+    context = Context(layout=layout, implementation="reference")
+    found, _ = value_and_gradient(task, parameters, placed, context)
+    expected = jax.jit(lambda p: task.loss(p, rows, Context()).sum)(parameters)
+    np.testing.assert_allclose(found.sum, expected, rtol=1e-5)
+    gradient = jax.grad(lambda p: task.loss(p, placed, context).sum)
+    jax.eval_shape(lambda p: jax.jvp(gradient, (p,), (p,))[1], parameters)
 
 
 def test_the_layout_is_asked_for_the_heads(text, small_model):
