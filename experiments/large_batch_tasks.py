@@ -20,6 +20,7 @@ from crescendo.experiments.datasets.fashion_mnist import fashion_mnist
 from crescendo.experiments.errors import UserError
 from crescendo.experiments.metrics import file_access
 from crescendo.models import ModelConfig, encoder, resnet
+from crescendo.models.classification import classification_accuracy, classification_loss
 from crescendo.models.resnet import ResNetConfig
 
 # Of the 60,000 training pictures, those that choose the learning rate.
@@ -179,14 +180,14 @@ def make_classifier(model: ResNetConfig, arrays: Arrays) -> Functions:
         def call(parameters, rows, key, examples_seen):
             del key, examples_seen
             images = rows["images"].astype(jnp.float32) / 127.5 - 1
-            return function(config, parameters, {"images": images, "labels": rows["labels"].astype(jnp.int32)})
+            return function(resnet.apply(config, parameters)(images), rows["labels"].astype(jnp.int32))
 
         return call
 
     return Functions(
         lambda key: resnet.initialize(config, key),
-        with_rows(resnet.classification_loss),
-        with_rows(resnet.classification_accuracy),
+        with_rows(classification_loss),
+        with_rows(classification_accuracy),
     )
 
 

@@ -25,8 +25,10 @@ WINDOW = "window"  # the height and the width of a convolution's kernel
 IN_CHANNELS = "in_channels"
 CHANNELS = "channels"
 CLASSES = "classes"
+PATCH = "patch"  # the values of a patch of a picture
+PLACES = "places"  # where a patch can lie
 
 ALL = (
     *(BATCH, LENGTH, RESIDUAL_LENGTH, EMBED, HEADS, KV_HEADS, HEAD_WIDTH, MLP, VOCAB, LAYERS),
-    *(WINDOW, IN_CHANNELS, CHANNELS, CLASSES),
+    *(WINDOW, IN_CHANNELS, CHANNELS, CLASSES, PATCH, PLACES),
 )

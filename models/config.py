@@ -9,6 +9,11 @@ SPEED_FIELDS = ("scan_layers", "remat", "dtype")
 """The fields of a model that say how fast it runs and not what it computes."""
 
 
+def identity(config: Any) -> dict[str, Any]:
+    """The fields of a configuration, a dataclass, but `SPEED_FIELDS`."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in SPEED_FIELDS}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
@@ -88,7 +93,7 @@ class ModelConfig:
         >>> ModelConfig().identity == ModelConfig(remat="full", scan_layers=True).identity
         True
         """
-        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in SPEED_FIELDS}
+        fields = identity(self)
         return fields if self.dropout else {name: value for name, value in fields.items() if name != "dropout"}
 
     @property

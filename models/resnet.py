@@ -8,15 +8,19 @@ batch, so that its result depended on how the batch is cut over devices and micr
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from crescendo.models import axes
-from crescendo.models.layers import Linear, parameter
+from crescendo.models.config import identity
+from crescendo.models.layers import Linear, for_examples, parameter
+from crescendo.models.layout import ONE_DEVICE, Layout
 
 STAGES = 3
+PICTURES = (axes.BATCH, None, None, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,31 @@ class ResNetConfig:
         if self.dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f"dtype = {self.dtype!r} must be 'float32', 'bfloat16' or None")
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the model computes, as JSON: every field but those that only say how fast."""
+        return identity(self)
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """The channels that go in and out of every block."""
+        outputs = [self.width * 2**stage for stage in range(STAGES) for _ in range(self.blocks)]
+        return tuple(zip([self.width, *outputs], outputs, strict=False))
+
+    def flops_per_example(self, height: int, width: int) -> float:
+        """Forward and backward FLOPs of the convolutions and the last matrix, for a picture of this size.
+
+        >>> round(ResNetConfig().flops_per_example(28, 28) / 1e6)
+        182
+        """
+        total, pixels = 9 * self.in_channels * self.width * height * width, height * width
+        for inputs, outputs in self.stages:
+            if inputs != outputs:
+                height, width = -(-height // 2), -(-width // 2)
+                pixels = height * width
+            total += 9 * (inputs + outputs) * outputs * pixels
+        return 6.0 * (total + self.stages[-1][1] * self.classes)
+
     def for_platform(self, platform: str) -> "ResNetConfig":
         """This configuration with `dtype` decided for "cpu", "gpu" or "tpu"."""
         return dataclasses.replace(self, dtype=self.dtype or ("float32" if platform == "cpu" else "bfloat16"))
@@ -86,6 +115,8 @@ class Convolution(nnx.Module):
 class GroupNorm(nnx.Module):
     """`(x - mean) / sqrt(variance + epsilon) * scale + bias`, statistics per example and group of channels, in float32.
 
+    The scale is `[C]`, or `[B, C]` with one for each example (see `norm_probes`).
+
     Wu and He, 2018, "Group Normalization", https://arxiv.org/abs/1803.08494.
     """
 
@@ -100,7 +131,10 @@ class GroupNorm(nnx.Module):
         mean = jnp.mean(grouped, axis=(1, 2, 4), keepdims=True)
         variance = jnp.mean(jnp.square(grouped - mean), axis=(1, 2, 4), keepdims=True)
         normalised = ((grouped - mean) * jax.lax.rsqrt(variance + self.epsilon)).reshape(x_BHWC.shape)
-        return (normalised * self.scale[...] + self.bias[...]).astype(x_BHWC.dtype)
+        scale = self.scale[...]
+        if scale.ndim == 2:
+            scale = for_examples(scale, x_BHWC.shape)
+        return (normalised * scale + self.bias[...]).astype(x_BHWC.dtype)
 
 
 class Block(nnx.Module):
@@ -124,6 +158,8 @@ class Block(nnx.Module):
 class ResNet(nnx.Module):
     """Call it with pictures, float `[B, height, width, in_channels]`; it returns logits, float32 `[B, classes]`.
 
+    `layout` says how examples lie over the devices; a picture is always whole.
+
     Args:
       config: `dtype` decided (`ResNetConfig.for_platform`).
 
@@ -137,20 +173,17 @@ class ResNet(nnx.Module):
         self.dtype = jnp.dtype(config.dtype)
         self.stem = Convolution(config.in_channels, config.width, dtype=self.dtype, rngs=rngs)
         self.stem_norm = GroupNorm(config.width, config.group_width, config.norm_epsilon)
-        widths = [config.width * 2**stage for stage in range(STAGES) for _ in range(config.blocks)]
         self.blocks = nnx.List(
-            Block(inputs, outputs, config, dtype=self.dtype, rngs=rngs)
-            for inputs, outputs in zip([config.width, *widths], widths, strict=False)
+            Block(inputs, outputs, config, dtype=self.dtype, rngs=rngs) for inputs, outputs in config.stages
         )
-        self.head = Linear(
-            (widths[-1],), (config.classes,), (axes.CHANNELS, axes.CLASSES), dtype=jnp.float32, rngs=rngs
-        )
+        last = config.stages[-1][1]
+        self.head = Linear((last,), (config.classes,), (axes.CHANNELS, axes.CLASSES), dtype=jnp.float32, rngs=rngs)
 
-    def __call__(self, x_BHWC):
-        x_BHWC = jax.nn.relu(self.stem_norm(self.stem(x_BHWC.astype(self.dtype))))
+    def __call__(self, x_BHWC, *, layout: Layout = ONE_DEVICE):
+        x_BHWC = jax.nn.relu(self.stem_norm(self.stem(layout.constrain(x_BHWC.astype(self.dtype), PICTURES))))
         for block in self.blocks:
-            x_BHWC = block(x_BHWC)
-        return self.head(jnp.mean(x_BHWC.astype(jnp.float32), axis=(1, 2)))
+            x_BHWC = layout.constrain(block(x_BHWC), PICTURES)
+        return self.head(jnp.mean(x_BHWC.astype(jnp.float32), axis=(1, 2)), layout)
 
 
 @functools.cache
@@ -186,22 +219,3 @@ def apply(config: ResNetConfig, parameters: dict) -> ResNet:
 def logical_axes(config: ResNetConfig) -> dict:
     """The logical axis names of every parameter, as nested dicts of tuples."""
     return nnx.to_pure_dict(_abstract(config)[1], extract_fn=lambda parameter: tuple(parameter.axes))
-
-
-def classification_loss(config: ResNetConfig, parameters: dict, batch: dict):
-    """The cross-entropy: `(sum in nats, weight in examples)`, both float32 scalars.
-
-    Args:
-      config: decided for the platform.
-      parameters: as `initialize` makes them.
-      batch: `images`, float `[B, height, width, in_channels]`, and `labels`, int32 `[B]` in `[0, classes)`.
-    """
-    log_probabilities = jax.nn.log_softmax(apply(config, parameters)(batch["images"]))
-    losses = -jnp.take_along_axis(log_probabilities, batch["labels"][:, None], axis=-1)
-    return jnp.sum(losses), jnp.float32(losses.size)
-
-
-def classification_accuracy(config: ResNetConfig, parameters: dict, batch: dict):
-    """How many examples have the largest logit at their label: `(correct, weight)`; else as `classification_loss`."""
-    correct = jnp.argmax(apply(config, parameters)(batch["images"]), axis=-1) == batch["labels"]
-    return jnp.sum(correct, dtype=jnp.float32), jnp.float32(correct.size)

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from crescendo import parallel
 from crescendo.models import axes, resnet
+from crescendo.models.classification import classification_accuracy, classification_loss
 from crescendo.models.resnet import ResNetConfig
 
 SMALL = ResNetConfig(classes=4, width=4, blocks=1, group_width=2)
@@ -74,11 +75,12 @@ def test_logits_are_those_of_the_maths(parameters, batch):
 def test_loss_and_accuracy(parameters, batch):
     scores = np.float64(logits(parameters, batch["images"]))
     labels = np.asarray(batch["labels"])
-    loss, weight = jax.jit(functools.partial(resnet.classification_loss, CONFIG))(parameters, batch)
+    found = logits(parameters, batch["images"])
+    loss, weight = classification_loss(found, batch["labels"])
     expected = np.log(np.exp(scores).sum(-1)) - scores[np.arange(16), labels]
     assert weight == 16
     np.testing.assert_allclose(loss, expected.sum(), rtol=1e-5)
-    correct, count = jax.jit(functools.partial(resnet.classification_accuracy, CONFIG))(parameters, batch)
+    correct, count = classification_accuracy(found, batch["labels"])
     assert (correct, count) == ((scores.argmax(-1) == labels).sum(), 16)
 
 
@@ -86,7 +88,7 @@ def test_sharded_examples_give_the_same_gradients(parameters, batch):
     """With statistics per example nothing couples the shards but the sum."""
 
     def loss(parameters, batch):
-        return resnet.classification_loss(CONFIG, parameters, batch)[0]
+        return classification_loss(resnet.apply(CONFIG, parameters)(batch["images"]), batch["labels"])[0]
 
     mesh = parallel.make_mesh()
     assert mesh.devices.size == 8

@@ -1,0 +1,114 @@
+"""Classes of images: both networks, the meshes, and rows that weigh nothing."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from crescendo import parallel
+from crescendo.experiments.datasets.image_data import ImageRows
+from crescendo.experiments.errors import UserError
+from crescendo.experiments.tasks.base import Context, padded_rows
+from crescendo.experiments.tasks.images import images
+from crescendo.models.norm_probes import norm_probes, with_probes
+from crescendo.models.resnet import ResNetConfig
+from crescendo.models.vit import ViTConfig
+
+from .conftest import MESHES, assert_any_cut, assert_same_on, fresh, read
+
+MODELS = {
+    "resnet": ResNetConfig(width=4, blocks=1, group_width=2),
+    "vit": ViTConfig(image_size=12, patch_size=3, width=16, layers=2, heads=4, mlp_width=32, dropout=0.2),
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    random = np.random.default_rng(0)
+
+    def rows(count):
+        shape = (count, 10, 9, 3)
+        return ImageRows(random.integers(0, 256, size=shape).astype(np.uint8), random.integers(0, 4, size=count))
+
+    splits = {"train": rows(16), "validation": rows(6), "test": rows(5)}
+    return SimpleNamespace(**splits, shape=(10, 9, 3), classes=4, fingerprint="pictures")
+
+
+@pytest.fixture(params=MODELS)
+def make(request, data):
+    return lambda **options: images(data, MODELS[request.param].for_platform("cpu"), **options)
+
+
+def test_they_say_what_they_are(make):
+    task = make()
+    assert (task.name, task.unit, task.units_per_example) == ("images", "image", 1)
+    assert (task.config.classes, task.config.in_channels) == (4, 3)
+    rows = task.train.take([3, 1])
+    assert {name: (x.shape[1:], str(x.dtype)) for name, x in rows.items()} == {
+        name: array[:2] for name, array in task.row.items()
+    }
+    assert {name: len(source) for name, source in task.held_out.items()} == {"validation": 6, "test": 5}
+    assert task.fingerprint != make(label_smoothing=0.1).fingerprint
+    assert task.flops_per_example > 0
+
+
+def test_networks_have_fingerprints_of_their_own(data):
+    assert len({images(data, model.for_platform("cpu")).fingerprint for model in MODELS.values()}) == 2
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_any_mesh_will_do(make, mesh):
+    task = make(label_smoothing=0.1)
+    if isinstance(task.config, ResNetConfig) and {"tensor", "sequence"} & set(MESHES[mesh]):
+        layout = parallel.Layout(parallel.make_mesh(**MESHES[mesh], devices=jax.devices()[:4]))
+        with pytest.raises(
+            ValueError, match=r"= 2: a residual network.*use (tensor|sequence) = 1 and more data or fsdp"
+        ):
+            task.place(layout)
+        return
+    assert_same_on(task, MESHES[mesh], read(task.train, range(4)))
+
+
+def test_any_cut_will_do(make):
+    task = make()
+    assert_any_cut(task, read(task.train, range(5)), seed=1)
+
+
+def test_padding_weighs_nothing(make):
+    task = make()
+    parameters = fresh(task)
+    rows = read(task.held_out["test"], range(5))
+    padded = padded_rows(task.held_out["test"], np.arange(5), 8) | {"example": np.arange(8, dtype=np.int32)}
+    measured, found = (task.evaluate(parameters, x, Context(seed=3)) for x in (rows, padded))
+    assert measured.keys() == {"loss", "accuracy"}
+    assert {float(weight) for _, weight in measured.values()} == {5}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, measured)
+
+
+def test_label_smoothing_is_of_the_training_loss_alone(make):
+    plain, smooth = make(), make(label_smoothing=0.2)
+    parameters, rows = fresh(plain), read(plain.train, range(4))
+    still = Context(training=False)
+    np.testing.assert_array_equal(smooth.loss(parameters, rows, still).sum, plain.loss(parameters, rows, still).sum)
+    assert smooth.evaluate(parameters, rows, Context()) == plain.evaluate(parameters, rows, Context())
+    # With all labels equally likely the target is uniform: 0.8 of the loss and 0.2 of the mean over classes.
+    every = [plain.loss(parameters, rows | {"labels": 0 * rows["labels"] + c}, Context()).sum for c in range(4)]
+    expected = 0.8 * plain.loss(parameters, rows, Context()).sum + 0.2 * sum(every) / 4
+    np.testing.assert_allclose(smooth.loss(parameters, rows, Context()).sum, expected, rtol=1e-5)
+
+
+def test_probed_parameters_will_do(make):
+    task = make()
+    parameters, rows = fresh(task), read(task.train, range(4))
+    probed = with_probes(parameters, norm_probes(parameters, 4))
+    loss = jax.jit(lambda p: task.loss(p, rows, Context()).sum)
+    np.testing.assert_allclose(loss(probed), loss(parameters), rtol=1e-5)
+
+
+def test_options_out_of_their_range_are_refused(data):
+    with pytest.raises(UserError, match=r"images.label_smoothing = 1 must be at least 0 and below 1"):
+        images(data, MODELS["vit"].for_platform("cpu"), label_smoothing=1)
+    small = ViTConfig(image_size=8).for_platform("cpu")
+    with pytest.raises(UserError, match=r"vit.image_size = 8 is smaller than pictures of 10 x 9: use 12"):
+        images(data, small)
