@@ -151,8 +151,12 @@ def images(data: Pictures, model: ResNetConfig | ViTConfig, *, label_smoothing: 
       label_smoothing: the part of a label that is spread over all classes in training, in [0, 1).
 
     Raises:
-      UserError: for a smoothing out of its range, or pictures larger than the transformer's.
+      UserError: for data that are no images, a smoothing out of its range, or pictures larger than the transformer's.
     """
+    if not hasattr(data, "classes"):
+        raise UserError(
+            f"train.data: {data} has no images with classes, which the task images is about: use @image_data()"
+        )
     if not 0 <= label_smoothing < 1:
         raise UserError(f"images.label_smoothing = {label_smoothing} must be at least 0 and below 1")
     if isinstance(model, ViTConfig) and max(data.shape[:2]) > model.image_size:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 
 from crescendo import models
+from crescendo.experiments.errors import UserError
 from crescendo.experiments.tasks.base import Context, RowArray, Source, Tree
 from crescendo.models import ModelConfig, axes
 
@@ -48,6 +49,9 @@ class TextTask:
     Attributes:
       data: as given.
       config: the model with its vocabulary.
+
+    Raises:
+      UserError: for data that are no text.
     """
 
     name: str
@@ -69,6 +73,10 @@ class TextTask:
         reserved_tokens: int = 0,
         causal: bool = True,
     ):
+        if not hasattr(data, "sequence_length"):
+            raise UserError(
+                f"train.data: {data} has no rows of tokens, which the task {self.name} is about: use @text_data()"
+            )
         vocab_size = -(-(data.vocab_size + reserved_tokens) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         length = data.sequence_length
         self.data = data

@@ -11,6 +11,7 @@ from crescendo.experiments.datasets.image_data import ImageRows
 from crescendo.experiments.errors import UserError
 from crescendo.experiments.tasks.base import Context, padded_rows
 from crescendo.experiments.tasks.images import images
+from crescendo.experiments.tasks.language_model import language_model
 from crescendo.models.norm_probes import norm_probes, with_probes
 from crescendo.models.resnet import ResNetConfig
 from crescendo.models.vit import ViTConfig
@@ -104,6 +105,13 @@ def test_probed_parameters_will_do(make):
     probed = with_probes(parameters, norm_probes(parameters, 4))
     loss = jax.jit(lambda p: task.loss(p, rows, Context()).sum)
     np.testing.assert_allclose(loss(probed), loss(parameters), rtol=1e-5)
+
+
+def test_data_of_another_kind_are_refused(data, text, small_model):
+    with pytest.raises(UserError, match="has no images with classes, which the task images is about"):
+        images(text, MODELS["vit"].for_platform("cpu"))
+    with pytest.raises(UserError, match="has no rows of tokens, which the task language_model is about"):
+        language_model(data, small_model())
 
 
 def test_options_out_of_their_range_are_refused(data):
