@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 from rich.console import Console
 from rich.table import Table
 
-from crescendo import optim, parallel
+from crescendo import optim
 from crescendo.experiments import hardware
 from crescendo.experiments.benchmark_optim import PEERS, optimizer_table
 from crescendo.experiments.cli import run_command
-from crescendo.experiments.compile import CompiledStep, compile_step
 from crescendo.experiments.errors import UserError, user_values
-from crescendo.experiments.program import chain_transforms, needed_statistics
-from crescendo.experiments.state import TrainState, abstract_batch, initial_state
+from crescendo.experiments.random_text import RandomText
+from crescendo.experiments.state import TrainState
+from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
 from crescendo.models.config import PRESETS
 from crescendo.optim.batch_size import BatchSizePolicy, constant
@@ -53,9 +52,9 @@ class Speed(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """The loop's own step with a state and a batch to call it on."""
+    """A session with a state and a batch to call its step on."""
 
-    compiled: CompiledStep
+    session: Session
     state: TrainState
     batch: dict
     compile_seconds: float
@@ -65,7 +64,7 @@ class Loop(NamedTuple):
         state, seconds = self.state, []
         for _ in range(steps):
             start = time.perf_counter()
-            state, metrics = self.compiled.call(state, self.batch)
+            state, metrics = self.session.step(state, self.batch)
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - start)
         return self._replace(state=state), seconds
@@ -92,39 +91,19 @@ def prepare(
       noise_scale: as `train` takes it.
       max_microbatch_examples: a bound below the one that memory sets.
     """
-    mesh = parallel.make_mesh()
-    config = model.for_platform(mesh.devices.flat[0].platform)
-    policy = constant(batch_size) if policy is None else policy
-    optimizer = chain_transforms(optim.adamw(3e-4), policy, noise_scale=noise_scale)
     start = time.perf_counter()
-    compiled = compile_step(
-        config,
-        optimizer,
-        mesh,
-        [batch_size],
-        sequence_length=sequence_length,
+    session = Session(
+        data=RandomText(model.vocab_size, sequence_length, documents_in_row),
+        model=model,
+        optimizer=optim.adamw(3e-4),
+        batch_size=constant(batch_size) if policy is None else policy,
+        total_examples=2**31 - batch_size,
+        noise_scale=noise_scale,
         max_microbatch_examples=max_microbatch_examples,
-        statistics=needed_statistics(config, optimizer, policy),
     )
-    compile_seconds = time.perf_counter() - start
-    shardings = jax.tree.map(lambda x: x.sharding, compiled.abstract_state)
-    state = jax.jit(lambda: initial_state(config, optimizer, 0), out_shardings=shardings)()
-    random = np.random.default_rng(0)
-    shape = (compiled.plan.max_microbatches, compiled.plan.microbatch_examples, sequence_length)
-    index = np.arange(sequence_length)
-    length = -(-sequence_length // documents_in_row)
-    # As skewed as text is (Zipf and Mandelbrot): the gradient of the embedding adds up where tokens coincide.
-    weights = 1 / (np.arange(config.vocab_size) + 2.7)
-    tokens = random.choice(config.vocab_size, shape, p=weights / weights.sum()).astype(np.int32)
-    rows = {
-        "tokens": tokens,
-        "labels": np.roll(tokens, -1, axis=-1),
-        "segment_ids": np.broadcast_to(index // length + 1, shape).astype(np.int32),
-        "positions": np.broadcast_to(index % length, shape).astype(np.int32),
-    }
-    layout = jax.tree.map(lambda x: x.sharding, abstract_batch(compiled.layout, compiled.plan, sequence_length))
-    batch = {"rows": rows, "microbatches": np.int32(shape[0]), "examples_seen": np.int32(0)}
-    return Loop(compiled, state, jax.device_put(batch, layout), compile_seconds)
+    _ = session.step  # compiles it
+    seconds = time.perf_counter() - start
+    return Loop(session, session.fresh_state(), session.feed().read(0, batch_size), seconds)
 
 
 def measure(
@@ -142,8 +121,8 @@ def measure(
         step_seconds,
         tokens_per_second,
         flops / (peak * len(jax.devices())) if peak else None,
-        loop.compiled.peak_bytes,
-        loop.compiled.plan.microbatch_examples,
+        loop.session.peak_bytes,
+        loop.session.plan.microbatch_examples,
         loop.compile_seconds,
     )
 

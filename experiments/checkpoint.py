@@ -50,6 +50,11 @@ def fingerprints(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def _prints(tree: Any) -> list[int]:
+    """The fingerprints of a tree's arrays, in the order of its leaves."""
+    return [int(x) for x in jax.device_get(jax.tree.leaves(fingerprints(tree)))]
+
+
 @dataclasses.dataclass
 class FirstOfEach:
     """Keeps the first checkpoint of each interval that `interval_of(examples)` numbers from 1; none of interval 0.
@@ -66,6 +71,18 @@ class FirstOfEach:
         return [now > before for before, now in zip([0, *interval], interval, strict=False)]
 
 
+@dataclasses.dataclass
+class TheBest:
+    """Keeps the checkpoint that `best()` names; an orbax preservation policy."""
+
+    best: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """One answer a checkpoint."""
+        del context
+        return [checkpoint.step == self.best() for checkpoint in checkpoints]
+
+
 class _DamagedError(Exception):
     """Why a checkpoint can't be used."""
 
@@ -78,6 +95,10 @@ class Checkpoints:
       keep_last: how many of the newest to keep.
       keep_every_examples: also keep one every so many examples, for ever; None: none.
       keep_at_examples: also keep the first at or after each of these, for ever.
+      read_only: touch nothing: another process may be saving there.
+
+    Attributes:
+      best: the checkpoint to keep besides, by its examples; None: none.
     """
 
     def __init__(
@@ -87,8 +108,10 @@ class Checkpoints:
         keep_last: int = 2,
         keep_every_examples: int | None = None,
         keep_at_examples: Sequence[int] = (),
+        read_only: bool = False,
     ):
-        policies: list = [checkpoint_managers.LatestN(keep_last)]
+        self.best: int | None = None
+        policies: list = [checkpoint_managers.LatestN(keep_last), TheBest(lambda: self.best)]
         if keep_every_examples is not None:
             policies.append(FirstOfEach(lambda examples: 1 + examples // keep_every_examples))
         if keep_at_examples:
@@ -97,7 +120,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self.folder = folder
@@ -106,15 +130,25 @@ class Checkpoints:
         self._verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.FATAL)  # orbax logs the same once more, with its stack
 
-    def save(self, state: TrainState, clock: Clock) -> None:
-        """Starts saving; returns when the arrays have been copied to the host. One save is under way at a time."""
-        prints = [int(x) for x in jax.device_get(jax.tree.leaves(fingerprints(state)))]
-        meta = {"clock": dataclasses.asdict(clock), "fingerprints": prints}
+    def saved(self) -> list[int]:
+        """The examples of every checkpoint, increasing."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, clock: Clock, evaluation: Any = None) -> None:
+        """Starts saving; returns when the arrays have been copied to the host. One save is under way at a time.
+
+        Args:
+          state: at the clock.
+          clock: its `examples_seen` numbers the checkpoint.
+          evaluation: the parameters to evaluate and to use, where they aren't the state's own.
+        """
+        meta = {"clock": dataclasses.asdict(clock), "fingerprints": _prints(state)}
+        items: dict[str, Any] = {"state": ocp.args.StandardSave(state)}
+        if evaluation is not None:
+            items["evaluation"] = ocp.args.StandardSave({"parameters": evaluation})
+            meta["evaluation_fingerprints"] = _prints(evaluation)
         with self._save_errors():
-            self._manager.save(
-                clock.examples_seen,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
-            )
+            self._manager.save(clock.examples_seen, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
 
     def restore(self, abstract: TrainState, report: Callable[[str], None]) -> tuple[TrainState, Clock] | None:
         """The newest whole checkpoint, or None where there is none; a damaged one is reported, and set aside.
@@ -127,7 +161,7 @@ class Checkpoints:
           UserError: when there are checkpoints and all are damaged.
         """
         damaged: list[int] = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self.saved()):
             try:
                 found = self._load(step, abstract)
             except _DamagedError as problem:
@@ -149,7 +183,7 @@ class Checkpoints:
         Raises:
           UserError: where there is none, or it is damaged.
         """
-        steps = sorted(self._manager.all_steps())
+        steps = self.saved()
         if examples not in steps:
             kept = ", ".join(map(str, steps)) or "none"
             raise UserError(f"{self.folder} has no checkpoint at {examples} examples (it has {kept})")
@@ -160,7 +194,9 @@ class Checkpoints:
             raise UserError(f"checkpoint {folder} is damaged ({problem}): run it again in another folder") from None
 
     def restore_parameters(self, shapes: Any) -> tuple[Any, int]:
-        """The newest checkpoint's parameters alone, whole on one device, and its `examples_seen`.
+        """The newest checkpoint's parameters to use, whole on one device, and its `examples_seen`.
+
+        They are the ones to evaluate: an average where the run keeps one, else the state's own.
 
         Args:
           shapes: of the parameters, as `jax.eval_shape` gives them.
@@ -176,8 +212,9 @@ class Checkpoints:
         restore = ocp.args.PyTreeRestore(
             item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
         )
+        item = "evaluation" if (self.folder / str(step) / "evaluation").is_dir() else "state"
         try:
-            found, _ = self._read(step, restore)
+            found, _ = self._read(step, restore, item)
         except _DamagedError as problem:
             raise UserError(
                 f"checkpoint {self.folder / str(step)} is damaged ({problem}): move it away, to take the one before it"
@@ -189,19 +226,21 @@ class Checkpoints:
         state, meta = self._read(step, ocp.args.StandardRestore(abstract))
         return state, Clock(**meta["clock"])
 
-    def _read(self, step: int, restore: ocp.args.CheckpointArgs) -> tuple[Any, dict]:
-        """A checkpoint's state, or the first arrays of it, compared with their fingerprints, and what is said of it."""
+    def _read(self, step: int, restore: ocp.args.CheckpointArgs, item: str = "state") -> tuple[Any, dict]:
+        """A checkpoint's item, or the first arrays of it, compared with their fingerprints, and what is said of it."""
         try:
             # Readers on other threads print their own tracebacks about a damaged file; the message says it all.
             with contextlib.redirect_stderr(io.StringIO()):
-                found = self._manager.restore(step, args=ocp.args.Composite(state=restore, meta=ocp.args.JsonRestore()))
+                found = self._manager.restore(
+                    step, args=ocp.args.Composite(**{item: restore}, meta=ocp.args.JsonRestore())
+                )
         except Exception as error:
             raise _DamagedError(str(error).splitlines()[0][:120]) from None
-        state, meta = found["state"], found["meta"]
-        prints = [int(x) for x in jax.device_get(jax.tree.leaves(fingerprints(state)))]
-        if prints != meta["fingerprints"][: len(prints)]:
+        arrays, meta = found[item], found["meta"]
+        prints = _prints(arrays)
+        if prints != meta["fingerprints" if item == "state" else f"{item}_fingerprints"][: len(prints)]:
             raise _DamagedError("its arrays are not the ones that were saved")
-        return state, meta
+        return arrays, meta
 
     def _set_aside(self, damaged: list[int]) -> None:
         """Moves damaged checkpoints out of the way, so that the run can save there again."""

@@ -5,7 +5,9 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib
 import inspect
+import pkgutil
 import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
@@ -13,14 +15,21 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import gin
+import optax
 import typeguard
+from gin import selector_map
 
 import crescendo.optim as optim
-from crescendo.experiments import data
+from crescendo.experiments import data, tasks
+from crescendo.experiments.datasets.image_data import image_data
 from crescendo.experiments.errors import UserError, user_values
 from crescendo.experiments.interruption import Interrupted
+from crescendo.experiments.trainer.probes import PROBES
 from crescendo.models import ModelConfig
+from crescendo.models.resnet import ResNetConfig
+from crescendo.models.vit import ViTConfig
 from crescendo.optim import batch_size, policies
+from crescendo.optim.groups import group
 from crescendo.parallel import make_mesh, strategy
 
 CONFIGS = resources.files("crescendo.experiments.configs")
@@ -41,10 +50,33 @@ model.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     ]
 )
 
+
+def _task_makers() -> dict[str, Callable]:
+    """The functions that make tasks: of each module of `experiments.tasks` the one that has its name."""
+    names = [module.name for module in pkgutil.iter_modules(tasks.__path__)]
+    modules = {name: importlib.import_module(f"{tasks.__name__}.{name}") for name in names}
+    return {name: getattr(module, name) for name, module in modules.items() if hasattr(module, name)}
+
+
+def _optax_factories() -> dict[str, dict[str, Callable]]:
+    """Every public function of optax and optax.contrib, by module."""
+    return {
+        module.__name__: {
+            name: f for name, f in vars(module).items() if name[0] != "_" and inspect.isfunction(f) and _is_optax(f)
+        }
+        for module in (optax, optax.contrib)
+    }
+
+
+def _is_optax(function: Callable) -> bool:
+    return function.__module__.partition(".")[0] == "optax"
+
+
 # What configs can name, by the module that qualifies a name used twice (schedules.constant, batch_size.constant).
 FACTORIES: dict[str, dict[str, Callable]] = {
-    "optim": optim.OPTIMIZERS | optim.TRANSFORMS,
+    "optim": optim.OPTIMIZERS | optim.TRANSFORMS | optim.COMBINATORS,
     "optim.schedules": optim.SCHEDULES,
+    "optim.groups": {"group": group},
     "optim.batch_size": {"constant": batch_size.constant, "staged": batch_size.staged},
     "optim.policies": {
         f.__name__: f
@@ -55,22 +87,24 @@ FACTORIES: dict[str, dict[str, Callable]] = {
             policies.critical_batch_following,
         )
     },
-    "models": {"model": model},
+    "models": {"model": model, "resnet": ResNetConfig, "vit": ViTConfig},
+    "tasks": _task_makers(),
+    "probes": PROBES,
     "parallel": {"mesh": make_mesh, "strategy": strategy},
-    "data": {f.__name__: f for f in (data.text_data, data.stdlib_text, data.text_files, data.tfds_text)},
+    "data": {f.__name__: f for f in (data.text_data, data.stdlib_text, data.text_files, data.tfds_text, image_data)},
 }
 
 
-def _checked(factory: Callable) -> Callable:
+def _checked(factory: Callable, called: str | None = None) -> Callable:
     """`factory`, its arguments checked against their annotations: a mistake in a config is a `UserError`."""
-    signature = inspect.signature(factory)
+    signature, called = inspect.signature(factory), called or factory.__name__
 
     @functools.wraps(factory)
     def call(*args, **kwargs):
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise UserError(f"{factory.__name__}: {error}; set it in a config or with --set") from None
+            raise UserError(f"{called}: {error}; set it in a config or with --set") from None
         for name, value in bound.arguments.items():
             annotation = signature.parameters[name].annotation
             if annotation is inspect.Parameter.empty or signature.parameters[name].kind in (
@@ -84,18 +118,49 @@ def _checked(factory: Callable) -> Callable:
                 wanted = getattr(annotation, "__name__", None) or str(annotation)
                 if re.search(r"[|\[]", str(annotation)):
                     wanted = str(annotation).replace("typing.", "").replace("collections.abc.", "")
-                raise UserError(f"{factory.__name__}.{name} = {value!r} must be {wanted}") from None
+                raise UserError(f"{called}.{name} = {value!r} must be {wanted}") from None
         return factory(*args, **kwargs)
 
     call.__signature__ = signature  # type: ignore[attr-defined]
     return call
 
 
+def _bound(factory: Callable, called: str) -> Callable:
+    """`factory`, whose missing arguments are a `UserError`; a library's own annotations are not checked."""
+    signature = inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def call(*args, **kwargs):
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise UserError(f"{called}: {error}; set it in a config or with --set") from None
+        return factory(*args, **kwargs)
+
+    return call
+
+
+class _OursFirst(selector_map.SelectorMap):
+    """Gin's table of names, in which a name of optax's must be written out where Crescendo has it too."""
+
+    def matching_selectors(self, partial_selector: str) -> list[str]:
+        """Every complete name that ends with the partial one; optax's only where there is no other."""
+        found = super().matching_selectors(partial_selector)
+        return [name for name in found if not name.startswith("optax.")] or found
+
+
 @functools.cache
 def _register_factories() -> None:
+    ours_first = _OursFirst()
+    for name, value in gin.config._REGISTRY.items():
+        ours_first[name] = value
+    gin.config._REGISTRY = ours_first
     for module, factories in FACTORIES.items():
         for name, factory in factories.items():
-            gin.external_configurable(_checked(user_values()(factory)), name=name, module=module)
+            gin.external_configurable(_checked(user_values()(factory), name), name=name, module=module)
+    for module, factories in _optax_factories().items():
+        for name, factory in factories.items():
+            gin.external_configurable(_bound(user_values()(factory), f"{module}.{name}"), name=name, module=module)
 
 
 @functools.cache
@@ -158,13 +223,15 @@ def bind(experiment: Callable, configs: Sequence[str], bindings: Sequence[str] =
 
 
 def arguments(experiment: Callable) -> dict[str, Any]:
-    """What the configs of the latest `bind` give the experiment's parameters: factories called, defaults left out.
+    """What the configs of the latest `bind` give the experiment's parameters: factories called, defaults filled in.
 
     Raises:
       UserError: what a factory says of its arguments.
     """
     with _own_errors():
-        return gin.get_bindings(_register(experiment))
+        bound = gin.get_bindings(_register(experiment))
+    parameters = inspect.signature(experiment).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | bound
 
 
 @contextlib.contextmanager

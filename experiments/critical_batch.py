@@ -6,11 +6,12 @@ largest k that loses nothing says how large the batch may be there (Merrill et a
 Revisited", https://arxiv.org/abs/2505.23971). The curve is what `critical_batch_following` reads.
 """
 
-import functools
+import dataclasses
 import json
 import math
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,24 +19,22 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from crescendo import parallel
 from crescendo.experiments import configurables, run_folder
 from crescendo.experiments.checkpoint import Checkpoints
 from crescendo.experiments.cli import run_command
-from crescendo.experiments.compile import CompiledStep, compile_step, use_compilation_cache
 from crescendo.experiments.critical_batch_curve import draw, make_curve, smoothed_loss
-from crescendo.experiments.data import Stream
 from crescendo.experiments.errors import UserError
-from crescendo.experiments.evaluate import make_evaluation
-from crescendo.experiments.feed import Feed
 from crescendo.experiments.interruption import Interrupted, Interruption, interrupted_at
 from crescendo.experiments.metrics import file_access, is_complete, read_run, replace_file
-from crescendo.experiments.program import chain_transforms, decide_model, fingerprint, needed_statistics
 from crescendo.experiments.progress import duration
 from crescendo.experiments.results_list import Results
-from crescendo.experiments.state import TrainState
+from crescendo.experiments.state import Clock, TrainState
 from crescendo.experiments.train import train
-from crescendo.optim.batch_size import constant
+from crescendo.experiments.trainer import loop
+from crescendo.experiments.trainer.batch_sizes import FixedBatchSizes
+from crescendo.experiments.trainer.compilation import use_compilation_cache
+from crescendo.experiments.trainer.session import Session, session_options
+from crescendo.experiments.trainer.training import make_recorder
 
 # A branch is evaluated so often, at even intervals; its loss is the moving average of these.
 EVALUATIONS = 8
@@ -108,11 +107,13 @@ def critical_batch(
         "gradient_noise_scale.norm_layers = True",
     ]
     configurables.bind(train, configs, base_bindings)
-    program = Program(configurables.arguments(train), batch_size, factors, branch_examples)
-    starts = [round(point * program.total_examples / batch_size) * batch_size for point in points]
-    if len(set(starts)) < len(starts) or starts[-1] + branch_examples > program.total_examples or starts[0] == 0:
+    arguments = configurables.arguments(train)
+    session = Session(**session_options(arguments), further_sizes=[k * batch_size for k in factors])
+    total_examples = arguments["total_examples"]
+    starts = [round(point * total_examples / batch_size) * batch_size for point in points]
+    if len(set(starts)) < len(starts) or starts[-1] + branch_examples > total_examples or starts[0] == 0:
         raise UserError(
-            f"--points {' '.join(map(str, points))} of {program.total_examples} examples: they must differ by at least "
+            f"--points {' '.join(map(str, points))} of {total_examples} examples: they must differ by at least "
             f"a batch, and the last must leave room for a branch of {branch_examples} examples"
         )
     settings = {
@@ -123,9 +124,9 @@ def critical_batch(
         "evaluations": EVALUATIONS,
         "tolerance": tolerance,
         "seeds": seeds,
-        "total_examples": program.total_examples,
-        "sequence_length": program.sequence_length,
-        "fingerprint": program.fingerprint,
+        "total_examples": total_examples,
+        "sequence_length": session.task.units_per_example,
+        "fingerprint": session.task.fingerprint,
     }
     numbers = range(first_seed, first_seed + seeds)
     every = [Branch(seed, start, factor) for seed in numbers for start in starts for factor in factors]
@@ -145,7 +146,10 @@ def critical_batch(
                 with interrupted_at(deadline):
                     bound(run=str(base), label=base.name)
         with Interruption() as interruption:
-            for branch, losses in program.run(folder, left, console):
+            evaluation_examples = arguments["evaluation_examples"]
+            for branch, losses in run_branches(
+                session, evaluation_examples, folder, left, batch_size, branch_examples, console
+            ):
                 # JSON knows no NaN.
                 numbers_or_none = [loss if math.isfinite(loss) else None for loss in losses]
                 results.add(branch._asdict() | {"losses": numbers_or_none})
@@ -170,96 +174,80 @@ def critical_batch(
 _COLUMNS = ("tokens", "critical_batch_size", "interval")
 
 
-class Program:
-    """Runs branches: one compiled step serves all of them.
+def run_branches(
+    session: Session,
+    evaluation_examples: int,
+    folder: Path,
+    branches: Sequence[Branch],
+    batch_size: int,
+    branch_examples: int,
+    console: Console,
+) -> Iterator[tuple[Branch, list[float]]]:
+    """Each branch with its losses on held-out rows, at even intervals up to its end.
 
     Args:
-      arguments: of `train`, as the configs bind them.
+      session: of the base run, whose step serves every branch's batch.
+      evaluation_examples: how many held-out rows.
+      folder: with the base runs.
+      branches: which ones.
       batch_size: of the base run.
-      factors: what the branches multiply it by.
       branch_examples: the length of a branch.
+      console: says how it goes.
     """
-
-    def __init__(self, arguments: dict[str, Any], batch_size: int, factors: Sequence[int], branch_examples: int):
-        self._arguments, self._batch_size, self._factors = arguments, batch_size, factors
-        self._branch_examples = branch_examples
-        self._data = arguments["data"]
-        self._mesh = arguments.get("mesh") or parallel.make_mesh()
-        self._config = decide_model(arguments["model"], self._data, self._mesh)
-        self.total_examples: int = arguments["total_examples"]
-        self.sequence_length: int = self._data.sequence_length
-        self.fingerprint = fingerprint(self._config, self._data)
-
-    @functools.cached_property
-    def _compiled(self) -> CompiledStep:
-        """The step of the base run's own chain, for batches of every branch's size."""
-        policy = constant(self._batch_size)
-        chain = chain_transforms(
-            self._arguments["optimizer"],
-            policy,
-            noise_scale=self._arguments["noise_scale"],
-            coupling=self._arguments.get("coupling", "sqrt"),
+    if not branches:
+        return
+    begin, evaluate = time.monotonic(), session.evaluation(evaluation_examples)
+    copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=session.shardings)
+    loaded: tuple[int, int] | None = None
+    for number, branch in enumerate(branches):
+        if loaded != (branch.seed, branch.examples):
+            checkpoints = Checkpoints(folder / f"base-seed{branch.seed}" / "checkpoints", read_only=True)
+            restored, clock = checkpoints.restore_at(branch.examples, session.abstract_state)
+            checkpoints.close()
+            loaded = (branch.seed, branch.examples)
+        losses = _run_branch(session, evaluate, copy(restored), clock, branch, batch_size, branch_examples)
+        left = (time.monotonic() - begin) / (number + 1) * (len(branches) - number - 1)
+        console.print(
+            f"{number + 1}/{len(branches)}  seed {branch.seed}  from {branch.examples:,} examples  batch "
+            f"{branch.factor} x {batch_size}  loss {smoothed_loss(losses):.4f}  about {duration(left)} left",
+            highlight=False,
+            soft_wrap=True,
         )
-        return compile_step(
-            self._config,
-            chain,
-            self._mesh,
-            [k * self._batch_size for k in self._factors],
-            sequence_length=self.sequence_length,
-            **{key: self._arguments[key] for key in ("strategy", "max_gradient_norm") if key in self._arguments},
-            max_microbatch_examples=self._arguments["max_microbatch_examples"],
-            statistics=needed_statistics(self._config, chain, policy),
-        )
+        yield branch, losses
 
-    @functools.cached_property
-    def _evaluate(self):
-        return make_evaluation(
-            self._config,
-            self._data.validation,
-            self._compiled.layout,
-            self._compiled.abstract_state.parameters,
-            evaluation_examples=self._arguments.get("evaluation_examples", 512),
-            microbatch_examples=self._compiled.plan.microbatch_examples,
-        )
 
-    def run(self, folder: Path, branches: Sequence[Branch], console: Console) -> Iterator[tuple[Branch, list[float]]]:
-        """Each branch with its losses on held-out rows, at even intervals up to its end."""
-        begin = time.monotonic()
-        layout = jax.tree.map(lambda x: x.sharding, self._compiled.abstract_state)
-        copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=layout)
-        loaded: tuple[int, int] | None = None
-        for number, branch in enumerate(branches):
-            if loaded != (branch.seed, branch.examples):
-                checkpoints = Checkpoints(folder / f"base-seed{branch.seed}" / "checkpoints")
-                restored, clock = checkpoints.restore_at(branch.examples, self._compiled.abstract_state)
-                checkpoints.close()
-                loaded = (branch.seed, branch.examples)
-            losses = self._run(copy(restored), clock.examples_seen, branch)
-            left = (time.monotonic() - begin) / (number + 1) * (len(branches) - number - 1)
-            console.print(
-                f"{number + 1}/{len(branches)}  seed {branch.seed}  from {branch.examples:,} examples  batch "
-                f"{branch.factor} x {self._batch_size}  loss {smoothed_loss(losses):.4f}  about {duration(left)} left",
-                highlight=False,
-                soft_wrap=True,
-            )
-            yield branch, losses
+def _run_branch(
+    session: Session,
+    evaluate: Callable[[TrainState], dict[str, float]],
+    state: TrainState,
+    clock: Clock,
+    branch: Branch,
+    batch_size: int,
+    branch_examples: int,
+) -> list[float]:
+    start, size, losses = clock.examples_seen, branch.factor * batch_size, list[float]()
 
-    def _run(self, state: TrainState, start: int, branch: Branch) -> list[float]:
-        feed = Feed(Stream(self._data.train, branch.seed), self._compiled.plan, self._compiled.layout)
-        end, seen, losses = start + self._branch_examples, start, []
-        due = [start + round(self._branch_examples * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)]
-        waiting: Any = None
-        while seen < end:
-            examples = min(branch.factor * self._batch_size, end - seen)
-            state, metrics = self._compiled.call(state, feed.read(seen, examples))
-            seen += examples
-            if waiting is not None:
-                jax.block_until_ready(waiting)  # one step ahead of the device is enough
-            waiting = metrics["loss"]
-            while due and seen >= due[0]:
-                due.pop(0)
-                losses.append(self._evaluate(state.parameters))
-        return losses
+    def add_loss(clock: Clock, state: TrainState) -> None:
+        del clock
+        losses.append(evaluate(state)["loss"])
+
+    # One event for each evaluation: a large batch may pass several of their places in one step.
+    events = [
+        loop.Event(add_loss, at_examples=(start + round(branch_examples * i / EVALUATIONS),))
+        for i in range(1, EVALUATIONS + 1)
+    ]
+    loop.run(
+        session,
+        state,
+        dataclasses.replace(clock, batch_size=size),
+        end=start + branch_examples,
+        recorder=make_recorder(session, lambda record: None),
+        feed=session.feed(branch.seed),
+        batch_sizes=FixedBatchSizes(size),
+        events=events,
+        max_bad_steps=sys.maxsize,  # a branch that diverges is a result too
+    )
+    return losses
 
 
 def _check(

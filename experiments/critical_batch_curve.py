@@ -152,7 +152,7 @@ def draw(curve: Mapping[str, Any], runs: Sequence[Any]) -> bytes:
                 if name not in run.train:
                     continue
                 noise = plots.averaged(run, name)
-                axes.plot(run.train["tokens_seen"], noise, color=color, linewidth=1.2, label=None if i else label)
+                axes.plot(run.train["units_seen"], noise, color=color, linewidth=1.2, label=None if i else label)
         tokens, values = np.array(curve["tokens"]), np.array(curve["critical_batch_size"])
         top = max(settings["factors"]) * settings["batch_size"]
         lows = np.array([low for low, _ in curve["interval"]])

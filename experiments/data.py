@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,6 +23,16 @@ from crescendo.experiments.tokenizer import ByteTokenizer, SubwordTokenizer, Tok
 __all__ = ["Documents", "Rows", "Stream", "TextData", "stdlib_text", "text_data", "text_files", "tfds_text"]
 
 FORMAT = 1  # of the files on disk and of the packing: part of every identity, to be raised when either changes
+
+
+class Source(Protocol):
+    """An array of examples: any of them is found by its number."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, row_numbers: ArrayLike) -> dict[str, np.ndarray]:
+        """The rows of these numbers, stacked: `[rows, ...]` each, by name."""
+        ...
 
 
 class Rows:
@@ -214,7 +225,7 @@ class Stream:
     """An endless stream of shuffled rows, a permutation each epoch, whose whole position is one integer.
 
     Args:
-      rows: the rows to read, at least one.
+      rows: an array of examples, at least one.
       seed: of the permutations, in [0, 2**32).
 
     Raises:
@@ -227,13 +238,16 @@ class Stream:
       (3, 2)
     """
 
-    def __init__(self, rows: Rows, seed: int):
+    def __init__(self, rows: Source, seed: int):
         from grain import MapDataset  # takes a second to import
 
         if not 0 <= seed < 2**32:
             raise UserError(f"the data seed = {seed} must lie in 0..{2**32 - 1}")
-        self._rows, self.sequence_length = rows, rows.sequence_length
+        self._rows = rows
         self._row_numbers = MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
+
+    def __len__(self) -> int:
+        return len(self._row_numbers)
 
     def read(self, examples_seen: int, count: int) -> dict[str, np.ndarray]:
         """The global examples examples_seen to examples_seen + count - 1: see `take`."""
@@ -243,7 +257,7 @@ class Stream:
         """The examples of these numbers, counted from the stream's begin: any process can read any share of a batch.
 
         Returns:
-          The arrays of `Rows`, int32 [examples, sequence_length] each.
+          The arrays of the rows, `[examples, ...]` each.
         """
         return self._rows.take([self._row_numbers[i] for i in np.asarray(examples).tolist()])
 

@@ -5,7 +5,6 @@ that need not be there: TPUs with JAX's tpu extra installed, H100s with the CUDA
 """
 
 import argparse
-import functools
 import math
 import os
 import time
@@ -14,20 +13,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.experimental import topologies
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from crescendo import models, optim, parallel
-from crescendo.experiments import compile as compiling
+from crescendo import optim, parallel
 from crescendo.experiments.cli import run_command
 from crescendo.experiments.errors import UserError, user_values
-from crescendo.experiments.state import initial_state, state_shardings
+from crescendo.experiments.random_text import RandomText
+from crescendo.experiments.trainer.compilation import peak_bytes
+from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
 from crescendo.models.config import PRESETS
-from crescendo.optim.batch_size import adaptive_batch_size, constant
 from crescendo.parallel.collectives import KINDS, traffic
 from crescendo.parallel.costs import Work, step_traffic
 from crescendo.parallel.describe import describe_sharding, device_bytes
@@ -42,11 +39,10 @@ EXAMPLES = """examples:
 WIDTH = 160  # of the tables in a file or a pipe
 
 
-def held_table(config: ModelConfig, layout: parallel.Layout, optimizer, work: Work) -> Table:
+def held_table(session: Session, work: Work) -> Table:
     """What a device holds, by our own count."""
-    state = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
-    shardings = state_shardings(config, optimizer, layout)
-    gradients = layout.gradients(models.logical_axes(config))
+    state, shardings, layout = session.abstract_state, session.shardings, session.layout
+    gradients = layout.gradients(session.task.logical_axes())
     table = Table("on a device", title="by our own count")
     table.add_column("GiB", justify="right")
     parts = {
@@ -132,22 +128,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
     devices = topology_devices(arguments.topology, arguments.target) if arguments.topology else None
-    platform = "gpu" if devices and devices[0].platform in ("cuda", "gpu") else "tpu"
     with user_values():
         spec = parallel.MeshSpec(**{axis: getattr(arguments, axis) for axis in AXES})
         mesh = spec.make(devices) if devices else spec.abstract(arguments.devices)
         layout = parallel.Layout(mesh, parallel.strategy(arguments.strategy, ulysses=arguments.ulysses))
-        layout.order(arguments.sequence_length)
         batch_size = arguments.batch_size or layout.batch_shards * arguments.microbatches
-        bound = batch_size // arguments.microbatches
-        plan = parallel.plan_batches([batch_size], layout.batch_shards, bound)
+        plan = parallel.plan_batches([batch_size], layout.batch_shards, batch_size // arguments.microbatches)
         # In a loop the layers compile in the time of one.
         changes = {"scan_layers": True} | ({"remat": arguments.remat} if arguments.remat else {})
-        config = ModelConfig.preset(arguments.model, **changes).for_platform(platform)
-        layout = layout.with_heads(config.heads, config.kv_heads)
-    optimizer = optax.chain(optim.adamw(1e-3), adaptive_batch_size(constant(batch_size)))
-    arrays = jax.eval_shape(functools.partial(models.initialize, config), jax.random.key(0))
-    axes = models.logical_axes(config)
+        model = ModelConfig.preset(arguments.model, **changes)
+    session = Session(
+        data=RandomText(model.vocab_size, arguments.sequence_length),
+        model=model,
+        optimizer=optim.adamw(1e-3),
+        batch_size=batch_size,
+        total_examples=2**31 - 1,
+        mesh=mesh,
+        strategy=layout.strategy,
+        platform="gpu" if devices and devices[0].platform in ("cuda", "gpu") else "tpu",
+    )
+    layout, arrays, axes = session.layout, session.parameters, session.task.logical_axes()
+    config = model.for_platform(session.platform)
     work = Work(
         microbatches=plan.max_microbatches,
         examples=plan.microbatch_examples,
@@ -160,9 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         compute_bytes=jnp.dtype(config.dtype).itemsize,
         full_remat=config.remat == "full",
     )
-    with user_values():
-        table, warnings = describe_sharding(arrays, axes, layout)
-        held = held_table(config, layout, optimizer, work)
+    table, warnings = describe_sharding(arrays, axes, layout)
     console.print(table)
     for warning in warnings:
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
@@ -173,20 +172,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    console.print(held)
+    console.print(held_table(session, work))
     console.print(traffic_table("a step, in closed form", step_traffic(layout, arrays, axes, work)))
     if devices:
         console.print(f"compiling for {len(devices)} x {devices[0].device_kind} ...", highlight=False)
-        assert isinstance(mesh, Mesh)
-        compiled = compiling.lower_step(
-            config,
-            optimizer,
-            mesh,
-            plan,
-            sequence_length=arguments.sequence_length,
-            strategy=layout.strategy,
-            attention="xla",
-        ).compile()
+        compiled = session.lower(plan, implementation="xla").compile()
         found = traffic(compiled.as_text() or "", microbatches=plan.max_microbatches)
         console.print(
             traffic_table(
@@ -195,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 {kind: t.count for kind, t in found.items()},
             )
         )
-        peak = compiling.peak_bytes(compiled) / 2**30
+        peak = peak_bytes(compiled) / 2**30
         console.print(f"{peak:.3f} GiB a device at the peak, by the compiler's count", highlight=False)
     console.print(f"in {time.perf_counter() - begin:.0f} s", highlight=False)
 

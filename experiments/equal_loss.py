@@ -35,7 +35,7 @@ def reached(arm: Arm, baseline: Arm) -> Reached:
     target = baseline.validation_loss
     mean = {
         name: np.mean([run.validation[name][: _shortest(arm)] for run in arm.runs], axis=0)
-        for name in ("loss", "step", "seconds", "tokens_seen")
+        for name in ("loss", "step", "seconds", "units_seen")
     }
     below = np.flatnonzero(mean["loss"] <= (-np.inf if target is None else target))
     if not len(below):
@@ -50,9 +50,7 @@ def reached(arm: Arm, baseline: Arm) -> Reached:
         return float(mean[name][i - 1] + share * (mean[name][i] - mean[name][i - 1]))
 
     steps, seconds = at("step"), at("seconds")
-    return Reached(
-        target, steps, seconds, at("tokens_seen"), 1 - steps / baseline.steps, 1 - seconds / baseline.seconds
-    )
+    return Reached(target, steps, seconds, at("units_seen"), 1 - steps / baseline.steps, 1 - seconds / baseline.seconds)
 
 
 def equal_loss_table(arms: Sequence[Arm]) -> Table:

@@ -13,9 +13,9 @@ import numpy as np
 
 from crescendo.experiments import trained
 from crescendo.experiments.cli import run_command
-from crescendo.experiments.compile import use_compilation_cache
 from crescendo.experiments.errors import UserError
 from crescendo.experiments.trained import Trained
+from crescendo.experiments.trainer.compilation import use_compilation_cache
 from crescendo.models import ModelConfig
 from crescendo.models.decode import Cache, decode, empty_cache, sample
 

@@ -8,6 +8,7 @@ around it is left to the validation split; what is reported comes from the test 
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -22,22 +23,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.console import Console
 
 from crescendo import optim, parallel
 from crescendo.experiments import run_folder
 from crescendo.experiments.cli import run_command
-from crescendo.experiments.compile import use_compilation_cache
 from crescendo.experiments.errors import UserError
 from crescendo.experiments.interruption import Interrupted, Interruption
 from crescendo.experiments.large_batch_results import draw, summarize, table
 from crescendo.experiments.large_batch_tasks import (
     TASKS,
-    Functions,
-    Recipe,
     Size,
-    Task,
+    Workload,
     fingerprint,
     load_prepared,
     save_prepared,
@@ -46,11 +43,14 @@ from crescendo.experiments.large_batch_tasks import (
 from crescendo.experiments.metrics import file_access, replace_file
 from crescendo.experiments.progress import duration
 from crescendo.experiments.results_list import Results
-from crescendo.optim import schedules
+from crescendo.experiments.sweeps.batched import make_sweep
+from crescendo.experiments.tasks.base import Task
+from crescendo.experiments.trainer.compilation import use_compilation_cache
 
 WARMUP_FRACTION = 0.1
+# Of what a cell means: raised when the same settings give other numbers.
+VERSION = 2
 MULTIPLIERS = (0.25, 0.5, 1.0, 2.0, 4.0)
-EVALUATION_EXAMPLES = 500
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.large_batch --task mlm --size debug
@@ -125,6 +125,7 @@ def large_batch(
             "use smaller batches, or more data or epochs"
         )
     fixed = {
+        "version": VERSION,
         "task": task,
         "model": dataclasses.asdict(scale.model),
         "recipes": {name: [*recipe[:2], dict(recipe.options)] for name, recipe in chosen.recipes.items()},
@@ -176,9 +177,9 @@ class Programs:
     """Compiles and runs cells on data that stay on the device.
 
     Args:
-      task: what to train.
+      workload: what to train.
       size: how large.
-      functions: the task's model.
+      task: of the workload's model and data.
       multipliers: the sweep.
       total: examples in a run.
       inputs: the training rows and the held-out rows, on the device.
@@ -187,17 +188,17 @@ class Programs:
 
     def __init__(
         self,
-        task: Task,
+        workload: Workload,
         size: Size,
-        functions: Functions,
+        task: Task,
         multipliers: Sequence[float],
         total: int,
         inputs: Any,
         largest: int,
     ):
-        self._task, self._functions, self._total, self._inputs = task, functions, total, inputs
+        self._workload, self._task, self._total, self._inputs = workload, task, total, inputs
         self._multipliers, self._largest = multipliers, largest
-        self._side_by_side = task.side_by_side and jax.default_backend() != "cpu"
+        self._side_by_side = workload.side_by_side and jax.default_backend() != "cpu"
         members = len(multipliers) if self._side_by_side else 1
         self._microbatch_bound = max(1, size.max_microbatch_examples // members)
 
@@ -210,7 +211,11 @@ class Programs:
         """The whole sweep of a cell as one program; the batch size and the seed are arguments."""
         most = -(-self._largest // microbatch)
         sweep = make_sweep(
-            self._functions, optimizer, self._task.recipes[optimizer], most, side_by_side=self._side_by_side
+            self._task,
+            functools.partial(optim.OPTIMIZERS[optimizer], **self._workload.recipes[optimizer].options),
+            most,
+            warmup_fraction=WARMUP_FRACTION,
+            side_by_side=self._side_by_side,
         )
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._inputs)
         order = jax.ShapeDtypeStruct((self._total // microbatch, microbatch), jnp.int32)
@@ -220,8 +225,8 @@ class Programs:
 
     def peaks(self, cell: Cell) -> np.ndarray:
         """The peak learning rates of a cell's sweep, float32 [multipliers]."""
-        recipe = self._task.recipes[cell.optimizer]
-        factor = optim.learning_rate_factor(recipe.rule, cell.batch_size, self._task.base_batch_size)
+        recipe = self._workload.recipes[cell.optimizer]
+        factor = optim.learning_rate_factor(recipe.rule, cell.batch_size, self._workload.base_batch_size)
         return recipe.learning_rate * float(factor) * np.array(self._multipliers, np.float32)
 
     def run(self, cell: Cell, compiled: "Future[jax.stages.Compiled]", validation_examples: int) -> dict[str, Any]:
@@ -254,74 +259,6 @@ class Programs:
             "device": jax.devices()[0].device_kind,
             "runs": runs,
         }
-
-
-def make_sweep(functions: Functions, optimizer: str, recipe: Recipe, most: int, *, side_by_side: bool):
-    """`(train, held_out, order, count, peaks, seed) -> (losses, scores)`, to be jitted.
-
-    Args:
-      functions: the task's model.
-      optimizer: a key of `optim.OPTIMIZERS`.
-      recipe: its options.
-      most: of `count`.
-      side_by_side: train the M learning rates in one batched program, or one after the other.
-
-    `order`, int32 `[microbatches, microbatch]`, tells which example comes when, and a step takes `count` of its rows:
-    the batch size is traced, so one program serves all of them. The losses are float32 `[M, microbatches]`, that of
-    each step and zeros after the last; the scores `[M, held out, 3]` the sums of loss, correct answers and weight of
-    each held-out example.
-    """
-
-    def train_one(train, held_out, order, count, peak, seed):
-        microbatches, microbatch = order.shape
-        steps, batch_size = microbatches // count, count * microbatch
-        # Over the part of the run that is done, as its examples depend on the batch size.
-        shape = schedules.linear(1.0, 1.0, warmup=WARMUP_FRACTION)
-        transform = optim.OPTIMIZERS[optimizer](
-            lambda seen: peak * shape(seen / (steps * batch_size)), **recipe.options
-        )
-        initial_key, mask_key = jax.random.split(jax.random.key(seed))
-        parameters = functions.initialize(initial_key)
-
-        def loss_fn(parameters, part):
-            rows = jax.tree.map(lambda x: x[order[part["number"]]], train)
-            return (*functions.loss(parameters, rows, mask_key, part["number"] * microbatch), {})
-
-        def step(number, state):
-            parameters, opt_state, losses = state
-            parts = {"number": number * count + jnp.arange(most)}
-            sums = parallel.accumulate(loss_fn, parameters, parts, count)
-            gradients = jax.tree.map(lambda g: g / sums.weight, sums.gradients)
-            seen = number * batch_size
-            updates, opt_state = transform.update(gradients, opt_state, parameters, examples_seen=seen)
-            losses = losses.at[number].set(sums.loss_sum / sums.weight)
-            return optax.apply_updates(parameters, updates), opt_state, losses
-
-        state = parameters, transform.init(parameters), jnp.zeros(microbatches)
-        parameters, _, losses = jax.lax.fori_loop(0, steps, step, state)
-        return losses, _scores(functions, parameters, held_out)
-
-    def sweep(train, held_out, order, count, peaks, seed):
-        def one(peak):
-            return train_one(train, held_out, order, count, peak, seed)
-
-        return jax.vmap(one)(peaks) if side_by_side else jax.lax.map(one, peaks)
-
-    return sweep
-
-
-def _scores(functions: Functions, parameters: Any, rows: Any) -> jax.Array:
-    """(loss, correct, weight) of every example, float32 [examples, 3]; masks are the same for every model."""
-    key = jax.random.key(0)
-
-    def one(inputs):
-        row, number = inputs
-        row = jax.tree.map(lambda x: x[None], row)
-        loss, weight = functions.loss(parameters, row, key, number)
-        correct, _ = functions.accuracy(parameters, row, key, number)
-        return jnp.stack([loss, correct, weight])
-
-    return jax.lax.map(one, (rows, jnp.arange(_count(rows))), batch_size=EVALUATION_EXAMPLES)
 
 
 def example_order(examples: int, total: int, microbatch: int, seed: int) -> np.ndarray:
@@ -364,7 +301,7 @@ def prepare(path: Path, task: str, *, train_examples: int | None = None) -> None
     Console().print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", highlight=False, soft_wrap=True)
 
 
-def _choose(task: str, size: str) -> tuple[Task, Size]:
+def _choose(task: str, size: str) -> tuple[Workload, Size]:
     if task not in TASKS:
         raise UserError(f"--task {task}: no such task; there are {', '.join(TASKS)}")
     sizes = TASKS[task].sizes

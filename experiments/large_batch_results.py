@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from crescendo.experiments import plots
-from crescendo.experiments.large_batch_tasks import TASKS, Task
+from crescendo.experiments.large_batch_tasks import TASKS, Workload
 
 # How much quality a larger batch may cost, relative to the smallest one.
 TOLERANCE = 0.01
 
 
-def summarize(records: Sequence[dict[str, Any]], task: Task, fixed: dict[str, Any]) -> dict[str, Any]:
+def summarize(records: Sequence[dict[str, Any]], task: Workload, fixed: dict[str, Any]) -> dict[str, Any]:
     """The results: for each optimizer and batch size the learning rate that validation chose, and its test quality.
 
     Args:

@@ -1,7 +1,6 @@
 """The two tasks of the large-batch experiment: their data, models and learning rates."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -11,16 +10,16 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from crescendo import models
 from crescendo.experiments.data import Rows, text_data
 from crescendo.experiments.datasets.fashion_mnist import fashion_mnist
 from crescendo.experiments.errors import UserError
 from crescendo.experiments.metrics import file_access
-from crescendo.models import ModelConfig, encoder, resnet
-from crescendo.models.classification import classification_accuracy, classification_loss
+from crescendo.experiments.tasks.base import Task
+from crescendo.experiments.tasks.images import images
+from crescendo.experiments.tasks.masked_lm import masked_lm
+from crescendo.models import ModelConfig
 from crescendo.models.resnet import ResNetConfig
 
 # Of the 60,000 training pictures, those that choose the learning rate.
@@ -70,7 +69,7 @@ class Size(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Workload:
     """What is trained, on what, and how its quality is measured.
 
     Attributes:
@@ -84,7 +83,7 @@ class Task:
         the rules have to carry them half as far.
       prepare: reads the data, `SPLIT/NAME` -> array for the splits train, validation and test; what is no split's has a
         plain name.
-      make: `(model configuration, arrays) -> Functions`.
+      make: `(model configuration, arrays) -> Task`.
       side_by_side: whether the learning rates of a sweep train in one batched program, on accelerators. Matrix products
         batch well there; convolutions with a kernel for each member become grouped ones, which are slow.
     """
@@ -97,22 +96,8 @@ class Task:
     optimizers: tuple[str, ...]
     base_batch_size: int
     prepare: Callable[[], Arrays]
-    make: Callable[[Any, Arrays], "Functions"]
+    make: Callable[[Any, Arrays], Task]
     side_by_side: bool
-
-
-class Functions(NamedTuple):
-    """A task's model. Rows are a tree of arrays `[B, ...]`; `examples_seen` is the clock at the first of them.
-
-    Attributes:
-      initialize: `key -> parameters`.
-      loss: `(parameters, rows, key, examples_seen) -> (sum, weight)`.
-      accuracy: the same arguments, `-> (correct, weight)`.
-    """
-
-    initialize: Callable
-    loss: Callable
-    accuracy: Callable
 
 
 def prepare_text() -> Arrays:
@@ -150,54 +135,47 @@ def prepare_images() -> Arrays:
     }
 
 
-def make_masked_lm(model: ModelConfig, arrays: Arrays) -> Functions:
+class PreparedText(NamedTuple):
+    """What a text task wants to know of prepared rows, which the sweep has on the device."""
+
+    vocab_size: int
+    sequence_length: int
+    fingerprint: str
+    train: Any = None
+    validation: Any = None
+
+
+class PreparedImages(NamedTuple):
+    """Likewise for pictures."""
+
+    shape: tuple[int, int, int]
+    classes: int
+    fingerprint: str
+    train: Any = None
+    validation: Any = None
+    test: Any = None
+
+
+def make_masked_lm(model: ModelConfig, arrays: Arrays) -> Task:
     """An encoder over bytes; the mask token is the first row of the table that no byte uses."""
-    config = model.for_platform(jax.default_backend())
-    mask_token = int(arrays["mask_token"])
-
-    def with_rows(function: Callable) -> Callable:
-        def call(parameters, rows, key, examples_seen):
-            rows = {name: array.astype(jnp.int32) for name, array in rows.items()}
-            numbers_B = examples_seen + jnp.arange(len(rows["tokens"]))
-            keys_B = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers_B)
-            return function(config, parameters, rows, keys_B, mask_token=mask_token)
-
-        return call
-
-    return Functions(
-        lambda key: models.initialize(config, key),
-        with_rows(functools.partial(encoder.masked_lm_loss, z_loss=config.z_loss)),
-        with_rows(lambda *args, **options: encoder.masked_lm_scores(*args, **options)["accuracy"]),
-    )
+    length = arrays["train/tokens"].shape[1]
+    data = PreparedText(int(arrays["mask_token"]), length, fingerprint(arrays))
+    return masked_lm(data, model.for_platform(jax.default_backend()))
 
 
-def make_classifier(model: ResNetConfig, arrays: Arrays) -> Functions:
-    """A residual network on pictures whose bytes are brought to -1 .. 1."""
-    del arrays
-    config = model.for_platform(jax.default_backend())
-
-    def with_rows(function: Callable) -> Callable:
-        def call(parameters, rows, key, examples_seen):
-            del key, examples_seen
-            images = rows["images"].astype(jnp.float32) / 127.5 - 1
-            return function(resnet.apply(config, parameters)(images), rows["labels"].astype(jnp.int32))
-
-        return call
-
-    return Functions(
-        lambda key: resnet.initialize(config, key),
-        with_rows(classification_loss),
-        with_rows(classification_accuracy),
-    )
+def make_classifier(model: ResNetConfig, arrays: Arrays) -> Task:
+    """A residual network on pictures."""
+    data = PreparedImages(arrays["train/images"].shape[1:], model.classes, fingerprint(arrays))
+    return images(data, model.for_platform(jax.default_backend()))
 
 
-def save_prepared(path: Path, task: Task, arrays: Arrays) -> None:
+def save_prepared(path: Path, workload: Workload, arrays: Arrays) -> None:
     """Writes prepared data as one compressed .npz file."""
     with file_access("write", path), open(path, "wb") as file:
-        np.savez_compressed(file, task=np.array(task.name), **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(file, task=np.array(workload.name), **arrays)  # type: ignore[arg-type]
 
 
-def load_prepared(path: str | os.PathLike, task: Task) -> Arrays:
+def load_prepared(path: str | os.PathLike, task: Workload) -> Arrays:
     """Reads what `save_prepared` wrote.
 
     Raises:
@@ -234,7 +212,7 @@ def fingerprint(arrays: Arrays) -> str:
 TASKS = {
     task.name: task
     for task in (
-        Task(
+        Workload(
             name="mlm",
             title="Masked language model",
             unit="masked byte",
@@ -267,7 +245,7 @@ TASKS = {
             make=make_masked_lm,
             side_by_side=True,
         ),
-        Task(
+        Workload(
             name="images",
             title="ResNet on Fashion-MNIST",
             unit="picture",

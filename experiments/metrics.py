@@ -4,8 +4,9 @@ The loop hands each record, a flat dict with at least `kind` and `examples_seen`
 writes or shows it and never changes the trajectory. A new one is a class with `__call__(record)` and `close()`, and an
 entry in `WRITERS` if runs are to ask for it by name (`train.writers`).
 
-Kinds of record: `train` (one a step), `validation`, `batch_size` (a change: `from`, `to`, `reason`) and `warning`
-(`message`). Losses are in nats a token; `examples_seen`, `tokens_seen` and `step` are counted after the step.
+Kinds of record: `train` (one a step), `validation`, `probe` (what a probe saw), `batch_size` (a change: `from`, `to`,
+`reason`) and `warning` (`message`). Losses are in nats a token, or whatever the task's unit is; `examples_seen`,
+`tokens_seen` (`images_seen`, ...) and `step` are counted after the step.
 """
 
 import importlib
@@ -33,10 +34,10 @@ Record = Mapping[str, Any]
 Columns = dict[str, np.ndarray]
 
 TRAIN_COLUMNS = (
-    *("step", "examples_seen", "tokens_seen", "loss", "learning_rate", "batch_size", "microbatches"),
-    *("gradient_norm", "skipped_steps", "seconds", "tokens_per_second", "mfu"),
+    *("step", "examples_seen", "units_seen", "loss", "learning_rate", "batch_size", "microbatches"),
+    *("gradient_norm", "skipped_steps", "seconds", "units_per_second", "mfu"),
 )
-VALIDATION_COLUMNS = ("step", "examples_seen", "tokens_seen", "loss", "seconds")
+VALIDATION_COLUMNS = ("step", "examples_seen", "units_seen", "loss", "seconds")
 
 
 class Observer(Protocol):
@@ -77,7 +78,13 @@ WRITERS = {"wandb": "crescendo.experiments.wandb_writer:WandbWriter"}
 
 
 def run_observers(
-    folder: Path, *, resume_at_examples: int, total_examples: int, label: str, writers: Sequence[str] = ()
+    folder: Path,
+    *,
+    resume_at_examples: int,
+    total_examples: int,
+    label: str,
+    unit: str = "token",
+    writers: Sequence[str] = (),
 ) -> Observers:
     """The observers of a training run: `metrics.jsonl`, TensorBoard events, the progress line, and what is asked for.
 
@@ -88,6 +95,7 @@ def run_observers(
       resume_at_examples: the clock of the checkpoint that the run goes on from; 0 for a fresh start.
       total_examples: where the run ends.
       label: the run's name on the progress line.
+      unit: what is counted beside examples: "token", "image".
       writers: keys of `WRITERS`.
 
     Raises:
@@ -101,7 +109,7 @@ def run_observers(
             JsonlWriter(folder / "metrics.jsonl", resume_at_examples),
             TensorBoardWriter(folder, resume_at_examples),
             *further,
-            ProgressLine(total_examples, label),
+            ProgressLine(total_examples, label, unit=unit),
         ]
     )
 
@@ -233,6 +241,7 @@ class Run:
       info: `run.json`.
       config: the operative gin config; empty if it isn't written yet.
       train: one array per number of the training records, at least those of `TRAIN_COLUMNS`; NaN where it is null.
+        `units_seen` and `units_per_second` are what the records call by the run's own unit (`tokens_seen`, ...).
       validation: the same for the validation records, at least `VALIDATION_COLUMNS`.
       events: the other records (`batch_size`, `warning`), in order.
     """
@@ -243,6 +252,11 @@ class Run:
     train: Columns
     validation: Columns
     events: list[dict[str, Any]]
+
+    @property
+    def unit(self) -> str:
+        """What is counted beside examples: "token", "image"."""
+        return str(self.info.get("unit", "token"))
 
     @property
     def name(self) -> str:
@@ -267,14 +281,20 @@ def read_run(folder: Path) -> Run:
     if missing := {"name", "total_examples"} - set(info if isinstance(info, dict) else ()):
         raise UserError(f"{path} has no {' and no '.join(sorted(missing))}; restore it or leave this run out")
     records = read_records(path.with_name("metrics.jsonl"))
+    unit = f"{info.get('unit', 'token')}s_"
     return Run(
         folder=folder,
         info=info,
         config=config_text,
-        train=_columns([r for r in records if r["kind"] == "train"], TRAIN_COLUMNS),
-        validation=_columns([r for r in records if r["kind"] == "validation"], VALIDATION_COLUMNS),
+        train=_columns([_with_units(r, unit) for r in records if r["kind"] == "train"], TRAIN_COLUMNS),
+        validation=_columns([_with_units(r, unit) for r in records if r["kind"] == "validation"], VALIDATION_COLUMNS),
         events=[r for r in records if r["kind"] not in ("train", "validation")],
     )
+
+
+def _with_units(record: Record, unit: str) -> dict[str, Any]:
+    """The record with what its names call by the run's unit also under `units_`."""
+    return {**record, **{f"units_{name.removeprefix(unit)}": x for name, x in record.items() if name.startswith(unit)}}
 
 
 def is_complete(folder: Path) -> bool:

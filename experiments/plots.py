@@ -182,7 +182,7 @@ def loss_limits(arms: Arms) -> tuple[float, float] | None:
 
 def _batch_size(run: Run) -> list[Curve]:
     """The batch size as stairs: a step's batch covers the tokens before its record."""
-    batch_size, tokens = run.train["batch_size"], run.train["tokens_seen"]
+    batch_size, tokens = run.train["batch_size"], run.train["units_seen"]
     if len(tokens) > 1 and batch_size[-1] < batch_size[-2]:
         batch_size, tokens = batch_size[:-1], tokens[:-1]  # the last step takes the examples that are left
     if not len(tokens):
@@ -198,8 +198,8 @@ def _against_tokens(*columns: tuple[str, str, str], mean: bool) -> Callable[[Run
     def curves(run: Run) -> list[Curve]:
         found = [each for each in columns if each[0] in run.train]
         every = {name: averaged(run, name) if mean else run.train[name] for name, _, _ in found}
-        thin = _thin({"tokens_seen": run.train["tokens_seen"], **every})
-        return [Curve(label, thin["tokens_seen"], thin[name], line) for name, label, line in found]
+        thin = _thin({"units_seen": run.train["units_seen"], **every})
+        return [Curve(label, thin["units_seen"], thin[name], line) for name, label, line in found]
 
     return curves
 
@@ -226,7 +226,7 @@ def _from_zero(column: str) -> Callable[[Arms], tuple[float, float] | None]:
 
 _LOSS = "loss (nats per token)"
 CHARTS = (
-    Chart("loss_tokens", "Loss against tokens", "tokens", _LOSS, _loss_against("tokens_seen"), limits=loss_limits),
+    Chart("loss_tokens", "Loss against tokens", "tokens", _LOSS, _loss_against("units_seen"), limits=loss_limits),
     Chart("loss_steps", "Loss against steps", "optimizer steps", _LOSS, _loss_against("step"), limits=loss_limits),
     Chart("batch_size", "Batch size", "tokens", "batch size (examples)", _batch_size, log=2, format=compact),
     Chart(
@@ -237,8 +237,8 @@ CHARTS = (
     ),
     Chart(
         *("throughput", "Throughput", "tokens", "tokens per second"),
-        _against_tokens(("tokens_per_second", "throughput", "solid"), mean=True),
-        limits=_from_zero("tokens_per_second"),
+        _against_tokens(("units_per_second", "throughput", "solid"), mean=True),
+        limits=_from_zero("units_per_second"),
         format=compact,
     ),
     Chart(
@@ -265,9 +265,20 @@ CHARTS = (
 
 
 def charts_of(arms: Arms) -> list[Chart]:
-    """The charts for which some run has the columns."""
-    known = {name for _, runs in arms for run in runs for name in run.train}
-    return [chart for chart in CHARTS if known & set(chart.columns)]
+    """The charts for which some run has the columns, in the words of what the runs count."""
+    every = [run for _, runs in arms for run in runs]
+    known = {name for run in every for name in run.train}
+    return [
+        chart._replace(title=in_units(chart.title, every), x=in_units(chart.x, every), y=in_units(chart.y, every))
+        for chart in CHARTS
+        if known & set(chart.columns)
+    ]
+
+
+def in_units(text: str, runs: Sequence[Run]) -> str:
+    """The text with "token" replaced by what the runs count; by "unit" where they count different things."""
+    units = {run.unit for run in runs}
+    return text.replace("token", units.pop() if len(units) == 1 else "unit")
 
 
 def averaged(run: Run, name: str) -> np.ndarray:

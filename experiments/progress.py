@@ -13,13 +13,14 @@ from rich.text import Text
 class ProgressLine:
     """Shows how a run goes: a live line on a terminal; elsewhere a plain line now and then, and the last one.
 
-    Batch-size changes and warnings are printed above it to stay. The loss and tokens/s are means over the last 2% of
-    the run. What doesn't fit the terminal's width is left out, least important first.
+    Batch-size changes and warnings are printed above it to stay. The loss and the throughput are means over the last 2%
+    of the run. What doesn't fit the terminal's width is left out, least important first.
 
     Args:
       total_examples: where the run ends.
       label: the run's name.
       console: where to print; standard output if None.
+      unit: what the throughput counts: "token", "image".
       plain_seconds: the time between two plain lines.
       clock: seconds, for the time between two lines.
     """
@@ -30,6 +31,7 @@ class ProgressLine:
         label: str,
         console: Console | None = None,
         *,
+        unit: str = "token",
         plain_seconds: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -43,13 +45,14 @@ class ProgressLine:
         self._train: Mapping[str, Any] | None = None
         self._validation_loss: float | None = None
         self._unshown = False
-        self._loss, self._tokens_per_second = RunningMean(0.02 * total_examples), RunningMean(0.02 * total_examples)
+        self._loss, self._per_second = RunningMean(0.02 * total_examples), RunningMean(0.02 * total_examples)
+        self._unit = unit
 
     def __call__(self, record: Mapping[str, Any]) -> None:
         if record["kind"] == "train":
             self._train, self._unshown = record, True
             self._loss.add(record["loss"], record["batch_size"])
-            self._tokens_per_second.add(record["tokens_per_second"], record["batch_size"])
+            self._per_second.add(record[f"{self._unit}s_per_second"], record["batch_size"])
         elif record["kind"] == "validation":
             self._validation_loss, self._unshown = record["loss"], True
         elif record["kind"] == "batch_size":
@@ -83,17 +86,17 @@ class ProgressLine:
         """The line's parts, the most important first."""
         record = self._train
         assert record is not None
-        seen, tokens_per_second = record["examples_seen"], self._tokens_per_second.value
-        left_tokens = (self._total_examples - seen) * record["tokens_seen"] / seen
-        left = f"{duration(left_tokens / tokens_per_second)} left" if tokens_per_second > 0 else ""
+        seen, per_second = record["examples_seen"], self._per_second.value
+        left_units = (self._total_examples - seen) * record[f"{self._unit}s_seen"] / seen
+        left = f"{duration(left_units / per_second)} left" if per_second > 0 else ""
         parts = [
             self._label,
             f"{seen / self._total_examples:4.0%}",
-            left if left_tokens > 0 else f"in {duration(record['seconds'])}",
+            left if left_units > 0 else f"in {duration(record['seconds'])}",
             f"loss {self._loss.value:.3f}",
-            f"{compact(tokens_per_second)} tok/s",
+            f"{compact(per_second)} {'tok' if self._unit == 'token' else self._unit}/s",
             f"batch {record['batch_size']:,}",
-            f"lr {record['learning_rate']:.2e}",
+            "" if record["learning_rate"] is None else f"lr {record['learning_rate']:.2e}",
             "" if record.get("mfu") is None else f"MFU {record['mfu']:.1%}",
             "" if self._validation_loss is None else f"val {self._validation_loss:.3f}",
             f"step {record['step']:,}",

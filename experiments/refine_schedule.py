@@ -38,7 +38,8 @@ def recorded_norms(run: Path) -> GradientNorms:
     good = np.isfinite(norms).all(axis=0) & (norms > 0).all(axis=0)
     if good.sum() < 2:
         raise UserError(f"{run} has {good.sum()} steps with a gradient norm; at least 2 make a schedule")
-    clock = train_columns["examples_seen"] - train_columns["batch_size"]
+    # Where the step's rate was read: the middle of its batch.
+    clock = train_columns["examples_seen"] - train_columns["batch_size"] / 2
     return GradientNorms(clock[good].astype(float), *norms[:, good])
 
 

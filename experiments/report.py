@@ -168,7 +168,7 @@ def _arm(name: str, runs: Sequence[Run]) -> Arm:
     trained = [run.train for run in runs if len(run.train["step"])]
     seconds, tokens, examples, steps = (
         sum(train[column][-1].item() for train in trained)
-        for column in ("seconds", "tokens_seen", "examples_seen", "step")
+        for column in ("seconds", "units_seen", "examples_seen", "step")
     )
     with np.errstate(invalid="ignore"):  # the spread of losses that are not finite is NaN
         spread = float(np.std(losses, ddof=1)) if len(losses) > 1 else None
@@ -232,10 +232,16 @@ def _loss(arm: Arm) -> str:
     return _number(arm.validation_loss, ".3f") + spread
 
 
+def _headings(arms: Sequence[Arm]) -> dict[str, str]:
+    """`_COLUMNS` in the words of what the runs count."""
+    runs = [run for arm in arms for run in arm.runs]
+    return {plots.in_units(page, runs): plots.in_units(terminal, runs) for page, terminal in _COLUMNS.items()}
+
+
 def _terminal_table(arms: Sequence[Arm]) -> Table:
     """The comparison in 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, header_style="bold")
-    name, *numbers = _COLUMNS.values()
+    name, *numbers = _headings(arms).values()
     table.add_column(name, overflow="fold")
     for heading in numbers:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -310,7 +316,7 @@ def _write(arms: Sequence[Arm], out: Path, title: str, sweep: Points | None = No
         [*above, *(page.figure(chart, curves) for chart in charts)],
         title=title,
         headline=headline(arms if sweep is None else arms[:1]),
-        columns=list(_COLUMNS),
+        columns=list(_headings(arms)),
         rows=[(_note(arm), _cells(arm, arms[0])) for arm in arms],
         sweep_figures=len(above),
         points=[] if sweep is None else sweep.rows,

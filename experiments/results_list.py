@@ -45,7 +45,7 @@ class Results[Key: tuple]:
         """
         before = run_folder.read_info(self.folder)
         if before is not None:
-            run_folder.check_resumable(self.folder, before["fixed"], fixed)
+            run_folder.check_same(self.folder, before["fixed"], fixed)
             return
         info = run_folder.provenance() | {"fixed": fixed}
         with file_access("write", self.folder):

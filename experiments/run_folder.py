@@ -70,7 +70,28 @@ def write_info(folder: Path, info: Mapping[str, Any], config: str) -> None:
     replace_file(folder / "config.gin", config.encode())
 
 
-def check_resumable(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_resumable(folder: Path, before: Mapping[str, Any], version: int, fixed: Mapping[str, Any]) -> None:
+    """That a training run is what it was when it was begun.
+
+    Args:
+      folder: the run's.
+      before: its `run.json`.
+      version: of what runs keep, as this program has it.
+      fixed: see `check_same`.
+
+    Raises:
+      UserError: a run of another version; see `check_same`.
+    """
+    if before.get("format") != version:
+        raise UserError(
+            f"the run in {folder} was begun by a version of Crescendo that keeps optimizers otherwise (format "
+            f"{before.get('format', 1)}, this one {version}) and can't go on: give another folder with --run, with "
+            f"train.initialize_from = {str(folder)!r} to take its parameters"
+        )
+    check_same(folder, before["fixed"], fixed)
+
+
+def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """That what fixes the shape and the order of a run is the same as when it was begun.
 
     Raises:

@@ -44,10 +44,6 @@ class Layout(Protocol):
         """`table[tokens]` in `dtype`."""
         ...
 
-    def in_row_order(self, array: jax.Array, axis: int = 1) -> jax.Array:
-        """An array made in the natural order of a row's tokens, in the order in which rows lie on the devices."""
-        ...
-
     def cross_entropy(self, loss: Callable, hidden_BTD, table_VD, labels_BT, weights_BT) -> tuple[jax.Array, jax.Array]:
         """The sums of `loss(hidden, table, labels, weights, vocab_axis=...)` over all rows."""
         ...
@@ -83,11 +79,6 @@ class OneDevice:
     def look_up(self, table_VD, tokens_BT, dtype) -> jax.Array:
         """`table[tokens]`: before the cast, so that the gradient adds up the uses of a token in float32."""
         return table_VD[tokens_BT].astype(dtype)
-
-    def in_row_order(self, array: jax.Array, axis: int = 1) -> jax.Array:
-        """The array."""
-        del axis
-        return array
 
     def cross_entropy(self, loss: Callable, hidden_BTD, table_VD, labels_BT, weights_BT) -> tuple[jax.Array, jax.Array]:
         """`loss(hidden, table, labels, weights)`."""

@@ -88,7 +88,7 @@ class ViTConfig:
         """Forward and backward matmul FLOPs a picture: `N (6 M + 12 L H E N) + 6 D C`, M the parameters of each patch.
 
         >>> round(ViTConfig().flops_per_example() / 1e6)
-        342
+        353
         """
         return self.patches * self.blocks.flops_per_token(self.patches, causal=False) + 6.0 * self.width * self.classes
 

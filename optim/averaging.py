@@ -82,11 +82,12 @@ def average_weights(optimizer: optax.GradientTransformation, examples: float) ->
         stats = extra_args.get("batch_stats")
         share = (1 if stats is None else stats.batch_size) / jnp.asarray(examples, jnp.float32)
         decay, gain = jnp.exp(-share), -jnp.expm1(-share)
-        weighted_sum = jax.tree.map(
-            lambda s, w: decay.astype(s.dtype) * s + gain.astype(s.dtype) * w.astype(s.dtype),
-            state.weighted_sum,
-            optax.apply_updates(params, updates),
-        )
+
+        def averaged(s: jax.Array, p: jax.Array, u: jax.Array) -> jax.Array:
+            w = jnp.where(jnp.isfinite(u), p + u, p)  # one update that isn't finite must not end the average
+            return decay.astype(s.dtype) * s + gain.astype(s.dtype) * w.astype(s.dtype)
+
+        weighted_sum = jax.tree.map(averaged, state.weighted_sum, params, updates)
         return updates, AverageWeightsState(inner_state, weighted_sum, decay * state.weight + gain)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,7 +1,8 @@
 """What an optimizer's state holds, however its transforms are wrapped and nested."""
 
 import collections
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -35,10 +36,8 @@ def reported(opt_state: optax.OptState) -> dict[str, jax.Array]:
     """The scalars that an optimizer's, a transform's and a policy's states say of themselves, by name, for the log.
 
     A state that has something to say defines `report(self) -> dict[str, jax.Array]`, of scalars; it is found however
-    deep it is nested. What several groups of `optax.partition` report gets the group's label behind its name.
-
-    Raises:
-      ValueError: two states that report one name.
+    deep it is nested. What several groups of `optax.partition` report gets the group's label behind its name; where
+    states of a chain report one name, the second becomes `NAME_2`, and so on.
 
     >>> import jax.numpy as jnp
     >>> from crescendo.optim.adamw import adamw
@@ -53,10 +52,14 @@ def reported(opt_state: optax.OptState) -> dict[str, jax.Array]:
         parts += [reported(child) for child in _children(opt_state)]
     found: dict[str, jax.Array] = {}
     for part in parts:
-        if both := sorted(found.keys() & part.keys()):
-            raise ValueError(f"two states of the optimizer report {both[0]}: chain what reports it once")
-        found |= part
+        for name, value in part.items():
+            found[_free_name(name, found)] = value
     return found
+
+
+def _free_name(name: str, taken: Collection[str]) -> str:
+    """The name, or the first of `NAME_2`, `NAME_3`, ... that is free."""
+    return name if name not in taken else next(f"{name}_{i}" for i in itertools.count(2) if f"{name}_{i}" not in taken)
 
 
 def _by_label(groups: dict[str, dict[str, jax.Array]]) -> list[dict[str, jax.Array]]:

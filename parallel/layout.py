@@ -18,6 +18,10 @@ from crescendo.parallel.rules import ACTIVATIONS, BATCH_AXES, TENSOR, Strategy, 
 Tree = Any
 
 
+class SecondDerivativeError(ValueError):
+    """A layout that has no second derivatives."""
+
+
 class Layout:
     """Where parameters, gradients, optimizer state, batches and activations live.
 
@@ -59,6 +63,7 @@ class Layout:
         self.batch_shards = math.prod(self.sizes[axis] for axis in BATCH_AXES)
         self.whole = mesh.size == 1
         self.key_copies = 1
+        self._plain_gradients = False
 
     def parameters(self, logical_axes: Tree, arrays: Tree | None = None) -> Tree:
         """The shardings of parameters; see `shardings`."""
@@ -176,7 +181,6 @@ class Layout:
         """
         copies = self.key_copies if "kv_heads" in names else 1
 
-        @jax.custom_vjp
         def taken(array):
             if copies == 1:
                 return array
@@ -190,8 +194,26 @@ class Layout:
             return (self._lay_out(self.strategy.gradients, g, names),)
 
         axis = names.index("kv_heads") if copies > 1 else 0
-        taken.defvjp(lambda array: (taken(array), None), pull)
-        return taken(array)
+        if self._plain_gradients:
+            return taken(array)
+        steered = jax.custom_vjp(taken)
+        steered.defvjp(lambda array: (taken(array), None), pull)
+        return steered(array)
+
+    def for_second_derivatives(self) -> "Layout":
+        """The layout with no gradients of its own making, which have no second derivatives: slower, and as right.
+
+        Raises:
+          SecondDerivativeError: where devices share rows, as ring attention has such gradients.
+        """
+        if self.sizes["sequence"] > 1:
+            raise SecondDerivativeError(
+                f"mesh sequence = {self.sizes['sequence']}: attention over devices that share rows has no second "
+                "derivatives, which this optimizer asks for: use sequence = 1"
+            )
+        plain = copy.copy(self)
+        plain._plain_gradients = True
+        return plain
 
     def lay_out(self, table: Table, tree: Tree, logical_axes: Tree) -> Tree:
         """The arrays, laid out by `table` whatever made them."""
@@ -408,4 +430,4 @@ def divisors(n: int) -> list[int]:
 
 
 def _is_names(x: Any) -> bool:
-    return isinstance(x, tuple)
+    return type(x) is tuple  # a placeholder for what is frozen is a named tuple

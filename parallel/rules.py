@@ -48,8 +48,8 @@ class Strategy:
     def whole(self, name: str) -> "Strategy":
         """The same, with a logical axis of parameters, gradients and optimizer state whole on every device.
 
-        >>> STRATEGIES["zero1"].whole("embed").optimizer == TENSOR
-        True
+        >>> "embed" in STRATEGIES["zero1"].whole("embed").optimizer
+        False
         """
 
         def rest(table: Table) -> Table:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from numpy.typing import ArrayLike
 
+from crescendo.experiments.data import Source
 from crescendo.models.layout import ONE_DEVICE, Layout
 
 Tree = Any
@@ -31,16 +31,6 @@ class RowArray(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     axes: tuple[str | None, ...]
-
-
-class Source(Protocol):
-    """An array of examples: any of them is found by its number."""
-
-    def __len__(self) -> int: ...
-
-    def take(self, row_numbers: ArrayLike) -> dict[str, np.ndarray]:
-        """The rows of these numbers, stacked: `[rows, ...]` each, by the names of `Task.row`."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +60,7 @@ class Context:
           rows: a batch; its array `example` numbers them.
           use: what the draw is for, so that two uses differ; a number of the task's own.
 
+        >>> import jax.numpy as jnp
         >>> rows = {"example": jnp.array([3, 4])}
         >>> Context(seed=1).keys(rows, use=0).shape
         (2,)
@@ -89,7 +80,7 @@ class Loss(NamedTuple):
 
     sum: jax.Array
     weight: jax.Array
-    extra: Mapping[str, jax.Array] = {}  # noqa: RUF012 (never changed)
+    extra: Mapping[str, jax.Array] = {}
 
 
 class Task(Protocol):
@@ -103,8 +94,12 @@ class Task(Protocol):
       row: every array of an example, by name.
       train: the examples to train on.
       held_out: sets of held-out examples by name; the first one, "validation", decides what is best.
+      data: what it was made of; `str(data)` describes it to a person.
+      data_fingerprint: changes whenever the rows do.
       identity: what fixes the model, as JSON: a run goes on only as what it was. Nothing that only says how fast.
       fingerprint: of the model and the data together.
+      per_example_norms: whether the model takes its normalisation layers' scales one row an example
+        (`crescendo.models.norm_probes`).
     """
 
     name: str
@@ -114,8 +109,11 @@ class Task(Protocol):
     row: Mapping[str, RowArray]
     train: Source
     held_out: Mapping[str, Source]
+    data: Any
+    data_fingerprint: str
     identity: Mapping[str, Any]
     fingerprint: str
+    per_example_norms: bool
 
     def initialize(self, key: jax.Array) -> Tree:
         """Fresh float32 parameters as nested dicts; pure, so that it can be jitted with output shardings."""
@@ -144,9 +142,7 @@ class Task(Protocol):
         ...
 
 
-def padded_rows(source: Source, numbers: np.ndarray, wanted: int) -> dict[str, np.ndarray]:
-    """`source.take(numbers)` with zeros behind, to `wanted` rows."""
-    return {
-        name: np.pad(x, ((0, wanted - len(numbers)), *((0, 0),) * (x.ndim - 1)))
-        for name, x in source.take(numbers).items()
-    }
+def padded_rows(source: Source, examples: np.ndarray, count: int) -> dict[str, np.ndarray]:
+    """`count` rows: these examples of the source with their numbers (`EXAMPLE`), and zeros behind them."""
+    rows = {**source.take(examples), EXAMPLE: examples.astype(np.int32)}
+    return {name: np.pad(x, ((0, count - len(examples)), *((0, 0),) * (x.ndim - 1))) for name, x in rows.items()}

@@ -63,6 +63,7 @@ class TextTask:
     held_out: Mapping[str, Source]
     identity: Mapping[str, Any]
     fingerprint: str
+    per_example_norms = True
 
     def __init__(
         self,
@@ -77,6 +78,11 @@ class TextTask:
             raise UserError(
                 f"train.data: {data} has no rows of tokens, which the task {self.name} is about: use @text_data()"
             )
+        if not isinstance(model, ModelConfig):
+            raise UserError(
+                f"train.model is a {type(model).__name__}, which reads no tokens, as the task {self.name} has them: "
+                "use @model(), or another train.task"
+            )
         vocab_size = -(-(data.vocab_size + reserved_tokens) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         length = data.sequence_length
         self.data = data
@@ -89,6 +95,7 @@ class TextTask:
         )
         self.train, self.held_out = data.train, {"validation": data.validation}
         self.identity = {**self.config.identity, **options}
+        self.data_fingerprint = data.fingerprint
         self.fingerprint = fingerprint(self.identity, data.fingerprint)
 
     def initialize(self, key: jax.Array) -> Tree:

@@ -4,16 +4,18 @@ import collections
 import dataclasses
 import math
 import time
+from collections.abc import Callable, Mapping
 
 import jax
 
-from crescendo.experiments.metrics import Observer
-from crescendo.experiments.state import NOISE_SCALES, TRUST_RATIOS, Clock
+from crescendo.experiments.metrics import Record
+from crescendo.experiments.state import Clock
 
-# The metrics of a step that become columns of `metrics.jsonl`; norms are of the mean gradient, before clipping.
+# The metrics of a step that every training record has; norms are of the mean gradient, before clipping. What else the
+# step returns (a task's extra sums, what transforms and policies report) stands behind them, null where not finite.
 REPORTED = ("loss", "learning_rate", "gradient_norm", "gradient_l1_norm", "skipped_steps")
-# Those that only some runs have, null where nothing is known yet.
-OPTIONAL = (*(f"{name}{suffix}" for name in NOISE_SCALES.values() for suffix in ("", "_error")), *TRUST_RATIOS)
+# What steers the loop and is no column.
+INTERNAL = ("next_batch_size", "skipped_in_a_row")
 # A call can last as long as its step, or not wait at all, so that about an evaluation the time between two readings is
 # that of no step or of two: the throughput is a mean over as many steps as these.
 THROUGHPUT_STEPS = 16
@@ -25,19 +27,19 @@ class Recorder:
 
     Attributes:
       observe: who sees the records.
-      sequence_length: tokens in an example.
-      flops_per_token: of the model.
+      unit: what is counted beside examples, such as "token".
+      units_per_example: how many an example has.
+      flops_per_example: of the model.
       peak_flops_per_second: of all devices together, or None.
       seconds: training time so far, without compilation, evaluation and checkpoints.
-      evaluated_at: the clock of the latest validation.
     """
 
-    observe: Observer
-    sequence_length: int
-    flops_per_token: float
+    observe: Callable[[Record], None]
+    unit: str
+    units_per_example: int
+    flops_per_example: float
     peak_flops_per_second: float | None
     seconds: float = 0.0
-    evaluated_at: int = 0
     _mark: float = dataclasses.field(default_factory=time.perf_counter)
     _recent: collections.deque[tuple[int, float]] = dataclasses.field(
         default_factory=lambda: collections.deque(maxlen=THROUGHPUT_STEPS)
@@ -60,34 +62,39 @@ class Recorder:
         now = time.perf_counter()
         elapsed, self._mark = now - self._mark, now
         self.seconds += elapsed
-        self._recent.append((examples * self.sequence_length, elapsed))
-        tokens_per_second = sum(tokens for tokens, _ in self._recent) / sum(seconds for _, seconds in self._recent)
+        self._recent.append((examples, elapsed))
+        examples_per_second = sum(n for n, _ in self._recent) / sum(seconds for _, seconds in self._recent)
         peak = self.peak_flops_per_second
+        further = {name: _finite(x) for name, x in values.items() if name not in (*REPORTED, *INTERNAL)}
         self.observe(
             {
                 "kind": "train",
                 **self._place(clock),
-                **{name: values[name] for name in REPORTED},
-                **{name: _finite(values[name]) for name in OPTIONAL if name in values},
+                **{name: values.get(name) for name in REPORTED},
+                **further,
                 "batch_size": examples,
                 "microbatches": microbatches,
                 "seconds": self.seconds,
-                "tokens_per_second": tokens_per_second,
-                "mfu": tokens_per_second * self.flops_per_token / peak if peak else None,
+                f"{self.unit}s_per_second": examples_per_second * self.units_per_example,
+                "mfu": examples_per_second * self.flops_per_example / peak if peak else None,
             }
         )
         if values["skipped_in_a_row"]:
             message = f"loss {values['loss']}, gradient norm {values['gradient_norm']}: step {clock.steps} was skipped"
+            if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
+                message = f"the optimizer's update is not finite: step {clock.steps} was skipped"
             self.observe({"kind": "warning", **self._place(clock), "message": message})
         return values
 
-    def validation(self, clock: Clock, loss: float) -> dict:
-        """Reports the loss on held-out rows; returns the record."""
-        record = {"kind": "validation", **self._place(clock), "loss": loss, "seconds": self.seconds}
+    def validation(self, clock: Clock, means: dict[str, float]) -> dict:
+        """Reports the means on held-out rows; returns the record."""
+        record = {"kind": "validation", **self._place(clock), **means, "seconds": self.seconds}
         self.observe(record)
-        self.evaluated_at = clock.examples_seen
-        self.restart_timer()
         return record
+
+    def probe(self, clock: Clock, numbers: Mapping[str, float]) -> None:
+        """Reports what a probe saw."""
+        self.observe({"kind": "probe", **self._place(clock), **numbers})
 
     def batch_size(self, clock: Clock, before: int, after: int, reason: str) -> None:
         """Reports a change of the batch size, from the next batch on."""
@@ -97,7 +104,7 @@ class Recorder:
         return {
             "step": clock.steps,
             "examples_seen": clock.examples_seen,
-            "tokens_seen": clock.examples_seen * self.sequence_length,
+            f"{self.unit}s_seen": clock.examples_seen * self.units_per_example,
         }
 
 

@@ -1,0 +1,38 @@
+"""Which batch comes next: the size decided by the update of step n is that of step n + 2."""
+
+import dataclasses
+
+import jax
+
+from crescendo import optim
+from crescendo.experiments.state import TrainState
+
+
+@dataclasses.dataclass
+class DecidedBatchSizes:
+    """The sizes that a policy decides, one step late by definition.
+
+    So the device never idles for the host, and a resumed run decides the same: `Clock.batch_size` is the next batch's,
+    and the state holds what its latest update decided.
+
+    Attributes:
+      decided: by the latest step whose metrics were read.
+    """
+
+    decided: int
+
+    @classmethod
+    def of(cls, state: TrainState) -> "DecidedBatchSizes":
+        """Before the first step this is the policy's start; after a restart, what the last step decided."""
+        return cls(int(jax.device_get(optim.current_batch_size(state.opt_state))))
+
+    def read(self, metrics: dict) -> None:
+        """Takes the decision out of a finished step's metrics."""
+        self.decided = metrics["next_batch_size"]
+
+
+class FixedBatchSizes(DecidedBatchSizes):
+    """The same size whatever the state's own policy decides."""
+
+    def read(self, metrics: dict) -> None:
+        """Decides nothing."""

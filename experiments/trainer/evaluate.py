@@ -1,0 +1,118 @@
+"""How good a state is on held-out rows."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crescendo import optim, parallel
+from crescendo.experiments.data import Stream
+from crescendo.experiments.state import TrainState
+from crescendo.experiments.tasks.base import Context, Source, Task, padded_rows
+from crescendo.experiments.trainer.feed import put_rows
+from crescendo.experiments.trainer.frozen import Trainable
+
+
+def evaluation_parameters(state: TrainState, trainable: Trainable | None = None):
+    """The parameters to evaluate: those that the optimizer averages (`optim.evaluation_params`), else the state's."""
+    trained = state.parameters if trainable is None else trainable.take(state.parameters)
+    averaged = optim.evaluation_params(state.opt_state, trained)
+    return averaged if trainable is None else trainable.put(averaged, state.parameters)
+
+
+def make_evaluation(
+    task: Task,
+    source: Source,
+    layout: parallel.Layout,
+    state: TrainState,
+    *,
+    evaluation_examples: int,
+    microbatch_examples: int,
+    trainable: Trainable | None = None,
+) -> Callable[[TrainState], dict[str, float]]:
+    """`state -> means by name` over a sample of `evaluation_examples` rows: always the same ones.
+
+    Args:
+      task: what is evaluated (`Task.evaluate`).
+      source: held-out rows; all of them where there are fewer.
+      layout: as the training's.
+      state: shapes, dtypes and shardings of the state.
+      evaluation_examples: how many rows.
+      microbatch_examples: how many at a time; the last group is filled up with padding.
+      trainable: which parameters the optimizer knows.
+    """
+    count = min(evaluation_examples, len(source))
+    groups = -(-count // microbatch_examples)
+    stream = Stream(source, seed=0)
+
+    def read(numbers: np.ndarray) -> dict[str, np.ndarray]:
+        return padded_rows(stream, numbers[numbers < count], len(numbers))
+
+    batch = put_rows(task, layout, groups, microbatch_examples, read)
+    context = Context(layout=layout, training=False)
+
+    def means(state: TrainState, batch):
+        parameters = evaluation_parameters(state, trainable)
+
+        def sums(rows):
+            return task.evaluate(parameters, rows, context)
+
+        def add(so_far, rows):
+            return jax.tree.map(jnp.add, so_far, sums(rows)), None
+
+        shapes = jax.eval_shape(sums, jax.tree.map(lambda x: x[0], batch))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        total, _ = jax.lax.scan(add, zeros, batch)
+        return {name: x / weight for name, (x, weight) in total.items()}
+
+    # Compiled here, so that nothing compiles while the loop runs.
+    compiled = jax.jit(means, out_shardings=layout.replicated).lower(state, batch).compile()
+    return lambda state: {name: float(x) for name, x in jax.device_get(compiled(state, batch)).items()}
+
+
+def make_row_losses(
+    task: Task,
+    source: Source,
+    layout: parallel.Layout,
+    *,
+    microbatch_examples: int,
+    trainable: Trainable | None = None,
+) -> Callable[[TrainState, np.ndarray], np.ndarray]:
+    """`(state, row numbers) -> float32 [rows]`: each row's "loss" of `Task.evaluate`, its sum over its weight.
+
+    Args:
+      task: what is evaluated.
+      source: where the rows are.
+      layout: as the training's.
+      microbatch_examples: how many at a time.
+      trainable: which parameters the optimizer knows.
+    """
+    # Fused kernels can't be spread by the partitioner.
+    context = Context(training=False, implementation=None if layout.whole else "reference")
+
+    @functools.partial(jax.jit, out_shardings=layout.replicated)
+    def losses(state: TrainState, batch):
+        parameters = evaluation_parameters(state, trainable)
+
+        def one(row):
+            total, weight = task.evaluate(parameters, jax.tree.map(lambda x: x[None], row), context)["loss"]
+            return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
+
+        # Every row is a batch of its own, as on one device; the partitioner spreads them.
+        return jax.vmap(one)(jax.tree.map(lambda x: x[0], batch))
+
+    def call(state: TrainState, numbers: np.ndarray) -> np.ndarray:
+        found = [np.zeros(0, np.float32)]
+        for begin in range(0, len(numbers), microbatch_examples):
+            some = np.asarray(numbers)[begin : begin + microbatch_examples]
+
+            def read(places: np.ndarray, some=some) -> dict[str, np.ndarray]:
+                return padded_rows(source, some[places[places < len(some)]], len(places))
+
+            batch = put_rows(task, layout, 1, microbatch_examples, read, natural_order=True)
+            found.append(np.asarray(losses(state, batch))[: len(some)])
+        return np.concatenate(found)
+
+    return call

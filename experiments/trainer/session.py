@@ -1,0 +1,385 @@
+"""A run assembled: task, layout, optimizer, plan and the one compiled step.
+
+Whatever trains goes through a session: `train`, the branches of `critical_batch`, `benchmark`, `describe`, the tests.
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, Mesh
+
+from crescendo import optim, parallel
+from crescendo.experiments import hardware
+from crescendo.experiments.errors import UserError, user_values
+from crescendo.experiments.state import TrainState
+from crescendo.experiments.tasks.base import Source, Task
+from crescendo.experiments.tasks.language_model import language_model
+from crescendo.experiments.trainer.compilation import peak_bytes
+from crescendo.experiments.trainer.evaluate import evaluation_parameters, make_evaluation, make_row_losses
+from crescendo.experiments.trainer.feed import Feed
+from crescendo.experiments.trainer.frozen import Trainable
+from crescendo.experiments.trainer.gradient_statistics import chosen_statistics
+from crescendo.experiments.trainer.shapes import abstract_batch, abstract_state, initial_state, state_shardings
+from crescendo.experiments.trainer.step import make_step
+from crescendo.models.norm_probes import norm_scales
+from crescendo.optim.batch_size import BatchSizePolicy, constant
+from crescendo.optim.groups import ParameterGroup
+from crescendo.optim.noise_scale import required_statistics
+from crescendo.optim.run_length import LengthError, LengthWarning
+from crescendo.pallas_kernels.op import target
+from crescendo.parallel.layout import SecondDerivativeError
+
+# Past this many tokens on a device a larger microbatch makes no step faster, and only takes memory (on two shared
+# CPU cores, the debug model: 14,300 tokens/s in microbatches of 512 tokens, 7,900 in ones of 1,024).
+MAX_MICROBATCH_UNITS = {"cpu": 512, "gpu": 65_536, "tpu": 65_536}
+# What the allocator loses to fragmentation, and the host's own buffers take.
+MEMORY_SHARE = 0.92
+
+
+class Session:
+    """What a run trains and how, and its compiled step.
+
+    Nothing is compiled, and no device needed, before `step` is asked for.
+
+    Args:
+      data: what to train on, as the task takes it.
+      model: the model's configuration, as the task takes it.
+      optimizer: an optax transform; schedules in it are functions of examples seen, and end with the run unless they
+        say otherwise.
+      batch_size: global, in examples: a number, or a policy that moves it.
+      total_examples: the length of the run; rounded down to whole microbatches.
+      task: makes the task of data and model.
+      coupling: how the learning rate follows the batch size: "linear", "sqrt", "none".
+      base_batch_size: the batch size that the learning rate is meant for; the initial one when None.
+      noise_scale: `@gradient_noise_scale()`, to record the gradient noise scale; None: it isn't measured. It is known
+        from batches of at least two microbatches, or with `gradient_noise_scale.norm_layers = True` from any.
+      mesh: the devices; all of them along `data` when None.
+      strategy: what is split along the mesh's axes: a key of `crescendo.parallel.STRATEGIES`, or `@strategy()`.
+      seed: of the parameters, of the order of the data, and of the task's random draws.
+      groups: of parameters, with multipliers of rate and decay, or frozen; the first that matches counts.
+      average_examples: evaluate, and save for use, an exponential average of the parameters over so many examples;
+        None: the parameters themselves.
+      max_gradient_norm: clip the mean gradient to this l2 norm; None: never.
+      max_microbatch_examples: a bound below the one that memory sets.
+      further_sizes: batch sizes beyond the policy's that the step must serve.
+      platform: "cpu", "gpu" or "tpu", where the mesh has no devices.
+
+    Attributes:
+      task, policy, seed, groups, layout, optimizer, platform: what the arguments make.
+      trainable: which parameters are trained.
+      statistics: what the step measures beyond norms.
+      parameters: the shapes of the parameters.
+      notes: what a person should hear of the run before it begins; complete once the step is compiled.
+
+    Raises:
+      UserError: for a value out of its range, or a model that mesh and data don't fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        data: Any,
+        model: Any,
+        optimizer: optax.GradientTransformation,
+        batch_size: int | BatchSizePolicy,
+        total_examples: int,
+        task: Callable[..., Task] = language_model,
+        coupling: str = "sqrt",
+        base_batch_size: int | None = None,
+        noise_scale: optax.GradientTransformation | None = None,
+        mesh: Mesh | AbstractMesh | None = None,
+        strategy: str | parallel.Strategy = "fsdp",
+        seed: int = 0,
+        groups: Sequence[ParameterGroup] = (),
+        average_examples: int | None = None,
+        max_gradient_norm: float | None = 1.0,
+        max_microbatch_examples: int | None = None,
+        further_sizes: Sequence[int] = (),
+        platform: str | None = None,
+    ):
+        check_positive(
+            total_examples=total_examples,
+            base_batch_size=base_batch_size,
+            average_examples=average_examples,
+            max_gradient_norm=max_gradient_norm,
+            max_microbatch_examples=max_microbatch_examples,
+        )
+        if total_examples >= 2**31:
+            raise UserError(
+                f"train.total_examples = {total_examples} must be below 2^31, the range of the device's clock"
+            )
+        self.seed, self.groups, self.notes = seed, tuple(groups), list[str]()
+        self._max_gradient_norm, self._max_microbatch_examples = max_gradient_norm, max_microbatch_examples
+        self._asked_examples = total_examples
+        self._said_of_lengths: list[str] = []
+        mesh = parallel.make_mesh() if mesh is None else mesh
+        if platform is None:
+            assert isinstance(mesh, Mesh)
+            platform = mesh.devices.flat[0].platform
+        self.platform = "gpu" if platform == "cuda" else platform
+        with user_values():
+            self.policy = constant(batch_size) if isinstance(batch_size, int) else batch_size
+            self.sizes = (*self.policy.sizes, *further_sizes)
+            layout = parallel.Layout(mesh, strategy)
+            parallel.plan_batches(self.sizes, layout.batch_shards)
+        with user_values():
+            self.task = task(data=data, model=model.for_platform(self.platform))
+            self.layout = self.task.place(layout)
+        logical_axes = self.task.logical_axes()
+        self.parameters = jax.eval_shape(self.task.initialize, jax.random.key(0))
+        with user_values():
+            self.layout.parameters(logical_axes, self.parameters)
+            self.layout.optimizer(logical_axes, self.parameters)
+            frozen = optim.frozen_mask(groups, self.parameters, logical_axes)
+        if all(jax.tree.leaves(frozen)):
+            raise UserError("train.groups freeze every parameter: leave at least one to train")
+        self.trainable = Trainable(jax.tree.map(lambda is_frozen: not is_frozen, frozen))
+        with user_values():
+            if moved := [group for group in groups if not group.frozen]:
+                optimizer = optim.scale_groups(optimizer, moved, self.trainable.take(logical_axes))
+            if noise_scale is not None:
+                optimizer = optax.chain(noise_scale, optimizer)
+            self.optimizer = optim.adaptive_batch_size(
+                optimizer, self.policy, coupling, base_batch_size=base_batch_size
+            )
+            if average_examples is not None:
+                self.optimizer = optim.average_weights(self.optimizer, average_examples)
+            opt_state = jax.eval_shape(self.optimizer.init, self.trainable.take(self.parameters))
+        self.statistics = tuple(sorted({*self.policy.statistics, *required_statistics(opt_state)}))
+        self._check_statistics()
+        self._has_noise_scale = noise_scale is not None
+        if self.policy.measured_on not in (None, self.task.fingerprint):
+            raise UserError(
+                f"the batch-size policy follows what was measured on another model or data (fingerprint "
+                f"{self.policy.measured_on}, not {self.task.fingerprint}): measure it on this with critical_batch"
+            )
+
+    def _check_statistics(self) -> None:
+        probed = [name for name, s in chosen_statistics(self.statistics).items() if s.probes]
+        if probed and not self.task.per_example_norms:
+            raise UserError(
+                f"{probed[0]} needs normalisation layers that give their gradients per example, and this "
+                f"{self.task.name} model has none: leave norm_layers out, or use the source 'gradient'"
+            )
+        if probed and not norm_scales(self.trainable.take(self.parameters)):
+            raise UserError(
+                f"{probed[0]} needs normalisation layers that are trained, and train.groups freeze them all"
+            )
+
+    @functools.cached_property
+    def shardings(self) -> TrainState:
+        """The sharding of every array of the state."""
+        return state_shardings(self.task, self.optimizer, self.layout, self.trainable)
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return abstract_state(self.task, self.optimizer, self.shardings, self.trainable)
+
+    def lower(
+        self, plan: parallel.BatchPlan, *, total_examples: int | None = None, implementation: str | None = None
+    ) -> jax.stages.Lowered:
+        """The step for the mesh's devices, which need not be there: topology descriptions will do.
+
+        Args:
+          plan: how batches are cut.
+          total_examples: the run's length; None: as asked for.
+          implementation: of the task's kernels; None leaves it to the device.
+
+        Raises:
+          UserError: a schedule whose parts don't fit the run's length, or an optimizer that asks for second derivatives
+            which the mesh doesn't have.
+        """
+        step = make_step(
+            self.task,
+            self.optimizer,
+            max_gradient_norm=self._max_gradient_norm,
+            layout=self.layout,
+            statistics=self.statistics,
+            total_examples=self._asked_examples if total_examples is None else total_examples,
+            trainable=self.trainable,
+            implementation=implementation,
+        )
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+        # Kernels choose by the device that the step is for.
+        with target(self.layout.mesh.devices.flat[0]), warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always", LengthWarning)
+            try:
+                traced = jitted.trace(self.abstract_state, abstract_batch(self.task, self.layout, plan))
+            except (LengthError, SecondDerivativeError) as error:
+                raise UserError(str(error)) from None
+            except TypeError as error:
+                if "required" not in str(error):
+                    raise
+                raise UserError(f"train.optimizer asks for what a training step doesn't give: {error}") from None
+        self._said_of_lengths = []
+        for warning in heard:
+            if not issubclass(warning.category, LengthWarning):
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            elif str(warning.message) not in self._said_of_lengths:
+                self._said_of_lengths.append(str(warning.message))
+        return traced.lower(lowering_platforms=("cuda" if self.platform == "gpu" else self.platform,))
+
+    @functools.cached_property
+    def _compiled(self) -> tuple[parallel.BatchPlan, int, jax.stages.Compiled]:
+        """The step with the largest microbatch that fits the device's memory, by the compiler's own count."""
+        mesh, shards = self.layout.mesh, self.layout.batch_shards
+        bound = max(1, MAX_MICROBATCH_UNITS[self.platform] // self.task.units_per_example) * shards
+        if self._max_microbatch_examples is not None:
+            bound = min(bound, self._max_microbatch_examples)
+        limit = hardware.memory_bytes(mesh.local_devices[0])
+        while True:
+            with user_values():
+                plan = parallel.plan_batches(
+                    self.sizes, shards, bound, min_microbatches=-(-self.policy.min_microbatches // self.layout.parts)
+                )
+            total = self._asked_examples - self._asked_examples % plan.microbatch_examples
+            if total == 0:
+                raise UserError(
+                    f"train.total_examples = {self._asked_examples} is less than one microbatch of "
+                    f"{plan.microbatch_examples}: raise it, or lower train.max_microbatch_examples"
+                )
+            compiled = self.lower(plan, total_examples=total).compile()
+            peak = peak_bytes(compiled)
+            if limit is None or peak <= MEMORY_SHARE * limit:
+                self._note_plan(plan, total)
+                return plan, total, compiled
+            if plan.microbatch_examples == shards:
+                raise UserError(
+                    f"one example a device needs {peak / 2**30:.1f} GiB and a device has {limit / 2**30:.1f} GiB: "
+                    "use a smaller model, model.remat = 'full', a shorter sequence, or more devices along fsdp"
+                )
+            bound = plan.microbatch_examples // 2
+
+    def _note_plan(self, plan: parallel.BatchPlan, total: int) -> None:
+        self.notes += self._said_of_lengths
+        if total < self._asked_examples:
+            self.notes.append(
+                f"the run ends at {total:,} examples, not {self._asked_examples:,}: a step takes whole microbatches "
+                f"of {plan.microbatch_examples}"
+            )
+        parts = min(plan.microbatches(size) for size in self.policy.sizes) * self.layout.parts
+        if self._has_noise_scale and parts == 1 and "norm_layers" not in self.statistics:
+            self.notes.append(
+                f"a batch of {min(self.policy.sizes)} is one microbatch, which says nothing of the gradient noise "
+                f"scale: set train.max_microbatch_examples = {max(1, min(self.policy.sizes) // 2)}, or "
+                "gradient_noise_scale.norm_layers = True"
+            )
+
+    @property
+    def step(self) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+        """The compiled step, `(state, batch) -> (state, metrics)`; it gives the state's memory back."""
+        return self._compiled[2]
+
+    @property
+    def plan(self) -> parallel.BatchPlan:
+        """How batches are cut."""
+        return self._compiled[0]
+
+    @property
+    def total_examples(self) -> int:
+        """The length of the run, in whole microbatches."""
+        return self._compiled[1]
+
+    @property
+    def peak_bytes(self) -> int:
+        """A device's memory at the step's peak, by the compiler's count."""
+        return peak_bytes(self._compiled[2])
+
+    def fresh_state(self, parameters: Any = None) -> TrainState:
+        """The state at the begin of a run, with random parameters or the given ones, laid out as the step wants it."""
+        if parameters is None:
+            begin = functools.partial(initial_state, self.task, self.optimizer, self.seed, self.trainable)
+            return jax.jit(begin, out_shardings=self.shardings)()
+
+        def state_of(parameters) -> TrainState:
+            opt_state = self.optimizer.init(self.trainable.take(parameters))
+            return TrainState(parameters, opt_state, jnp.int32(0), jnp.int32(0))
+
+        return jax.jit(state_of, out_shardings=self.shardings)(parameters)
+
+    def fitting(self, batch_size: int) -> int:
+        """The size where the step serves it, else the policy's first: another plan's state may hold any."""
+        return batch_size if batch_size in self.sizes else self.policy.sizes[0]
+
+    def is_finite(self, state: TrainState) -> bool:
+        """Whether the parameters, and what the optimizer keeps of their shapes, are finite."""
+        return bool(jax.device_get(self._is_finite(state)))
+
+    @functools.cached_property
+    def _is_finite(self) -> jax.stages.Compiled:
+        shapes = {x.shape for x in jax.tree.leaves(self.parameters)}
+
+        def finite(state: TrainState) -> jax.Array:
+            floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating) and x.shape in shapes]
+            return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+        return jax.jit(finite, out_shardings=self.layout.replicated).lower(self.abstract_state).compile()
+
+    @functools.cached_property
+    def averaged(self) -> Callable[[TrainState], Any]:
+        """`state -> the parameters to evaluate and to use`, compiled."""
+        average = functools.partial(evaluation_parameters, trainable=self.trainable)
+        return jax.jit(average, out_shardings=self.shardings.parameters).lower(self.abstract_state).compile()
+
+    def feed(self, seed: int | None = None) -> Feed:
+        """The batches of the run, or of one with another seed, by the clock."""
+        return Feed(self.task, self.task.train, self.plan, self.layout, self.seed if seed is None else seed)
+
+    def evaluation(self, examples: int) -> Callable[[TrainState], dict[str, float]]:
+        """`state -> means` over the same `examples` rows of each held-out set; compiled now, as is what saving needs.
+
+        Those of the set "validation" go by their own names (`loss`), others by the set's too (`test/loss`).
+        """
+        _ = self._is_finite, optim.has_evaluation_params(self.abstract_state.opt_state) and self.averaged
+        calls = {
+            name: make_evaluation(
+                self.task,
+                source,
+                self.layout,
+                self.abstract_state,
+                evaluation_examples=examples,
+                microbatch_examples=self.plan.microbatch_examples,
+                trainable=self.trainable,
+            )
+            for name, source in self.task.held_out.items()
+        }
+
+        def evaluate(state: TrainState) -> dict[str, float]:
+            means: dict[str, float] = {}
+            for name, call in calls.items():
+                prefix = "" if name == "validation" else f"{name}/"
+                means |= {prefix + metric: value for metric, value in call(state).items()}
+            return means
+
+        return evaluate
+
+    def row_losses(self, source: Source | None = None) -> Callable[[TrainState, np.ndarray], np.ndarray]:
+        """`(state, row numbers) -> each row's loss`, float32 `[rows]`; of the training rows unless given others."""
+        return make_row_losses(
+            self.task,
+            self.task.train if source is None else source,
+            self.layout,
+            microbatch_examples=self.plan.microbatch_examples,
+            trainable=self.trainable,
+        )
+
+
+def check_positive(**values: float | None) -> None:
+    """Raises UserError for the first value of `train`'s that is given and isn't above 0."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise UserError(f"train.{name} = {value} must be above 0")
+
+
+def session_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `train`'s arguments that a session takes."""
+    taken = inspect.signature(Session).parameters
+    return {name: value for name, value in arguments.items() if name in taken}

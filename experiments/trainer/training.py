@@ -1,0 +1,352 @@
+"""A training run in a folder: configuration, checkpoints, records, and the loop between them."""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from crescendo import optim
+from crescendo.experiments import configurables, hardware, run_folder, trained
+from crescendo.experiments.checkpoint import Checkpoints
+from crescendo.experiments.errors import UserError
+from crescendo.experiments.interruption import Interrupted, Interruption
+from crescendo.experiments.metrics import Record, file_access, read_records, replace_file, run_observers
+from crescendo.experiments.state import Clock, TrainState
+from crescendo.experiments.trainer import loop
+from crescendo.experiments.trainer.batch_sizes import DecidedBatchSizes
+from crescendo.experiments.trainer.compilation import CompilationCounter, use_compilation_cache
+from crescendo.experiments.trainer.probes import Probe
+from crescendo.experiments.trainer.recorder import Recorder
+from crescendo.experiments.trainer.session import Session, check_positive
+from crescendo.experiments.trainer.shapes import describe_arrays
+from crescendo.parallel import hosts
+
+FORMAT = 2
+"""Of what a run's folder says of itself and of the optimizer's state: raised when either changes its shape."""
+
+
+def with_options_of(options: Callable, *, without: Sequence[str]) -> Callable[[Callable], Callable]:
+    """Gives a function with `**options` the keyword parameters of another one, so that a default stands once."""
+
+    def decorate(function: Callable) -> Callable:
+        own = inspect.signature(function)
+        theirs = [
+            p
+            for p in inspect.signature(options).parameters.values()
+            if p.kind is p.KEYWORD_ONLY and p.name not in without
+        ]
+        kept = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        # Those without a default first, as Python wants them.
+        merged = sorted([*kept, *theirs], key=lambda p: p.default is not p.empty)
+        function.__signature__ = own.replace(parameters=merged)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@dataclasses.dataclass
+class RunFiles:
+    """What a run keeps in its folder while it trains.
+
+    Attributes:
+      folder: the run's.
+      session: what trains.
+      checkpoints: in the folder.
+      recorder: writes its records.
+      best_loss: the lowest validation loss so far.
+      keep_best: whether the checkpoint of the lowest validation loss is kept.
+      validation: the latest validation record.
+      saved_at: the clock of the newest checkpoint.
+    """
+
+    folder: Path
+    session: Session
+    checkpoints: Checkpoints
+    recorder: Recorder
+    evaluate: Callable[[TrainState], dict[str, float]]
+    saved_at: int
+    keep_best: bool = False
+    best_loss: float = float("inf")
+    validation: dict = dataclasses.field(default_factory=dict)
+
+    def validate(self, clock: Clock, state: TrainState) -> None:
+        """Evaluates and records; saves a new best state where that is asked for."""
+        self.validation = self.recorder.validation(clock, self.evaluate(state))
+        if self.keep_best and self.validation["loss"] < self.best_loss:
+            self.best_loss = self.validation["loss"]
+            self.checkpoints.best = clock.examples_seen
+            self.save(clock, state)
+
+    def find_best(self) -> None:
+        """Takes the best loss so far from the records, where its checkpoint is still there."""
+        there = set(self.checkpoints.saved())
+        for record in read_records(self.folder / "metrics.jsonl"):
+            if record["kind"] == "validation" and record["examples_seen"] in there and record["loss"] < self.best_loss:
+                self.best_loss, self.checkpoints.best = record["loss"], record["examples_seen"]
+
+    def save(self, clock: Clock, state: TrainState) -> None:
+        """Saves a checkpoint, unless this state's is saved.
+
+        Raises:
+          UserError: a state that isn't finite, which would never recover.
+        """
+        if self.saved_at == clock.examples_seen:
+            return
+        if not self.session.is_finite(state):
+            raise UserError(
+                f"parameters or what the optimizer keeps of them are not finite at {clock.examples_seen} examples: not "
+                f"saved; the checkpoints in {self.folder} are good: lower the learning rate, or begin another run"
+            )
+        averaged = self.session.averaged(state) if optim.has_evaluation_params(state.opt_state) else None
+        self.checkpoints.save(state, dataclasses.replace(clock, seconds=self.recorder.seconds), averaged)
+        self.saved_at = clock.examples_seen
+
+
+@with_options_of(Session.__init__, without=("further_sizes", "platform"))
+def train(
+    *,
+    run: str,
+    initialize_from: str | None = None,
+    start_from: str | None = None,
+    evaluate_every_examples: int | None = None,
+    evaluation_examples: int = 512,
+    checkpoint_every_examples: int | None = None,
+    keep_last_checkpoints: int = 2,
+    keep_checkpoint_every_examples: int | None = None,
+    keep_checkpoints_at_examples: Sequence[int] = (),
+    keep_best_checkpoint: bool = False,
+    probes: Sequence[Probe] = (),
+    max_bad_steps: int = 10,
+    writers: Sequence[str] = (),
+    label: str | None = None,
+    operative_config: Callable[[], str] = configurables.operative_config,
+    **options: Any,
+) -> dict:
+    """Trains a task, or goes on where the run in the folder `run` stopped.
+
+    Args:
+      run: the run's folder: configuration, metrics, checkpoints, report.
+      initialize_from: a run's folder, or one in Hugging Face's format, whose parameters a fresh run starts from; None:
+        random ones.
+      start_from: `RUN@EXAMPLES`, a checkpoint of another run whose whole state a fresh run goes on from: a constant
+        rate annealed from any of its checkpoints, say.
+      evaluate_every_examples: validate so often, and at the end; None: a fifth of the run.
+      evaluation_examples: how many held-out rows.
+      checkpoint_every_examples: save so often, and at the end; None: a tenth of the run.
+      keep_last_checkpoints: how many of the newest stay.
+      keep_checkpoint_every_examples: one so often stays for ever; None: none.
+      keep_checkpoints_at_examples: also save at the first step that reaches each of these, and keep it for ever.
+      keep_best_checkpoint: save whenever the validation loss is the lowest so far, and keep the best.
+      probes: what looks at the run and never changes it.
+      max_bad_steps: stop after so many steps in a row without a finite loss and update.
+      writers: who gets the metrics besides `metrics.jsonl` and TensorBoard, such as ["wandb"] (Weights & Biases).
+      label: the run's name in reports; the folder's when None.
+      operative_config: gives the configuration text to keep with the run.
+      **options: what is trained and how: those of `Session`.
+
+    Returns:
+      The last validation record: `loss`, `step`, `examples_seen`, `seconds`, and the rest of `metrics.jsonl`'s.
+
+    Raises:
+      UserError: for what the user can mend.
+    """
+    check_positive(
+        evaluate_every_examples=evaluate_every_examples,
+        evaluation_examples=evaluation_examples,
+        checkpoint_every_examples=checkpoint_every_examples,
+        keep_last_checkpoints=keep_last_checkpoints,
+        keep_checkpoint_every_examples=keep_checkpoint_every_examples,
+        max_bad_steps=max_bad_steps,
+    )
+    if None not in (initialize_from, start_from):
+        raise UserError("give train.initialize_from (parameters) or train.start_from (a whole state), not both")
+    session = Session(**options)
+    _check_enough_rows(session)
+    folder, console = Path(run), Console(quiet=not hosts.is_leader())
+    say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    fixed = _fixed(session, initialize_from, start_from)
+    counter = CompilationCounter()
+    use_compilation_cache()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(file_access("write", folder))
+        stack.enter_context(run_folder.locked(folder))
+        before = run_folder.read_info(folder)
+        if before is not None:
+            run_folder.check_resumable(folder, before, FORMAT, fixed)
+        info = (before or run_folder.provenance()) | _describe(session, label or folder.name, fixed)
+        total_examples = session.total_examples
+        _announce(session, info, say)
+        interruption = stack.enter_context(Interruption())
+        checkpoints = Checkpoints(
+            folder / "checkpoints",
+            keep_last=keep_last_checkpoints,
+            keep_every_examples=keep_checkpoint_every_examples,
+            keep_at_examples=keep_checkpoints_at_examples,
+        )
+        stack.callback(checkpoints.close)
+        restored = checkpoints.restore(session.abstract_state, report=say)
+        if restored is not None:
+            state, clock = restored
+            say(f"going on at {clock.examples_seen:,} of {total_examples:,} examples in {folder}")
+        elif start_from is not None:
+            state, clock = trained.whole_state(start_from, session)
+            say(f"starting from {start_from}, to {total_examples:,} examples")
+        else:
+            state = trained.fresh_state(session, initialize_from)
+            clock = Clock(batch_size=session.policy.sizes[0])
+        batch_sizes = DecidedBatchSizes(session.fitting(DecidedBatchSizes.of(state).decided))
+        clock = dataclasses.replace(clock, batch_size=session.fitting(clock.batch_size))
+        # What another batch size has left over doesn't fill a microbatch.
+        total_examples -= (total_examples - clock.examples_seen) % session.plan.microbatch_examples
+        info["total_examples"] = total_examples
+        run_folder.write_info(folder, info, operative_config())
+        if hosts.is_leader() and (tokenizer := getattr(options["data"], "tokenizer", None)) is not None:
+            replace_file(folder / "tokenizer.json", tokenizer.to_json().encode())
+        observers = run_observers(
+            folder,
+            resume_at_examples=clock.examples_seen,
+            total_examples=total_examples,
+            label=info["name"],
+            unit=session.task.unit,
+            writers=writers,
+        )
+        stack.callback(observers.close)
+        if clock.examples_seen >= total_examples:
+            say(f"{folder} is complete; to train anew, give another folder with --run")
+            return last_validation(folder)
+        recorder = make_recorder(session, observers, clock.seconds)
+        files = RunFiles(
+            folder,
+            session,
+            checkpoints,
+            recorder,
+            session.evaluation(evaluation_examples),
+            saved_at=clock.examples_seen,
+            keep_best=keep_best_checkpoint,
+        )
+        if keep_best_checkpoint:
+            files.find_best()
+        events = [
+            *(loop.Event(_record_probe(probe, recorder), probe.every_examples) for probe in probes),
+            loop.Event(files.validate, evaluate_every_examples or max(1, total_examples // 5)),
+            loop.Event(
+                files.save,
+                checkpoint_every_examples or max(1, total_examples // 10),
+                tuple(keep_checkpoints_at_examples),
+            ),
+        ]
+        state, clock = loop.run(
+            session,
+            state,
+            clock,
+            end=total_examples,
+            recorder=recorder,
+            batch_sizes=batch_sizes,
+            events=events,
+            stop=lambda: interruption.requested,
+            max_bad_steps=max_bad_steps,
+        )
+        if interruption.requested:
+            files.save(clock, state)
+        checkpoints.wait()
+        run_folder.write_info(folder, info | {"compilations": counter.count}, operative_config())
+        if clock.examples_seen < total_examples:
+            raise Interrupted(
+                f"{interruption.requested}: saved {folder} at {clock.examples_seen:,} of {total_examples:,} examples; "
+                "the same command goes on from there"
+            )
+        return files.validation
+
+
+def make_recorder(session: Session, observe: Callable[[Record], None], seconds: float = 0.0) -> Recorder:
+    """The recorder of a session's steps."""
+    task, devices = session.task, session.layout.mesh.devices
+    peak = hardware.peak_flops_per_second(devices.flat[0])
+    return Recorder(
+        observe,
+        task.unit,
+        task.units_per_example,
+        task.flops_per_example,
+        peak and peak * devices.size,
+        seconds,
+    )
+
+
+def _record_probe(probe: Probe, recorder: Recorder) -> Callable[[Clock, TrainState], None]:
+    def look(clock: Clock, state: TrainState) -> None:
+        if numbers := probe.call(clock, state):
+            recorder.probe(clock, numbers)
+
+    return look
+
+
+def last_validation(folder: Path) -> dict:
+    """The newest validation record of a run."""
+    found = [record for record in read_records(folder / "metrics.jsonl") if record["kind"] == "validation"]
+    if not found:
+        raise UserError(f"{folder} has no validation yet: let it train to its end, or raise train.total_examples")
+    return found[-1]
+
+
+def _check_enough_rows(session: Session) -> None:
+    rows, largest = len(session.task.train), max(session.sizes)
+    if rows < largest:
+        raise UserError(
+            f"the data have {rows} rows, fewer than one batch of {largest}: use a smaller train.batch_size, or more "
+            "data (of text, a shorter text_data.sequence_length gives more rows)"
+        )
+
+
+def _fixed(session: Session, initialize_from: str | None, start_from: str | None) -> dict[str, Any]:
+    """What a run goes on only as: what decides its arrays, its data and its draws."""
+    return {
+        **({} if initialize_from is None else {"initialize_from": initialize_from}),
+        **({} if start_from is None else {"start_from": start_from}),
+        "task": session.task.name,
+        "model": dict(session.task.identity),
+        "arrays": describe_arrays(session.abstract_state),
+        "data": session.task.data_fingerprint,
+        "seed": session.seed,
+    }
+
+
+def _describe(session: Session, name: str, fixed: dict[str, Any]) -> dict[str, Any]:
+    """What `run.json` says of a run; its step is compiled for this."""
+    task, mesh = session.task, session.layout.mesh
+    peak = hardware.peak_flops_per_second(mesh.devices.flat[0])
+    return {
+        "format": FORMAT,
+        "name": name,
+        "unit": task.unit,
+        "parameters": sum(x.size for x in jax.tree.leaves(session.parameters)),
+        f"flops_per_{task.unit}": task.flops_per_example / task.units_per_example,
+        "sequence_length": task.units_per_example,
+        "total_examples": session.total_examples,
+        f"total_{task.unit}s": session.total_examples * task.units_per_example,
+        "peak_flops_per_second": peak and peak * mesh.devices.size,
+        "step_peak_bytes": session.peak_bytes,
+        "microbatch_examples": session.plan.microbatch_examples,
+        "fingerprint": task.fingerprint,
+        "fixed": fixed,
+    }
+
+
+def _announce(session: Session, info: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Says what is trained, and what the session noted."""
+    task, devices = session.task, session.layout.mesh.devices
+    mflops = task.flops_per_example / task.units_per_example / 1e6
+    say(f"{task.data}")
+    say(
+        f"model: {info['parameters']:,} parameters, {mflops:,.1f} MFLOPs "
+        f"{'an' if task.unit[0] in 'aeiou' else 'a'} {task.unit}; one step of at most {max(session.sizes)} examples in "
+        f"microbatches of {session.plan.microbatch_examples} needs {session.peak_bytes / 2**20:,.0f} MiB on each of "
+        f"{devices.size} {devices.flat[0].device_kind}"
+    )
+    for note in session.notes:
+        say(f"note: {note}")
