@@ -5,15 +5,13 @@ import re
 from pathlib import Path
 
 import jax
-import optax
 import pytest
 
 from crescendo import models, optim, parallel
-from crescendo.experiments import compile as compiling
 from crescendo.experiments.describe import topology_devices
-from crescendo.experiments.state import abstract_state, initial_state, state_shardings
+from crescendo.experiments.random_text import RandomText
+from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
-from crescendo.optim.batch_size import adaptive_batch_size, constant
 from crescendo.parallel.collectives import Traffic, collectives, traffic
 from crescendo.parallel.costs import Work, step_traffic
 from crescendo.parallel.describe import device_bytes
@@ -39,17 +37,16 @@ STEPS: dict[str, tuple[dict, str, int, int, str]] = {
 
 def lowered(config: ModelConfig, layout: parallel.Layout, microbatches: int, sequence_length: int):
     plan = parallel.BatchPlan(layout.batch_shards, microbatches)
-    optimizer = optax.chain(optim.adamw(1e-3), adaptive_batch_size(constant(layout.batch_shards * microbatches)))
-    step = compiling.lower_step(
-        config,
-        optimizer,
-        layout.mesh,
-        plan,
-        sequence_length=sequence_length,
+    session = Session(
+        data=RandomText(config.vocab_size, sequence_length),
+        model=config,
+        optimizer=optim.adamw(1e-3),
+        batch_size=layout.batch_shards * microbatches,
+        total_examples=2**20,
+        mesh=layout.mesh,
         strategy=layout.strategy,
-        attention="xla",
     )
-    return step, optimizer
+    return session.lower(plan, implementation="xla"), session
 
 
 def closed_form(config: ModelConfig, layout: parallel.Layout, microbatches: int, sequence_length: int):
@@ -163,7 +160,7 @@ def test_a_pod_of_1024_chips_sends_and_holds_what_the_closed_form_says():
     config = ModelConfig.preset(
         "1b", width=4096, layers=8, kv_heads=8, mlp_width=14_336, vocab_size=8192, remat="full", scan_layers=True
     ).for_platform("tpu")
-    step, optimizer = lowered(config, layout, 1, 2048)
+    step, session = lowered(config, layout, 1, 2048)
     # As plain collectives: by itself the compiler turns some into rings of matmuls and permutes.
     compiled = step.compile(compiler_options={"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"})
     found, expected = traffic(compiled.as_text()), closed_form(config, layout, 1, 2048)
@@ -175,12 +172,10 @@ def test_a_pod_of_1024_chips_sends_and_holds_what_the_closed_form_says():
     scattered = sent["reduce-scatter"] + (sent["all-reduce"] - expected["all-reduce"]) / 2
     assert scattered == pytest.approx(expected["reduce-scatter"], rel=0.05)
     assert sent["collective-permute"] + sent["all-to-all"] < 0.02 * sum(sent.values())
-    shardings = state_shardings(config, optimizer, layout)
-    state = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
-    held = device_bytes(state, shardings)
+    held = device_bytes(session.abstract_state, session.shardings)
     memory = compiled.memory_analysis()
     assert memory is not None
     rows = 4 * 4 * 2048  # tokens, labels, segment ids and positions of one row
     # Arrays are padded to the hardware's tiles.
     assert held + rows <= memory.argument_size_in_bytes <= 1.1 * (held + rows)
-    assert jax.tree.leaves(abstract_state(config, optimizer, shardings))[0].sharding.mesh.size == 1024
+    assert jax.tree.leaves(session.abstract_state)[0].sharding.mesh.size == 1024

@@ -8,15 +8,16 @@ import functools
 import json
 from pathlib import Path
 
-import optax
 import pytest
 from jax.experimental import topologies
 
 from crescendo import optim, parallel
-from crescendo.experiments import compile as compiling
+from crescendo.experiments.random_text import RandomText
+from crescendo.experiments.trainer.compilation import peak_bytes
+from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
 from crescendo.optim import schedules
-from crescendo.optim.batch_size import adaptive_batch_size, staged
+from crescendo.optim.batch_size import staged
 
 HERE = Path(__file__).parent
 BUDGETS_MIB = json.loads((HERE / "budgets.json").read_text())
@@ -45,17 +46,16 @@ def compiled(target: str, preset: str):
     mesh = parallel.make_mesh(data=-1, fsdp=min(len(chips), 16), devices=chips)
     microbatch = on_a_device * len(chips)
     policy = staged([microbatch, 4 * microbatch], starts_examples=[0, 100 * microbatch])
-    optimizer = optax.chain(optim.adamw(schedules.linear(1e-3, 10_000)), adaptive_batch_size(policy))
-    config = ModelConfig.preset(preset, **changes).for_platform("gpu" if target == "h100" else "tpu")
-    lowered = compiling.lower_step(
-        config,
-        optimizer,
-        mesh,
-        parallel.plan_batches(policy.sizes, len(chips), microbatch),
-        sequence_length=sequence_length,
-        attention="xla",
+    session = Session(
+        data=RandomText(ModelConfig.preset(preset).vocab_size, sequence_length),
+        model=ModelConfig.preset(preset, **changes),
+        optimizer=optim.adamw(schedules.linear(1e-3)),
+        batch_size=policy,
+        total_examples=10_000,
+        mesh=mesh,
     )
-    return lowered.compile()
+    plan = parallel.plan_batches(policy.sizes, len(chips), microbatch)
+    return session.lower(plan, implementation="xla").compile()
 
 
 # Half a minute each: of each preset one kind of TPU will do every day.
@@ -71,7 +71,7 @@ CASES = [
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("target", "preset"), CASES)
 def test_the_step_compiles_within_its_memory_budget(target, preset):
-    peak_mib = compiling.peak_bytes(compiled(target, preset)) / 2**20
+    peak_mib = peak_bytes(compiled(target, preset)) / 2**20
     print(f"{target} {preset}: {peak_mib:,.0f} MiB of {BUDGETS_MIB[target][preset]:,} MiB")
     assert peak_mib <= BUDGETS_MIB[target][preset]
     # A budget far above what is needed would hold nothing.

@@ -14,7 +14,7 @@ from crescendo.experiments.report import compare
 def make_run(name: str, losses: list[float], steps_each: int, seconds_each: float) -> Run:
     count = np.arange(1, len(losses) + 1)
     tokens = 1000.0 * count
-    place = {"step": steps_each * count, "examples_seen": tokens / 10, "tokens_seen": tokens}
+    place = {"step": steps_each * count, "examples_seen": tokens / 10, "units_seen": tokens}
     validation = {**place, "loss": np.array(losses), "seconds": seconds_each * count}
     train = {**validation, "batch_size": np.full(len(losses), 4)}
     info = {"name": name, "total_examples": tokens[-1] / 10}

@@ -1,9 +1,11 @@
 """The large-batch experiment: every optimizer learns, cells are run once, and the summary follows from the records."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import struct
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +14,19 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from crescendo import optim
 from crescendo.experiments import large_batch as experiment
 from crescendo.experiments import large_batch_tasks
 from crescendo.experiments.cli import run_command
 from crescendo.experiments.datasets.fashion_mnist import fashion_mnist
 from crescendo.experiments.errors import UserError
 from crescendo.experiments.interruption import Interrupted
-from crescendo.experiments.large_batch import Cell, example_order, large_batch, make_sweep
+from crescendo.experiments.large_batch import Cell, example_order, large_batch
 from crescendo.experiments.large_batch_results import draw, kept_batch_size, summarize, table
-from crescendo.experiments.large_batch_tasks import TASKS, Functions, load_prepared, save_prepared, split
+from crescendo.experiments.large_batch_tasks import TASKS, load_prepared, save_prepared, split
 from crescendo.experiments.results_list import Results
+from crescendo.experiments.sweeps.batched import make_sweep
+from crescendo.experiments.tasks.base import Loss, RowArray
 from crescendo.models import ModelConfig
 from crescendo.models.resnet import ResNetConfig
 
@@ -49,22 +54,31 @@ def tiny_data(task: str) -> dict[str, np.ndarray]:
     return arrays | ({"mask_token": np.int16(5)} if task == "mlm" else {})
 
 
-def quadratic() -> Functions:
+class Quadratic:
     """One matrix and one vector, fitted to the rows' mean: every optimizer compiles in no time."""
 
-    def errors(parameters, rows):
-        return jnp.sum((rows["x"] - parameters["matrix"].sum(0) - parameters["scale"]) ** 2, axis=-1)
+    row: ClassVar = {"x": RowArray((3,), "float32", (None,))}
 
-    def loss(parameters, rows, key, examples_seen):
-        return jnp.sum(errors(parameters, rows)), jnp.float32(len(rows["x"]))
-
-    def accuracy(parameters, rows, key, examples_seen):
-        return jnp.sum(errors(parameters, rows) < 3, dtype=jnp.float32), jnp.float32(len(rows["x"]))
-
-    def initialize(key):
+    def initialize(self, key):
         return {"matrix": 0.1 * jax.random.normal(key, (2, 3)), "scale": jnp.zeros(3)}
 
-    return Functions(initialize, loss, accuracy)
+    def logical_axes(self):
+        return {"matrix": ("in_channels", "channels"), "scale": ("channels",)}
+
+    def loss(self, parameters, rows, context):
+        return Loss(jnp.sum(self._errors(parameters, rows)), jnp.float32(len(rows["x"])))
+
+    def evaluate(self, parameters, rows, context):
+        errors, weight = self._errors(parameters, rows), jnp.float32(len(rows["x"]))
+        return {"loss": (jnp.sum(errors), weight), "accuracy": (jnp.sum(errors < 3, dtype=jnp.float32), weight)}
+
+    def _errors(self, parameters, rows):
+        return jnp.sum((rows["x"] - parameters["matrix"].sum(0) - parameters["scale"]) ** 2, axis=-1)
+
+
+def sweep_of(task, name, recipe, most, *, side_by_side=False):
+    make = functools.partial(optim.OPTIMIZERS[name], **recipe.options)
+    return jax.jit(make_sweep(task, make, most, warmup_fraction=0.1, side_by_side=side_by_side))
 
 
 @pytest.fixture
@@ -72,7 +86,7 @@ def data(tmp_path, monkeypatch):
     """A file of data for the task "toy": the quadratic, by the recipes of the pictures."""
     x = np.random.default_rng(0).normal(loc=1.0, size=(108, 3)).astype(np.float32)
     arrays = {"train/x": x[:64], "validation/x": x[64:88], "test/x": x[88:]}
-    toy = dataclasses.replace(TASKS["images"], name="toy", make=lambda model, arrays: quadratic())
+    toy = dataclasses.replace(TASKS["images"], name="toy", make=lambda model, arrays: Quadratic())
     monkeypatch.setitem(TASKS, "toy", toy)
     path = tmp_path / "toy.npz"
     save_prepared(path, toy, arrays)
@@ -83,10 +97,10 @@ def data(tmp_path, monkeypatch):
 def test_every_optimizer_learns_at_its_rate_and_each_member_of_a_sweep_at_its_own(name):
     x = np.random.default_rng(0).normal(loc=1.0, scale=0.1, size=(64, 3)).astype(np.float32)
     recipe = TASKS["images"].recipes[name]
-    sweep = jax.jit(make_sweep(quadratic(), name, recipe, 2, side_by_side=False))
+    sweep = sweep_of(Quadratic(), name, recipe, 2)
     order = example_order(64, 64 * 40, 4, seed=0)
     peaks = np.float32([0.0, recipe.learning_rate])
-    losses, scores = sweep({"x": x}, {"x": x[:5]}, order, 2, peaks, np.uint32(0))
+    losses, scores = sweep({"x": x}, {"x": x[:5]}, order, np.int32(2), peaks, np.uint32(0))
     assert scores.shape == (2, 5, 3)
     assert losses.shape == (2, 640)
     assert not losses[:, 320:].any()
@@ -100,7 +114,9 @@ def test_side_by_side_is_the_same_as_one_after_the_other():
     order, peaks = example_order(64, 128, 8, seed=0), np.float32([0.1, 0.2, 0.4])
     recipe = TASKS["images"].recipes["lamb"]
     both = [
-        jax.jit(make_sweep(quadratic(), "lamb", recipe, 2, side_by_side=flag))({"x": x}, {"x": x}, order, 2, peaks, 3)
+        sweep_of(Quadratic(), "lamb", recipe, 2, side_by_side=flag)(
+            {"x": x}, {"x": x}, order, np.int32(2), peaks, np.uint32(3)
+        )
         for flag in (True, False)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *both)
@@ -111,7 +127,7 @@ def test_the_microbatch_changes_nothing_and_one_program_serves_every_batch_size(
     peaks, recipe = np.float32([0.1]), TASKS["images"].recipes["adamw"]
 
     def sweep(most):
-        return jax.jit(make_sweep(quadratic(), "adamw", recipe, most, side_by_side=False))
+        return sweep_of(Quadratic(), "adamw", recipe, most)
 
     def scores(program, microbatch, count):
         order = example_order(64, 136, microbatch, seed=0)
@@ -127,11 +143,13 @@ def test_the_microbatch_changes_nothing_and_one_program_serves_every_batch_size(
 @pytest.mark.parametrize(("task", "optimizer"), [("mlm", "lamb"), ("images", "adamw")])
 def test_a_task_learns(task, optimizer):
     arrays = tiny_data(task)
-    functions, recipe = TASKS[task].make(TINY[task], arrays), TASKS[task].recipes[optimizer]
-    sweep = jax.jit(make_sweep(functions, optimizer, recipe, 1, side_by_side=False))
+    recipe = TASKS[task].recipes[optimizer]
+    sweep = sweep_of(TASKS[task].make(TINY[task], arrays), optimizer, recipe, 1)
     order = example_order(64, 64 * 40, 16, seed=0)
     rate = np.float32([4 * recipe.learning_rate])
-    (losses,), (scores,) = sweep(split(arrays, "train", None), split(arrays, "test", None), order, 1, rate, 0)
+    (losses,), (scores,) = sweep(
+        split(arrays, "train", None), split(arrays, "test", None), order, np.int32(1), rate, np.uint32(0)
+    )
     assert np.mean(losses[-10:]) < 0.75 * losses[0]
     loss, correct, weight = scores.sum(0)
     assert correct / weight > 0.5  # chance is 0.25
@@ -239,7 +257,7 @@ def test_every_batch_size_reads_the_same_examples_in_the_same_order():
 
 def test_learning_rates_follow_each_ones_rule():
     task = TASKS["images"]
-    programs = experiment.Programs(task, task.sizes["debug"], quadratic(), [0.5, 1.0], 64, None, 64)
+    programs = experiment.Programs(task, task.sizes["debug"], Quadratic(), [0.5, 1.0], 64, None, 64)
     base = task.base_batch_size
     for name, growth in {"sgd": 4.0, "adamw": 2.0, "lamb": 2.0, "lion": 2.0, "lars": 2.0}.items():
         before, after = (programs.peaks(Cell(name, size, 0)) for size in (base, 4 * base))

@@ -19,9 +19,9 @@ def test_the_second_run_follows_the_schedule_refined_from_the_first(small_bindin
     norms = recorded_norms(tmp_path / "linear")
     np.testing.assert_array_equal(norms.l1, first["gradient_l1_norm"])
     expected = 1e-2 * refine(first["gradient_l1_norm"], smoothing=0.2)
-    # The curve is stretched so that its last value, 0, falls on the end of the run, one batch after the last step.
-    clock = second["examples_seen"] - 16
-    stretched = np.interp(clock / 512, norms.clock / norms.clock[-1], expected)
+    # The curve is stretched from the middle of the first batch to that of the last over all of the run.
+    clock, fractions = second["examples_seen"] - 8, (norms.clock - norms.clock[0]) / np.ptp(norms.clock)
+    stretched = np.interp(clock / 512, fractions, expected)
     np.testing.assert_allclose(second["learning_rate"], stretched, rtol=1e-4, atol=1e-8)
     assert (tmp_path / "report" / "report.html").exists()
     assert json.loads((tmp_path / "refined.json").read_text())["norm"] == "l1"

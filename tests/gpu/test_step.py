@@ -7,11 +7,13 @@ import optax
 import pytest
 
 from crescendo import models, optim, parallel
-from crescendo.experiments.compile import compile_step
-from crescendo.experiments.state import abstract_batch, initial_state
+from crescendo.experiments.random_text import RandomText
+from crescendo.experiments.tasks.base import EXAMPLE
+from crescendo.experiments.trainer.session import Session
+from crescendo.experiments.trainer.shapes import abstract_batch
 from crescendo.models import ModelConfig
 from crescendo.models.loss import next_token_loss
-from crescendo.optim.batch_size import adaptive_batch_size, staged
+from crescendo.optim.batch_size import staged
 
 pytestmark = pytest.mark.gpu
 
@@ -47,18 +49,23 @@ def test_bfloat16_and_cudnn_stay_close_to_float32(rows):
 
 
 def test_a_step_takes_batches_of_several_sizes_and_lowers_the_loss(rows):
-    mesh = parallel.make_mesh(devices=jax.devices()[:1])
-    config = ModelConfig.preset("debug").for_platform("gpu")
-    optimizer = optax.chain(optim.adamw(1e-2), adaptive_batch_size(staged([4, 16], starts_examples=[0, 64])))
-    compiled = compile_step(config, optimizer, mesh, [4, 16], sequence_length=256)
-    state = jax.jit(lambda: initial_state(config, optimizer, 0))()
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_batch(compiled.layout, compiled.plan, 256))
-    assert compiled.plan.max_microbatches == 4
+    session = Session(
+        data=RandomText(384, 256),
+        model=ModelConfig.preset("debug"),
+        optimizer=optim.adamw(1e-2),
+        batch_size=staged([4, 16], starts_examples=[0, 64]),
+        total_examples=1024,
+        mesh=parallel.make_mesh(devices=jax.devices()[:1]),
+    )
+    state = session.fresh_state()
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_batch(session.task, session.layout, session.plan))
+    assert session.plan.max_microbatches == 4
     losses = []
     for count in (1, 1, 4, 4, 2, 2):
         buffer = {name: np.stack([np.asarray(x)] * 4) for name, x in rows.items()}
-        batch = {"rows": buffer, "microbatches": np.int32(count), "examples_seen": np.int32(0)}
-        state, metrics = compiled.call(state, jax.device_put(batch, shardings))
+        buffer[EXAMPLE] = np.arange(16, dtype=np.int32).reshape(4, 4)
+        scalars = {"microbatches": np.int32(count), "examples_seen": np.int32(0), "seed": np.uint32(0)}
+        state, metrics = session.step(state, jax.device_put({"rows": buffer, **scalars}, shardings))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.5
     assert np.isfinite(losses).all()

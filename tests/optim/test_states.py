@@ -77,10 +77,9 @@ def test_groups_of_a_partition_report_under_their_labels():
     assert "trust_ratio_min" in found
 
 
-def test_one_name_twice_is_refused():
-    twice = optim.chain([optim.adamw(0.1), optim.adamw(0.1)])
-    with pytest.raises(ValueError, match="two states of the optimizer report learning_rate: chain what reports it"):
-        optim.reported(twice.init(PARAMS))
+def test_one_name_twice_is_numbered():
+    found = optim.reported(optim.chain([optim.adamw(0.1), optim.adamw(0.2), optim.adamw(0.3)]).init(PARAMS))
+    assert found == {f"learning_rate{end}": np.float32(rate) for end, rate in (("", 0.1), ("_2", 0.2), ("_3", 0.3))}
 
 
 def test_reports_under_jit():

@@ -3,13 +3,12 @@
 import functools
 
 import jax
-import optax
 import pytest
 
 from crescendo import models, optim, parallel
-from crescendo.experiments.state import abstract_batch, abstract_state, make_step, state_shardings
+from crescendo.experiments.random_text import RandomText
+from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
-from crescendo.optim.batch_size import adaptive_batch_size, constant
 from crescendo.parallel.collectives import traffic
 from crescendo.parallel.costs import Work, step_traffic
 
@@ -21,13 +20,18 @@ def compiled_and_closed(kv_heads: int, axes: dict[str, int]) -> tuple[dict[str, 
     config = ModelConfig.preset(
         "debug", width=256, layers=2, heads=8, kv_heads=kv_heads, mlp_width=64, vocab_size=128, scan_layers=True
     ).for_platform("cpu")
-    layout = parallel.Layout(parallel.make_mesh(**{"data": 1} | axes)).with_heads(config.heads, kv_heads)
-    plan = parallel.BatchPlan(layout.batch_shards, 1)
-    chain = optax.chain(optim.adamw(1e-3), adaptive_batch_size(constant(layout.batch_shards)))
-    shardings = state_shardings(config, chain, layout)
-    step = jax.jit(make_step(config, chain, max_gradient_norm=1.0, layout=layout), out_shardings=(shardings, None))
-    inputs = abstract_state(config, chain, shardings), abstract_batch(layout, plan, LENGTH)
-    found = traffic(step.lower(*inputs).compile().as_text())
+    mesh = parallel.make_mesh(**{"data": 1} | axes)
+    shards = parallel.Layout(mesh).batch_shards
+    session = Session(
+        data=RandomText(128, LENGTH),
+        model=config,
+        optimizer=optim.adamw(1e-3),
+        batch_size=shards,
+        total_examples=2**20,
+        mesh=mesh,
+    )
+    layout = session.layout
+    found = traffic(session.lower(parallel.BatchPlan(shards, 1)).compile().as_text())
     work = Work(
         microbatches=1,
         examples=layout.batch_shards,

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,20 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crescendo import models, optim, parallel
+from crescendo import optim, parallel
 from crescendo.experiments.checkpoint import Checkpoints
 from crescendo.experiments.data import Rows, Stream
-from crescendo.experiments.feed import Feed
 from crescendo.experiments.packing import pack
-from crescendo.experiments.state import (
-    Clock,
-    TrainState,
-    abstract_batch,
-    abstract_state,
-    initial_state,
-    make_step,
-    state_shardings,
-)
+from crescendo.experiments.state import Clock, TrainState
+from crescendo.experiments.tasks.language_model import LanguageModel, language_model
+from crescendo.experiments.trainer.feed import Feed
+from crescendo.experiments.trainer.shapes import abstract_batch, abstract_state, initial_state, state_shardings
+from crescendo.experiments.trainer.step import make_step
 from crescendo.models import ModelConfig
 from crescendo.optim.batch_size import adaptive_batch_size, staged
 from crescendo.optim.noise_scale import GradientNoiseScaleState, gradient_noise_scale
@@ -77,12 +73,26 @@ def rows() -> Rows:
     return Rows(tokens, pack(np.array([0, *ends]), capacity=LENGTH), LENGTH)
 
 
+class Text(NamedTuple):
+    """The rows as a task takes them."""
+
+    train: Rows
+    validation: Rows
+    vocab_size: int = CONFIG.vocab_size
+    sequence_length: int = LENGTH
+    fingerprint: str = "random"
+    tokenizer: None = None
+
+
+@functools.cache
+def task(config: ModelConfig = CONFIG) -> LanguageModel:
+    return language_model(Text(rows(), rows()), config)
+
+
 def optimizer():
-    return optax.chain(
-        gradient_noise_scale(0.9, groups="layer", norm_layers=True),
-        optim.lamb(1e-2, weight_decay=0.1),
-        adaptive_batch_size(staged(SIZES, starts_examples=[0, 24, 72])),
-    )
+    noise = gradient_noise_scale(0.9, groups="layer", norm_layers=True)
+    policy = staged(SIZES, starts_examples=[0, 24, 72])
+    return adaptive_batch_size(optax.chain(noise, optim.lamb(1e-2, weight_decay=0.1)), policy)
 
 
 def layout_of(name: str) -> parallel.Layout:
@@ -94,14 +104,15 @@ class Trainer:
     """The debug model's training on a layout: `state` and `clock`, moved by `run`."""
 
     def __init__(self, layout: parallel.Layout, plan: parallel.BatchPlan, statistics=(), config=CONFIG):
-        chain = optimizer()
-        self.layout, self.shardings = layout, state_shardings(config, chain, layout)
-        step = make_step(config, chain, max_gradient_norm=1.0, layout=layout, statistics=statistics)
+        chain, of_model = optimizer(), task(config)
+        self.layout = layout.with_heads(config.heads, config.kv_heads)
+        self.shardings = state_shardings(of_model, chain, self.layout)
+        step = make_step(of_model, chain, max_gradient_norm=1.0, layout=self.layout, statistics=statistics)
         quick = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
         self.step = jax.jit(step, out_shardings=(self.shardings, None), compiler_options=quick)
-        self.state = jax.jit(lambda: initial_state(config, chain, 0), out_shardings=self.shardings)()
+        self.state = jax.jit(lambda: initial_state(of_model, chain, 0), out_shardings=self.shardings)()
         self.clock = Clock(batch_size=SIZES[0])
-        self.feed = Feed(Stream(rows(), seed=0), plan, layout)
+        self.feed = Feed(of_model, rows(), plan, self.layout, seed=0)
 
     def run(self, steps: int) -> list[dict]:
         """The metrics of so many steps."""
@@ -180,7 +191,7 @@ def check_ten_steps(layout: parallel.Layout, statistics, config: ModelConfig) ->
 
 def noise_averages(state) -> tuple:
     """All that the noise scale is made of: of everything, by layer, and of the normalisation layers."""
-    (found,) = (x for x in state.opt_state if isinstance(x, GradientNoiseScaleState))
+    (found,) = (x for x in state.opt_state.inner_state if isinstance(x, GradientNoiseScaleState))
     return found.total, found.groups, found.norm_layers
 
 
@@ -191,8 +202,8 @@ def laid_out(state, shardings) -> bool:
 @functools.cache
 def saved_by(name: str) -> tuple[Path, TrainState]:
     """A checkpoint written on a mesh, and what was written."""
-    folder, shardings = Path(tempfile.mkdtemp()), state_shardings(CONFIG, optimizer(), layout_of(name))
-    random, shapes = np.random.default_rng(0), jax.eval_shape(lambda: initial_state(CONFIG, optimizer(), 0))
+    folder, shardings = Path(tempfile.mkdtemp()), state_shardings(task(), optimizer(), layout_of(name))
+    random, shapes = np.random.default_rng(0), jax.eval_shape(lambda: initial_state(task(), optimizer(), 0))
     state = jax.device_put(jax.tree.map(lambda x: random.normal(size=x.shape).astype(x.dtype), shapes), shardings)
     save(folder, state, Clock(8, 1, 16))
     return folder, state
@@ -206,7 +217,7 @@ def save(folder: Path, state: TrainState, clock: Clock) -> None:
 
 def restore(folder: Path, shardings) -> tuple[TrainState, Clock]:
     checkpoints = Checkpoints(folder)
-    restored = checkpoints.restore(abstract_state(CONFIG, optimizer(), shardings), report=pytest.fail)
+    restored = checkpoints.restore(abstract_state(task(), optimizer(), shardings), report=pytest.fail)
     checkpoints.close()
     assert restored is not None
     return restored
@@ -216,7 +227,7 @@ def restore(folder: Path, shardings) -> tuple[TrainState, Clock]:
 @settings(deadline=None, max_examples=4)
 def test_a_checkpoint_of_any_mesh_restores_on_any_other(writer, reader):
     folder, written = saved_by(writer)
-    shardings = state_shardings(CONFIG, optimizer(), layout_of(reader))
+    shardings = state_shardings(task(), optimizer(), layout_of(reader))
     read, clock = restore(folder, shardings)
     assert clock == Clock(8, 1, 16)
     assert laid_out(read, shardings)
@@ -237,7 +248,7 @@ def test_training_goes_on_from_mesh_to_mesh_with_the_same_losses(names):
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         start = trainer_of(names[0])
-        state = jax.jit(lambda: initial_state(CONFIG, optimizer(), 0), out_shardings=start.shardings)()
+        state = jax.jit(lambda: initial_state(task(), optimizer(), 0), out_shardings=start.shardings)()
         save(Path(folder), state, Clock(batch_size=SIZES[0]))
         for name in names:
             trainer = trainer_of(name)
@@ -250,8 +261,8 @@ def test_training_goes_on_from_mesh_to_mesh_with_the_same_losses(names):
 def test_batches_lie_where_the_step_wants_them():
     layout = parallel.Layout(parallel.make_mesh(data=2, sequence=4))
     plan = parallel.BatchPlan(8, 3)
-    batch = Feed(Stream(rows(), seed=0), plan, layout).read(0, 16)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_batch(layout, plan, LENGTH))
+    batch = Feed(task(), rows(), plan, layout, seed=0).read(0, 16)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_batch(task(), layout, plan))
     jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(f"{x.sharding} is not {s}"), batch, shardings)
     # In the ring's order; the third microbatch is not used.
     tokens = Stream(rows(), seed=0).read(0, 16)["tokens"].reshape(2, 8, LENGTH)
@@ -262,8 +273,9 @@ def test_batches_lie_where_the_step_wants_them():
 def test_models_that_a_mesh_cannot_divide_are_refused_by_name():
     layout = parallel.Layout(parallel.make_mesh(data=1, tensor=8))
     message = r"parameter blocks\.mlp\.down\.kernel: its axis mlp = 60 does not divide over tensor = 8: use a "
+    odd = task(dataclasses.replace(CONFIG, mlp_width=60))
     with pytest.raises(ValueError, match=message + "tensor of 1, 2, 3, .* 30 or 60, or mlp = 56 or 64"):
-        state_shardings(dataclasses.replace(CONFIG, mlp_width=60), optimizer(), layout)
+        state_shardings(odd, optimizer(), odd.place(layout))
     with pytest.raises(ValueError, match=r"^heads = 4 does not divide over tensor = 8: use a tensor of 1, 2 or 4$"):
-        state_shardings(dataclasses.replace(CONFIG, heads=4), optimizer(), layout)
-    assert models.logical_axes(CONFIG)["blocks"]["attention"]["key"]["kernel"][2] == "kv_heads"
+        task(dataclasses.replace(CONFIG, heads=4)).place(layout)
+    assert task().logical_axes()["blocks"]["attention"]["key"]["kernel"][2] == "kv_heads"

@@ -83,7 +83,7 @@ def test_rules_name_axes_that_exist():
         assert all(axis in AXES for axes in table.values() for axis in axes)
     used = jax.tree.leaves(logical_axes(DEBUG))
     assert set(used) <= set(names.ALL)
-    assert len(names.ALL) <= 15
+    assert len(names.ALL) <= 16
 
 
 @pytest.mark.parametrize(("name", "split"), [("data", ""), ("zero1", "o"), ("zero2", "go"), ("fsdp", "pgo")])
@@ -150,13 +150,14 @@ def test_an_expert_axis_is_refused_for_a_model_without_experts():
         Layout(make_mesh(data=1, fsdp=4, expert=2)).without_experts()
 
 
-NAMED = st.lists(st.tuples(st.sampled_from(("layers", "embed", "mlp", "vocab")), st.integers(1, 4)), max_size=4)
+# A mesh axis can split one dimension only.
+NAMED = st.lists(st.tuples(st.sampled_from(("layers", "embed", "mlp")), st.integers(1, 4)), max_size=4)
 
 
 @given(named=NAMED, data=st.data())
 def test_an_optimizer_array_of_any_shape_has_a_place(named, data):
     layout = Layout(MeshSpec(data=1, fsdp=4, tensor=2).abstract(8))
-    named = list(dict(named).items())  # a mesh axis can split one dimension only
+    named = list(dict(named).items())
     axes, shape = tuple(name for name, _ in named), tuple(8 * n for _, n in named)
     table = layout.strategy.optimizer
     whole = layout.like_parameter(table, axes, shape, shape)

@@ -7,24 +7,28 @@ import optax
 import pytest
 
 from crescendo import models
-from crescendo.experiments.state import initial_state, make_step
-from crescendo.experiments.statistics import measured_gradients
+from crescendo.experiments.random_text import RandomText
+from crescendo.experiments.tasks.base import EXAMPLE, Loss
+from crescendo.experiments.tasks.language_model import language_model
+from crescendo.experiments.trainer.gradient_statistics import STATISTICS, measured_gradients
+from crescendo.experiments.trainer.shapes import initial_state
+from crescendo.experiments.trainer.step import make_step
 from crescendo.models import ModelConfig
 from crescendo.models.loss import next_token_loss
-from crescendo.optim import adaptive_batch_size, gradient_noise_scale, noise_scale, policies
-from crescendo.optim.batch_size import STATISTICS
+from crescendo.optim import adaptive_batch_size, batch_size, gradient_noise_scale, noise_scale, policies
 from crescendo.optim.noise_scale import layer_squared_norms
 
 CONFIG = ModelConfig(
     vocab_size=40, width=16, layers=1, heads=2, kv_heads=1, mlp_width=24, scan_layers=False
 ).for_platform("cpu")
 K_MAX, COUNT, EXAMPLES, LENGTH = 4, 3, 2, 8
+TASK = language_model(RandomText(CONFIG.vocab_size, LENGTH), CONFIG)
 # Each program runs once or twice: the compiler need not work on its speed.
 QUICK = {"xla_backend_optimization_level": "0"}
 
 
 def loss_fn(parameters, rows):
-    return next_token_loss(CONFIG, parameters, rows)
+    return Loss(*next_token_loss(CONFIG, parameters, rows))
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +36,9 @@ def problem():
     random = np.random.default_rng(0)
     draw = lambda high: jnp.asarray(random.integers(0, high, (K_MAX, EXAMPLES, LENGTH)), jnp.int32)  # noqa: E731
     rows = {"tokens": draw(40), "labels": draw(40), "segment_ids": 1 + 0 * draw(2), "positions": draw(LENGTH)}
-    batch = {"rows": rows, "microbatches": jnp.int32(COUNT), "examples_seen": jnp.int32(6)}
-    return jax.jit(models.initialize, static_argnums=0)(CONFIG, jax.random.key(0)), batch
+    rows[EXAMPLE] = jnp.arange(K_MAX * EXAMPLES).reshape(K_MAX, EXAMPLES)
+    scalars = {"microbatches": jnp.int32(COUNT), "examples_seen": jnp.int32(6), "seed": jnp.uint32(0)}
+    return jax.jit(models.initialize, static_argnums=0)(CONFIG, jax.random.key(0)), {"rows": rows, **scalars}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,7 @@ def alone(problem):
     """The mean gradient of every example used, as a tree of float64 [COUNT, EXAMPLES, ...]."""
     parameters, batch = problem
     rows = jax.tree.map(lambda x: x[:COUNT, :, None], batch["rows"])
-    mean = jax.grad(lambda p, row: jnp.divide(*loss_fn(p, row)))
+    mean = jax.grad(lambda p, row: jnp.divide(*loss_fn(p, row)[:2]))
     gradients = jax.jit(jax.vmap(jax.vmap(mean, (None, 0)), (None, 0)))(parameters, rows)
     return jax.tree.map(lambda x: np.asarray(x, np.float64), gradients)
 
@@ -60,7 +65,7 @@ def flat(tree, batch_axes):
 
 
 def test_what_is_not_asked_for_is_not_there_and_changes_nothing_else(measured):
-    (gradients, stats), (plain_gradients, plain) = measured
+    (gradients, stats, _), (plain_gradients, plain, _) = measured
     assert [getattr(plain, name) for name in plain._fields[6:]] == [None] * len(plain._fields[6:])
     for name in plain._fields[:6]:
         np.testing.assert_allclose(getattr(stats, name), getattr(plain, name), rtol=1e-5)
@@ -103,14 +108,13 @@ def test_a_step_feeds_the_transforms_and_the_policy(problem):
     """The noise scale of norm layers with a single microbatch, in a chain, inside the compiled step."""
     _, batch = problem
     policy = policies.noise_scale_following(2, 8, source="norm_layers", min_updates=2, confidence=0.0)
-    chain = optax.chain(
-        gradient_noise_scale(norm_layers=True, groups="layer"), optax.sgd(0.0), adaptive_batch_size(policy)
-    )
+    noise = gradient_noise_scale(norm_layers=True, groups="layer")
+    chain = adaptive_batch_size(optax.chain(noise, optax.sgd(0.0)), policy)
     step = jax.jit(
-        make_step(CONFIG, chain, max_gradient_norm=1.0, statistics=("layers", *policy.statistics)),
+        make_step(TASK, chain, max_gradient_norm=1.0, statistics=("layers", *policy.statistics)),
         compiler_options=QUICK,
     )
-    state = jax.jit(lambda: initial_state(CONFIG, chain, 0))()
+    state = jax.jit(lambda: initial_state(TASK, chain, 0))()
     for count in (1, 3):
         state, metrics = step(state, batch | {"microbatches": jnp.int32(count)})
         found = noise_scale(state.opt_state, "norm_layers")
@@ -124,4 +128,8 @@ def test_an_unknown_statistic_is_refused():
     with pytest.raises(
         ValueError, match="unknown statistic 'dots': use layers, norm_layers, dot_products, coordinates"
     ):
-        make_step(CONFIG, optax.sgd(0.1), max_gradient_norm=None, statistics=("dots",))
+        make_step(TASK, optax.sgd(0.1), max_gradient_norm=None, statistics=("dots",))
+
+
+def test_what_policies_may_ask_for_is_what_the_step_can_measure():
+    assert tuple(STATISTICS) == batch_size.STATISTICS

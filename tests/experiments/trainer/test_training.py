@@ -1,0 +1,262 @@
+"""What a run can be asked for besides: probes, groups, averages, the best checkpoint, another run's state."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from crescendo import optim, parallel
+from crescendo.experiments import configurables, trained
+from crescendo.experiments.checkpoint import Checkpoints
+from crescendo.experiments.errors import UserError
+from crescendo.experiments.metrics import read_records, read_run
+from crescendo.experiments.random_text import RandomText
+from crescendo.experiments.state import Clock
+from crescendo.experiments.tasks.base import Context
+from crescendo.experiments.train import train
+from crescendo.experiments.trainer import loop
+from crescendo.experiments.trainer.frozen import Trainable
+from crescendo.experiments.trainer.session import Session
+from crescendo.experiments.trainer.training import make_recorder
+from crescendo.models import ModelConfig
+from crescendo.models.resnet import ResNetConfig
+
+SMALL = ModelConfig(vocab_size=128, width=16, layers=1, heads=4, kv_heads=2, mlp_width=32)
+
+
+def one_device():
+    return parallel.make_mesh(devices=jax.devices()[:1])
+
+
+def small_session(**options) -> Session:
+    """A session of random text on one device."""
+    given = {"model": SMALL, "optimizer": optim.adamw(1e-2), "batch_size": 8, "total_examples": 64}
+    return Session(data=RandomText(128, 16), **{**given, "mesh": one_device(), **options})
+
+
+def run(session: Session, end: int | None = None):
+    """The state at the end, and the records."""
+    records: list[dict] = []
+    state, _ = loop.run(
+        session,
+        session.fresh_state(),
+        Clock(batch_size=session.policy.sizes[0]),
+        end=session.total_examples if end is None else end,
+        recorder=make_recorder(session, records.append),
+    )
+    return state, [record for record in records if record["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def asked(train_small, tmp_path_factory):
+    """A run that asks for everything at once; its folder and its last validation record."""
+    folder = tmp_path_factory.mktemp("asked") / "run"
+    return folder, train_small(
+        folder,
+        "train.probes = [@parameter_norms()]",
+        "parameter_norms.every_examples = 128",
+        "train.keep_best_checkpoint = True",
+        "train.keep_last_checkpoints = 1",
+        "train.average_examples = 64",
+        "train.groups = [@tables/group(), @slow/group()]",
+        "tables/group.axis = 'vocab'",
+        "tables/group.frozen = True",
+        "slow/group.path = 'blocks/mlp/*'",
+        "slow/group.learning_rate = 0.5",
+        "slow/group.weight_decay = 0.0",
+        "train.evaluate_every_examples = 64",
+        "train.total_examples = 300",
+        "train.checkpoint_every_examples = 256",
+    )
+
+
+def test_a_probe_looks_and_changes_nothing(asked):
+    records = [record for record in read_records(asked[0] / "metrics.jsonl") if record["kind"] == "probe"]
+    assert [record["examples_seen"] for record in records] == [128, 256, 288]
+    assert records[0]["norm/blocks/mlp/up/kernel"] > 0
+
+
+def test_frozen_parameters_stay_and_have_no_optimizer_state(asked):
+    names = [record for record in read_records(asked[0] / "metrics.jsonl") if record["kind"] == "probe"]
+    assert len({record["norm/embedding/table"] for record in names}) == 1
+    assert len({record["norm/blocks/mlp/up/kernel"] for record in names}) > 1
+    arrays = json.loads((asked[0] / "run.json").read_text())["fixed"]["arrays"]
+    assert not [name for name in arrays if name.startswith(".opt_state") and "embedding" in name]
+    assert [name for name in arrays if name.startswith(".parameters") and "embedding" in name]
+
+
+def test_the_best_checkpoint_stays_and_the_average_is_what_is_used(asked):
+    folder, last = asked
+    validations = [record for record in read_records(folder / "metrics.jsonl") if record["kind"] == "validation"]
+    best = min(validations, key=lambda record: record["loss"])["examples_seen"]
+    checkpoints = Checkpoints(folder / "checkpoints")
+    kept = checkpoints.saved()
+    checkpoints.close()
+    assert best in kept
+    assert last["examples_seen"] in kept
+    assert len(kept) <= 2
+    model = trained.load(folder)
+    newest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    assert (newest / "evaluation").is_dir()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(model.parameters))
+
+
+def test_a_length_that_is_no_whole_number_of_microbatches_ends_the_schedule_too(asked, capsys):
+    # 300 examples in microbatches of 16: the run and its schedule end at 288.
+    run_of = read_run(asked[0])
+    assert run_of.info["total_examples"] == 288
+    middle = run_of.train["examples_seen"] - run_of.train["batch_size"] / 2
+    expected = 1e-2 * np.where(middle < 64, middle / 64, (288 - middle) / (288 - 64))
+    np.testing.assert_allclose(run_of.train["learning_rate"], expected, rtol=1e-4)
+
+
+def test_speed_is_not_identity(asked, train_small):
+    """The finished run is recognised under another scan, remat and dtype."""
+    folder, last = asked
+    config = folder / "config.gin"
+    bound = configurables.bind(train, [str(config)], ["model.scan_layers = True", "model.remat = 'full'"])
+    assert bound(run=str(folder)) == last
+
+
+def test_a_run_starts_from_another_ones_state_and_clock(train_small, tmp_path):
+    stable = tmp_path / "stable"
+    shape = ("adamw.learning_rate = @schedules.wsd()", "schedules.wsd.peak = 1e-2", "schedules.wsd.warmup = 64")
+    train_small(stable, *shape, "schedules.wsd.decay = 0", "train.keep_checkpoints_at_examples = [256]")
+    annealed = tmp_path / "annealed"
+    start = f"train.start_from = '{stable}@256'"
+    train_small(annealed, *shape, start, "train.total_examples = 384", "schedules.wsd.decay = 128")
+    first, second = read_run(stable).train, read_run(annealed).train
+    assert second["examples_seen"][0] == 272
+    assert second["step"][0] == 17
+    assert first["learning_rate"][-1] == pytest.approx(1e-2)
+    middle = second["examples_seen"] - 8
+    np.testing.assert_allclose(second["learning_rate"], 1e-2 * (384 - middle) / 128, rtol=1e-4)
+    # The same rows as the run that it left.
+    np.testing.assert_allclose(second["loss"][0], first["loss"][16], rtol=1e-5)
+    for wrong, message in {
+        f"'{stable}'": "must be RUN@EXAMPLES",
+        f"'{stable}@100'": "no checkpoint at 100 examples",
+        f"'{stable}@512'": "at or past the end",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            train_small(tmp_path / "wrong", *shape, f"train.start_from = {wrong}", "train.total_examples = 512")
+
+
+def test_an_update_that_is_not_finite_changes_no_parameter_and_is_counted():
+    def poisoned(updates, state, params=None):
+        return jax.tree.map(lambda u: jnp.where(state == 1, jnp.nan, -0.01 * u), updates), state + 1
+
+    optimizer = optax.GradientTransformation(lambda params: jnp.int32(0), poisoned)
+    session = small_session(optimizer=optimizer)
+    state, feed, skipped, before = session.fresh_state(), session.feed(), [], None
+    for step in range(3):
+        if step == 1:
+            before = jax.device_get(state.parameters)
+        state, metrics = session.step(state, feed.read(8 * step, 8))
+        skipped.append(int(metrics["skipped_steps"]))
+        if step == 1:
+            jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.parameters), before)
+    assert skipped == [0, 1, 1]
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(state.parameters), jax.tree.leaves(before), strict=True))
+
+
+def test_a_state_that_is_not_finite_is_never_saved(train_small, tmp_path):
+    """A decay beyond all bounds: the update overflows while loss and gradient are finite."""
+    run_folder = tmp_path / "run"
+    poison = ("train.optimizer = @optim.chain()", "optim.chain.transforms = [@sgd(), @optax.scale(), @optax.trace()]")
+    factor = ("sgd.learning_rate = 1.0", "optax.scale.step_size = 1e38", "optax.trace.decay = 0.9")
+    with pytest.raises(UserError, match=r"in 3 steps in a row|not finite at"):
+        train_small(run_folder, *poison, *factor, "train.max_bad_steps = 3", "train.checkpoint_every_examples = 16")
+    kept = trained.load(run_folder).parameters
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept))
+
+
+def test_another_batch_size_is_taken_up_on_resuming_and_by_a_run_started_from_it(train_small, tmp_path):
+    run_folder = tmp_path / "small"
+    train_small(run_folder, "train.batch_size = 8", "train.total_examples = 128")
+    other = ("train.batch_size = 32", f"train.start_from = '{run_folder}@128'", "train.total_examples = 240")
+    train_small(tmp_path / "large", *other, "train.max_microbatch_examples = 32")
+    record = read_run(tmp_path / "large").train
+    assert record["batch_size"].tolist() == [32, 32, 32]
+    assert record["examples_seen"].tolist() == [160, 192, 224]
+    assert (record["loss"] > 0).all()
+    assert (record["microbatches"] == 1).all()
+
+
+def test_policies_that_compare_microbatches_get_them():
+    policy = optim.noise_scale_following(4, 16)
+    assert small_session(batch_size=policy).plan.microbatch_examples == 2
+    on_many = parallel.make_mesh(data=1, fsdp=4, devices=jax.devices()[:4])
+    with pytest.raises(UserError, match=r"batch_size = 4 over 4 devices can't be cut into 2 microbatches"):
+        _ = small_session(batch_size=policy, mesh=on_many).plan
+    # Where every shard keeps its own sum, its part is a microbatch to compare.
+    apart = parallel.make_mesh(data=4, devices=jax.devices()[:4])
+    assert small_session(batch_size=policy, mesh=apart).plan.microbatch_examples == 4
+
+
+def test_axes_that_a_dense_model_has_no_use_for_are_refused():
+    mesh = parallel.make_mesh(data=1, expert=2, devices=jax.devices()[:2])
+    with pytest.raises(UserError, match="mesh expert = 2: this model has no experts"):
+        small_session(mesh=mesh)
+
+
+def test_a_schedule_that_ends_elsewhere_is_said_aloud_and_one_that_does_not_fit_is_refused():
+    session = small_session(optimizer=optim.adamw(optim.schedules.linear(1e-2, 640)))
+    assert session.plan
+    assert any("640" in note and "64" in note for note in session.notes)
+    with pytest.raises(UserError, match="warmup"):
+        _ = small_session(optimizer=optim.adamw(optim.schedules.linear(1e-2, warmup=64))).plan
+
+
+def test_the_power_schedule_is_capped_behind_the_batch():
+    power = optim.schedules.power(0.02, tokens_per_count=16)
+    policy = optim.staged([8, 32], starts_examples=[0, 8])
+    _, records = run(small_session(optimizer=optim.sgd(power), batch_size=policy, total_examples=128))
+    assert max(record["learning_rate"] for record in records) == pytest.approx(0.02)
+    assert {record["batch_size"] for record in records} >= {8, 32}
+
+
+def test_the_loss_of_each_row_is_that_of_its_own_batch():
+    session = small_session()
+    state, task = session.fresh_state(), session.task
+    numbers = np.array([3, 11, 5, 700, 2])
+    found = session.row_losses()(state, numbers)
+    rows, context = task.train.take(numbers), Context(training=False)
+    for i, loss in enumerate(found):
+        row = {name: jnp.asarray(x[i : i + 1]) for name, x in rows.items()}
+        total, weight = task.evaluate(state.parameters, row | {"example": jnp.zeros(1, jnp.int32)}, context)["loss"]
+        assert loss == pytest.approx(float(total / weight), rel=1e-5)
+
+
+def test_schedule_free_is_evaluated_where_it_says():
+    session = small_session(optimizer=optim.schedule_free(1e-2))
+    state, _ = run(session)
+    evaluate = session.evaluation(16)
+    at_average = optim.evaluation_params(state.opt_state, state.parameters)
+    plain = small_session()
+    plain_state = plain.fresh_state(jax.device_get(at_average))
+    assert evaluate(state)["loss"] == pytest.approx(plain.evaluation(16)(plain_state)["loss"], rel=1e-5)
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (at_average, state.parameters)), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": [optim.group("*", frozen=True)]}, "freeze every parameter"),
+        ({"optimizer": optax.lbfgs()}, "asks for what a training step doesn't give"),
+        ({"model": ResNetConfig()}, "reads no tokens"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(options, message):
+    with pytest.raises(UserError, match=message):
+        _ = small_session(**options).plan
+
+
+def test_nothing_frozen_is_the_whole_tree():
+    tree = {"a": 1, "b": {"c": 2}}
+    every = Trainable(jax.tree.map(lambda _: True, tree))
+    assert every.take(tree) == tree
+    assert every.put(tree, tree) == tree
