@@ -163,7 +163,8 @@ def test_the_cache_changes_nothing(config):
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), wanted, atol=2e-5)
 
 
-@given(st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=8, unique=True), st.data())
+# The compiled program takes subnormal logits for 0, NumPy's order does not.
+@given(st.lists(st.floats(-5, 5, width=32, allow_subnormal=False), min_size=2, max_size=8, unique=True), st.data())
 @settings(max_examples=12, deadline=None)
 def test_draws_stay_within_what_they_may_take(logits, data):
     logits_BV = jnp.asarray([logits], jnp.float32)
