@@ -72,7 +72,13 @@ class Session:
       platform: "cpu", "gpu" or "tpu", where the mesh has no devices.
 
     Attributes:
-      task, policy, seed, groups, layout, optimizer, platform: what the arguments make.
+      task: what is trained.
+      policy: of the batch size.
+      layout: mesh and strategy, as the model needs them.
+      optimizer: with all that is wrapped around it.
+      seed: as given.
+      groups: as given.
+      platform: "cpu", "gpu" or "tpu".
       trainable: which parameters are trained.
       statistics: what the step measures beyond norms.
       parameters: the shapes of the parameters.

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from crescendo.models import resnet
+from crescendo.models.classification import classification_loss
 from crescendo.parallel import Layout, accumulate, make_mesh
 
 CONFIG = resnet.ResNetConfig(width=8, blocks=1).for_platform("cpu")
@@ -40,7 +41,8 @@ def trained(layout: Layout) -> tuple[list[float], dict, dict]:
     )
 
     def loss_fn(parameters, rows):
-        return (*resnet.classification_loss(CONFIG, parameters, rows), {})
+        logits = resnet.apply(CONFIG, parameters)(rows["images"], layout=layout)
+        return (*classification_loss(logits, rows["labels"]), {})
 
     def step(parameters, opt_state, rows):
         total = accumulate(loss_fn, parameters, rows, jnp.int32(MICROBATCHES), spread=layout.spread(AXES))
