@@ -36,7 +36,7 @@ $(AOT_VENV)/.installed: pyproject.toml constraints.txt | $(AOT_VENV)/bin/python
 comma := ,
 
 demo: $(VENV)/.installed  ## train a small model with constant batches and with batch-size warmup, and compare
-	@$(VENV)/bin/python -m crescendo.experiments.batch_warmup
+	@$(VENV)/bin/python -m crescendo.experiments.papers.batch_warmup
 
 test: $(VENV)/.installed-dev check  ## format, lint, types, and every quick test
 	@$(VENV)/bin/pytest -n 2 -m "not slow and not chaos and not gpu and not aot"

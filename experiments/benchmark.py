@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from crescendo import optim
-from crescendo.experiments import hardware
 from crescendo.experiments.benchmark_optim import PEERS, optimizer_table
-from crescendo.experiments.cli import run_command
-from crescendo.experiments.errors import UserError, user_values
-from crescendo.experiments.random_text import RandomText
-from crescendo.experiments.state import TrainState
+from crescendo.experiments.data.random_text import RandomText
+from crescendo.experiments.runs.state import TrainState
+from crescendo.experiments.runtime import hardware
+from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
 from crescendo.models.config import PRESETS

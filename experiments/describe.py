@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from crescendo import optim, parallel
-from crescendo.experiments.cli import run_command
-from crescendo.experiments.errors import UserError, user_values
-from crescendo.experiments.random_text import RandomText
+from crescendo.experiments.data.random_text import RandomText
+from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.trainer.compilation import peak_bytes
 from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig

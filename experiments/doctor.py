@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from crescendo.experiments import cache, hardware
-from crescendo.experiments.cli import run_command
+from crescendo.experiments.runtime import cache, hardware
+from crescendo.experiments.runtime.cli import run_command
 from crescendo.pallas_kernels.bench import OPS
 
 EXAMPLES = """examples:

@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from crescendo.experiments import hf, trained
-from crescendo.experiments.cli import run_command
-from crescendo.experiments.errors import UserError
+from crescendo.experiments.runs import hf, trained
+from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.errors import UserError
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.export runs/lm_30m --to hf

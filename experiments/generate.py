@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crescendo.experiments import trained
-from crescendo.experiments.cli import run_command
-from crescendo.experiments.errors import UserError
-from crescendo.experiments.trained import Trained
+from crescendo.experiments.runs import trained
+from crescendo.experiments.runs.trained import Trained
+from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.trainer.compilation import use_compilation_cache
 from crescendo.models import ModelConfig
 from crescendo.models.decode import Cache, decode, empty_cache, sample
@@ -59,7 +59,7 @@ def generate(
     """The tokens that follow a prompt, one at a time, until the text ends or there are `tokens` of them.
 
     Args:
-      model: see `crescendo.experiments.trained.load`.
+      model: see `crescendo.experiments.runs.trained.load`.
       prompt: the text so far; it is read as a document's begin.
       tokens: at most so many.
       temperature, top_k, top_p: see `crescendo.models.decode.sample`.

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from crescendo import optim
-from crescendo.experiments import configurables, hf
-from crescendo.experiments.cli import run_command
-from crescendo.experiments.errors import UserError
+from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.runs import hf
+from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.train import train
 
 EXAMPLES = """examples:

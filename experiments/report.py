@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from crescendo.experiments import page, plots
-from crescendo.experiments.cli import run_command
-from crescendo.experiments.metrics import Run, file_access, read_run
-from crescendo.experiments.progress import compact
+from crescendo.experiments.reports import page, plots
+from crescendo.experiments.runs.records import Run, file_access, read_run
+from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.trainer.progress import compact
 
 _COLUMNS = {  # the page's heading: the terminal's, short enough for 80 columns
     "run": "run",

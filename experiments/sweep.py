@@ -20,15 +20,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from crescendo.experiments import configurables, sweep_plots
-from crescendo.experiments.cli import run_command
-from crescendo.experiments.errors import UserError
-from crescendo.experiments.interruption import Interrupted, Interruption
-from crescendo.experiments.metrics import file_access, is_complete, read_records, replace_file
-from crescendo.experiments.progress import duration
+from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.report import Points, write_report
-from crescendo.experiments.sweep_launchers import Launcher, Local, Process, Ray
-from crescendo.experiments.sweep_points import Point, axis, enumerate_points, spaces, zipped
+from crescendo.experiments.runs.records import file_access, is_complete, read_records, replace_file
+from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.interruption import Interrupted, Interruption
+from crescendo.experiments.sweeps import plots as sweep_plots
+from crescendo.experiments.sweeps.launchers import Launcher, Local, Process, Ray
+from crescendo.experiments.sweeps.points import Point, axis, enumerate_points, spaces, zipped
+from crescendo.experiments.trainer.progress import duration
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.sweep --grid 'LEARNING_RATE = [1e-3, 3e-3]' --grid 'train.batch_size = [8, 32]'

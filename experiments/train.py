@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from crescendo.experiments import configurables
-from crescendo.experiments.cli import run_command
-from crescendo.experiments.errors import hosts_lost, user_values
+from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.errors import hosts_lost, user_values
 from crescendo.experiments.trainer.training import last_validation, train
 from crescendo.parallel import hosts
 

@@ -13,8 +13,8 @@ import optax
 import pytest
 
 from crescendo import optim, parallel
-from crescendo.experiments.random_text import RandomText
-from crescendo.experiments.state import Clock
+from crescendo.experiments.data.random_text import RandomText
+from crescendo.experiments.runs.state import Clock
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.session import Session
 from crescendo.experiments.trainer.training import make_recorder

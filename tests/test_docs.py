@@ -154,8 +154,9 @@ def test_a_guide_works_as_it_stands(page, tmp_path):
     script = "".join(block.text for block in blocks(page) if block.language == "sh" and block.run)
     if not script:
         pytest.skip("nothing to type")
-    ignored = shutil.ignore_patterns(".git", ".venv*", "runs", "build", ".*_cache", "__pycache__", "*.egg-info")
+    ignored = shutil.ignore_patterns(".git", ".venv*", "build", ".*_cache", "__pycache__", "*.egg-info")
     checkout = Path(shutil.copytree(ROOT, tmp_path / "checkout", symlinks=True, ignore=ignored))
+    shutil.rmtree(checkout / "runs", ignore_errors=True)
     environment = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["PYTHONPATH"] = str(checkout / "typings")

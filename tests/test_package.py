@@ -5,16 +5,12 @@ import doctest
 import importlib
 import subprocess
 import sys
-import tomllib
 import venv
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PACKAGES = PROJECT["tool"]["setuptools"]["packages"]
-FOLDERS = PROJECT["tool"]["setuptools"]["package-dir"]
 LEAVES = {"optim", "parallel", "pallas_kernels"}
 ALLOWED = {
     **{leaf: {leaf} for leaf in LEAVES},
@@ -23,49 +19,50 @@ ALLOWED = {
 }
 
 
-def sources(package: str) -> list[Path]:
-    return sorted((ROOT / FOLDERS[package]).glob("*.py"))
+TOPS = sorted(link.name for link in (ROOT / "typings" / "crescendo").iterdir())
 
 
-def modules() -> list[str]:
-    return [
-        package if path.stem == "__init__" else f"{package}.{path.stem}"
-        for package in PACKAGES
-        for path in sources(package)
-    ]
+def sources() -> dict[str, Path]:
+    """The package's modules by their names."""
+    found = {}
+    for path in (path for top in TOPS for path in sorted((ROOT / top).rglob("*.py"))):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(("crescendo", *parts)).removesuffix(".__init__")] = path
+    return found
 
 
-def test_every_folder_with_python_in_it_is_listed():
-    tops = [folder for folder in ROOT.iterdir() if (folder / "__init__.py").exists()]
-    folders = {
-        str(path.parent.relative_to(ROOT)) for top in tops for path in top.rglob("__init__.py") if path.parent.is_dir()
-    }
-    assert folders == set(FOLDERS.values())
-    assert set(PACKAGES) == set(FOLDERS)
-    assert all((ROOT / folder / "py.typed").exists() for folder in folders)
+def test_every_folder_is_a_package_and_every_top_is_typed():
+    for path in sources().values():
+        assert (path.parent / "__init__.py").exists(), f"{path.parent} has no __init__.py: no package"
+    assert all((ROOT / top / "py.typed").exists() for top in TOPS)
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == set(TOPS)
+
+
+def imported(path: Path) -> set[str]:
+    """The names from this package that a module imports, each written out."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write the whole name of {node.module}"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.startswith("crescendo.")}
 
 
 def test_packages_import_only_whom_they_may():
-    for package in PACKAGES:
-        own = package.split(".")[1]
-        for path in sources(package):
-            for node in ast.walk(ast.parse(path.read_text())):
-                names = []
-                if isinstance(node, ast.Import):
-                    names = [alias.name for alias in node.names]
-                elif isinstance(node, ast.ImportFrom):
-                    assert node.level == 0, f"{path}: write the whole name of {node.module}"
-                    names = [f"{node.module}.{alias.name}" for alias in node.names]
-                ours = {name.split(".")[1] for name in names if name.startswith("crescendo.")}
-                assert ours <= ALLOWED[own], f"{path} imports {ours - ALLOWED[own]}"
+    for module, path in sources().items():
+        ours = {name.split(".")[1] for name in imported(path)}
+        allowed = ALLOWED[module.split(".")[1]]
+        assert ours <= allowed, f"{path} imports {ours - allowed}"
 
 
 def test_gin_is_imported_in_one_place():
-    importers = [path.name for package in PACKAGES for path in sources(package) if "import gin" in path.read_text()]
-    assert importers == ["configurables.py"]
+    importers = [path.name for path in sources().values() if "import gin" in path.read_text()]
+    assert importers == ["binding.py"]
 
 
-@pytest.mark.parametrize("name", modules())
+@pytest.mark.parametrize("name", [name for name in sources() if not name.endswith("__main__")])
 def test_examples_in_docstrings_run(name):
     try:
         module = importlib.import_module(name)
@@ -79,9 +76,8 @@ def test_examples_in_docstrings_run(name):
 def test_files_stay_short():
     long = {
         str(path.relative_to(ROOT)): lines
-        for package in PACKAGES
-        for path in sources(package)
-        if (lines := len(path.read_text().splitlines())) > (700 if "pallas_kernels" in package else 460)
+        for name, path in sources().items()
+        if (lines := len(path.read_text().splitlines())) > (700 if "pallas_kernels" in name else 460)
     }
     assert not long
 

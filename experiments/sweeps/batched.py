@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from crescendo import optim
-from crescendo.experiments.state import TrainState
+from crescendo.experiments.runs.state import TrainState
 from crescendo.experiments.tasks.base import EXAMPLE, Context, Task
 from crescendo.experiments.trainer.shapes import initial_state
 from crescendo.experiments.trainer.step import make_step

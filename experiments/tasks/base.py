@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from crescendo.experiments.data import Source
+from crescendo.experiments.data.rows import Source
 from crescendo.models.layout import ONE_DEVICE, Layout
 
 Tree = Any

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from crescendo.experiments.errors import UserError
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.tasks.base import Context, Loss, RowArray, Source, Tree
 from crescendo.experiments.tasks.text import DROPOUT, fingerprint
 from crescendo.models import resnet, vit
@@ -19,7 +19,7 @@ from crescendo.models.vit import ViTConfig
 
 
 class Pictures(Protocol):
-    """What the task needs of its data; `crescendo.experiments.datasets.image_data.ImageData` has it."""
+    """What the task needs of its data; `crescendo.experiments.data.image_data.ImageData` has it."""
 
     @property
     def train(self) -> Source: ...

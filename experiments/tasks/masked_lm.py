@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import jax
 
-from crescendo.experiments.errors import UserError
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.tasks.base import Context, Loss, Tree
 from crescendo.experiments.tasks.text import MASKS, Text, TextTask
 from crescendo.models import ModelConfig

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 
 from crescendo import models
-from crescendo.experiments.errors import UserError
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.tasks.base import Context, RowArray, Source, Tree
 from crescendo.models import ModelConfig, axes
 
@@ -22,7 +22,7 @@ DROPOUT, MASKS = 0, 1
 
 
 class Text(Protocol):
-    """What a task needs of its data; `crescendo.experiments.data.TextData` has it."""
+    """What a task needs of its data; `crescendo.experiments.data.rows.TextData` has it."""
 
     @property
     def train(self) -> Source: ...

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from crescendo import optim
-from crescendo.experiments.state import TrainState
+from crescendo.experiments.runs.state import TrainState
 
 
 @dataclasses.dataclass

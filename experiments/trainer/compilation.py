@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from crescendo.experiments import cache
+from crescendo.experiments.runtime import cache
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from crescendo import optim, parallel
-from crescendo.experiments.data import Stream
-from crescendo.experiments.state import TrainState
+from crescendo.experiments.data.rows import Stream
+from crescendo.experiments.runs.state import TrainState
 from crescendo.experiments.tasks.base import Context, Source, Task, padded_rows
 from crescendo.experiments.trainer.feed import put_rows
 from crescendo.experiments.trainer.frozen import Trainable

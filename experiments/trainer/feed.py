@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from crescendo import parallel
-from crescendo.experiments.data import Stream
+from crescendo.experiments.data.rows import Stream
 from crescendo.experiments.tasks.base import Source, Task, padded_rows
 from crescendo.experiments.trainer.shapes import row_arrays
 from crescendo.models import axes

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import jax
 
-from crescendo.experiments.errors import UserError
-from crescendo.experiments.state import Clock, TrainState
+from crescendo.experiments.runs.state import Clock, TrainState
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.trainer.batch_sizes import DecidedBatchSizes
 from crescendo.experiments.trainer.feed import Feed
 from crescendo.experiments.trainer.recorder import Recorder

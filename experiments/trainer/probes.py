@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from crescendo.experiments.state import Clock, TrainState
+from crescendo.experiments.runs.state import Clock, TrainState
 
 
 class Probe(NamedTuple):

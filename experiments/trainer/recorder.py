@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-from crescendo.experiments.metrics import Record
-from crescendo.experiments.state import Clock
+from crescendo.experiments.runs.records import Record
+from crescendo.experiments.runs.state import Clock
 
 # The metrics of a step that every training record has; norms are of the mean gradient, before clipping. What else the
 # step returns (a task's extra sums, what transforms and policies report) stands behind them, null where not finite.

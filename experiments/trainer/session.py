@@ -16,9 +16,9 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from crescendo import optim, parallel
-from crescendo.experiments import hardware
-from crescendo.experiments.errors import UserError, user_values
-from crescendo.experiments.state import TrainState
+from crescendo.experiments.runs.state import TrainState
+from crescendo.experiments.runtime import hardware
+from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.tasks.base import Source, Task
 from crescendo.experiments.tasks.language_model import language_model
 from crescendo.experiments.trainer.compilation import peak_bytes

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from crescendo import parallel
-from crescendo.experiments.state import TrainState
+from crescendo.experiments.runs.state import TrainState
 from crescendo.experiments.tasks.base import EXAMPLE, RowArray, Task
 from crescendo.experiments.trainer.frozen import Trainable
 from crescendo.optim.masks import leaves_with_paths

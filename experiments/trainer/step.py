@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from crescendo import optim, parallel
-from crescendo.experiments.state import TrainState
+from crescendo.experiments.runs.state import TrainState
 from crescendo.experiments.tasks.base import Context, Task
 from crescendo.experiments.trainer.frozen import Trainable
 from crescendo.experiments.trainer.gradient_statistics import chosen_statistics, measured_gradients

@@ -12,12 +12,15 @@ import jax
 from rich.console import Console
 
 from crescendo import optim
-from crescendo.experiments import configurables, hardware, run_folder, trained
-from crescendo.experiments.checkpoint import Checkpoints
-from crescendo.experiments.errors import UserError
-from crescendo.experiments.interruption import Interrupted, Interruption
-from crescendo.experiments.metrics import Record, file_access, read_records, replace_file, run_observers
-from crescendo.experiments.state import Clock, TrainState
+from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.runs import folder as run_folder
+from crescendo.experiments.runs import trained
+from crescendo.experiments.runs.checkpoint import Checkpoints
+from crescendo.experiments.runs.records import Record, file_access, read_records, replace_file, run_observers
+from crescendo.experiments.runs.state import Clock, TrainState
+from crescendo.experiments.runtime import hardware
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.interruption import Interrupted, Interruption
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.batch_sizes import DecidedBatchSizes
 from crescendo.experiments.trainer.compilation import CompilationCounter, use_compilation_cache

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import topologies
 
 from crescendo import optim, parallel
-from crescendo.experiments.random_text import RandomText
+from crescendo.experiments.data.random_text import RandomText
 from crescendo.experiments.trainer.compilation import peak_bytes
 from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig

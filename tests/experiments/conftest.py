@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crescendo.experiments import configurables
+from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.train import train
 
 SMALL_MODEL = (

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from crescendo.experiments import commands
-from crescendo.experiments.cli import run_command
+from crescendo.experiments import __main__ as commands
+from crescendo.experiments.runtime.cli import run_command
 
 
 @pytest.mark.parametrize("name", commands.COMMANDS)

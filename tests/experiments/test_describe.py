@@ -10,7 +10,7 @@ import pytest
 
 from crescendo import models, parallel
 from crescendo.experiments import describe
-from crescendo.experiments.errors import UserError
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.models import ModelConfig
 from crescendo.parallel.describe import describe_sharding, device_bytes
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from crescendo.experiments.metrics import read_records
+from crescendo.experiments.runs.records import read_records
 from crescendo.parallel.hosts import Process
 
 DEVICES = 4

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from crescendo.experiments import run_folder
 from crescendo.experiments import train as train_module
-from crescendo.experiments.errors import UserError
-from crescendo.experiments.interruption import Interrupted
-from crescendo.experiments.metrics import read_run
+from crescendo.experiments.runs import folder as run_folder
+from crescendo.experiments.runs.records import read_run
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.interruption import Interrupted
 from crescendo.experiments.trainer.compilation import CompilationCounter
 from crescendo.experiments.trainer.recorder import Recorder
 
@@ -289,7 +289,7 @@ def test_a_folder_that_cannot_be_written_is_refused(train_small):
 
 
 def test_the_command_ends_with_exit_code_2_and_one_line(small_bindings, capsys):
-    from crescendo.experiments.cli import run_command
+    from crescendo.experiments.runtime.cli import run_command
 
     with pytest.raises(SystemExit) as ended:
         run_command(lambda: train_module.main(["--set", "train.batch_sise = 8"]))

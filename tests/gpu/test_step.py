@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from crescendo import models, optim, parallel
-from crescendo.experiments.random_text import RandomText
+from crescendo.experiments.data.random_text import RandomText
 from crescendo.experiments.tasks.base import EXAMPLE
 from crescendo.experiments.trainer.session import Session
 from crescendo.experiments.trainer.shapes import abstract_batch

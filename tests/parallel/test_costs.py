@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from crescendo import models, optim, parallel
-from crescendo.experiments.random_text import RandomText
+from crescendo.experiments.data.random_text import RandomText
 from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
 from crescendo.parallel.collectives import traffic

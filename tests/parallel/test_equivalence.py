@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crescendo import optim, parallel
-from crescendo.experiments.checkpoint import Checkpoints
-from crescendo.experiments.data import Rows, Stream
-from crescendo.experiments.packing import pack
-from crescendo.experiments.state import Clock, TrainState
+from crescendo.experiments.data.packing import pack
+from crescendo.experiments.data.rows import Rows, Stream
+from crescendo.experiments.runs.checkpoint import Checkpoints
+from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.tasks.language_model import LanguageModel, language_model
 from crescendo.experiments.trainer.feed import Feed
 from crescendo.experiments.trainer.shapes import abstract_batch, abstract_state, initial_state, state_shardings

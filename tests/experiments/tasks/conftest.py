@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from crescendo import parallel
-from crescendo.experiments.data import Rows
-from crescendo.experiments.packing import pack
+from crescendo.experiments.data.packing import pack
+from crescendo.experiments.data.rows import Rows
 from crescendo.experiments.tasks.base import Context
 from crescendo.models import ModelConfig
 from crescendo.models.layout import ONE_DEVICE

@@ -10,8 +10,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from crescendo.experiments.datasets.image_data import image_data
-from crescendo.experiments.errors import UserError
+from crescendo.experiments.data.image_data import image_data
+from crescendo.experiments.runtime.errors import UserError
 
 
 class CrescendoPictures(tfds.core.GeneratorBasedBuilder):

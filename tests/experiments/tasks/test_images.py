@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from crescendo import parallel
-from crescendo.experiments.datasets.image_data import ImageRows
-from crescendo.experiments.errors import UserError
+from crescendo.experiments.data.image_data import ImageRows
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.tasks.base import Context, padded_rows
 from crescendo.experiments.tasks.images import images
 from crescendo.experiments.tasks.language_model import language_model

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from crescendo.experiments.errors import UserError
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.tasks.base import Context, padded_rows
 from crescendo.experiments.tasks.language_model import language_model
 from crescendo.experiments.tasks.masked_diffusion import masked_diffusion

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from crescendo import optim, parallel
-from crescendo.experiments import configurables
-from crescendo.experiments.state import Clock
+from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.runs.state import Clock
 from crescendo.experiments.train import train
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.session import Session, session_options

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from crescendo import models
-from crescendo.experiments.random_text import RandomText
+from crescendo.experiments.data.random_text import RandomText
 from crescendo.experiments.tasks.base import EXAMPLE, Loss
 from crescendo.experiments.tasks.language_model import language_model
 from crescendo.experiments.trainer.gradient_statistics import STATISTICS, measured_gradients

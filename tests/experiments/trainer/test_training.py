@@ -9,12 +9,13 @@ import optax
 import pytest
 
 from crescendo import optim, parallel
-from crescendo.experiments import configurables, trained
-from crescendo.experiments.checkpoint import Checkpoints
-from crescendo.experiments.errors import UserError
-from crescendo.experiments.metrics import read_records, read_run
-from crescendo.experiments.random_text import RandomText
-from crescendo.experiments.state import Clock
+from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.data.random_text import RandomText
+from crescendo.experiments.runs import trained
+from crescendo.experiments.runs.checkpoint import Checkpoints
+from crescendo.experiments.runs.records import read_records, read_run
+from crescendo.experiments.runs.state import Clock
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.tasks.base import Context
 from crescendo.experiments.train import train
 from crescendo.experiments.trainer import loop

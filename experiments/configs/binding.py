@@ -1,0 +1,299 @@
+"""Gin: which factories configs can name, and how a command's configs are read. The only import of gin."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import gin
+import optax
+import typeguard
+from gin import selector_map
+
+import crescendo.optim as optim
+from crescendo.experiments import tasks
+from crescendo.experiments.data import rows as data
+from crescendo.experiments.data.image_data import image_data
+from crescendo.experiments.runtime.errors import UserError, user_values
+from crescendo.experiments.runtime.interruption import Interrupted
+from crescendo.experiments.trainer.probes import PROBES
+from crescendo.models import ModelConfig
+from crescendo.models.resnet import ResNetConfig
+from crescendo.models.vit import ViTConfig
+from crescendo.optim import batch_size, policies
+from crescendo.optim.groups import group
+from crescendo.parallel import make_mesh, strategy
+
+CONFIGS = resources.files("crescendo.experiments.configs")
+
+
+def model(preset: str = "debug", **changes) -> ModelConfig:
+    """`ModelConfig.preset(preset)` with the fields that are not None changed."""
+    return ModelConfig.preset(preset, **{name: value for name, value in changes.items() if value is not None})
+
+
+# Gin checks names against the signature, so the fields are spelled out there.
+_fields = get_type_hints(ModelConfig)
+model.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [inspect.Parameter("preset", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="debug", annotation=str)]
+    + [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_fields[f.name] | None)
+        for f in dataclasses.fields(ModelConfig)
+    ]
+)
+
+
+def _task_makers() -> dict[str, Callable]:
+    """The functions that make tasks: of each module of `experiments.tasks` the one that has its name."""
+    names = [module.name for module in pkgutil.iter_modules(tasks.__path__)]
+    modules = {name: importlib.import_module(f"{tasks.__name__}.{name}") for name in names}
+    return {name: getattr(module, name) for name, module in modules.items() if hasattr(module, name)}
+
+
+def _optax_factories() -> dict[str, dict[str, Callable]]:
+    """Every public function of optax and optax.contrib, by module."""
+    return {
+        module.__name__: {
+            name: f for name, f in vars(module).items() if name[0] != "_" and inspect.isfunction(f) and _is_optax(f)
+        }
+        for module in (optax, optax.contrib)
+    }
+
+
+def _is_optax(function: Callable) -> bool:
+    return function.__module__.partition(".")[0] == "optax"
+
+
+# What configs can name, by the module that qualifies a name used twice (schedules.constant, batch_size.constant).
+FACTORIES: dict[str, dict[str, Callable]] = {
+    "optim": optim.OPTIMIZERS | optim.TRANSFORMS | optim.COMBINATORS,
+    "optim.schedules": optim.SCHEDULES,
+    "optim.groups": {"group": group},
+    "optim.batch_size": {"constant": batch_size.constant, "staged": batch_size.staged},
+    "optim.policies": {
+        f.__name__: f
+        for f in (
+            policies.geometric_warmup,
+            policies.noise_scale_following,
+            policies.norm_test,
+            policies.critical_batch_following,
+        )
+    },
+    "models": {"model": model, "resnet": ResNetConfig, "vit": ViTConfig},
+    "tasks": _task_makers(),
+    "probes": PROBES,
+    "parallel": {"mesh": make_mesh, "strategy": strategy},
+    "data": {f.__name__: f for f in (data.text_data, data.stdlib_text, data.text_files, data.tfds_text, image_data)},
+}
+
+
+def _checked(factory: Callable, called: str | None = None) -> Callable:
+    """`factory`, its arguments checked against their annotations: a mistake in a config is a `UserError`."""
+    signature, called = inspect.signature(factory), called or factory.__name__
+
+    @functools.wraps(factory)
+    def call(*args, **kwargs):
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise UserError(f"{called}: {error}; set it in a config or with --set") from None
+        for name, value in bound.arguments.items():
+            annotation = signature.parameters[name].annotation
+            if annotation is inspect.Parameter.empty or signature.parameters[name].kind in (
+                inspect.Parameter.VAR_KEYWORD,
+                inspect.Parameter.VAR_POSITIONAL,
+            ):
+                continue
+            try:
+                typeguard.check_type(value, annotation)
+            except typeguard.TypeCheckError:
+                wanted = getattr(annotation, "__name__", None) or str(annotation)
+                if re.search(r"[|\[]", str(annotation)):
+                    wanted = str(annotation).replace("typing.", "").replace("collections.abc.", "")
+                raise UserError(f"{called}.{name} = {value!r} must be {wanted}") from None
+        return factory(*args, **kwargs)
+
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    return call
+
+
+def _bound(factory: Callable, called: str) -> Callable:
+    """`factory`, whose missing arguments are a `UserError`; a library's own annotations are not checked."""
+    signature = inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def call(*args, **kwargs):
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise UserError(f"{called}: {error}; set it in a config or with --set") from None
+        return factory(*args, **kwargs)
+
+    return call
+
+
+class _OursFirst(selector_map.SelectorMap):
+    """Gin's table of names, in which a name of optax's must be written out where Crescendo has it too."""
+
+    def matching_selectors(self, partial_selector: str) -> list[str]:
+        """Every complete name that ends with the partial one; optax's only where there is no other."""
+        found = super().matching_selectors(partial_selector)
+        return [name for name in found if not name.startswith("optax.")] or found
+
+
+@functools.cache
+def _register_factories() -> None:
+    ours_first = _OursFirst()
+    for name, value in gin.config._REGISTRY.items():
+        ours_first[name] = value
+    gin.config._REGISTRY = ours_first
+    for module, factories in FACTORIES.items():
+        for name, factory in factories.items():
+            gin.external_configurable(_checked(user_values()(factory), name), name=name, module=module)
+    for module, factories in _optax_factories().items():
+        for name, factory in factories.items():
+            gin.external_configurable(_bound(user_values()(factory), f"{module}.{name}"), name=name, module=module)
+
+
+@functools.cache
+def _register(experiment: Callable) -> Callable:
+    return gin.external_configurable(_checked(experiment), name=experiment.__name__, module="experiments")
+
+
+def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """An argument parser with `--config` and `--set`."""
+    result = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument(
+        "--config",
+        action="append",
+        metavar="FILE.gin",
+        help=f"a gin file, or one that ships with Crescendo ({', '.join(shipped())}); may be repeated",
+    )
+    result.add_argument(
+        "--set", action="append", default=[], metavar="'NAME = VALUE'", help="one gin binding; may be repeated"
+    )
+    return result
+
+
+def shipped() -> list[str]:
+    """The names of the configs in the package."""
+    return sorted(entry.name for entry in CONFIGS.iterdir() if entry.name.endswith(".gin"))
+
+
+def bind(experiment: Callable, configs: Sequence[str], bindings: Sequence[str] = ()) -> Callable:
+    """`experiment` with the parameters that the configs bind; later files and bindings win.
+
+    Args:
+      experiment: a function with annotated parameters; configs name it by its own name.
+      configs: paths of gin files, or names of shipped ones.
+      bindings: gin statements such as `"train.total_examples = 100"`.
+
+    Raises:
+      UserError: for a file that isn't there, a syntax error, an unknown name (with the nearest known ones), or, when
+        the result is called, a value of the wrong type.
+    """
+    gin.clear_config()  # also unlocks it
+    _register_factories()
+    wrapped = _register(experiment)
+    for config in configs:
+        _parse(_read(config), config)
+    for binding in bindings:
+        _parse(binding, "--set")
+    try:
+        gin.finalize()
+    except ValueError as error:
+        raise UserError(_one_line(error)) from None
+
+    @functools.wraps(experiment)
+    def call(**kwargs):
+        with _own_errors():
+            return wrapped(**kwargs)
+
+    return call
+
+
+def arguments(experiment: Callable) -> dict[str, Any]:
+    """What the configs of the latest `bind` give the experiment's parameters: factories called, defaults filled in.
+
+    Raises:
+      UserError: what a factory says of its arguments.
+    """
+    with _own_errors():
+        bound = gin.get_bindings(_register(experiment))
+    parameters = inspect.signature(experiment).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | bound
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """Gin raises a look-alike that says where in the config a call stood; the first line is ours."""
+    try:
+        yield
+    except (UserError, Interrupted) as stop:
+        kind = UserError if isinstance(stop, UserError) else Interrupted
+        raise kind(str(stop).splitlines()[0]) from None
+
+
+def operative_config() -> str:
+    """The bindings in force for what was called so far, defaults included, as gin text that repeats the run."""
+    return gin.operative_config_str(max_line_length=120)
+
+
+def _read(config: str) -> str:
+    path = Path(config)
+    if path.is_file():
+        return path.read_text()
+    if (CONFIGS / path.name).is_file() and path.name == config.removesuffix(".gin") + ".gin":
+        return (CONFIGS / path.name).read_text()
+    raise UserError(f"--config {config}: no such file; Crescendo ships {', '.join(shipped())}")
+
+
+def _parse(text: str, origin: str) -> None:
+    try:
+        gin.parse_config(text)
+    except SyntaxError as error:
+        raise UserError(f"{origin}: not gin: {_one_line(error)}; write NAME.PARAMETER = VALUE") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{origin}: {_explain(_one_line(error))}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _explain(message: str) -> str:
+    """Adds the nearest known names to gin's own words."""
+    unknown_factory = re.search(r"No configurable matching (?:reference )?'?@?([\w./]+)", message)
+    unknown_parameter = re.search(r"Configurable '?([\w.]+)'? doesn't have a parameter named '?(\w+)'?", message)
+    if unknown_factory:
+        name = unknown_factory.group(1).split("/")[-1]
+        return f"unknown name {name!r}{_nearest(name.split('.')[-1], _known_names())}"
+    if unknown_parameter:
+        name, parameter = unknown_parameter.groups()
+        known = list(inspect.signature(gin.get_configurable(name)).parameters)
+        if parameter.endswith("steps") and "total_examples" in known:
+            return (
+                f"{name.split('.')[-1]} has no parameter {parameter!r}; a run's length is total_examples, not in steps"
+            )
+        return f"{name.split('.')[-1]} has no parameter {parameter!r}{_nearest(parameter, known)}"
+    return message
+
+
+def _known_names() -> list[str]:
+    return sorted({name for factories in FACTORIES.values() for name in factories} | {"train"})
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(close)}" if close else f"; known: {', '.join(known)}"

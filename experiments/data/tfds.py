@@ -1,0 +1,63 @@
+"""Opens data sets of the TFDS catalogue as indexable sources, with no TensorFlow and, unless asked, no network."""
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from crescendo.experiments.runtime.errors import UserError
+
+
+def open_source(
+    name: str, split: str, data_directory: str | os.PathLike | None, download: bool, features: Sequence[str]
+) -> tuple[Any, str, list[str]]:
+    """Opens one split of a TFDS data set for random access.
+
+    Args:
+      name: as in the catalogue, such as "mnist", "imdb_reviews/plain_text" or "mnist:3.0.1".
+      split: such as "train" or "train[:80%]".
+      data_directory: where TFDS keeps prepared data; None for $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      download: whether to download and prepare the data set if it is not there.
+      features: the features to decode; the others come as stored.
+
+    Returns:
+      (source, full_name, files): source[i] is a dict of features, full_name has the configuration and the version, and
+      files are the paths that hold the split.
+
+    Raises:
+      UserError: if there is no such data set, split or feature, or it is not prepared for random access.
+    """
+    import tensorflow_datasets as tfds  # takes a second to import
+
+    import crescendo.experiments.data.stdlib_builder  # noqa: F401 (registers our builder)
+
+    if re.match(r"\w+:[A-Za-z_]", name):
+        raise UserError(
+            f'TFDS data set "{name}": names with a namespace are looked up on the network; use text_files instead'
+        )
+    try:
+        builder = tfds.builder(name, data_dir=data_directory)
+        if not builder.is_prepared():
+            if not download:
+                raise UserError(
+                    f'TFDS data set "{name}" is not prepared in {builder.data_path}: allow it with download = True, '
+                    "or name the folder that has it with data_directory"
+                )
+            builder = tfds.builder(name, data_dir=data_directory, file_format="array_record")
+            # The mirror bucket needs TensorFlow; the publishers' own addresses don't.
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        skipped = {feature: tfds.decode.SkipDecoding() for feature in builder.info.features if feature not in features}
+        for feature in features:
+            if feature not in builder.info.features:
+                raise UserError(f'TFDS data set "{name}" has no feature "{feature}": it has {", ".join(skipped)}')
+        source = builder.as_data_source(split, decoders=skipped)
+        files = [str(path) for path in builder.info.splits[split].filepaths]
+        return source, builder.info.full_name, files
+    except tfds.core.DatasetNotFoundError as error:
+        near = difflib.get_close_matches(name.partition("/")[0], tfds.list_builders(with_community_datasets=False))
+        raise UserError(
+            f'no TFDS data set "{name}"' + (f": did you mean {', '.join(near)}?" if near else "")
+        ) from error
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        raise UserError(f'TFDS data set "{name}", split "{split}": {" ".join(str(error).split())}') from error

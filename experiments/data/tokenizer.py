@@ -1,0 +1,202 @@
+"""Tokenizers: bytes, and subwords through the `tokenizers` library."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+from numpy.typing import ArrayLike
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from crescendo.experiments.runtime.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+KNOWN_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+SMALLEST_BPE = 257  # every byte, and the end of text
+
+
+class Tokenizer(Protocol):
+    """Text to token numbers in [0, vocab_size) and back. No text, whatever it says, encodes to `end_of_text`."""
+
+    vocab_size: int
+    end_of_text: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [tokens] of one text."""
+
+    def encode_batch(self, documents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, lengths) of UTF-8 documents: integers [sum of lengths], all in a row, and int64 [documents]."""
+
+    def decode(self, tokens: ArrayLike) -> str:
+        """The text of tokens, end-of-text tokens left out; a character cut at the edge becomes U+FFFD."""
+
+    def to_json(self) -> str:
+        """The same tokenizer as the content of a tokenizer.json file, which `SubwordTokenizer.load` reads."""
+
+
+class ByteTokenizer:
+    """A token for each byte, and 256 for the end of text.
+
+    >>> tokenizer = ByteTokenizer()
+    >>> tokenizer.encode("né").tolist()
+    [110, 195, 169]
+    >>> tokenizer.decode([256, 110, 195, 169, 256])
+    'né'
+    """
+
+    vocab_size = 257
+    end_of_text = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def encode_batch(self, documents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+        return np.frombuffer(b"".join(documents), np.uint8), lengths
+
+    def decode(self, tokens: ArrayLike) -> str:
+        tokens = np.asarray(tokens)
+        return tokens[tokens < self.end_of_text].astype(np.uint8).tobytes().decode(errors="replace")
+
+    def to_json(self) -> str:
+        vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+        model = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        model.decoder = decoders.ByteLevel()
+        model.add_special_tokens([END_OF_TEXT])
+        return model.to_str()
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary: itself where it can be seen (GPT-2's)."""
+    seen = [chr(byte) if chr(byte) in set(pre_tokenizers.ByteLevel.alphabet()) else None for byte in range(256)]
+    hidden = iter(range(256, 512))
+    return [chr(next(hidden)) if character is None else character for character in seen]
+
+
+class SubwordTokenizer:
+    """A tokenizer of the `tokenizers` library, such as `train_bpe` makes.
+
+    Args:
+      model: the library's tokenizer; it must know one of the tokens in KNOWN_END_OF_TEXT.
+
+    Raises:
+      UserError: if it knows none of them.
+    """
+
+    def __init__(self, model: tokenizers.Tokenizer):
+        model.no_truncation()
+        model.no_padding()
+        model.encode_special_tokens = True  # "<|endoftext|>" inside a document is plain text, not a document's end
+        vocabulary = model.get_vocab()
+        known = [token for token in KNOWN_END_OF_TEXT if token in vocabulary]
+        if not known:
+            raise UserError(f"the tokenizer has no end-of-text token: add one of {', '.join(KNOWN_END_OF_TEXT)}")
+        self._model = model
+        self.end_of_text = vocabulary[known[0]]
+        self.vocab_size = max(vocabulary.values()) + 1  # token numbers may have gaps
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "SubwordTokenizer":
+        """Reads a tokenizer.json file.
+
+        Raises:
+          UserError: if the file does not exist, is no tokenizer, or has no end-of-text token.
+        """
+        try:
+            return cls(tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8")))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except Exception as error:  # the library raises nothing more specific
+            raise UserError(f"{path} is not a tokenizer.json file ({error})") from error
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_batch(self, documents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        texts = [document.decode() for document in documents]
+        encoded = [np.array(e.ids, np.uint32) for e in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return np.concatenate([np.empty(0, np.uint32), *encoded]), lengths
+
+    def decode(self, tokens: ArrayLike) -> str:
+        return self._model.decode(np.asarray(tokens).tolist(), skip_special_tokens=True)
+
+    def to_json(self) -> str:
+        return self._model.to_str()
+
+    def spelling(self, token: int) -> str:
+        """What the vocabulary calls a token, special ones too."""
+        return self._model.id_to_token(token) or ""
+
+
+def train_bpe(documents: Iterable[bytes], vocab_size: int) -> SubwordTokenizer:
+    """Trains a byte-level byte-pair encoding.
+
+    Args:
+      documents: UTF-8 texts.
+      vocab_size: the most tokens to make, all 256 bytes and the end of text among them; a small corpus yields fewer.
+
+    Returns:
+      The tokenizer; its `vocab_size` is the count reached.
+
+    Example:
+      >>> tokenizer = train_bpe([b"low lower lowest"] * 9, vocab_size=260)
+      >>> len(tokenizer.encode("low low")), tokenizer.vocab_size
+      (2, 260)
+
+    References:
+      Sennrich, Haddow and Birch, "Neural machine translation of rare words with subword units", 2016; Radford et al.,
+      "Language models are unsupervised multitask learners", 2019 (on bytes).
+    """
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator((document.decode() for document in documents), trainer)
+    return SubwordTokenizer(model)
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """A choice of tokenizer: `identity` names it, `make` gives the tokenizer from the training documents."""
+
+    identity: str
+    make: Callable[[Iterable[bytes]], Tokenizer]
+
+
+def parse_tokenizer(spec: str) -> TokenizerSpec:
+    """Reads "bytes", "bpe:VOCAB_SIZE" (trained on the training documents) or the path of a tokenizer.json file.
+
+    Raises:
+      UserError: if spec is none of these, VOCAB_SIZE is below 257, or the file is not there or unfit.
+
+    >>> parse_tokenizer("bpe:300").make([b"to be or not to be"]).vocab_size
+    266
+    """
+    if spec == "bytes":
+        return TokenizerSpec(spec, lambda documents: ByteTokenizer())
+    kind, _, size = spec.partition(":")
+    if kind == "bpe":
+        if not size.isdecimal() or int(size) < SMALLEST_BPE:
+            raise UserError(
+                f'text_data.tokenizer = "{spec}": the vocabulary size must be a whole number of at least '
+                f'{SMALLEST_BPE} (256 bytes and the end of text), as in "bpe:16384"'
+            )
+        return TokenizerSpec(spec, lambda documents: train_bpe(documents, int(size)))
+    if not Path(spec).is_file():
+        raise UserError(
+            f'text_data.tokenizer = "{spec}" is neither "bytes", nor "bpe:VOCAB_SIZE", nor a tokenizer.json file'
+        )
+    tokenizer = SubwordTokenizer.load(spec)
+    digest = hashlib.blake2b(Path(spec).read_bytes(), digest_size=16).hexdigest()
+    return TokenizerSpec(f"json:{digest}", lambda documents: tokenizer)

@@ -1,0 +1,287 @@
+"""Checkpoints: one train state and its clock, saved by orbax in the background, restored onto any mesh.
+
+A checkpoint's number is `examples_seen`. Orbax notices a missing or cut file, not a flipped bit in an array, so each
+checkpoint also carries a fingerprint of every array, taken on the device.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import io
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from crescendo.experiments.runs.state import Clock, TrainState
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.parallel.hosts import is_leader
+
+
+def _bits(array) -> jax.Array:
+    """The array's bytes as a flat uint32 or narrower vector."""
+    width = jnp.dtype(array.dtype).itemsize * 8
+    unsigned = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}[width]
+    if array.dtype == jnp.bool_:
+        return array.astype(jnp.uint8).ravel()
+    return jax.lax.bitcast_convert_type(array, unsigned).ravel()
+
+
+@jax.jit
+def fingerprints(tree: Any) -> Any:
+    """One uint32 an array: `sum_i bits_i (2 i + 1) mod 2^32`. Any single changed entry changes it.
+
+    An odd factor is invertible modulo 2^32, so a change of one entry can't be lost; the factor differs between
+    entries, so a swap shows too. It doesn't depend on how the array is laid out over devices.
+    """
+
+    def one(array):
+        bits = _bits(array).astype(jnp.uint32)
+        return jnp.sum(bits * (2 * jax.lax.iota(jnp.uint32, bits.size) + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(one, tree)
+
+
+def _prints(tree: Any) -> list[int]:
+    """The fingerprints of a tree's arrays, in the order of its leaves."""
+    return [int(x) for x in jax.device_get(jax.tree.leaves(fingerprints(tree)))]
+
+
+@dataclasses.dataclass
+class FirstOfEach:
+    """Keeps the first checkpoint of each interval that `interval_of(examples)` numbers from 1; none of interval 0.
+
+    An orbax preservation policy.
+    """
+
+    interval_of: Callable[[int], int]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """One answer a checkpoint, oldest first."""
+        del context
+        interval = [self.interval_of(checkpoint.step) for checkpoint in checkpoints]
+        return [now > before for before, now in zip([0, *interval], interval, strict=False)]
+
+
+@dataclasses.dataclass
+class TheBest:
+    """Keeps the checkpoint that `best()` names; an orbax preservation policy."""
+
+    best: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """One answer a checkpoint."""
+        del context
+        return [checkpoint.step == self.best() for checkpoint in checkpoints]
+
+
+class _DamagedError(Exception):
+    """Why a checkpoint can't be used."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      folder: where they are; made when it isn't there.
+      keep_last: how many of the newest to keep.
+      keep_every_examples: also keep one every so many examples, for ever; None: none.
+      keep_at_examples: also keep the first at or after each of these, for ever.
+      read_only: touch nothing: another process may be saving there.
+
+    Attributes:
+      best: the checkpoint to keep besides, by its examples; None: none.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int = 2,
+        keep_every_examples: int | None = None,
+        keep_at_examples: Sequence[int] = (),
+        read_only: bool = False,
+    ):
+        self.best: int | None = None
+        policies: list = [checkpoint_managers.LatestN(keep_last), TheBest(lambda: self.best)]
+        if keep_every_examples is not None:
+            policies.append(FirstOfEach(lambda examples: 1 + examples // keep_every_examples))
+        if keep_at_examples:
+            at = sorted(keep_at_examples)
+            policies.append(FirstOfEach(lambda examples: bisect.bisect_right(at, examples)))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+        )
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self.folder = folder
+        self._print_exception, self._print_unraisable = threading.excepthook, sys.unraisablehook
+        threading.excepthook, sys.unraisablehook = self._unless_saving, self._unless_loop_closed
+        self._verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.FATAL)  # orbax logs the same once more, with its stack
+
+    def saved(self) -> list[int]:
+        """The examples of every checkpoint, increasing."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, clock: Clock, evaluation: Any = None) -> None:
+        """Starts saving; returns when the arrays have been copied to the host. One save is under way at a time.
+
+        Args:
+          state: at the clock.
+          clock: its `examples_seen` numbers the checkpoint.
+          evaluation: the parameters to evaluate and to use, where they aren't the state's own.
+        """
+        meta = {"clock": dataclasses.asdict(clock), "fingerprints": _prints(state)}
+        items: dict[str, Any] = {"state": ocp.args.StandardSave(state)}
+        if evaluation is not None:
+            items["evaluation"] = ocp.args.StandardSave({"parameters": evaluation})
+            meta["evaluation_fingerprints"] = _prints(evaluation)
+        with self._save_errors():
+            self._manager.save(clock.examples_seen, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
+
+    def restore(self, abstract: TrainState, report: Callable[[str], None]) -> tuple[TrainState, Clock] | None:
+        """The newest whole checkpoint, or None where there is none; a damaged one is reported, and set aside.
+
+        Args:
+          abstract: shapes, dtypes and shardings wanted.
+          report: called with a line about each damaged checkpoint.
+
+        Raises:
+          UserError: when there are checkpoints and all are damaged.
+        """
+        damaged: list[int] = []
+        for step in reversed(self.saved()):
+            try:
+                found = self._load(step, abstract)
+            except _DamagedError as problem:
+                report(f"checkpoint {self.folder / str(step)} is damaged ({problem}); trying the one before it")
+                damaged.append(step)
+            else:
+                self._set_aside(damaged)
+                return found
+        if damaged:
+            raise UserError(
+                f"every checkpoint in {self.folder} is damaged ({', '.join(map(str, damaged))}): "
+                "move the folder away to start anew"
+            )
+        return None
+
+    def restore_at(self, examples: int, abstract: TrainState) -> tuple[TrainState, Clock]:
+        """The checkpoint of exactly so many examples.
+
+        Raises:
+          UserError: where there is none, or it is damaged.
+        """
+        steps = self.saved()
+        if examples not in steps:
+            kept = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"{self.folder} has no checkpoint at {examples} examples (it has {kept})")
+        try:
+            return self._load(examples, abstract)
+        except _DamagedError as problem:
+            folder = self.folder / str(examples)
+            raise UserError(f"checkpoint {folder} is damaged ({problem}): run it again in another folder") from None
+
+    def restore_parameters(self, shapes: Any) -> tuple[Any, int]:
+        """The newest checkpoint's parameters to use, whole on one device, and its `examples_seen`.
+
+        They are the ones to evaluate: an average where the run keeps one, else the state's own.
+
+        Args:
+          shapes: of the parameters, as `jax.eval_shape` gives them.
+
+        Raises:
+          UserError: where there is none, or it is damaged or of another shape.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            raise UserError(f"{self.folder} has no checkpoint yet")
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {"parameters": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)}
+        restore = ocp.args.PyTreeRestore(
+            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        item = "evaluation" if (self.folder / str(step) / "evaluation").is_dir() else "state"
+        try:
+            found, _ = self._read(step, restore, item)
+        except _DamagedError as problem:
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} is damaged ({problem}): move it away, to take the one before it"
+            ) from None
+        return found["parameters"], step
+
+    def _load(self, step: int, abstract: TrainState) -> tuple[TrainState, Clock]:
+        """One checkpoint."""
+        state, meta = self._read(step, ocp.args.StandardRestore(abstract))
+        return state, Clock(**meta["clock"])
+
+    def _read(self, step: int, restore: ocp.args.CheckpointArgs, item: str = "state") -> tuple[Any, dict]:
+        """A checkpoint's item, or the first arrays of it, compared with their fingerprints, and what is said of it."""
+        try:
+            # Readers on other threads print their own tracebacks about a damaged file; the message says it all.
+            with contextlib.redirect_stderr(io.StringIO()):
+                found = self._manager.restore(
+                    step, args=ocp.args.Composite(**{item: restore}, meta=ocp.args.JsonRestore())
+                )
+        except Exception as error:
+            raise _DamagedError(str(error).splitlines()[0][:120]) from None
+        arrays, meta = found[item], found["meta"]
+        prints = _prints(arrays)
+        if prints != meta["fingerprints" if item == "state" else f"{item}_fingerprints"][: len(prints)]:
+            raise _DamagedError("its arrays are not the ones that were saved")
+        return arrays, meta
+
+    def _set_aside(self, damaged: list[int]) -> None:
+        """Moves damaged checkpoints out of the way, so that the run can save there again."""
+        for step in damaged if is_leader() else ():
+            (self.folder / str(step)).rename(self.folder.parent / f"damaged_checkpoint_{step}")
+        if damaged:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            self._manager.reload()
+
+    def wait(self) -> None:
+        """Until the save under way is on disk; raises what went wrong with it."""
+        with self._save_errors():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the folder."""
+        try:
+            with self._save_errors():
+                self._manager.close()
+        finally:
+            threading.excepthook, sys.unraisablehook = self._print_exception, self._print_unraisable
+            logging.set_verbosity(self._verbosity)
+
+    def _unless_saving(self, raised: threading.ExceptHookArgs) -> None:
+        """What a saving thread of orbax raises comes back from `wait`: it need not be printed too."""
+        if not type(raised.thread).__module__.startswith("orbax."):
+            self._print_exception(raised)
+
+    def _unless_loop_closed(self, raised) -> None:
+        """Writers that end after one of them failed find their event loop closed: the failure itself is reported."""
+        if str(raised.exc_value) != "Event loop is closed":
+            self._print_unraisable(raised)
+
+    @contextlib.contextmanager
+    def _save_errors(self) -> Iterator[None]:
+        """What fails while saving is the disk; orbax and tensorstore raise it as many types."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"cannot save a checkpoint in {self.folder}: {reason}; make room, and the same command goes on from "
+                "the last one saved"
+            ) from error

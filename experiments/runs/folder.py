@@ -1,0 +1,146 @@
+"""A run's folder: who holds it, what made it, and whether a run can go on in it."""
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from crescendo.experiments.runs.records import file_access, replace_file
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.parallel.hosts import is_leader
+
+PACKAGES = ("crescendo", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder (made when it isn't there) for this process; the kernel lets go of it however that ends.
+
+    Of several processes of one run the first holds it for all.
+
+    Raises:
+      UserError: while another process holds it, or when it can't be written.
+    """
+    if not is_leader():
+        yield
+        return
+    with file_access("write", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a+")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"the run folder {folder} is in use by process {lock.read().strip() or '(unknown)'}: "
+                "wait for it to end, or give another folder with --run"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def read_info(folder: Path) -> dict | None:
+    """The folder's `run.json`; None where there is none."""
+    path = folder / "run.json"
+    if not path.exists():
+        return None
+    with file_access("read", path):
+        try:
+            return json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is damaged ({error}): move the folder away to start anew") from None
+
+
+def write_info(folder: Path, info: Mapping[str, Any], config: str) -> None:
+    """Writes `run.json` and `config.gin`, each whole or not at all; of several processes the first does."""
+    if not is_leader():
+        return
+    replace_file(folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
+    replace_file(folder / "config.gin", config.encode())
+
+
+def check_resumable(folder: Path, before: Mapping[str, Any], version: int, fixed: Mapping[str, Any]) -> None:
+    """That a training run is what it was when it was begun.
+
+    Args:
+      folder: the run's.
+      before: its `run.json`.
+      version: of what runs keep, as this program has it.
+      fixed: see `check_same`.
+
+    Raises:
+      UserError: a run of another version; see `check_same`.
+    """
+    if before.get("format") != version:
+        raise UserError(
+            f"the run in {folder} was begun by a version of Crescendo that keeps optimizers otherwise (format "
+            f"{before.get('format', 1)}, this one {version}) and can't go on: give another folder with --run, with "
+            f"train.initialize_from = {str(folder)!r} to take its parameters"
+        )
+    check_same(folder, before["fixed"], fixed)
+
+
+def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """That what fixes the shape and the order of a run is the same as when it was begun.
+
+    Raises:
+      UserError: names each field that differs, with both values.
+    """
+    differing = [f"{name} was {old} and is now {new}" for name, old, new in _differences(before, now)]
+    if differing:
+        shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
+        raise UserError(f"the run in {folder} can't go on: {shown}: undo that, or give another folder with --run")
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """`(path, old, new)` of every entry of two nested mappings that isn't the same."""
+    for name in dict.fromkeys([*now, *before]):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from ((f"{name}.{inner}", a, b) for inner, a, b in _differences(old, new))
+        elif old != new:
+            yield name, old, new
+
+
+def provenance() -> dict[str, Any]:
+    """When, from which commit, with which versions and on which devices."""
+    devices = jax.devices()
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git_commit": _git_commit(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree that is running, with `+` behind it where files differ from it."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None if described.returncode == 0 else None

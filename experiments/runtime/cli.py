@@ -1,0 +1,30 @@
+"""What every command shares: one-line errors with exit code 2."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.interruption import Interrupted
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Calls `main()`; a `UserError` becomes one line on standard error and exit code 2, Ctrl-C one and 130."""
+    if not (sys.stdout.isatty() or sys.stderr.isatty()):
+        # A notebook's kernel sets FORCE_COLOR, which makes rich redraw lines in what is no terminal.
+        os.environ.setdefault("TTY_COMPATIBLE", "0")
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as stopped:
+        print(stopped)
+    except KeyboardInterrupt:
+        print("interrupted; what was saved is kept, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader went away; a second complaint at interpreter exit is prevented by closing its end here.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

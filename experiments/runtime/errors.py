@@ -1,0 +1,54 @@
+"""What a person did wrong, said in one line."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: its message names the value, the limit and the fix.
+
+    Commands print it as one line on standard error and exit with code 2 (`run_command` in `cli.py`).
+
+    >>> raise UserError("train.batch_size = -4 must be at least 1")
+    Traceback (most recent call last):
+    ...
+    crescendo.experiments.runtime.errors.UserError: train.batch_size = -4 must be at least 1
+    """
+
+
+@contextmanager
+def user_values() -> Iterator[None]:
+    """Around calls whose arguments are the user's own: a library's `ValueError` about them is the user's to mend.
+
+    >>> with user_values(): raise ValueError("batch_size = 0 must be at least 1")
+    Traceback (most recent call last):
+    ...
+    crescendo.experiments.runtime.errors.UserError: batch_size = 0 must be at least 1
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+@contextmanager
+def hosts_lost() -> Iterator[None]:
+    """Around a run of several processes: the runtime's error when another one has gone is nobody's mistake here.
+
+    >>> with hosts_lost(): raise jax.errors.JaxRuntimeError("connection reset")
+    Traceback (most recent call last):
+    ...
+    jax.errors.JaxRuntimeError: connection reset
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or not re.search("gloo|nccl|unavailable|deadline|connection", str(error), re.I):
+            raise
+        raise UserError(
+            f"another process of this run has ended ({str(error).strip().splitlines()[0][:120]}): see its own output; "
+            "the same command on every host goes on from the last checkpoint"
+        ) from None

@@ -1,0 +1,88 @@
+"""Configs: what they bind, and what they refuse."""
+
+import inspect
+
+import pytest
+
+from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.train import train
+
+
+def probe(*, number: int, name: str = "none", factory: object = None) -> tuple:
+    """An experiment that returns what the configs bound."""
+    return number, name, factory
+
+
+def test_later_files_and_bindings_win(tmp_path):
+    first, second = tmp_path / "first.gin", tmp_path / "second.gin"
+    first.write_text("N = 3\nprobe.number = %N\nprobe.name = 'first'\n")
+    second.write_text("probe.name = 'second'\n")
+    bind = configurables.bind
+    assert bind(probe, [str(first)])() == (3, "first", None)
+    assert bind(probe, [str(first), str(second)])() == (3, "second", None)
+    assert bind(probe, [str(first)], ["N = 5", "probe.name = 'third'"])() == (5, "third", None)
+
+
+def test_factories_are_called_and_kept_in_the_operative_config():
+    bindings = ["probe.number = 1", "probe.factory = @model()", "model.layers = 7", "model.preset = '30m'"]
+    _, _, config = configurables.bind(probe, [], bindings)()
+    assert (config.layers, config.width) == (7, 512)
+    text = configurables.operative_config()
+    assert "model.layers = 7" in text
+    assert configurables.bind(probe, [], text.splitlines())() == (1, "none", config)
+
+
+def test_every_factory_can_be_named_and_says_what_it_takes():
+    for factories in configurables.FACTORIES.values():
+        for name, factory in factories.items():
+            assert factory.__doc__, name
+            assert all(
+                parameter.annotation is not inspect.Parameter.empty
+                for parameter in inspect.signature(factory).parameters.values()
+                if parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+            ), f"{name} has a parameter without an annotation: it would not be checked"
+
+
+def test_every_shipped_config_names_only_what_there_is():
+    for name in configurables.shipped():
+        assert configurables.bind(train, [name]).__name__ == "train"
+
+
+@pytest.mark.parametrize(
+    ("bindings", "message"),
+    [
+        (["probe.numbr = 3"], r"--set: probe has no parameter 'numbr'; nearest: number"),
+        (["adamm.weight_decay = 3"], r"--set: unknown name 'adamm'; nearest: adamw"),
+        (["probe.factory = @stagedd()", "probe.number = 1"], r"unknown name 'stagedd'; nearest: staged"),
+        (["probe.number = %MISSING"], r"MISSING"),
+        (["probe.number 3"], r"--set: not gin: .*write NAME.PARAMETER = VALUE"),
+        (["probe.number = 'three'"], r"probe.number = 'three' must be int"),
+        (
+            ["probe.number = 1", "probe.factory = @model()", "model.layers = 1.5"],
+            r"model.layers = 1.5 must be int \| None",
+        ),
+        ([], r"probe.*'number'.*set it in a config or with --set"),
+    ],
+)
+def test_mistakes_are_one_line(bindings, message):
+    with pytest.raises(UserError, match=message) as refused:
+        configurables.bind(probe, [], bindings)()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_length_in_steps_is_told_of_the_clock():
+    with pytest.raises(UserError, match="train has no parameter 'steps'; a run's length is total_examples"):
+        configurables.bind(train, ["debug.gin"], ["train.steps = 100"])
+
+
+def test_a_missing_file_lists_those_that_ship():
+    with pytest.raises(UserError, match=r"--config nowhere.gin: no such file; Crescendo ships debug.gin"):
+        configurables.bind(probe, ["nowhere.gin"])
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path):
+    config = tmp_path / "mine.gin"
+    config.write_text("probe.numbr = 1\n")
+    with pytest.raises(UserError, match=r"mine.gin: probe has no parameter 'numbr'"):
+        configurables.bind(probe, [str(config)])

@@ -1,0 +1,262 @@
+"""The report's numbers follow from the records, and its page stands alone, whatever the runs hold."""
+
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from crescendo.experiments import report
+from crescendo.experiments.report import compare, comparison_table, headline, write_report
+from crescendo.experiments.reports import page, plots
+from crescendo.experiments.runs.records import read_run
+from crescendo.experiments.runtime.errors import UserError
+
+T = 128  # tokens an example in `make_run`
+MakeRun = Callable[..., Path]
+
+
+def arms(*folders: Path) -> list[report.Arm]:
+    return compare([read_run(folder) for folder in folders])
+
+
+def test_the_comparison_follows_from_the_records(make_run: MakeRun):
+    small = make_run("constant-2", loss=1.795, seconds_per_step=0.04)
+    warmup = make_run("warmup", loss=1.808, doublings=(0.4, 0.8))
+    first, second = arms(small, warmup)
+    assert (first.validation_loss, first.loss_difference, first.steps_saved) == (1.795, None, None)
+    assert (first.steps, first.examples, first.tokens) == (500, 1000, 128_000)
+    assert first.seconds == pytest.approx(500 * 0.04)
+    assert first.tokens_per_second == pytest.approx(128_000 / 20)
+    assert second.steps == 200 + 100 + 25  # 400 examples by 2, 400 by 4, 200 by 8
+    assert second.steps_saved == pytest.approx(1 - 325 / 500)
+    assert second.loss_difference == pytest.approx(0.013)
+    assert (first.peak_batch_size, second.peak_batch_size, second.done) == (2, 8, 1)
+    assert headline([first, second]) == "warmup: 1.808 nats in 325 steps, 35% fewer than constant-2 (1.795)"
+
+
+def test_the_headline_is_about_the_best_arm_against_the_first(make_run: MakeRun):
+    base, same = make_run("base", loss=1.8), make_run("same", loss=1.9)
+    assert headline(arms(base)) == "base: 1.800 nats after 500 steps and 128k tokens"
+    assert headline(arms(base, same)) == "same: 1.900 nats in 500 steps, as many as base (1.800)"
+    better = make_run("better", loss=1.7, batch_size=1)
+    assert headline(arms(base, same, better)) == "better: 1.700 nats in 1,000 steps, 100% more than base (1.800)"
+    half = make_run("half", loss=1.6, seen_until=500)
+    assert headline(arms(base, half)) == "half: 1.600 nats after 64k tokens, base: 1.800 after 128k"
+    assert headline(arms(make_run("new", loss=None))) == "new: no validation loss yet after 500 steps and 128k tokens"
+
+
+@pytest.mark.parametrize(("seen_until", "saved"), [(1000, 0.5), (996, 1 - 249 / 500), (900, None)])
+def test_steps_are_compared_at_equal_data_only(make_run: MakeRun, seen_until: int, saved: float | None):
+    _, other = arms(make_run("base"), make_run("other", batch_size=4, seen_until=seen_until))
+    assert other.steps_saved == (saved if saved is None else pytest.approx(saved))
+    assert other.done == seen_until / 1000
+
+
+def test_seeds_of_one_arm_are_averaged(make_run: MakeRun):
+    folders = [make_run(f"small-seed{i}", loss=loss) for i, loss in enumerate((1.7, 1.8, 2.2))]
+    folders += [make_run("big seed=7", loss=2.5, batch_size=4), make_run("small", loss=3.0)]
+    small, big, plain = arms(*folders)
+    assert (small.name, len(small.runs)) == ("small", 3)
+    assert small.validation_loss == pytest.approx(1.9)
+    assert small.validation_spread == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 2))
+    assert (big.name, big.validation_spread) == ("big seed=7", None)  # alone: the seed stays in the name
+    assert big.steps_saved == pytest.approx(0.5)
+    assert (plain.name, len(plain.runs)) == ("small", 1)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folder(make_run: MakeRun):
+    first, second = make_run("debug-seed1"), make_run("debug-seed1")
+    assert [arm.name for arm in arms(first, second)] == [f"debug-seed1 ({first})", f"debug-seed1 ({second})"]
+
+
+def terminal(*folders: Path, width: int = 80) -> str:
+    screen = io.StringIO()
+    Console(width=width, file=screen).print(comparison_table(folders))
+    return screen.getvalue()
+
+
+def test_the_terminal_table_shows_every_column_in_80_columns(make_run: MakeRun):
+    text = terminal(make_run("constant-2", loss=1.795), make_run("warmup", loss=1.75, doublings=(0.4, 0.8)))
+    _, heading, _, first, second = (line.split() for line in text.splitlines())
+    assert heading == ["run", "loss", "first", "steps", "saved", "examples", "tokens", "seconds", "/s", "batch"]
+    assert first == ["constant-2", "1.795", "500", "1,000", "128k", "25.0", "5.12k", "2"]
+    assert second == ["warmup", "1.750", "−0.045", "325", "35.0%", "1,000", "128k", "16.2", "7.88k", "8"]
+
+
+def test_a_long_name_never_hides_a_number(make_run: MakeRun):
+    folders = [make_run(f"{'a-very-long-name-' * 5}seed{i}", loss=1.5 + i, seen_until=600) for i in range(2)]
+    text = terminal(*folders)
+    for part in ("2.000", "±0.707", "2 seeds", "60% done", "300", "76.8k", "15.0", "5.12k"):
+        assert part in re.sub(r"\s+", " ", text)
+
+
+HOSTILE_NAME = "_$\\frac{$ </style><script>alert(1)</script><img src=http://evil.example/x> [red] & \"' 界"
+
+
+# Those that every run has.
+PLAIN_CHARTS = [chart for chart in plots.CHARTS if chart.columns == ("loss",)]
+
+
+def assert_stands_alone(page: str) -> None:
+    """Nothing refers to anything outside the page, and nothing but the two scripts that it came with may run."""
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)
+    assert policy
+    assert policy[1].startswith("default-src 'none'; script-src 'sha256-")
+    scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert re.findall(r"'sha256-([^']+)'", policy[1]) == hashes
+    assert len(hashes) == 2
+    rest = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    references = re.findall(r"""<[^>]*?\b(?:src|srcset|href|action|data)\s*=\s*["']?([^"'\s>]*)""", rest)
+    references += re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s;]*)""", rest)
+    assert references == []
+
+
+def figures(page: str) -> list[dict]:
+    data = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, flags=re.DOTALL)
+    assert data
+    return json.loads(data[1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_report_stands_alone_and_shows_what_the_table_shows(make_run: MakeRun, tmp_path: Path):
+    config = "import x\n# Parameters\nadamw.b1 = 0.9\nschedule.at = \\\n    [0.35,\n     0.65]\n"
+    runs = [
+        make_run(HOSTILE_NAME, loss=1.795, config=config),
+        make_run(
+            "warmup", loss=1.808, doublings=(0.4,), config=config.replace("0.9", "0.8"), warnings=("loss is <nan>",)
+        ),
+    ]
+    page_path = write_report(runs, tmp_path / "out" / "report", title="Title <b>")
+    text = page_path.read_text(encoding="utf-8")
+    assert page_path == tmp_path / "out" / "report" / "report.html"
+    assert_stands_alone(text)
+    assert "<title>Title &lt;b&gt;</title>" in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "<h1>warmup: 1.808 nats in 350 steps, 30% fewer than _$\\frac{$ &lt;/style" in text
+    for cell in ("+0.013", "350", "30.0%", "128k", "17.5"):
+        assert f">{cell}</td>" in text
+    assert '<tr class="differs"><th scope="row">adamw.b1</th><td>0.9</td><td>0.8</td></tr>' in text
+    assert '<tr><th scope="row">schedule.at</th><td>[0.35, 0.65]</td><td>[0.35, 0.65]</td></tr>' in text
+    assert '<tr><th scope="row">versions.jax</th><td>0.11.2</td><td>0.11.2</td></tr>' in text
+    assert "40%: batch size 2 → 4 at step 200 (staged: 40%)" in text
+    assert "100%: loss is &lt;nan&gt; (step 350)" in text
+    for chart in PLAIN_CHARTS:
+        picture = (page_path.parent / f"{chart.name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+    assert len(list(page_path.parent.iterdir())) == 1 + len(PLAIN_CHARTS)
+
+
+ODD_RUNS: dict[str, dict] = {
+    "no-validation": {"loss": None},
+    "no-step": {"seen_until": 0},
+    "one-step": {"seen_until": 2},
+    "one-step-unvalidated": {"seen_until": 2, "loss": None},
+    "diverged": {"loss": math.nan, "train_loss": lambda seen: math.nan if seen > 300 else 3.0},
+    "exploded": {"loss": math.inf, "train_loss": lambda seen: min(1e300, 2.0**seen)},
+    "never-finite": {"loss": math.nan, "train_loss": lambda seen: math.inf},
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ODD_RUNS)
+def test_odd_runs_are_drawn_and_compared(make_run: MakeRun, name: str):
+    odd, sound = make_run(name, **ODD_RUNS[name]), make_run("sound")
+    for order in ([odd, sound], [sound, odd]):
+        found = arms(*order)
+        assert all(arm.loss_difference is None or math.isfinite(arm.loss_difference) for arm in found)
+        assert headline(found).startswith(("sound: ", f"{name}: "))
+        assert name.split("-")[0] in terminal(*order)
+        curves = [(arm.name, arm.runs) for arm in found]
+        for chart in PLAIN_CHARTS if order[0] == odd else ():
+            plots.render(chart, curves)
+            json.dumps(page.figure(chart, curves), allow_nan=False)
+    assert ("nan" in terminal(odd)) == (name in ("diverged", "never-finite"))
+
+
+def test_a_diverged_run_does_not_squash_the_others(make_run: MakeRun):
+    sound = make_run("sound", loss=2.0, train_loss=lambda seen: 2.0 + 8 * math.exp(-seen / 40))
+    exploded = make_run("exploded", loss=2.5, train_loss=lambda seen: 2.5 if seen < 500 else 1e6)
+    limits = plots.loss_limits([(folder.name, [read_run(folder)]) for folder in (sound, exploded)])
+    assert limits is not None
+    assert 1.8 < limits[0] < 2.0
+    assert 2.5 < limits[1] < 4.0
+
+
+def test_the_batch_size_is_drawn_as_stairs_over_the_tokens_it_covers(make_run: MakeRun):
+    run = read_run(make_run("warmup", doublings=(0.4, 0.8), total=1003))
+    (curve,) = plots.CHARTS[2].curves(run)
+    assert curve.stairs
+    np.testing.assert_array_equal(curve.y, [2, 4, 8, 8])
+    np.testing.assert_array_equal(curve.x, np.array([0, 402, 806, 998]) * T)
+
+
+def test_the_smoothed_loss_of_a_constant_is_that_constant(make_run: MakeRun):
+    run = read_run(make_run("flat", doublings=(0.5,), train_loss=lambda seen: 1.25))
+    np.testing.assert_allclose(plots.averaged(run, "loss"), 1.25, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0, "0"), (6.000000001e-4, "6e-4"), (2.5e-3, "2.5e-3"), (1.0, "1e+0")])
+def test_learning_rates_are_labelled_briefly(value: float, text: str):
+    assert plots.CHARTS[3].format(value) == text
+
+
+def test_charts_are_the_same_at_every_drawing(make_run: MakeRun):
+    curves = [("run", [read_run(make_run("run"))])]
+    first, second = (plots.render(plots.CHARTS[3], curves) for _ in range(2))
+    assert first == second
+
+
+def test_the_noise_scale_and_trust_ratios_are_drawn_where_a_run_has_them(make_run: MakeRun, tmp_path: Path):
+    run = make_run("measured")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for i, record in enumerate(r for r in records if r["kind"] == "train"):
+        record["noise_scale"] = None if i < 3 else 10.0 + i
+        record |= {"trust_ratio_min": 0.1, "trust_ratio_median": 0.5, "trust_ratio_max": 2.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    noise = plots.averaged(read_run(run), "noise_scale")
+    assert np.isnan(noise[2])
+    assert noise[3] == 13.0
+    found = figures(write_report([run, make_run("plain")], tmp_path / "out").read_text(encoding="utf-8"))
+    assert [figure["title"] for figure in found] == [chart.title for chart in plots.CHARTS]
+    assert found[-2]["data"][0]["y"][2:4] == [None, 13.0]
+    assert [(trace["meta"], trace["y"][-1], trace["line"]["dash"]) for trace in found[-1]["data"]] == [
+        (0, 0.5, "solid"),
+        (0, 0.1, "dot"),
+        (0, 2.0, "dot"),
+    ]
+    for name in ("noise_scale", "trust_ratio"):
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_prints_the_table_and_writes_beside_the_first_run(make_run: MakeRun, capsys: pytest.CaptureFixture):
+    run = make_run("constant-2", loss=1.795)
+    report.main([str(run)])
+    out = capsys.readouterr().out
+    assert "constant-2: 1.795 nats after 500 steps and 128k tokens" in out
+    assert out.splitlines()[-1] == str(run / "report" / "report.html")
+    assert_stands_alone((run / "report" / "report.html").read_text(encoding="utf-8"))
+
+
+def test_bad_input_is_one_line_and_exit_code_2(make_run: MakeRun, tmp_path: Path):
+    command = [sys.executable, "-m", "crescendo.experiments.report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: {tmp_path} is not a run folder: .*\n", done.stderr)
+    assert done.stdout == ""
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_error(make_run: MakeRun):
+    run = make_run("run")
+    with pytest.raises(UserError, match=r"cannot write .*run.json/report: Not a directory"):
+        write_report([run], run / "run.json" / "report")

@@ -1,0 +1,248 @@
+"""Export to and import from Hugging Face's format, and generating from what was trained."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crescendo import models
+from crescendo.experiments import import_hf
+from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.data.tokenizer import ByteTokenizer
+from crescendo.experiments.export import export
+from crescendo.experiments.generate import generate, stream
+from crescendo.experiments.runs import hf, trained
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.train import train
+from crescendo.models import ModelConfig
+from crescendo.models.decode import decode, empty_cache, sample
+
+SHAPES = [
+    ModelConfig(layers=2, width=32, mlp_width=48),
+    ModelConfig(layers=2, width=32, mlp_width=48, qk_norm=False, tied_head=False, head_width=12, rope_theta=5e5),
+]
+
+
+@pytest.fixture(scope="module")
+def run(train_small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    return folder, train_small(folder)["loss"]
+
+
+def random_parameters(config):
+    """No two alike, norm scales neither: exchanged ones would show."""
+    parameters = models.initialize(config.for_platform("cpu"), jax.random.key(1))
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda w: jnp.asarray(w * random.uniform(0.5, 1.5, w.shape), jnp.float32), parameters)
+
+
+def uncached(model, tokens):
+    """Logits by the model's own forward pass, in one document."""
+    forward = models.apply(model.config, model.parameters)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return forward(tokens, jnp.ones_like(tokens), positions) @ forward.output_table().T
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=["qwen3", "llama"])
+def test_a_model_comes_back_from_the_format_as_it_was(config):
+    parameters = random_parameters(config)
+    content = hf.hf_config(config, end_of_text=256, max_length=64)
+    read = hf.model_config(json.loads(json.dumps(content)), "config.json")
+    assert dataclasses.replace(read, head_width=config.head_width) == config
+    tensors = hf.hf_tensors(config, parameters)
+    assert tensors["model.layers.1.self_attn.k_proj.weight"].shape == (config.kv_heads * config.head_size, 32)
+    assert ("lm_head.weight" in tensors) is not config.tied_head
+    back = hf.model_parameters(config, tensors, "here")
+    jax.tree.map(np.testing.assert_array_equal, back, parameters)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type = 'gpt2' can't be imported; llama and qwen3 can"),
+        ({"attention_bias": True}, "attention_bias = True can't be imported; the decoder here has False"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type = 'yarn' can't be imported"),
+        ({"num_attention_heads": "four"}, "config.json: "),
+        ({"num_key_value_heads": 3}, "heads = 4 must be a multiple of kv_heads = 3"),
+    ],
+)
+def test_what_the_decoder_lacks_is_named(change, message):
+    content = hf.hf_config(ModelConfig(), end_of_text=256, max_length=64) | change
+    with pytest.raises(UserError, match=message):
+        hf.model_config(content, "config.json")
+
+
+def test_what_a_file_leaves_out_is_as_the_format_says():
+    content = hf.hf_config(ModelConfig(), end_of_text=256, max_length=64)
+    assert hf.model_config(content | {"num_key_value_heads": None}, "config.json").kv_heads == 4
+    assert hf.model_config(content | {"head_dim": None}, "config.json").head_size == 128
+    assert hf.model_config(content | {"head_dim": None, "model_type": "llama"}, "config.json").head_size == 32
+
+
+def test_what_the_format_lacks_is_named():
+    with pytest.raises(UserError, match=r"logit_soft_cap = 30.0: neither Llama nor Qwen3"):
+        hf.hf_config(ModelConfig(logit_soft_cap=30.0), end_of_text=256, max_length=64)
+    config = SHAPES[0]
+    tensors = hf.hf_tensors(config, models.initialize(config.for_platform("cpu"), jax.random.key(1)))
+    del tensors["model.norm.weight"]
+    with pytest.raises(UserError, match=r"here has no tensor model.norm.weight"):
+        hf.model_parameters(config, tensors, "here")
+
+
+def test_a_run_is_exported_and_gone_on_with(run, small_bindings, tmp_path):
+    folder, loss = run
+    export(folder, tmp_path / "hf")
+    mine, theirs = trained.load(folder), trained.load(tmp_path / "hf")
+    jax.tree.map(np.testing.assert_array_equal, mine.parameters, theirs.parameters)
+    assert mine.tokenizer.encode("né").tolist() == theirs.tokenizer.encode("né").tolist()
+    with pytest.raises(UserError, match="is not empty"):
+        export(folder, tmp_path / "hf")
+    # The same text, gone on with at a rate of almost nothing: the loss is where it was.
+    more = [*small_bindings, *import_hf.bindings(tmp_path / "hf", peak=1e-9), "TOTAL_EXAMPLES = 16"]
+    for optimizer in ("adamw", "lion"):
+        bound = configurables.bind(train, ["debug.gin"], [*more, f"train.optimizer = @{optimizer}()"])
+        assert bound(run=str(tmp_path / optimizer))["loss"] == pytest.approx(loss, abs=1e-4)
+
+
+def test_damaged_parameters_are_refused(run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "damaged")
+    newest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    meta = newest / "meta" / "metadata"
+    first = json.loads(meta.read_text())["fingerprints"][0]
+    meta.write_text(meta.read_text().replace(str(first), str(first ^ 1)))
+    with pytest.raises(UserError, match=rf"{newest} is damaged \(its arrays are not .* move it away"):
+        trained.load(folder)
+    shutil.rmtree(newest)  # as it says
+    assert trained.load(folder).examples_seen < int(newest.name)
+
+
+def test_another_shape_is_refused(run, small_bindings, tmp_path):
+    for binding, message in [
+        ("model.width = 32", r"its blocks.attention.key.kernel is \(1, 16, 1, 8\), this model's \(1, 32, 1, 16\)"),
+        ("model.qk_norm = False", "has other parameters than this model: set model.qk_norm"),
+    ]:
+        start = [*small_bindings, f"train.initialize_from = '{run[0]}'", binding]
+        with pytest.raises(UserError, match=message):
+            configurables.bind(train, ["debug.gin"], start)(run=str(tmp_path / "other"))
+
+
+def test_folders_that_hold_no_model_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no run\.json"):
+        trained.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        trained.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(hf.hf_config(ModelConfig(), end_of_text=0, max_length=8)))
+    with pytest.raises(UserError, match=r"has no \.safetensors file"):
+        trained.load(tmp_path)
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=["qwen3", "llama"])
+def test_the_cache_changes_nothing(config):
+    config = config.for_platform("cpu")
+    parameters = models.initialize(config, jax.random.key(0))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 20)), jnp.int32)
+    wanted = uncached(trained.Trained(config, parameters, None, None, None), tokens)  # type: ignore[arg-type]
+    # A prompt of 7 tokens padded to 12, then five at once, then one by one.
+    cache = empty_cache(config, 2, 24)
+    step = jax.jit(lambda *a: decode(config, parameters, *a))
+    padded = jnp.pad(tokens[:, :7], ((0, 0), (0, 5)))
+    found, cache = step(padded, 0, cache)
+    parts = [found[:, :7]]
+    for begin, end in [(7, 12), *((i, i + 1) for i in range(12, 20))]:
+        found, cache = step(tokens[:, begin:end], begin, cache)
+        parts.append(found)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), wanted, atol=2e-5)
+
+
+# The compiled program takes subnormal logits for 0, NumPy's order does not.
+@given(st.lists(st.floats(-5, 5, width=32, allow_subnormal=False), min_size=2, max_size=8, unique=True), st.data())
+@settings(max_examples=12, deadline=None)
+def test_draws_stay_within_what_they_may_take(logits, data):
+    logits_BV = jnp.asarray([logits], jnp.float32)
+    order = np.argsort(logits)[::-1]
+    shares = np.sort(np.asarray(jax.nn.softmax(logits_BV[0])))[::-1]
+    top_k = data.draw(st.integers(1, len(logits)))
+    top_p = data.draw(st.floats(0.05, 0.99))
+    key = jax.random.key(data.draw(st.integers(0, 1000)))
+    assert int(sample(logits_BV, key, temperature=0.0)[0]) == order[0]
+    assert int(sample(logits_BV, key, top_k=top_k)[0]) in order[:top_k]
+    allowed = int(np.searchsorted(np.cumsum(shares), top_p * 0.999)) + 1
+    assert int(sample(logits_BV, key, top_p=top_p)[0]) in order[: allowed + 1]
+
+
+def test_draws_follow_the_distribution():
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+    drawn = sample(jnp.tile(logits, (20_000, 1)), jax.random.key(0))
+    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 20_000, [0.5, 0.3, 0.2], atol=0.02)
+
+
+def test_a_run_goes_on_with_a_text(run):
+    model = trained.load(run[0])
+    greedy = list(generate(model, "batch ", tokens=12, temperature=0.0))
+    # The same by the whole forward pass for every token; what comes behind changes nothing before it.
+    tokens = np.zeros((1, 32), np.int32)
+    tokens[0, :7] = [256, *model.tokenizer.encode("batch ").tolist()]
+    whole = jax.jit(lambda tokens: uncached(model, tokens)[0, :, : model.tokenizer.vocab_size])
+    for place in range(7, 7 + len(greedy)):
+        tokens[0, place] = jnp.argmax(whole(tokens)[place - 1])
+    assert greedy == tokens[0, 7 : 7 + len(greedy)].tolist()
+    once, again = (list(generate(model, "batch ", tokens=12, seed=3)) for _ in range(2))
+    assert once == again != list(generate(model, "batch ", tokens=12, seed=4))
+    for values, message in [({"tokens": 0}, "--tokens 0"), ({"top_p": 0.0}, "--top-p 0"), ({"top_k": 0}, "--top-k 0")]:
+        with pytest.raises(UserError, match=message):
+            next(generate(model, "", **values))
+
+
+def test_characters_are_shown_when_they_are_whole():
+    model = trained.Trained(ModelConfig(), {}, ByteTokenizer(), None, None)  # type: ignore[arg-type]
+    text = "né → 字"
+    pieces = list(stream(model, iter(ByteTokenizer().encode(text).tolist())))
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+
+
+CHECK = """
+import sys, numpy, torch, transformers
+folder, tokens, logits = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+assert tokenizer.decode(tokenizer("batch size").input_ids) == "batch size"
+with torch.no_grad():
+    numpy.save(logits, model(torch.from_numpy(numpy.load(tokens)).long()).logits.numpy())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", SHAPES, ids=["qwen3", "llama"])
+def test_transformers_reproduces_the_logits(config, tmp_path):
+    # In a process of its own, and so under any Python that has the two packages.
+    python = os.environ.get("TRANSFORMERS_PYTHON", sys.executable)
+    if python == sys.executable and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        pytest.skip("needs torch and transformers (the extra hf), or TRANSFORMERS_PYTHON, a Python that has them")
+    config = config.for_platform("cpu")
+    parameters = random_parameters(config)
+    tokenizer = trained.SubwordTokenizer.load(bytes_file(tmp_path))
+    hf.write_folder(tmp_path / "hf", config, parameters, tokenizer, max_length=64)
+    tokens = np.random.default_rng(0).integers(0, 257, (2, 50)).astype(np.int32)
+    np.save(tmp_path / "tokens.npy", tokens)
+    files = [str(tmp_path / name) for name in ("hf", "tokens.npy", "logits.npy")]
+    subprocess.run([python, "-c", CHECK, *files], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    ours = uncached(trained.Trained(config, parameters, tokenizer, None, None), jnp.asarray(tokens))
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), ours, atol=1e-4)
+
+
+def bytes_file(folder):
+    path = folder / "bytes.json"
+    path.write_text(ByteTokenizer().to_json(), encoding="utf-8")
+    return path

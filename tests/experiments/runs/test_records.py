@@ -1,0 +1,433 @@
+"""What is recorded reads back the same, through kills, resumes and full disks."""
+
+import io
+import json
+import math
+import os
+import re
+import resource
+import struct
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from tensorboardX.crc32c import crc32c
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from crescendo.experiments.runs.records import (
+    TRAIN_COLUMNS,
+    VALIDATION_COLUMNS,
+    JsonlWriter,
+    Observers,
+    TensorBoardWriter,
+    read_records,
+    read_run,
+    run_observers,
+)
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.trainer.progress import ProgressLine, RunningMean, compact
+
+unhurried = settings(deadline=None)  # a busy machine's pauses are no failure
+
+
+def train_record(step: int, *, batch_size: int = 8, loss: float = 2.5, mfu: float | None = None) -> dict:
+    seen = step * batch_size
+    return {
+        **{"kind": "train", "step": step, "examples_seen": seen, "tokens_seen": 128 * seen, "loss": loss},
+        **{"learning_rate": 1e-3, "batch_size": batch_size, "microbatches": 1, "gradient_norm": 0.7},
+        **{"skipped_steps": 0, "seconds": 0.01 * step, "tokens_per_second": 102_400.0, "mfu": mfu},
+    }
+
+
+def all_records(steps: int) -> list[dict]:
+    """A run's records in the order of its clock: a validation each four steps, a change and a warning."""
+    records: list[dict] = []
+    for step in range(1, steps + 1):
+        records.append(train_record(step, loss=1.0 + 1.0 / 3.0 / step))
+        at = {"step": step, "examples_seen": 8 * step}
+        if step % 4 == 0:
+            records.append({"kind": "validation", **at, "tokens_seen": 1024 * step, "loss": 0.1 * step, "seconds": 0.1})
+        if step == 5:
+            records.append({"kind": "batch_size", **at, "from": 8, "to": 16, "reason": "staged"})
+        if step == 7:
+            records.append({"kind": "warning", **at, "message": 'odd "characters" ü\n'})
+    return records
+
+
+def write(path: Path, records: list[dict], resume_at_examples: int = 0) -> bytes:
+    writer = JsonlWriter(path, resume_at_examples)
+    for record in records:
+        writer(record)
+    writer.close()
+    return path.read_bytes()
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    (tmp_path / "run.json").write_text(json.dumps({"name": "a  run\n", "total_examples": 80, "unknown": [1]}))
+    (tmp_path / "config.gin").write_text("train.seed = 1\n")
+    return tmp_path
+
+
+def test_a_line_is_one_json_object_with_the_record(tmp_path: Path):
+    records = all_records(10)
+    lines = write(tmp_path / "metrics.jsonl", records).decode().splitlines()
+    assert [json.loads(line) for line in lines] == records
+
+
+@unhurried
+@given(st.lists(st.floats(width=64)), st.floats(width=32))
+def test_floats_read_back_bit_identically(tmp_path_factory: pytest.TempPathFactory, values: list[float], single: float):
+    path = tmp_path_factory.mktemp("floats") / "metrics.jsonl"
+    record = {"kind": "train", "examples_seen": 1} | {f"x{i}": value for i, value in enumerate(values)}
+    write(path, [record | {"float32": np.float32(single), "int32": np.int32(-7)}])
+    (read,) = read_records(path)
+    for i, value in enumerate(values):
+        assert math.isnan(value) == math.isnan(read[f"x{i}"])
+        assert math.isnan(value) or struct.pack("d", read[f"x{i}"]) == struct.pack("d", value)
+    np.testing.assert_array_equal(np.float32(read["float32"]), np.float32(single))
+    assert read["int32"] == -7
+
+
+RECORDS = all_records(12)
+WHOLE = b"".join(json.dumps(record).encode() + b"\n" for record in RECORDS)
+
+
+@unhurried
+@given(cut=st.integers(0, len(WHOLE)), checkpoint=st.integers(0, 12))
+def test_a_run_killed_at_any_byte_and_resumed_writes_the_uncut_file(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, checkpoint: int
+):
+    path = tmp_path_factory.mktemp("resume") / "metrics.jsonl"
+    path.write_bytes(WHOLE[:cut])
+    # The checkpoint is one whose records were all written before the cut, as the loop guarantees.
+    written = len(read_records(path))
+    late = [record["examples_seen"] for record in RECORDS[written:]]
+    resume_at = min([8 * checkpoint, *(seen - 1 for seen in late)]) // 8 * 8
+    rewritten = [r for r in RECORDS if r["examples_seen"] > resume_at] if resume_at else RECORDS
+    assert write(path, rewritten, resume_at) == WHOLE
+    assert os.listdir(path.parent) == ["metrics.jsonl"]
+
+
+def test_a_fresh_start_keeps_nothing(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    at_zero = {"kind": "validation", "step": 0, "examples_seen": 0, "tokens_seen": 0, "loss": 5.5, "seconds": 0.0}
+    write(path, [at_zero, train_record(1)])
+    assert write(path, [at_zero]) == json.dumps(at_zero).encode() + b"\n"
+
+
+def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, all_records(2))
+    path.write_bytes(path.read_bytes()[:-1])
+    write(path, [train_record(3)], resume_at_examples=16)
+    assert [record["step"] for record in read_records(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("damage", [b'{"kind": "tr', b"\xff\x00", b"5", b'{"step": 1}'])
+def test_damage_before_the_end_is_an_error_that_names_the_line(tmp_path: Path, damage: bytes):
+    path = tmp_path / "metrics.jsonl"
+    lines = write(path, all_records(3)).splitlines(keepends=True)
+    path.write_bytes(lines[0] + damage + b"\n" + lines[1])
+    with pytest.raises(UserError, match=rf"{path} is damaged at line 2"):
+        JsonlWriter(path, 8)
+    path.write_bytes(lines[0] + damage + b"\n" + damage)  # a torn end is no damage
+    assert len(read_records(path)) == 1
+
+
+def test_records_survive_a_sigkill(tmp_path: Path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from crescendo.experiments.runs.records import *\n"
+        "w = JsonlWriter(Path(sys.argv[1]), 0)\n"
+        "for step in range(100): w({'kind': 'train', 'examples_seen': step})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    path = tmp_path / "metrics.jsonl"
+    assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == -9
+    assert [record["examples_seen"] for record in read_records(path)] == list(range(100))
+
+
+@contextmanager
+def full_disk():
+    """Lets this process's files grow to 2,000 bytes and no further."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("kind", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, kind: str):
+    writer = JsonlWriter(tmp_path / kind, 0) if kind == "metrics.jsonl" else TensorBoardWriter(tmp_path, 0)
+    message = rf"cannot write {tmp_path}/\S+: File too large; mend that or choose another path"
+    records = [{**train_record(step), "kind": "validation"} for step in range(1, 100)]
+    accepted: list[None] = []
+    with full_disk(), pytest.raises(UserError, match=message):
+        accepted.extend(map(writer, records))
+    writer.close()
+    if kind == "metrics.jsonl":
+        assert read_records(tmp_path / kind) == records[: len(accepted)]
+        assert len(accepted) > 3
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for make in (JsonlWriter, TensorBoardWriter):
+        with pytest.raises(UserError, match=r"cannot .* Not a directory"):
+            make(tmp_path / "file" / "metrics.jsonl", 0)
+
+
+class Collect:
+    def __init__(self, log: list, fail: bool = False):
+        self.log, self.fail = log, fail
+
+    def __call__(self, record):
+        self.log.append(record["step"])
+
+    def close(self):
+        self.log.append("closed")
+        if self.fail:
+            raise UserError("full")
+
+
+def test_all_observers_are_closed_even_where_one_fails():
+    log: list = []
+    observers = Observers([Collect(log), Collect(log, fail=True), Observers([Collect(log)])])
+    observers(train_record(3))
+    with pytest.raises(UserError, match="full"):
+        observers.close()
+    assert log == [3, 3, 3, "closed", "closed", "closed"]
+
+
+def test_run_observers_write_what_read_run_reads(run_folder: Path, capsys: pytest.CaptureFixture):
+    observers = run_observers(run_folder, resume_at_examples=0, total_examples=80, label="a run")
+    for record in all_records(10):
+        before = json.dumps(record)
+        observers(record)
+        assert json.dumps(record) == before
+    observers.close()
+    run = read_run(run_folder)
+    assert (run.name, run.config, run.info["unknown"]) == ("a run", "train.seed = 1\n", [1])
+    np.testing.assert_array_equal(run.train["examples_seen"], 8 * np.arange(1, 11))
+    np.testing.assert_array_equal(run.train["loss"], [1.0 + 1.0 / 3.0 / step for step in range(1, 11)])
+    assert run.train["step"].dtype == np.int64
+    assert np.isnan(run.train["mfu"]).all()
+    np.testing.assert_array_equal(run.validation["loss"], [0.4, 0.8])
+    assert [event["kind"] for event in run.events] == ["batch_size", "warning"]
+    assert [path.name for path in run_folder.glob("*tfevents*")] != []
+    assert "batch size 8 → 16 (staged)" in capsys.readouterr().out
+
+
+def test_a_run_that_has_just_started_reads_as_empty_columns(run_folder: Path):
+    (run_folder / "config.gin").unlink()
+    run = read_run(run_folder)
+    assert set(run.train) == set(TRAIN_COLUMNS)
+    assert set(run.validation) == set(VALIDATION_COLUMNS)
+    assert all(len(column) == 0 for column in run.train.values())
+    assert run.config == ""
+
+
+def test_new_numbers_become_columns_and_other_values_do_not(run_folder: Path):
+    extra = [train_record(1) | {"noise_scale": 3.5, "note": "x"}, train_record(2)]
+    write(run_folder / "metrics.jsonl", extra)
+    run = read_run(run_folder)
+    np.testing.assert_array_equal(run.train["noise_scale"], [3.5, np.nan])
+    assert "note" not in run.train
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not a run folder: it has no run.json"),
+        ('{"name": "x"', "run.json is damaged"),
+        ('{"name": "x"}', "run.json has no total_examples"),
+        ("[]", "run.json has no name and no total_examples"),
+    ],
+)
+def test_what_is_no_run_is_a_clear_error(tmp_path: Path, content: str | None, message: str):
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=f"{tmp_path}.*{message}"):
+        read_run(tmp_path)
+
+
+def masked(data: bytes) -> int:
+    """The TFRecord format's checksum, from its definition: a CRC-32C rotated right by 15 bits plus a constant."""
+    crc = crc32c(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
+
+
+def read_events(folder: Path) -> list[Event]:
+    events = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:
+            (length,), check = struct.unpack("<Q", data[:8]), struct.unpack("<I", data[8:12])
+            body = data[12 : 12 + length]
+            assert check == (masked(data[:8]),)
+            assert struct.unpack("<I", data[12 + length : 16 + length]) == (masked(body),)
+            events.append(Event.FromString(body))
+            data = data[16 + length :]
+    return events
+
+
+def test_tensorboard_events_hold_the_scalars_against_examples(tmp_path: Path):
+    writer = TensorBoardWriter(tmp_path, 0, interval_seconds=0.0)
+    for record in all_records(8):
+        writer(record)
+    writer.close()
+    version, start, *events = read_events(tmp_path)
+    assert version.file_version == "brain.Event:2"
+    assert (start.session_log.status, start.step) == (SessionLog.START, 0)
+    scalars = {(value.tag, event.step): value.simple_value for event in events for value in event.summary.value}
+    assert {step for tag, step in scalars if tag == "train/loss"} == set(range(8, 72, 8))
+    assert scalars["train/loss", 24] == np.float32(1.0 + 1.0 / 9.0)
+    assert scalars["validation/loss", 64] == np.float32(0.8)
+    assert scalars["batch_size/to", 40] == 16.0
+    assert ("train/mfu", 8) not in scalars
+    assert ("train/examples_seen", 8) not in scalars
+
+
+def test_tensorboard_training_events_are_thinned_in_time_and_the_last_gets_in(tmp_path: Path):
+    now = 0.0
+    writer = TensorBoardWriter(tmp_path, 0, interval_seconds=0.5, clock=lambda: now)
+    for step in range(1, 52):
+        now = step * 0.125
+        writer(train_record(step, batch_size=1))
+    writer.close()
+    assert [event.step for event in read_events(tmp_path)[2:]] == [*range(1, 50, 4), 51]
+
+
+def test_a_resumed_tensorboard_writer_forgets_what_lies_past_the_checkpoint(tmp_path: Path):
+    for resume_at_examples in (0, 40):
+        TensorBoardWriter(tmp_path, resume_at_examples).close()
+    starts = [event.step for event in read_events(tmp_path) if event.HasField("session_log")]
+    assert starts == [0, 41]  # TensorBoard drops the steps from this one on
+
+
+def progress(width: int = 200, *, terminal: bool = False, **options) -> tuple[ProgressLine, io.StringIO]:
+    screen = io.StringIO()
+    console = Console(
+        file=screen, width=width, force_terminal=terminal, legacy_windows=False, _environ={"TERM": "xterm"}
+    )
+    return ProgressLine(800, "warm[red]up", console, **options), screen
+
+
+def test_a_plain_line_comes_at_first_then_each_ten_seconds_and_at_last():
+    now = 0.0
+    line, screen = progress(clock=lambda: now)
+    for step in range(1, 101):
+        now = 0.25 * step
+        line(train_record(step, mfu=0.414))
+    line.close()
+    lines = screen.getvalue().splitlines()
+    assert [re.search(r"step (\d+)", text)[1] for text in lines] == ["1", "41", "81", "100"]  # type: ignore[index]
+    first = "warm[red]up    1%  0:01 left  loss 2.500  102k tok/s  batch 8  lr 1.00e-03  MFU 41.4%  step 1"
+    assert lines[0] == first
+    assert "100%  in 0:01  loss 2.500" in lines[-1]
+    assert "\x1b" not in screen.getvalue()
+
+
+def test_changes_and_warnings_are_permanent_lines_and_the_validation_loss_is_shown():
+    line, screen = progress(clock=lambda: 0.0)
+    for record in all_records(8):
+        line(record)
+    line.close()
+    lines = screen.getvalue().splitlines()
+    assert "warm[red]up  step 5 (5%)  batch size 8 → 16 (staged)" in lines
+    assert any(text.startswith("warm[red]up  step 7 (7%)  warning: odd") for text in lines)
+    assert "val 0.800" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (20, "    8%"),
+        (40, "    8%  0:01 left  loss 1.058"),
+        (80, "    8%  0:01 left  loss 1.058  102k tok/s  batch 8  lr 1.00e-03"),
+        (112, f"  {'━' * 17}    8%  0:01 left  loss 1.058  102k tok/s  batch 8  lr 1.00e-03  val 0.800  step 8"),
+        (200, f"  {'━' * 24}    8%  0:01 left  loss 1.058  102k tok/s  batch 8  lr 1.00e-03  val 0.800  step 8"),
+    ],
+)
+def test_the_live_line_shows_what_fits_the_terminal(width: int, shown: str):
+    line, screen = progress(width, terminal=True)
+    for record in all_records(8):
+        line(record)
+    line.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    last = re.split(r"[\r\n]+", text.rstrip())[-1]
+    assert last == f"warm[red]up{shown}"
+    assert len(last) <= width
+    assert "step 5 (5%)  batch size 8 → 16 (staged)\n" in text
+
+
+def test_a_progress_line_without_records_prints_nothing():
+    line, screen = progress()
+    line.close()
+    assert screen.getvalue() == ""
+
+
+@unhurried
+@given(
+    values=st.lists(st.tuples(st.floats(-10, 10), st.floats(0.5, 50)), min_size=1, max_size=30),
+    parts=st.integers(1, 4),
+)
+def test_the_running_mean_does_not_depend_on_how_the_data_are_cut(values: list[tuple[float, float]], parts: int):
+    whole, cut = RunningMean(40.0), RunningMean(40.0)
+    for value, weight in values:
+        whole.add(value, weight)
+        for _ in range(parts):
+            cut.add(value, weight / parts)
+    # By definition: weights exp(-age/window), integrated over each value's stretch.
+    ends = np.cumsum([weight for _, weight in values])
+    starts = ends - [weight for _, weight in values]
+    weights = np.exp((ends - ends[-1]) / 40.0) - np.exp((starts - ends[-1]) / 40.0)
+    expected = np.dot(weights, [value for value, _ in values]) / weights.sum()
+    assert whole.value == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert cut.value == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_the_running_mean_leaves_out_what_is_not_finite():
+    mean = RunningMean(1.0)
+    assert math.isnan(mean.add(math.inf, 1.0))
+    assert mean.add(2.0, 1.0) == 2.0
+    assert mean.add(math.nan, 1.0) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (999, "999"), (999.6, "1k"), (15_623, "15.6k"), (999_999, "1M"), (4e9, "4B"), (-2.5e12, "-2.5T")],
+)
+def test_compact_numbers(value: float, text: str):
+    assert compact(value) == text
+
+
+def test_a_writer_that_is_not_known_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no writer 'mlflow'; there are wandb"):
+        run_observers(tmp_path, resume_at_examples=0, total_examples=8, label="a run", writers=["mlflow"])
+
+
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs the extra wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    records = all_records(8)
+    for _ in range(2):  # the second goes on under the same id
+        observers = run_observers(tmp_path, resume_at_examples=0, total_examples=80, label="a run", writers=["wandb"])
+        for record in records:
+            observers(record)
+        observers.close()
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert {file.stem for file in files} == {f"run-{(tmp_path / 'wandb_id').read_text()}"}
+    content = files[0].read_bytes()  # records one after the other, their keys and JSON values as they are
+    losses = [r["loss"] for r in records if r["kind"] == "validation"]
+    assert all(re.search(rb"validation/loss.{0,8}" + json.dumps(x).encode(), content, re.DOTALL) for x in losses)
+    last = [r["loss"] for r in records if r["kind"] == "train"][-1]  # the one in between is thinned out
+    assert re.search(rb"train/loss.{0,8}" + json.dumps(last).encode(), content, re.DOTALL)

@@ -1,0 +1,216 @@
+"""Sweeps: the points, the processes, what is kept, what a failure leaves."""
+
+import io
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from rich.console import Console
+
+from crescendo.experiments import sweep
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.sweeps import launchers as sweep_launchers
+from crescendo.experiments.sweeps import plots as sweep_plots
+from crescendo.experiments.sweeps.points import Point, axis, enumerate_points, spaces, zipped
+
+
+def test_grids_multiply_zips_move_together_and_chains_follow():
+    links = [[axis("a.x = [1, 2]"), zipped("b.y = ['p,q', [3]]; c.z = [@f(), %M]")], [axis("a.x = [5]")]]
+    values = [point.values for point in enumerate_points(links)]
+    assert values == [
+        {"a.x": "1", "b.y": "'p,q'", "c.z": "@f()"},
+        {"a.x": "1", "b.y": "[3]", "c.z": "%M"},
+        {"a.x": "2", "b.y": "'p,q'", "c.z": "@f()"},
+        {"a.x": "2", "b.y": "[3]", "c.z": "%M"},
+        {"a.x": "5"},
+    ]
+    names = {point.name for point in enumerate_points(links)}
+    assert len(names) == 5
+    assert all("/" not in name and "'" not in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (axis, "a.x = 3"),
+        (axis, "a.x = []"),
+        (axis, "= [1]"),
+        (zipped, "a.x = [1]; b.y = [1, 2]"),
+        (lambda text: spaces([text]), "a.x = gauss(0, 1)"),
+        (lambda text: spaces([text]), "a.x = log(0, 1)"),
+        (lambda text: spaces([text]), "a.x = uniform(1)"),
+        (lambda text: enumerate_points([[axis(text), axis(text)]]), "a.x = [1]"),
+        (lambda text: sweep.main([]), ""),
+        (lambda text: sweep.main(["--grid", text, "--chain"]), "a.x = [1]"),
+        (lambda text: sweep_launchers.divide_devices(["0"], 2), ""),
+    ],
+)
+def test_a_mistake_is_one_line(make, text: str):
+    with pytest.raises(UserError) as caught:
+        make(text)
+    assert "\n" not in str(caught.value)
+
+
+STAND_IN = """
+import json, pathlib, sys
+run, value = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+run.mkdir(exist_ok=True)
+with open(run / "starts", "a") as starts: starts.write("x")
+if value < 0: sys.exit("error: value = -1.0 must be above 0")
+(run / "run.json").write_text(json.dumps({"name": run.name, "total_examples": 8}))
+(run / "config.gin").write_text("")
+record = {"step": 1, "examples_seen": 8, "tokens_seen": 64, "seconds": 1.0, "loss": value, "batch_size": 8}
+(run / "metrics.jsonl").write_text("".join(json.dumps({"kind": k, **record}) + "\\n" for k in ("train", "validation")))
+"""
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Instead of training, a process that writes a finished run whose loss is the value of `x`; it fails below 0."""
+
+    def command(point: Point, folder: Path, configs, bindings) -> list[str]:
+        return [sys.executable, "-S", "-c", STAND_IN, str(folder / point.name), point.values["x"]]
+
+    monkeypatch.setattr(sweep, "command", command)
+
+
+def options(jobs: int) -> dict:
+    launcher = sweep_launchers.Local(jobs, devices=[])
+    return {"configs": [], "bindings": [], "launcher": launcher, "console": Console(file=io.StringIO())}
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_failing_point_is_recorded_and_a_finished_one_never_run_again(stand_in, tmp_path: Path, jobs: int):
+    points = enumerate_points([[axis("x = [2.0, -1.0, 1.0]")]])
+    for _ in range(2):
+        waiting, outcomes = iter(points), sweep.Outcomes(tmp_path)
+        sweep.run_points(
+            tmp_path, lambda w=waiting: next(w, None), lambda *a: None, lambda p: False, outcomes, **options(jobs)
+        )
+    assert [(tmp_path / point.name / "starts").read_text() for point in points] == ["x", "xx", "x"]
+    rows = json.loads((tmp_path / "sweep.json").read_text())
+    assert [rows[point.name]["status"] for point in points] == ["done", "failed", "done"]
+    assert rows[points[1].name]["why"] == "exit code 1: error: value = -1.0 must be above 0"
+    assert [name for name, _ in outcomes.ranked()] == [points[2].name, points[0].name]
+
+
+def test_a_search_keeps_its_study_and_takes_up_what_was_left_running(stand_in, tmp_path: Path):
+    text = ["x = uniform(1, 2)"]
+    sweep.search(tmp_path, text, 2, sweep.Outcomes(tmp_path), **options(1))
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    left = study.ask(spaces(text))
+    outcomes = sweep.Outcomes(tmp_path)
+    sweep.search(tmp_path, text, 4, outcomes, **options(1))
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
+    assert study.trials[left.number].params == left.params
+    assert all(trial.value == trial.params["x"] for trial in study.trials)
+    assert all((tmp_path / f"trial-000{i}" / "starts").read_text() == "x" for i in range(4))
+    assert len(outcomes.ranked()) == 4
+
+
+def test_the_slurm_script_has_a_task_for_each_point(tmp_path: Path, capsys):
+    sweep.main(["--launcher", "slurm", "--grid", "train.seed = [1, 2, 3]", "--run", str(tmp_path / "s")])
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-2" in script
+    assert script.count("crescendo.experiments.train") == 3
+    assert "--set 'train.seed = 3'" in script
+
+
+PRUNABLE = """
+import json, pathlib, signal, sys, time
+run = pathlib.Path(sys.argv[1])
+run.mkdir(exist_ok=True)
+(run / "run.json").write_text(json.dumps({"name": run.name, "total_examples": 8}))
+(run / "config.gin").write_text("")
+late = run.name >= "trial-0004"
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+for seen in (4, 8):
+    record = {"step": 1, "examples_seen": seen, "tokens_seen": 8, "seconds": 1.0, "batch_size": 4}
+    record["loss"] = 2.0 if late else 1.0
+    with open(run / "metrics.jsonl", "a") as file:
+        for kind in ("train", "validation"): file.write(json.dumps({"kind": kind, **record}) + "\\n")
+    if late and seen == 4: time.sleep(20)
+"""
+
+
+def test_a_trial_worse_than_the_median_is_given_up(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(
+        sweep, "command", lambda point, folder, *rest: [sys.executable, "-S", "-c", PRUNABLE, str(folder / point.name)]
+    )
+    outcomes, begin = sweep.Outcomes(tmp_path, 6), time.monotonic()
+    sweep.search(tmp_path, ["x = uniform(1, 2)"], 6, outcomes, **options(1))
+    assert time.monotonic() - begin < 20  # less than one of the last two would take
+    assert [row["status"] for row in outcomes.rows.values()] == ["done"] * 4 + ["pruned"] * 2
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4 + ["PRUNED"] * 2
+    assert study.trials[4].intermediate_values == {4: 2.0}
+
+
+@pytest.mark.slow
+def test_the_pruner_gives_up_a_run_that_trains_badly(small_bindings, tmp_path: Path):
+    rates = "schedules.linear.peak = choice(1e-2, 8e-3, 6e-3, 1e-9)"
+    sets = [part for binding in small_bindings for part in ("--set", binding)]
+    arguments = ["--search", rates, "--trials", "7", "--run", str(tmp_path / "s"), *sets]
+    sweep.main([*arguments, "--set", "TOTAL_EXAMPLES = 8192"])
+    rows = list(json.loads((tmp_path / "s" / "sweep.json").read_text()).values())
+    pruned = [row for row in rows if row["status"] == "pruned"]
+    assert "1e-9" in {row["values"]["schedules.linear.peak"] for row in pruned}
+    assert all(row["status"] in ("done", "pruned") for row in rows)
+    page = (tmp_path / "s" / "report" / "report.html").read_text(encoding="utf-8")
+    assert "Parallel coordinates" in page
+    assert "<td>pruned</td>" in page
+
+
+@pytest.mark.slow
+def test_points_run_through_ray_and_can_be_ended_there(stand_in, tmp_path: Path):
+    ray = pytest.importorskip("ray", reason="pip install 'crescendo[ray]'")
+    launcher = sweep_launchers.Ray(2)
+    try:
+        points = enumerate_points([[axis("x = [2.0, -1.0, 1.0]")]])
+        waiting, outcomes = iter(points), sweep.Outcomes(tmp_path)
+        sweep.run_points(
+            *(tmp_path, lambda: next(waiting, None), lambda *a: None, lambda p: False, outcomes),
+            **(options(1) | {"launcher": launcher}),
+        )
+        assert [outcomes.rows[point.name]["status"] for point in points] == ["done", "failed", "done"]
+        assert "value = -1.0 must be above 0" in outcomes.rows[points[1].name]["why"]
+        process = launcher.start([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", None)
+        time.sleep(2)
+        assert process.poll() is None
+        process.terminate()
+        deadline = time.monotonic() + 20
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert process.poll() == -15
+    finally:
+        ray.shutdown()
+
+
+def test_the_charts_are_those_that_the_points_allow():
+    rows = [{"values": {"LEARNING_RATE": str(r), "b": b}, "loss": r} for r in (1e-3, 1e-2) for b in ("8", "@f()")]
+    parallel, valley = sweep_plots.figures(rows)
+    assert len(parallel.data) == 4
+    assert parallel.data[-1]["meta"] == 0  # the best, drawn last
+    assert [(trace["x"], trace["y"]) for trace in valley.data] == [([1e-3, 1e-2], [1e-3, 1e-2])] * 2
+    assert [figure.title for figure in sweep_plots.figures([{"values": {"b": "8"}, "loss": 1.0}])] == [parallel.title]
+    assert sweep_plots._heights(["1", "10", "100"]) == [0.0, pytest.approx(0.5), 1.0]
+    assert math.isnan(sweep_plots._number("@f()"))
+
+
+def test_the_report_of_a_sweep_shows_every_point(stand_in, tmp_path: Path):
+    points = enumerate_points([[axis("x = [2.0, -1.0, 1.0]")]])
+    waiting, outcomes = iter(points), sweep.Outcomes(tmp_path, 3)
+    sweep.run_points(tmp_path, lambda: next(waiting, None), lambda *a: None, lambda p: False, outcomes, **options(1))
+    sweep.finish_sweep(tmp_path, outcomes, Console(file=io.StringIO()))
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td></tr>', page)[:3]
+    assert rows == [
+        ("1.0000", "done", "1.0"),
+        ("2.0000", "done", "2.0"),
+        ("–", "failed: exit code 1: error: value = -1.0 must be above 0", "-1.0"),
+    ]
