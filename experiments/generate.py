@@ -13,9 +13,9 @@ import numpy as np
 
 from crescendo.experiments.runs import trained
 from crescendo.experiments.runs.trained import Trained
+from crescendo.experiments.runtime.cache import use_compilation_cache
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.trainer.compilation import use_compilation_cache
 from crescendo.models import ModelConfig
 from crescendo.models.decode import Cache, decode, empty_cache, sample
 

@@ -15,7 +15,7 @@ from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.runs import hf
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.train import train
+from crescendo.experiments.trainer.training import train
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.import_hf downloads/SmolLlama --config lm_30m.gin \\

@@ -6,10 +6,8 @@ from pathlib import Path
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import hosts_lost, user_values
-from crescendo.experiments.trainer.training import last_validation, train
+from crescendo.experiments.trainer.training import train
 from crescendo.parallel import hosts
-
-__all__ = ["last_validation", "main", "train"]
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.train --config debug.gin

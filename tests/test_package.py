@@ -18,7 +18,22 @@ ALLOWED = {
     "experiments": {"experiments", "models"} | LEAVES,
 }
 
-
+# Rooms of `experiments` and which others each may import; a name with a dot is one module of a room. `run_command` and
+# the other modules at the top are imported by nobody.
+ROOMS = {
+    "runtime": set(),
+    "data": {"runtime"},
+    "runs": {"runtime", "data"},
+    "tasks": {"runtime", "data"},
+    # `language_model` is the task that a session has by default.
+    "trainer": {"runtime", "data", "runs", "tasks.base", "tasks.language_model"},
+    "configs": {"runtime", "data", "tasks", "trainer.probes"},
+    "reports": {"runtime", "runs"},
+    "sweeps": {"runtime", "runs", "reports", "configs", "tasks.base", "trainer"},
+    "papers": {"runtime", "data", "runs", "tasks", "trainer", "configs", "reports", "sweeps"},
+    "commands": {"runtime", "data", "runs", "tasks", "trainer", "configs", "reports", "sweeps", "benchmarks"},
+    "benchmarks": {"runtime", "data", "runs", "trainer"},
+}
 TOPS = sorted(link.name for link in (ROOT / "typings" / "crescendo").iterdir())
 
 
@@ -55,6 +70,23 @@ def test_packages_import_only_whom_they_may():
         ours = {name.split(".")[1] for name in imported(path)}
         allowed = ALLOWED[module.split(".")[1]]
         assert ours <= allowed, f"{path} imports {ours - allowed}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_is_below_it(room):
+    experiments = {
+        name.removeprefix("crescendo.experiments."): path for name, path in sources().items() if "experiments." in name
+    }
+    for module, path in experiments.items():
+        own = module.split(".")[0] if "." in module else "commands"
+        if own != room:
+            continue
+        for name in imported(path):
+            if not name.startswith("crescendo.experiments."):
+                continue
+            parts = name.split(".")[2:]
+            allowed = parts[0] in ROOMS[room] | {room} or ".".join(parts[:2]) in ROOMS[room]
+            assert allowed, f"{path}: {room} must not import {name}"
 
 
 def test_gin_is_imported_in_one_place():

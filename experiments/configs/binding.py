@@ -1,99 +1,25 @@
-"""Gin: which factories configs can name, and how a command's configs are read. The only import of gin."""
+"""Gin: how a command's configs are read, bound to an experiment, and written back. The only import of gin."""
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import functools
-import importlib
 import inspect
-import pkgutil
 import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import gin
-import optax
 import typeguard
 from gin import selector_map
 
-import crescendo.optim as optim
-from crescendo.experiments import tasks
-from crescendo.experiments.data import rows as data
-from crescendo.experiments.data.image_data import image_data
+from crescendo.experiments.configs.factories import FACTORIES, optax_factories
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.interruption import Interrupted
-from crescendo.experiments.trainer.probes import PROBES
-from crescendo.models import ModelConfig
-from crescendo.models.resnet import ResNetConfig
-from crescendo.models.vit import ViTConfig
-from crescendo.optim import batch_size, policies
-from crescendo.optim.groups import group
-from crescendo.parallel import make_mesh, strategy
 
 CONFIGS = resources.files("crescendo.experiments.configs")
-
-
-def model(preset: str = "debug", **changes) -> ModelConfig:
-    """`ModelConfig.preset(preset)` with the fields that are not None changed."""
-    return ModelConfig.preset(preset, **{name: value for name, value in changes.items() if value is not None})
-
-
-# Gin checks names against the signature, so the fields are spelled out there.
-_fields = get_type_hints(ModelConfig)
-model.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [inspect.Parameter("preset", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="debug", annotation=str)]
-    + [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_fields[f.name] | None)
-        for f in dataclasses.fields(ModelConfig)
-    ]
-)
-
-
-def _task_makers() -> dict[str, Callable]:
-    """The functions that make tasks: of each module of `experiments.tasks` the one that has its name."""
-    names = [module.name for module in pkgutil.iter_modules(tasks.__path__)]
-    modules = {name: importlib.import_module(f"{tasks.__name__}.{name}") for name in names}
-    return {name: getattr(module, name) for name, module in modules.items() if hasattr(module, name)}
-
-
-def _optax_factories() -> dict[str, dict[str, Callable]]:
-    """Every public function of optax and optax.contrib, by module."""
-    return {
-        module.__name__: {
-            name: f for name, f in vars(module).items() if name[0] != "_" and inspect.isfunction(f) and _is_optax(f)
-        }
-        for module in (optax, optax.contrib)
-    }
-
-
-def _is_optax(function: Callable) -> bool:
-    return function.__module__.partition(".")[0] == "optax"
-
-
-# What configs can name, by the module that qualifies a name used twice (schedules.constant, batch_size.constant).
-FACTORIES: dict[str, dict[str, Callable]] = {
-    "optim": optim.OPTIMIZERS | optim.TRANSFORMS | optim.COMBINATORS,
-    "optim.schedules": optim.SCHEDULES,
-    "optim.groups": {"group": group},
-    "optim.batch_size": {"constant": batch_size.constant, "staged": batch_size.staged},
-    "optim.policies": {
-        f.__name__: f
-        for f in (
-            policies.geometric_warmup,
-            policies.noise_scale_following,
-            policies.norm_test,
-            policies.critical_batch_following,
-        )
-    },
-    "models": {"model": model, "resnet": ResNetConfig, "vit": ViTConfig},
-    "tasks": _task_makers(),
-    "probes": PROBES,
-    "parallel": {"mesh": make_mesh, "strategy": strategy},
-    "data": {f.__name__: f for f in (data.text_data, data.stdlib_text, data.text_files, data.tfds_text, image_data)},
-}
 
 
 def _checked(factory: Callable, called: str | None = None) -> Callable:
@@ -159,7 +85,7 @@ def _register_factories() -> None:
     for module, factories in FACTORIES.items():
         for name, factory in factories.items():
             gin.external_configurable(_checked(user_values()(factory), name), name=name, module=module)
-    for module, factories in _optax_factories().items():
+    for module, factories in optax_factories().items():
         for name, factory in factories.items():
             gin.external_configurable(_bound(user_values()(factory), f"{module}.{name}"), name=name, module=module)
 
@@ -195,7 +121,8 @@ def bind(experiment: Callable, configs: Sequence[str], bindings: Sequence[str] =
     """`experiment` with the parameters that the configs bind; later files and bindings win.
 
     Args:
-      experiment: a function with annotated parameters; configs name it by its own name.
+      experiment: a function with annotated parameters; configs name it by its own name. Where it has a parameter
+        `operative_config`, it is given the function of that name.
       configs: paths of gin files, or names of shipped ones.
       bindings: gin statements such as `"train.total_examples = 100"`.
 
@@ -215,10 +142,13 @@ def bind(experiment: Callable, configs: Sequence[str], bindings: Sequence[str] =
     except ValueError as error:
         raise UserError(_one_line(error)) from None
 
+    takes_text = "operative_config" in inspect.signature(experiment).parameters
+    given = {"operative_config": operative_config} if takes_text else {}
+
     @functools.wraps(experiment)
     def call(**kwargs):
         with _own_errors():
-            return wrapped(**kwargs)
+            return wrapped(**(given | kwargs))
 
     return call
 

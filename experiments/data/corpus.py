@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from crescendo.experiments.data.documents import Documents
-from crescendo.experiments.data.prepared import progress
+from crescendo.experiments.data.preparation import progress
 from crescendo.experiments.data.tokenizer import SubwordTokenizer, Tokenizer
 from crescendo.experiments.runtime.errors import UserError
 

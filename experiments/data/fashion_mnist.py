@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crescendo.experiments.data.images import tfds_images
+from crescendo.experiments.data.tfds import tfds_images
 from crescendo.experiments.runtime.errors import UserError
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -16,7 +16,7 @@ DEBIAN_PACKAGE = "dataset-fashion-mnist"
 _PREFIX = {"train": "train", "test": "t10k"}
 
 
-def fashion_mnist(split: str, *, idx_directory: str | os.PathLike | None = None) -> tuple[np.ndarray, np.ndarray]:
+def read_fashion_mnist(split: str, *, idx_directory: str | os.PathLike | None = None) -> tuple[np.ndarray, np.ndarray]:
     """One split, from TFDS where it is prepared there, else from the publisher's four gzipped IDX files.
 
     Args:

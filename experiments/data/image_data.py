@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from crescendo.experiments.data.fashion_mnist import fashion_mnist
+from crescendo.experiments.data.fashion_mnist import read_fashion_mnist
 from crescendo.experiments.data.tfds import open_source
 from crescendo.experiments.runtime.errors import UserError
 
@@ -154,7 +154,9 @@ def image_data(
         raise UserError(f"image_data.validation_examples = {validation_examples} must be at least 1")
     splits: dict[str, Any]
     if name == "fashion_mnist" and not download and _outside_tfds(data_directory):
-        splits = {split: ImageRows(*fashion_mnist(split, idx_directory=data_directory)) for split in ("train", "test")}
+        splits = {
+            split: ImageRows(*read_fashion_mnist(split, idx_directory=data_directory)) for split in ("train", "test")
+        }
         classes, identity = FASHION_MNIST_CLASSES, _digest(splits)
     else:
         in_tfds, classes, identity = _tfds_splits(name, data_directory, download)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from crescendo.experiments.runtime.errors import UserError
 
 
@@ -30,7 +32,7 @@ def open_source(
     """
     import tensorflow_datasets as tfds  # takes a second to import
 
-    import crescendo.experiments.data.stdlib_builder  # noqa: F401 (registers our builder)
+    import crescendo.experiments.data.builders.stdlib  # noqa: F401 (registers our builder)
 
     if re.match(r"\w+:[A-Za-z_]", name):
         raise UserError(
@@ -61,3 +63,49 @@ def open_source(
         ) from error
     except (AssertionError, NotImplementedError, ValueError) as error:
         raise UserError(f'TFDS data set "{name}", split "{split}": {" ".join(str(error).split())}') from error
+
+
+class Images:
+    """Labelled images by number: images[i] is {"image": uint8 [H, W, C], "label": int}."""
+
+    def __init__(self, source: Sequence[dict[str, Any]], image: str, label: str):
+        self._source, self._image, self._label = source, image, label
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        example = self._source[range(len(self))[i]]
+        return {"image": np.asarray(example[self._image], np.uint8), "label": int(example[self._label])}
+
+
+def tfds_images(
+    name: str,
+    *,
+    split: str = "train",
+    image: str = "image",
+    label: str = "label",
+    data_directory: str | os.PathLike | None = None,
+    download: bool = False,
+) -> Images:
+    """The labelled images of a TFDS data set, for random access.
+
+    Args:
+      name: as in the catalogue, such as "mnist".
+      split: such as "train" or "test[:1000]".
+      image: the feature that holds the picture.
+      label: the feature that holds the class number.
+      data_directory: where TFDS keeps prepared data; None for $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      download: whether to download and prepare the data set if it is not there; else the network is never tried.
+
+    Returns:
+      A source with a length whose item i is {"image": uint8 [H, W, C], "label": int}.
+
+    Raises:
+      UserError: if there is no such data set, split or feature, or it is not prepared for random access.
+
+    References:
+      https://www.tensorflow.org/datasets/catalog/overview
+    """
+    source, _, _ = open_source(name, split, data_directory, download, [image, label])
+    return Images(source, image, label)

@@ -15,13 +15,15 @@ from pathlib import Path
 from rich.console import Console
 
 from crescendo.experiments.configs import binding as configurables
-from crescendo.experiments.report import compare, comparison_table, write_report
+from crescendo.experiments.reports.compare import compare, comparison_table
 from crescendo.experiments.reports.equal_loss import equal_loss_table, reached
-from crescendo.experiments.runs.records import file_access, is_complete, read_run, replace_file
+from crescendo.experiments.reports.write import write_report
+from crescendo.experiments.runs.run import is_complete, last_validation, read_run
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access, replace_file
 from crescendo.experiments.runtime.interruption import interrupted_at
-from crescendo.experiments.train import last_validation, train
+from crescendo.experiments.trainer.training import train
 
 EXAMPLES = """examples:
   crescendo batch_warmup

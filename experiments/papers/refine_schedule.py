@@ -12,11 +12,12 @@ import numpy as np
 from rich.console import Console
 
 from crescendo.experiments.configs import binding as configurables
-from crescendo.experiments.report import comparison_table, write_report
-from crescendo.experiments.runs.records import read_run
+from crescendo.experiments.reports.compare import comparison_table
+from crescendo.experiments.reports.write import write_report
+from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError, user_values
-from crescendo.experiments.train import train
+from crescendo.experiments.trainer.training import train
 from crescendo.optim.refinement import GradientNorms, save_refined
 
 EXAMPLES = """examples:

@@ -7,7 +7,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from crescendo.experiments.report import Arm
+from crescendo.experiments.reports.compare import Arm
 
 
 class Reached(NamedTuple):

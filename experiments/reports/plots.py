@@ -17,8 +17,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from crescendo.experiments.runs.records import Columns, Run
-from crescendo.experiments.trainer.progress import RunningMean, compact
+from crescendo.experiments.runs.records import Columns
+from crescendo.experiments.runs.run import Run
+from crescendo.experiments.runtime.text import RunningMean, compact
 
 Arms = Sequence[tuple[str, Sequence[Run]]]
 

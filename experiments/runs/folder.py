@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from crescendo.experiments.runs.records import file_access, replace_file
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access, replace_file
 from crescendo.parallel.hosts import is_leader
 
 PACKAGES = ("crescendo", "jax", "flax", "optax", "orbax-checkpoint", "numpy")

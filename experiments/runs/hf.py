@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from crescendo.experiments.runs.records import file_access
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access
 from crescendo.models import ModelConfig
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from crescendo.experiments.runs import folder as run_folder
-from crescendo.experiments.runs.records import file_access, replace_file
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access, replace_file
 
 
 class Results[Key: tuple]:

@@ -5,23 +5,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from crescendo import models
 from crescendo.experiments.data.tokenizer import SubwordTokenizer
 from crescendo.experiments.runs import hf
 from crescendo.experiments.runs.checkpoint import Checkpoints
-from crescendo.experiments.runs.records import read_run
-from crescendo.experiments.runs.state import Clock, TrainState
+from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.trainer.session import Session
-from crescendo.experiments.trainer.shapes import describe_arrays
 from crescendo.models import ModelConfig
 
 Tree = Any
-
-
-_OTHER_PARAMETERS = "has other parameters than this model: set model.qk_norm and model.tied_head to its own"
 
 
 class Trained(NamedTuple):
@@ -59,7 +52,7 @@ def load(folder: Path) -> Trained:
             raise UserError(f"{folder / 'run.json'} doesn't describe a decoder ({error})") from None
         here = config.for_platform(jax.default_backend())
         shapes = jax.eval_shape(lambda: models.initialize(here, jax.random.key(0)))
-        parameters, examples_seen = _newest(folder, shapes)
+        parameters, examples_seen = newest_parameters(folder, shapes)
         max_length = run.info["sequence_length"]
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -68,91 +61,7 @@ def load(folder: Path) -> Trained:
     return Trained(here, parameters, SubwordTokenizer.load(path), max_length, examples_seen)
 
 
-def fresh_state(session: Session, initialize_from: str | None = None) -> TrainState:
-    """The state at the begin of a run, with random parameters or those of a trained model.
-
-    Raises:
-      UserError: for a model of another shape; its vocabulary may differ in the rows that no token uses.
-    """
-    if initialize_from is None:
-        return session.fresh_state()
-    folder, wanted = Path(initialize_from), session.abstract_state.parameters
-    if (folder / "run.json").is_file():
-        parameters, _ = _newest(folder, _stored_shapes(folder, wanted, initialize_from))
-    else:
-        parameters = load(folder).parameters
-
-    def fit(path, have, want):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        have = np.asarray(have)
-        if name in ("embedding.table", "head.table") and have.shape[1:] == want.shape[1:]:
-            more = max(0, want.shape[0] - have.shape[0])
-            have = np.pad(have[: want.shape[0]], ((0, more), (0, 0)))
-        if have.shape != want.shape:
-            raise UserError(
-                f"train.initialize_from = {initialize_from!r}: its {name} is {have.shape}, this model's {want.shape}: "
-                "set the model's fields to its own"
-            )
-        return jax.device_put(have, want.sharding)
-
-    if _paths(parameters) != _paths(wanted):
-        raise UserError(f"train.initialize_from = {initialize_from!r} {_OTHER_PARAMETERS}")
-    return session.fresh_state(jax.tree.map_with_path(fit, parameters, wanted))
-
-
-def whole_state(start_from: str, session: Session) -> tuple[TrainState, Clock]:
-    """The state and the clock of another run's checkpoint, `RUN@EXAMPLES`, laid out as the session wants them.
-
-    Raises:
-      UserError: for another form, a run or a checkpoint that isn't there, arrays that aren't this session's, or a
-        checkpoint at or past the end of this run.
-    """
-    folder, _, examples = start_from.rpartition("@")
-    if not folder or not examples.isdigit():
-        raise UserError(f"train.start_from = {start_from!r} must be RUN@EXAMPLES, such as 'runs/stable@4096'")
-    before, now = read_run(Path(folder)).info.get("fixed", {}).get("arrays"), describe_arrays(session.abstract_state)
-    if before != now:
-        differing = sorted(name for name in {*(before or {}), *now} if (before or {}).get(name) != now.get(name))
-        raise UserError(
-            f"train.start_from = {start_from!r}: {len(differing)} of its arrays are not this run's, such as "
-            f"{differing[0]}: use its model, optimizer and batch-size policy, or train.initialize_from for its "
-            "parameters alone"
-        )
-    if int(examples) >= session.total_examples:
-        raise UserError(
-            f"train.start_from = {start_from!r} lies at or past the end of this run, train.total_examples = "
-            f"{session.total_examples}: raise that, since the clock goes on"
-        )
-    if not (Path(folder) / "checkpoints").is_dir():
-        raise UserError(f"train.start_from = {start_from!r}: {folder} has no checkpoint yet")
-    checkpoints = Checkpoints(Path(folder) / "checkpoints", read_only=True)
-    try:
-        state, clock = checkpoints.restore_at(int(examples), session.abstract_state)
-    finally:
-        checkpoints.close()
-    return state, dataclasses.replace(clock, seconds=0.0)
-
-
-def _paths(tree: dict) -> list[str]:
-    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _stored_shapes(folder: Path, wanted: Tree, initialize_from: str) -> Tree:
-    """The shapes of a run's parameters, as its `run.json` has them, in a tree like `wanted`."""
-    arrays = read_run(folder).info.get("fixed", {}).get("arrays", {})
-    prefix = ".parameters"
-    stored = {name.removeprefix(prefix): text for name, text in arrays.items() if name.startswith(prefix)}
-    if stored.keys() != {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(wanted)}:
-        raise UserError(f"train.initialize_from = {initialize_from!r} {_OTHER_PARAMETERS}")
-
-    def shape(path, _) -> jax.ShapeDtypeStruct:
-        dtype, _, sizes = stored[jax.tree_util.keystr(path)].rstrip("]").partition("[")
-        return jax.ShapeDtypeStruct(tuple(int(size) for size in sizes.split(",") if size.strip()), dtype)
-
-    return jax.tree.map_with_path(shape, wanted)
-
-
-def _newest(folder: Path, shapes: Tree) -> tuple[dict, int]:
+def newest_parameters(folder: Path, shapes: Tree) -> tuple[dict, int]:
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} has no checkpoint yet: a run saves its first after a tenth of its length")
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from crescendo.experiments.runs.records import file_access
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access
 
 
 class Process(Protocol):

@@ -1,10 +1,6 @@
-"""What the compiler says of a program, and where compiled programs are kept."""
-
-import functools
+"""What the compiler says of a program."""
 
 import jax
-
-from crescendo.experiments.runtime import cache
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
@@ -17,39 +13,3 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )
-
-
-class CompilationCounter:
-    """Counts the programs compiled, or read from the cache, since it was made.
-
-    >>> counter = CompilationCounter()
-    >>> _ = jax.jit(lambda x: x + 1)(1.0)
-    >>> counter.count >= 1
-    True
-    """
-
-    _total = 0
-
-    def __init__(self) -> None:
-        _count_compilations()
-        self._start = CompilationCounter._total
-
-    @property
-    def count(self) -> int:
-        """How many so far."""
-        return CompilationCounter._total - self._start
-
-
-@functools.cache
-def _count_compilations() -> None:
-    def listener(event: str, duration_secs: float, **_) -> None:
-        del duration_secs
-        CompilationCounter._total += event == "/jax/core/compile/backend_compile_duration"
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that the second start of a run compiles nothing; JAX's own setting wins."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "xla"))

@@ -9,6 +9,8 @@ from rich.console import Console, ConsoleOptions
 from rich.live import Live
 from rich.text import Text
 
+from crescendo.experiments.runtime.text import RunningMean, compact, duration
+
 
 class ProgressLine:
     """Shows how a run goes: a live line on a terminal; elsewhere a plain line now and then, and the last one.
@@ -115,48 +117,3 @@ class ProgressLine:
             filled = min(bar, round(bar * self._train["examples_seen"] / self._total_examples))
             line.append("  ").append("━" * filled, "cyan").append("━" * (bar - filled), "bright_black")
         yield line.append("".join("  " + part for part in rest))
-
-
-class RunningMean:
-    """Exponential mean, unbiased from the first value; what is not finite is left out.
-
-    A value's weight falls by a factor e over `window` units of weight that come after it, so the mean doesn't depend on
-    how the same stretch of data is cut into batches.
-
-    >>> mean = RunningMean(window=100.0)
-    >>> mean.add(3.0, weight=8)
-    3.0
-    >>> mean.add(float("nan"), weight=8)
-    3.0
-    """
-
-    def __init__(self, window: float):
-        self._window, self._sum, self._weight = window, 0.0, 0.0
-
-    def add(self, value: float, weight: float) -> float:
-        if math.isfinite(value):
-            keep = math.exp(-weight / self._window)
-            self._sum = keep * self._sum + (1 - keep) * value
-            self._weight = keep * self._weight + (1 - keep)
-        return self.value
-
-    @property
-    def value(self) -> float:
-        return self._sum / self._weight if self._weight else math.nan
-
-
-def compact(value: float) -> str:
-    """A number in three digits: 15,623 is `15.6k`, 4e9 is `4B`."""
-    for unit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * unit:
-            return f"{value / unit:.3g}{suffix}"
-    return f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 3,723 is `1:02:03`."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

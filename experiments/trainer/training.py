@@ -12,22 +12,24 @@ import jax
 from rich.console import Console
 
 from crescendo import optim
-from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.runs import folder as run_folder
-from crescendo.experiments.runs import trained
 from crescendo.experiments.runs.checkpoint import Checkpoints
-from crescendo.experiments.runs.records import Record, file_access, read_records, replace_file, run_observers
+from crescendo.experiments.runs.records import Record, read_records
+from crescendo.experiments.runs.run import last_validation
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime import hardware
+from crescendo.experiments.runtime.cache import CompilationCounter, use_compilation_cache
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access, replace_file
 from crescendo.experiments.runtime.interruption import Interrupted, Interruption
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.batch_sizes import DecidedBatchSizes
-from crescendo.experiments.trainer.compilation import CompilationCounter, use_compilation_cache
+from crescendo.experiments.trainer.observers import run_observers
 from crescendo.experiments.trainer.probes import Probe
 from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.session import Session, check_positive
 from crescendo.experiments.trainer.shapes import describe_arrays
+from crescendo.experiments.trainer.starting import fresh_state, whole_state
 from crescendo.parallel import hosts
 
 FORMAT = 2
@@ -128,7 +130,7 @@ def train(
     max_bad_steps: int = 10,
     writers: Sequence[str] = (),
     label: str | None = None,
-    operative_config: Callable[[], str] = configurables.operative_config,
+    operative_config: Callable[[], str] = str,
     **options: Any,
 ) -> dict:
     """Trains a task, or goes on where the run in the folder `run` stopped.
@@ -150,7 +152,7 @@ def train(
       max_bad_steps: stop after so many steps in a row without a finite loss and update.
       writers: who gets the metrics besides `metrics.jsonl` and TensorBoard, such as ["wandb"] (Weights & Biases).
       label: the run's name in reports; the folder's when None.
-      operative_config: gives the configuration text to keep with the run.
+      operative_config: gives the configuration text to keep with the run; `bind` passes it, else it is empty.
       **options: what is trained and how: those of `Session`.
 
     Returns:
@@ -198,10 +200,10 @@ def train(
             state, clock = restored
             say(f"going on at {clock.examples_seen:,} of {total_examples:,} examples in {folder}")
         elif start_from is not None:
-            state, clock = trained.whole_state(start_from, session)
+            state, clock = whole_state(start_from, session)
             say(f"starting from {start_from}, to {total_examples:,} examples")
         else:
-            state = trained.fresh_state(session, initialize_from)
+            state = fresh_state(session, initialize_from)
             clock = Clock(batch_size=session.policy.sizes[0])
         batch_sizes = DecidedBatchSizes(session.fitting(DecidedBatchSizes.of(state).decided))
         clock = dataclasses.replace(clock, batch_size=session.fitting(clock.batch_size))
@@ -287,14 +289,6 @@ def _record_probe(probe: Probe, recorder: Recorder) -> Callable[[Clock, TrainSta
             recorder.probe(clock, numbers)
 
     return look
-
-
-def last_validation(folder: Path) -> dict:
-    """The newest validation record of a run."""
-    found = [record for record in read_records(folder / "metrics.jsonl") if record["kind"] == "validation"]
-    if not found:
-        raise UserError(f"{folder} has no validation yet: let it train to its end, or raise train.total_examples")
-    return found[-1]
 
 
 def _check_enough_rows(session: Session) -> None:

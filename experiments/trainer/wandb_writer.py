@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from crescendo.experiments.runs.records import Record, Thinned, file_access
+from crescendo.experiments.runs.records import Record
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access
+from crescendo.experiments.trainer.observers import Thinned
 
 
 class WandbWriter:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from crescendo.experiments.configs import binding as configurables
-from crescendo.experiments.train import train
+from crescendo.experiments.trainer.training import train
 
 SMALL_MODEL = (
     "model.width = 16",

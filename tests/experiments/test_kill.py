@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from crescendo.experiments.runs.records import read_run
+from crescendo.experiments.runs.run import read_run
 
 KILLS = 6
 STAGED = (

@@ -10,10 +10,10 @@ import pytest
 
 from crescendo.experiments import train as train_module
 from crescendo.experiments.runs import folder as run_folder
-from crescendo.experiments.runs.records import read_run
+from crescendo.experiments.runs.run import read_run
+from crescendo.experiments.runtime.cache import CompilationCounter
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.interruption import Interrupted
-from crescendo.experiments.trainer.compilation import CompilationCounter
 from crescendo.experiments.trainer.recorder import Recorder
 
 STAGED = ("train.batch_size = @staged()", "staged.sizes = [8, 16, 32]", "staged.starts_examples = [0, 128, 256]")

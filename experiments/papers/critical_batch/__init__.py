@@ -23,19 +23,19 @@ from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.papers.critical_batch.curve import draw, make_curve, smoothed_loss
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs.checkpoint import Checkpoints
-from crescendo.experiments.runs.records import file_access, is_complete, read_run, replace_file
 from crescendo.experiments.runs.results import Results
+from crescendo.experiments.runs.run import is_complete, read_run
 from crescendo.experiments.runs.state import Clock, TrainState
+from crescendo.experiments.runtime.cache import use_compilation_cache
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access, replace_file
 from crescendo.experiments.runtime.interruption import Interrupted, Interruption, interrupted_at
-from crescendo.experiments.train import train
+from crescendo.experiments.runtime.text import duration
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.batch_sizes import FixedBatchSizes
-from crescendo.experiments.trainer.compilation import use_compilation_cache
-from crescendo.experiments.trainer.progress import duration
 from crescendo.experiments.trainer.session import Session, session_options
-from crescendo.experiments.trainer.training import make_recorder
+from crescendo.experiments.trainer.training import make_recorder, train
 
 # A branch is evaluated so often, at even intervals; its loss is the moving average of these.
 EVALUATIONS = 8

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from crescendo.experiments.reports import plots
-from crescendo.experiments.trainer.progress import compact
+from crescendo.experiments.runtime.text import compact
 
 _NOISE_LABELS = ("gradient noise scale", "noise scale of the norm layers")
 

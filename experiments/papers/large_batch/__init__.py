@@ -37,15 +37,15 @@ from crescendo.experiments.papers.large_batch.recipes import (
 )
 from crescendo.experiments.papers.large_batch.results import draw, summarize, table
 from crescendo.experiments.runs import folder as run_folder
-from crescendo.experiments.runs.records import file_access, replace_file
 from crescendo.experiments.runs.results import Results
+from crescendo.experiments.runtime.cache import use_compilation_cache
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access, replace_file
 from crescendo.experiments.runtime.interruption import Interrupted, Interruption
+from crescendo.experiments.runtime.text import duration
 from crescendo.experiments.sweeps.batched import make_sweep
 from crescendo.experiments.tasks.base import Task
-from crescendo.experiments.trainer.compilation import use_compilation_cache
-from crescendo.experiments.trainer.progress import duration
 
 WARMUP_FRACTION = 0.1
 # Of what a cell means: raised when the same settings give other numbers.

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from crescendo.experiments.data.fashion_mnist import fashion_mnist
-from crescendo.experiments.data.rows import Rows, text_data
-from crescendo.experiments.runs.records import file_access
+from crescendo.experiments.data.fashion_mnist import read_fashion_mnist
+from crescendo.experiments.data.rows import Rows
+from crescendo.experiments.data.text_data import text_data
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access
 from crescendo.experiments.tasks.base import Task
 from crescendo.experiments.tasks.images import images
 from crescendo.experiments.tasks.masked_lm import masked_lm
@@ -121,10 +122,10 @@ def prepare_text() -> Arrays:
 
 def prepare_images() -> Arrays:
     """Fashion-MNIST, the training pictures shuffled and the last of them kept for validation."""
-    images, labels = fashion_mnist("train")
+    images, labels = read_fashion_mnist("train")
     order = np.random.default_rng(0).permutation(len(images))
     images, labels = images[order], labels[order].astype(np.uint8)
-    test_images, test_labels = fashion_mnist("test")
+    test_images, test_labels = read_fashion_mnist("test")
     return {
         "train/images": images[:-VALIDATION_IMAGES],
         "train/labels": labels[:-VALIDATION_IMAGES],

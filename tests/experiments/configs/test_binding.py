@@ -6,7 +6,7 @@ import pytest
 
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.train import train
+from crescendo.experiments.trainer.training import train
 
 
 def probe(*, number: int, name: str = "none", factory: object = None) -> tuple:

@@ -14,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crescendo.experiments.data.corpus import held_out
+from crescendo.experiments.data.documents import Documents
 from crescendo.experiments.data.packing import pack
-from crescendo.experiments.data.rows import Documents, Rows, Stream, text_data, text_files
+from crescendo.experiments.data.rows import Rows, Stream
+from crescendo.experiments.data.text_data import text_data
+from crescendo.experiments.data.text_files import text_files
 from crescendo.experiments.runtime.errors import UserError
 
 NAMES = ("tokens", "labels", "segment_ids", "positions")
@@ -314,7 +317,8 @@ def test_tensorflow_is_never_imported_and_tfds_only_to_prepare(tmp_path):
     (tmp_path / "tensorflow" / "__init__.py").write_text("")
     script = """
 import sys
-from crescendo.experiments.data.rows import Stream, text_data
+from crescendo.experiments.data.rows import Stream
+from crescendo.experiments.data.text_data import text_data
 data = text_data(cache_directory=sys.argv[1])
 if sys.argv[2] == "cold":
     Stream(data.train, seed=0).read(0, 4)

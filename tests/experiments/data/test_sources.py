@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from crescendo.experiments.data.corpus import held_out
-from crescendo.experiments.data.documents import stdlib_text, text_files, tfds_text
-from crescendo.experiments.data.images import tfds_images
-from crescendo.experiments.data.prepared import prepared
-from crescendo.experiments.data.stdlib import stdlib_files, stdlib_identity
+from crescendo.experiments.data.preparation import prepared
+from crescendo.experiments.data.stdlib_text import stdlib_files, stdlib_identity, stdlib_text
+from crescendo.experiments.data.text_files import text_files
+from crescendo.experiments.data.tfds import tfds_images
+from crescendo.experiments.data.tfds_text import tfds_text
 from crescendo.experiments.runtime.errors import UserError
 
 MODULES = ["data", "packing", "tokenizer", *(f"datasets.{m}" for m in ("corpus", "documents", "images", "prepared"))]
@@ -310,7 +311,7 @@ def test_one_of_two_processes_builds_and_the_other_waits(tmp_path, capfd):
 def test_a_killed_preparation_is_started_anew(tmp_path):
     script = """
 import sys, time, pathlib
-from crescendo.experiments.data.prepared import prepared
+from crescendo.experiments.data.preparation import prepared
 def build(folder):
     (folder / "half").write_text("done")
     print("building", flush=True)

@@ -6,8 +6,8 @@ import pytest
 
 from crescendo.experiments.papers.batch_warmup import ARMS, arms, batch_warmup
 from crescendo.experiments.papers.batch_warmup import main as batch_warmup_main
-from crescendo.experiments.report import compare
-from crescendo.experiments.runs.records import read_run
+from crescendo.experiments.reports.compare import compare
+from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.errors import UserError
 
 

@@ -22,8 +22,8 @@ from crescendo.experiments.papers.critical_batch.curve import (
     over_seeds,
     smoothed_loss,
 )
-from crescendo.experiments.runs.records import read_run
 from crescendo.experiments.runs.results import Results
+from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.interruption import Interrupted
 from crescendo.optim import critical_batch_following

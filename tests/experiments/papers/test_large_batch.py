@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from crescendo import optim
-from crescendo.experiments.data.fashion_mnist import fashion_mnist
+from crescendo.experiments.data.fashion_mnist import read_fashion_mnist
 from crescendo.experiments.papers import large_batch as experiment
 from crescendo.experiments.papers.large_batch import Cell, example_order, large_batch
 from crescendo.experiments.papers.large_batch import recipes as large_batch_tasks
@@ -322,7 +322,7 @@ def idx_folder(tmp_path):
 
 def test_idx_files_are_read(idx_folder):
     for split_name, prefix, examples in (("train", "train", 6), ("test", "t10k", 3)):
-        images, labels = fashion_mnist(split_name, idx_directory=idx_folder)
+        images, labels = read_fashion_mnist(split_name, idx_directory=idx_folder)
         assert images.shape == (examples, 28, 28, 1)
         assert images.dtype == np.uint8
         np.testing.assert_array_equal(labels, np.arange(examples))
@@ -331,26 +331,27 @@ def test_idx_files_are_read(idx_folder):
 
 def test_missing_and_damaged_idx_files_are_named(idx_folder, tmp_path):
     with pytest.raises(UserError, match='no split "validation": use train or test'):
-        fashion_mnist("validation", idx_directory=idx_folder)
+        read_fashion_mnist("validation", idx_directory=idx_folder)
     labels = idx_folder / "t10k-labels-idx1-ubyte.gz"
     whole = gzip.decompress(labels.read_bytes())
     write_idx(idx_folder, "t10k-labels-idx1", np.zeros(2, np.uint8))
     with pytest.raises(UserError, match="3 images but 2 labels"):
-        fashion_mnist("test", idx_directory=idx_folder)
+        read_fashion_mnist("test", idx_directory=idx_folder)
     for content in (gzip.compress(whole[:-1]), gzip.compress(b"text"), gzip.compress(b"")):
         labels.write_bytes(content)
         with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte\.gz is not an IDX file of bytes"):
-            fashion_mnist("test", idx_directory=idx_folder)
+            read_fashion_mnist("test", idx_directory=idx_folder)
     labels.write_bytes(b"\x1f\x8b broken")
     with pytest.raises(UserError, match="can't read"):
-        fashion_mnist("test", idx_directory=idx_folder)
+        read_fashion_mnist("test", idx_directory=idx_folder)
     with pytest.raises(UserError, match="apt-get install dataset-fashion-mnist"):
-        fashion_mnist("test", idx_directory=tmp_path / "nowhere")
+        read_fashion_mnist("test", idx_directory=tmp_path / "nowhere")
 
 
 def test_prepared_pictures_are_split_three_ways(idx_folder, monkeypatch):
     monkeypatch.setattr(large_batch_tasks, "VALIDATION_IMAGES", 2)
-    monkeypatch.setattr(large_batch_tasks, "fashion_mnist", lambda name: fashion_mnist(name, idx_directory=idx_folder))
+    from_folder = functools.partial(read_fashion_mnist, idx_directory=idx_folder)
+    monkeypatch.setattr(large_batch_tasks, "read_fashion_mnist", from_folder)
     arrays = TASKS["images"].prepare()
     labels = {name: split(arrays, name, None)["labels"].tolist() for name in ("train", "validation", "test")}
     assert sorted(labels["train"] + labels["validation"]) == list(range(6))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crescendo.experiments.papers.refine_schedule import main, recorded_norms, refine_schedule
-from crescendo.experiments.runs.records import read_run
+from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.optim.refinement import refine
 

@@ -16,9 +16,10 @@ import pytest
 from rich.console import Console
 
 from crescendo.experiments import report
-from crescendo.experiments.report import compare, comparison_table, headline, write_report
 from crescendo.experiments.reports import page, plots
-from crescendo.experiments.runs.records import read_run
+from crescendo.experiments.reports.compare import compare, comparison_table, headline
+from crescendo.experiments.reports.write import write_report
+from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.errors import UserError
 
 T = 128  # tokens an example in `make_run`

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from crescendo.experiments.report import compare
+from crescendo.experiments.reports.compare import compare
 from crescendo.experiments.reports.equal_loss import equal_loss_table, reached
-from crescendo.experiments.runs.records import Run
+from crescendo.experiments.runs.run import Run
 
 
 def make_run(name: str, losses: list[float], steps_each: int, seconds_each: float) -> Run:

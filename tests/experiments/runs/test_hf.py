@@ -23,7 +23,7 @@ from crescendo.experiments.export import export
 from crescendo.experiments.generate import generate, stream
 from crescendo.experiments.runs import hf, trained
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.train import train
+from crescendo.experiments.trainer.training import train
 from crescendo.models import ModelConfig
 from crescendo.models.decode import decode, empty_cache, sample
 

@@ -20,18 +20,12 @@ from rich.console import Console
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from crescendo.experiments.runs.records import (
-    TRAIN_COLUMNS,
-    VALIDATION_COLUMNS,
-    JsonlWriter,
-    Observers,
-    TensorBoardWriter,
-    read_records,
-    read_run,
-    run_observers,
-)
+from crescendo.experiments.runs.records import TRAIN_COLUMNS, VALIDATION_COLUMNS, JsonlWriter, read_records
+from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.trainer.progress import ProgressLine, RunningMean, compact
+from crescendo.experiments.runtime.text import RunningMean, compact
+from crescendo.experiments.trainer.observers import Observers, TensorBoardWriter, run_observers
+from crescendo.experiments.trainer.progress import ProgressLine
 
 unhurried = settings(deadline=None)  # a busy machine's pauses are no failure
 

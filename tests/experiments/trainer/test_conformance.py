@@ -13,10 +13,9 @@ import pytest
 from crescendo import optim, parallel
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.runs.state import Clock
-from crescendo.experiments.train import train
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.session import Session, session_options
-from crescendo.experiments.trainer.training import make_recorder
+from crescendo.experiments.trainer.training import make_recorder, train
 
 STEPS = 4
 MESHES = {

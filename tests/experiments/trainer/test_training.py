@@ -13,15 +13,15 @@ from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.data.random_text import RandomText
 from crescendo.experiments.runs import trained
 from crescendo.experiments.runs.checkpoint import Checkpoints
-from crescendo.experiments.runs.records import read_records, read_run
+from crescendo.experiments.runs.records import read_records
+from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runs.state import Clock
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.tasks.base import Context
-from crescendo.experiments.train import train
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.frozen import Trainable
 from crescendo.experiments.trainer.session import Session
-from crescendo.experiments.trainer.training import make_recorder
+from crescendo.experiments.trainer.training import make_recorder, train
 from crescendo.models import ModelConfig
 from crescendo.models.resnet import ResNetConfig
 

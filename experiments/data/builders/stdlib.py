@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from crescendo.experiments.data.stdlib import stdlib_files, stdlib_identity
+from crescendo.experiments.data.stdlib_text import stdlib_files, stdlib_identity
 
 
 class StdlibText(tfds.core.GeneratorBasedBuilder):

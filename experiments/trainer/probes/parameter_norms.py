@@ -1,28 +1,10 @@
-"""What looks at a run now and then and never changes it.
-
-A probe is called with the clock and the state between steps, every so many examples and at the end; the numbers that it
-returns become a record of kind `probe`. The state is the loop's own: a probe that keeps arrays must copy them.
-"""
-
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+"""The norm of every parameter along a run."""
 
 import jax
 import jax.numpy as jnp
 
 from crescendo.experiments.runs.state import Clock, TrainState
-
-
-class Probe(NamedTuple):
-    """Something to look at.
-
-    Attributes:
-      every_examples: how often.
-      call: `(clock, state) -> numbers by name`; None or an empty mapping: nothing to record.
-    """
-
-    every_examples: int
-    call: Callable[[Clock, TrainState], Mapping[str, float] | None]
+from crescendo.experiments.trainer.probes import Probe
 
 
 def parameter_norms(every_examples: int) -> Probe:
@@ -54,7 +36,3 @@ def parameter_norms(every_examples: int) -> Probe:
         return {name: float(x) for name, x in jax.device_get(norms(state.parameters)).items()}
 
     return Probe(every_examples, call)
-
-
-PROBES: dict[str, Callable[..., Probe]] = {f.__name__: f for f in (parameter_norms,)}
-"""Those that configs can name."""

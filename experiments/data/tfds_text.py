@@ -1,0 +1,51 @@
+"""Texts of the TFDS catalogue."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from crescendo.experiments.data.documents import Documents, check_utf8, files_identity
+from crescendo.experiments.data.tfds import open_source
+from crescendo.experiments.runtime.errors import UserError
+
+TFDS_READ_EXAMPLES = 256
+
+
+def tfds_text(
+    name: str,
+    *,
+    split: str = "train",
+    feature: str = "text",
+    data_directory: str | os.PathLike | None = None,
+    download: bool = False,
+) -> Documents:
+    """The texts of a TFDS data set, an example a document.
+
+    Args:
+      name: as in the catalogue, such as "ag_news_subset" or "imdb_reviews/plain_text".
+      split: such as "train" or "train[:80%]".
+      feature: the text feature to take.
+      data_directory: where TFDS keeps prepared data; None for $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      download: whether to download and prepare the data set if it is not there; else the network is never tried.
+
+    Raises:
+      UserError: if there is no such data set, split or feature, it is not prepared for random access, or the feature is
+        no text.
+
+    References:
+      https://www.tensorflow.org/datasets/catalog/overview
+    """
+    source, full_name, files = open_source(name, split, data_directory, download, [feature])
+
+    def read() -> Iterator[bytes]:
+        for begin in range(0, len(source), TFDS_READ_EXAMPLES):
+            numbers = range(begin, min(begin + TFDS_READ_EXAMPLES, len(source)))
+            for number, example in zip(numbers, source.__getitems__(numbers), strict=True):
+                text = example[feature]
+                if not isinstance(text, bytes):
+                    raise UserError(f'TFDS data set "{name}": feature "{feature}" is {type(text).__name__}, not text')
+                yield check_utf8(text, f"{full_name} {split}[{number}]")
+
+    paths = [Path(file) for file in files]
+    identity = f"tfds {full_name} {split} {feature} {files_identity(paths)}"
+    return Documents(f"{full_name} {split}", identity, read, sum(path.stat().st_size for path in paths))

@@ -1,0 +1,207 @@
+"""Runs compared: arms with the means of their seeds, against the first; as a table for the terminal."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from crescendo.experiments.reports import plots
+from crescendo.experiments.runs.run import Run, read_run
+from crescendo.experiments.runtime.text import compact
+
+_COLUMNS = {  # the page's heading: the terminal's, short enough for 80 columns
+    "run": "run",
+    "validation loss": "val\nloss",
+    "against baseline": "vs\nfirst",
+    "optimizer steps": "steps",
+    "steps saved": "steps\nsaved",
+    "examples": "examples",
+    "tokens": "tokens",
+    "seconds": "seconds",
+    "tokens/s": "tokens\n/s",
+    "peak batch size": "peak\nbatch",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the comparison: a run, or the mean over the runs that differ in their seed alone.
+
+    Attributes:
+      name: the run's name, without the seed if there are several.
+      runs: the runs.
+      validation_loss: the last one, in nats per token; None before the first.
+      validation_spread: its sample standard deviation over seeds; None for a single run.
+      loss_difference: to the baseline's; positive is worse. None for the baseline, or where a loss is missing or not
+        finite.
+      steps: optimizer steps.
+      steps_saved: 1 - steps / the baseline's steps; None for the baseline, or where the two saw different amounts of
+        data (by more than 1% and more than a batch), since their steps can't be compared then.
+      examples: drawn so far.
+      tokens: seen so far.
+      seconds: of training.
+      tokens_per_second: over the whole run; None before the first step.
+      peak_batch_size: in examples; None before the first step.
+      done: the fraction of the planned examples that was seen.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+    validation_loss: float | None
+    validation_spread: float | None
+    steps: float
+    examples: float
+    tokens: float
+    seconds: float
+    tokens_per_second: float | None
+    peak_batch_size: int | None
+    done: float
+    loss_difference: float | None = None
+    steps_saved: float | None = None
+
+
+def compare(runs: Sequence[Run]) -> list[Arm]:
+    """The runs' arms in order of their first run, with the differences to the first arm."""
+    baseline, *others = [_arm(name, group) for name, group in _group_seeds(_distinct(runs))]
+    return [baseline, *(_relative(arm, baseline) for arm in others)]
+
+
+def comparison_table(runs: Sequence[Path]) -> Table:
+    """The comparison of run folders for the terminal; the first one is the baseline.
+
+    Raises:
+      UserError: if a folder is not a run's.
+    """
+    return arms_table(compare([read_run(run) for run in runs]))
+
+
+def headline(arms: Sequence[Arm]) -> str:
+    """The main result in a sentence: the best arm against the baseline."""
+    baseline = arms[0]
+    rivals = {arm.loss_difference: arm for arm in arms[1:] if arm.loss_difference is not None}
+    if not rivals:
+        loss = "no validation loss yet" if baseline.validation_loss is None else f"{_loss(baseline)} nats"
+        return f"{baseline.name}: {loss} after {baseline.steps:,.0f} steps and {compact(baseline.tokens)} tokens"
+    best = rivals[min(rivals)]
+    if best.steps_saved is None:
+        return (
+            f"{best.name}: {_loss(best)} nats after {compact(best.tokens)} tokens, "
+            f"{baseline.name}: {_loss(baseline)} after {compact(baseline.tokens)}"
+        )
+    percent = round(100 * best.steps_saved)
+    fewer = f"{percent}% fewer than" if percent > 0 else f"{-percent}% more than" if percent < 0 else "as many as"
+    return f"{best.name}: {_loss(best)} nats in {best.steps:,.0f} steps, {fewer} {baseline.name} ({_loss(baseline)})"
+
+
+def _distinct(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with the folder added to names that occur more than once."""
+    names = [run.name for run in runs]
+    return [
+        replace(run, info={**run.info, "name": f"{run.name} ({run.folder})"}) if names.count(run.name) > 1 else run
+        for run in runs
+    ]
+
+
+def _group_seeds(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """Arms by name: the runs that share a name up to the seed; a lone run keeps its whole name."""
+    groups: dict[tuple[str, bool], list[Run]] = {}
+    for run in runs:
+        seed = re.fullmatch(r"(.+?)[-_ ,./]*seed[-_=]?\d+", run.name)
+        groups.setdefault((seed[1], True) if seed else (run.name, False), []).append(run)
+    return [(name if len(group) > 1 else group[0].name, group) for (name, _), group in groups.items()]
+
+
+def _arm(name: str, runs: Sequence[Run]) -> Arm:
+    """The means over an arm's runs; a run without a step counts as zero steps."""
+    losses = [run.validation["loss"][-1] for run in runs if len(run.validation["loss"])]
+    trained = [run.train for run in runs if len(run.train["step"])]
+    seconds, tokens, examples, steps = (
+        sum(train[column][-1].item() for train in trained)
+        for column in ("seconds", "units_seen", "examples_seen", "step")
+    )
+    with np.errstate(invalid="ignore"):  # the spread of losses that are not finite is NaN
+        spread = float(np.std(losses, ddof=1)) if len(losses) > 1 else None
+    return Arm(
+        name=name,
+        runs=tuple(runs),
+        validation_loss=float(np.mean(losses)) if losses else None,
+        validation_spread=spread,
+        steps=steps / len(runs),
+        examples=examples / len(runs),
+        tokens=tokens / len(runs),
+        seconds=seconds / len(runs),
+        tokens_per_second=tokens / seconds if seconds > 0 else None,
+        peak_batch_size=max((int(train["batch_size"].max()) for train in trained), default=None),
+        done=examples / sum(run.info["total_examples"] for run in runs),
+    )
+
+
+def _relative(arm: Arm, baseline: Arm) -> Arm:
+    """The arm with its differences to the baseline."""
+    difference, saved = math.nan, None
+    if arm.validation_loss is not None and baseline.validation_loss is not None:
+        difference = arm.validation_loss - baseline.validation_loss
+    slack = max(0.01 * baseline.examples, arm.peak_batch_size or 0, baseline.peak_batch_size or 0)
+    if baseline.steps and arm.steps and abs(arm.examples - baseline.examples) <= slack:
+        saved = 1 - arm.steps / baseline.steps
+    return replace(arm, loss_difference=difference if math.isfinite(difference) else None, steps_saved=saved)
+
+
+def cells(arm: Arm, baseline: Arm) -> list[str]:
+    """The arm's row, a cell for each of `_COLUMNS`."""
+    return [
+        arm.name,
+        _loss(arm),
+        "" if arm is baseline else _number(arm.loss_difference, "+.3f"),
+        _number(arm.steps, ",.0f"),
+        "" if arm is baseline else _number(arm.steps_saved, ".1%"),
+        _number(arm.examples, ",.0f"),
+        compact(arm.tokens),
+        _number(arm.seconds, ",.0f" if arm.seconds >= 100 else ".1f"),
+        "–" if arm.tokens_per_second is None else compact(arm.tokens_per_second),
+        _number(arm.peak_batch_size, ",d"),
+    ]
+
+
+def remark(arm: Arm) -> str:
+    """What a reader must know of the arm beside its name: its seeds, and whether it has ended."""
+    seeds = f"{len(arm.runs)} seeds" if len(arm.runs) > 1 else ""
+    done = f"{arm.done:.0%} done" if arm.done < 1 else ""
+    return ", ".join(filter(None, [seeds, done]))
+
+
+def _number(value: float | None, spec: str) -> str:
+    """The value in a format, with a true minus sign; a dash where there is none."""
+    return "–" if value is None else format(value, spec).replace("-", "−")
+
+
+def _loss(arm: Arm) -> str:
+    """The arm's validation loss, with its spread over seeds."""
+    spread = "" if arm.validation_spread is None else f" ± {arm.validation_spread:.3f}"
+    return _number(arm.validation_loss, ".3f") + spread
+
+
+def headings(arms: Sequence[Arm]) -> dict[str, str]:
+    """`_COLUMNS` in the words of what the runs count."""
+    runs = [run for arm in arms for run in arm.runs]
+    return {plots.in_units(page, runs): plots.in_units(terminal, runs) for page, terminal in _COLUMNS.items()}
+
+
+def arms_table(arms: Sequence[Arm]) -> Table:
+    """The comparison in 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, header_style="bold")
+    name, *numbers = headings(arms).values()
+    table.add_column(name, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for arm in arms:
+        name, loss, *numbers = cells(arm, arms[0])
+        note = remark(arm)
+        table.add_row(Text(f"{name} ({note})" if note else name), loss.replace(" ± ", "\n±"), *numbers)
+    return table

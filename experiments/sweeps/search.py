@@ -1,0 +1,87 @@
+"""Searches: Optuna studies whose trials are runs of the training command."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access
+from crescendo.experiments.sweeps.points import Point, spaces
+from crescendo.experiments.sweeps.runner import Outcomes, losses, run_points
+
+
+def search(folder: Path, texts: Sequence[str], trials: int, outcomes: Outcomes, seed: int = 0, **options: Any) -> None:
+    """Runs an Optuna study until it has so many trials that ended, pruned ones included.
+
+    The study is `study.db` (SQLite) in the folder. A trial that was running when a sweep was interrupted goes on first.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions = spaces(texts)
+    with file_access("write", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=f"sqlite:///{(folder / 'study.db').resolve()}",
+        study_name="sweep",
+        load_if_exists=True,
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
+    )
+    ended = 0
+    left, trial_of = [], {}
+    reported: dict[str, int] = {}
+    for frozen in study.get_trials(deepcopy=False):
+        if frozen.params and set(frozen.params) != set(distributions):
+            raise UserError(
+                f"{folder} searched {sorted(frozen.params)}, not {sorted(distributions)}: give another --run"
+            )
+        if frozen.state == optuna.trial.TrialState.RUNNING:
+            left.append(frozen)
+            reported[_trial_point(frozen).name] = len(frozen.intermediate_values)
+        elif frozen.state != optuna.trial.TrialState.FAIL:
+            ended += 1
+            status = "done" if frozen.state == optuna.trial.TrialState.COMPLETE else "pruned"
+            outcomes.put(_trial_point(frozen), status)
+            outcomes.ended += 1
+    budget = max(0, trials - ended)
+
+    def draw() -> Point | None:
+        nonlocal budget
+        if budget == 0:
+            return None
+        budget -= 1
+        # Optuna has no public way to take up a trial that another process left running.
+        trial = optuna.trial.Trial(study, left.pop(0)._trial_id) if left else study.ask(distributions)
+        point = _trial_point(trial)
+        trial_of[point.name] = trial
+        return point
+
+    def report(point: Point) -> bool:
+        """Tells the trial of the losses that it doesn't know yet; whether there were any."""
+        new = losses(folder / point.name)[reported.get(point.name, 0) :]
+        for examples, loss in new:
+            trial_of[point.name].report(loss, examples)
+        reported[point.name] = reported.get(point.name, 0) + len(new)
+        return bool(new)
+
+    def prune(point: Point) -> bool:
+        return report(point) and trial_of[point.name].should_prune()
+
+    def finish(point: Point, status: str, loss: float) -> None:
+        report(point)  # the pruner compares others with those of a run that ended between two looks too
+        states = optuna.trial.TrialState
+        if status == "done" and math.isfinite(loss):
+            study.tell(trial_of[point.name], loss)
+        elif status == "pruned":
+            study.tell(trial_of[point.name], state=states.PRUNED)
+        elif status != "interrupted":
+            study.tell(trial_of[point.name], state=states.FAIL)
+
+    run_points(folder, draw, finish, prune, outcomes, **options)
+
+
+def _trial_point(trial: optuna.trial.Trial | optuna.trial.FrozenTrial) -> Point:
+    # A choice is gin text already; a number's repr is.
+    return Point(f"trial-{trial.number:04}", {name: str(value) for name, value in trial.params.items()})
