@@ -1,4 +1,4 @@
-"""What this machine offers a run: `python -m crescendo.experiments.doctor`."""
+"""Say what this machine offers a run: `python -m crescendo.experiments.doctor`."""
 
 import argparse
 import importlib

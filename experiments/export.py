@@ -1,4 +1,4 @@
-"""Exports a trained model: `python -m crescendo.experiments.export RUN --to hf`."""
+"""Write a trained model for others' tools: `python -m crescendo.experiments.export RUN --to hf`."""
 
 import argparse
 from collections.abc import Sequence
@@ -33,17 +33,22 @@ def export(run: Path, out: Path) -> hf.ModelConfig:
     return model.config
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    result = argparse.ArgumentParser(
         description="Write a trained model in another library's format.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument("--to", required=True, choices=["hf"], help="hf: Hugging Face's transformers")
-    parser.add_argument("--out", type=Path, help="the folder to write (default: hf in the run's)")
-    arguments = parser.parse_args(argv)
+    result.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    result.add_argument("--to", required=True, choices=["hf"], help="hf: Hugging Face's transformers")
+    result.add_argument("--out", type=Path, help="the folder to write (default: hf in the run's)")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    arguments = parser().parse_args(argv)
     out = arguments.out or arguments.run / "hf"
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
     config = export(arguments.run, out)

@@ -1,4 +1,4 @@
-"""Continues a text: `python -m crescendo.experiments.generate RUN --prompt "Once"`."""
+"""Continue a text with a trained model: `python -m crescendo.experiments.generate RUN --prompt "Once"`."""
 
 import argparse
 import functools
@@ -110,14 +110,14 @@ def stream(model: Trained, tokens: Iterator[int]) -> Iterator[str]:
     yield model.tokenizer.decode(found)[shown:]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    result = argparse.ArgumentParser(
         description="Continue a text with a trained model.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = result.add_argument
     add("run", type=Path, metavar="RUN", help="a run's folder, or one in Hugging Face's format")
     add("--prompt", default="", help="the text to go on from; - reads it from standard input (default: none)")
     add("--tokens", type=int, default=200, help="at most so many (default 200)")
@@ -125,7 +125,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--top-k", type=int, help="draw from the k likeliest tokens (default: all)")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest that together reach this (default 1)")
     add("--seed", type=int, default=0, help="of the draws (default 0)")
-    arguments = vars(parser.parse_args(argv))
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    arguments = vars(parser().parse_args(argv))
     run, prompt = arguments.pop("run"), arguments.pop("prompt")
     prompt = sys.stdin.read() if prompt == "-" else prompt
     use_compilation_cache()

@@ -1,10 +1,11 @@
-"""Goes on with a model of Hugging Face's: `python -m crescendo.experiments.import_hf FOLDER --config mine.gin`.
+"""Go on with a model of Hugging Face's: `python -m crescendo.experiments.import_hf FOLDER --config mine.gin`.
 
 The folder gives the decoder's shape, its weights and its tokenizer; the config gives the text and the length. The
 learning rate is warmed up again and decays by half a cosine, as Gupta et al. 2023 found good for going on with other
 data (`crescendo.optim.schedules.rewarm`).
 """
 
+import argparse
 import dataclasses
 import inspect
 from collections.abc import Sequence
@@ -54,18 +55,23 @@ def _asks_for_a_rate(optimizer: str) -> bool:
     return inspect.signature(optim.OPTIMIZERS[optimizer]).parameters["learning_rate"].default is inspect.Parameter.empty
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = configurables.parser("Go on training a Llama or Qwen3 model with other text.", EXAMPLES)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json")
-    parser.add_argument("--run", help="the run's folder (default: runs/FOLDER-continued)")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    result = configurables.parser("Go on training a Llama or Qwen3 model with other text.", EXAMPLES)
+    result.add_argument("folder", type=Path, metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json")
+    result.add_argument("--run", help="the run's folder (default: runs/FOLDER-continued)")
+    result.add_argument(
         "--peak",
         type=float,
         default=3e-4,
         help="the learning rate to warm up to, of any optimizer that asks for one (default 3e-4)",
     )
-    arguments = parser.parse_args(argv)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    arguments = parser().parse_args(argv)
     made = bindings(arguments.folder, arguments.peak)
     bound = configurables.bind(train, arguments.config or ["debug.gin"], [*made, *arguments.set])
     bound(run=arguments.run or f"runs/{arguments.folder.resolve().name}-continued")

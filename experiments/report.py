@@ -1,4 +1,4 @@
-"""Tables and plots that compare runs: a table on the terminal, `report.html` and PNG plots in a folder.
+"""Compare runs by a table, a page and pictures: `python -m crescendo.experiments.report RUN ...`.
 
 The first run is the baseline. Runs whose names end in `-seedN` or `seed=N` and are otherwise alike form one arm, shown
 as the mean of its seeds and their standard deviation.
@@ -17,18 +17,23 @@ from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.cli import run_command
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the comparison of run folders and writes its report."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    result = argparse.ArgumentParser(
         prog="python -m crescendo.experiments.report",
         description="Compare training runs: a table here, report.html and PNG plots in a folder. "
         "The first run is the baseline; runs whose names end in -seedN are averaged.",
         epilog="example: python -m crescendo.experiments.report runs/constant-2 runs/warmup --out report",
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder")
-    parser.add_argument("--out", metavar="FOLDER", type=Path, help="where to write (default: report in the first RUN)")
-    parser.add_argument("--title", help="the page's title")
-    arguments = parser.parse_args(argv)
+    result.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder")
+    result.add_argument("--out", metavar="FOLDER", type=Path, help="where to write (default: report in the first RUN)")
+    result.add_argument("--title", help="the page's title")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the comparison of run folders and writes its report."""
+    arguments = parser().parse_args(argv)
     arms = compare([read_run(run) for run in arguments.runs])
     console = Console()
     console.print(arms_table(arms))

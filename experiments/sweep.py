@@ -1,10 +1,11 @@
-"""Sweeps: many runs of `train` with different bindings, resumable: `python -m crescendo.experiments.sweep`.
+"""Train over grids or a search of settings: `python -m crescendo.experiments.sweep`.
 
 Every point is a run of the training command in a process and a folder of its own, so that one that fails takes nothing
 with it. Grids, zips and chains are enumerated; searches are Optuna studies (TPE; the median pruner reads the validation
 losses) kept in the sweep's folder.
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,10 +31,10 @@ EXAMPLES = """examples:
 The same command goes on where it was interrupted: a finished point is never run again, a failed one is tried anew."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = configurables.parser("Train at many settings: grids, zips, chains of them, or a search.", EXAMPLES)
-    add = parser.add_argument
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    result = configurables.parser("Train at many settings: grids, zips, chains of them, or a search.", EXAMPLES)
+    add = result.add_argument
     add("--grid", dest="parts", action="append", type=axis, metavar="'NAME = [VALUE, ...]'")
     add("--zip", dest="parts", action="append", type=zipped, metavar="'A = [...]; B = [...]'")
     add("--chain", dest="parts", action="append_const", const=None, help="what follows comes after, not times, before")
@@ -47,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="ray: on the cluster at RAY_ADDRESS, a GPU each; slurm: print an array script (default local)",
     )
     add("--run", default="runs/sweep", help="the folder for the runs and the report")
-    arguments = parser.parse_args(argv)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    arguments = parser().parse_args(argv)
     configs, folder, console = arguments.config or ["debug.gin"], Path(arguments.run), Console()
     if bool(arguments.parts) == bool(arguments.search):
         raise UserError("give either --grid and --zip or --search; a search takes a list as NAME = choice(VALUE, ...)")

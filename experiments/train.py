@@ -1,5 +1,6 @@
 """Train a model: `python -m crescendo.experiments.train --config debug.gin`."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,20 +19,25 @@ EXAMPLES = """examples:
 The same command goes on where an interrupted run stopped."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = configurables.parser("Train a model.", EXAMPLES)
-    parser.add_argument("--run", help="the run's folder (default: runs/NAME of the last config)")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    result = configurables.parser("Train a model.", EXAMPLES)
+    result.add_argument("--run", help="the run's folder (default: runs/NAME of the last config)")
+    result.add_argument(
         "--hosts",
         metavar="auto|HOST:PORT,INDEX,COUNT",
         help="be one of several processes that share the run's folder: as JAX finds by itself (SLURM, Cloud TPU, ...), "
         "or by process 0's address, this process's number and how many there are",
     )
-    parser.add_argument(
+    result.add_argument(
         "--join-seconds", type=float, default=300.0, help="how long to wait for the other processes (default 300)"
     )
-    arguments = parser.parse_args(argv)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    arguments = parser().parse_args(argv)
     if arguments.hosts:
         with user_values():
             hosts.join(arguments.hosts, timeout_seconds=arguments.join_seconds)

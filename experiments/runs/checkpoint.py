@@ -83,12 +83,35 @@ class TheBest:
         return [checkpoint.step == self.best() for checkpoint in checkpoints]
 
 
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """Keeps quiet about what `Checkpoints.wait` raises: orbax's threads print it, and its log repeats it."""
+    print_exception, print_unraisable, verbosity = threading.excepthook, sys.unraisablehook, logging.get_verbosity()
+
+    def unless_saving(raised: threading.ExceptHookArgs) -> None:
+        if not type(raised.thread).__module__.startswith("orbax."):
+            print_exception(raised)
+
+    def unless_loop_closed(raised) -> None:
+        # Writers that end after one of them failed find their event loop closed.
+        if str(raised.exc_value) != "Event loop is closed":
+            print_unraisable(raised)
+
+    threading.excepthook, sys.unraisablehook = unless_saving, unless_loop_closed
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        threading.excepthook, sys.unraisablehook = print_exception, print_unraisable
+        logging.set_verbosity(verbosity)
+
+
 class _DamagedError(Exception):
     """Why a checkpoint can't be used."""
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run: a context, which waits at its end for the save under way.
 
     Args:
       folder: where they are; made when it isn't there.
@@ -125,10 +148,18 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self.folder = folder
-        self._print_exception, self._print_unraisable = threading.excepthook, sys.unraisablehook
-        threading.excepthook, sys.unraisablehook = self._unless_saving, self._unless_loop_closed
-        self._verbosity = logging.get_verbosity()
-        logging.set_verbosity(logging.FATAL)  # orbax logs the same once more, with its stack
+
+    def __enter__(self) -> "Checkpoints":
+        """Until the end of the block errors of orbax's threads are raised by `wait` alone, and not printed too."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_said_once())
+            stack.callback(self._close)
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Waits, and lets go of the folder."""
+        self._exit.close()
 
     def saved(self) -> list[int]:
         """The examples of every checkpoint, increasing."""
@@ -151,7 +182,7 @@ class Checkpoints:
             self._manager.save(clock.examples_seen, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
 
     def restore(self, abstract: TrainState, report: Callable[[str], None]) -> tuple[TrainState, Clock] | None:
-        """The newest whole checkpoint, or None where there is none; a damaged one is reported, and set aside.
+        """The newest complete checkpoint, or None where there is none; a damaged one is reported, and set aside.
 
         Args:
           abstract: shapes, dtypes and shardings wanted.
@@ -163,13 +194,13 @@ class Checkpoints:
         damaged: list[int] = []
         for step in reversed(self.saved()):
             try:
-                found = self._load(step, abstract)
+                restored = self._load(step, abstract)
             except _DamagedError as problem:
                 report(f"checkpoint {self.folder / str(step)} is damaged ({problem}); trying the one before it")
                 damaged.append(step)
             else:
                 self._set_aside(damaged)
-                return found
+                return restored
         if damaged:
             raise UserError(
                 f"every checkpoint in {self.folder} is damaged ({', '.join(map(str, damaged))}): "
@@ -185,8 +216,8 @@ class Checkpoints:
         """
         steps = self.saved()
         if examples not in steps:
-            kept = ", ".join(map(str, steps)) or "none"
-            raise UserError(f"{self.folder} has no checkpoint at {examples} examples (it has {kept})")
+            there = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"{self.folder} has no checkpoint at {examples} examples (it has {there})")
         try:
             return self._load(examples, abstract)
         except _DamagedError as problem:
@@ -214,12 +245,12 @@ class Checkpoints:
         )
         item = "evaluation" if (self.folder / str(step) / "evaluation").is_dir() else "state"
         try:
-            found, _ = self._read(step, restore, item)
+            arrays, _ = self._read(step, restore, item)
         except _DamagedError as problem:
             raise UserError(
                 f"checkpoint {self.folder / str(step)} is damaged ({problem}): move it away, to take the one before it"
             ) from None
-        return found["parameters"], step
+        return arrays["parameters"], step
 
     def _load(self, step: int, abstract: TrainState) -> tuple[TrainState, Clock]:
         """One checkpoint."""
@@ -231,12 +262,12 @@ class Checkpoints:
         try:
             # Readers on other threads print their own tracebacks about a damaged file; the message says it all.
             with contextlib.redirect_stderr(io.StringIO()):
-                found = self._manager.restore(
+                items = self._manager.restore(
                     step, args=ocp.args.Composite(**{item: restore}, meta=ocp.args.JsonRestore())
                 )
         except Exception as error:
             raise _DamagedError(str(error).splitlines()[0][:120]) from None
-        arrays, meta = found[item], found["meta"]
+        arrays, meta = items[item], items["meta"]
         prints = _prints(arrays)
         if prints != meta["fingerprints" if item == "state" else f"{item}_fingerprints"][: len(prints)]:
             raise _DamagedError("its arrays are not the ones that were saved")
@@ -255,24 +286,9 @@ class Checkpoints:
         with self._save_errors():
             self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Waits, and lets go of the folder."""
-        try:
-            with self._save_errors():
-                self._manager.close()
-        finally:
-            threading.excepthook, sys.unraisablehook = self._print_exception, self._print_unraisable
-            logging.set_verbosity(self._verbosity)
-
-    def _unless_saving(self, raised: threading.ExceptHookArgs) -> None:
-        """What a saving thread of orbax raises comes back from `wait`: it need not be printed too."""
-        if not type(raised.thread).__module__.startswith("orbax."):
-            self._print_exception(raised)
-
-    def _unless_loop_closed(self, raised) -> None:
-        """Writers that end after one of them failed find their event loop closed: the failure itself is reported."""
-        if str(raised.exc_value) != "Event loop is closed":
-            self._print_unraisable(raised)
+    def _close(self) -> None:
+        with self._save_errors():
+            self._manager.close()
 
     @contextlib.contextmanager
     def _save_errors(self) -> Iterator[None]:

@@ -62,10 +62,12 @@ def load(folder: Path) -> Trained:
 
 
 def newest_parameters(folder: Path, shapes: Tree) -> tuple[dict, int]:
+    """The parameters to use of a run's newest checkpoint, and its `examples_seen`.
+
+    Raises:
+      UserError: where there is none, or it is damaged or of another shape.
+    """
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} has no checkpoint yet: a run saves its first after a tenth of its length")
-    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
-    try:
+    with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         return checkpoints.restore_parameters(shapes)
-    finally:
-        checkpoints.close()

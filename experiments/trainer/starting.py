@@ -77,11 +77,8 @@ def whole_state(start_from: str, session: Session) -> tuple[TrainState, Clock]:
         )
     if not (Path(folder) / "checkpoints").is_dir():
         raise UserError(f"train.start_from = {start_from!r}: {folder} has no checkpoint yet")
-    checkpoints = Checkpoints(Path(folder) / "checkpoints", read_only=True)
-    try:
+    with Checkpoints(Path(folder) / "checkpoints", read_only=True) as checkpoints:
         state, clock = checkpoints.restore_at(int(examples), session.abstract_state)
-    finally:
-        checkpoints.close()
     return state, dataclasses.replace(clock, seconds=0.0)
 
 

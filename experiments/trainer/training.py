@@ -188,13 +188,14 @@ def train(
         total_examples = session.total_examples
         _announce(session, info, say)
         interruption = stack.enter_context(Interruption())
-        checkpoints = Checkpoints(
-            folder / "checkpoints",
-            keep_last=keep_last_checkpoints,
-            keep_every_examples=keep_checkpoint_every_examples,
-            keep_at_examples=keep_checkpoints_at_examples,
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                folder / "checkpoints",
+                keep_last=keep_last_checkpoints,
+                keep_every_examples=keep_checkpoint_every_examples,
+                keep_at_examples=keep_checkpoints_at_examples,
+            )
         )
-        stack.callback(checkpoints.close)
         restored = checkpoints.restore(session.abstract_state, report=say)
         if restored is not None:
             state, clock = restored

@@ -210,15 +210,13 @@ def saved_by(name: str) -> tuple[Path, TrainState]:
 
 
 def save(folder: Path, state: TrainState, clock: Clock) -> None:
-    checkpoints = Checkpoints(folder)
-    checkpoints.save(state, clock)
-    checkpoints.close()
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(state, clock)
 
 
 def restore(folder: Path, shardings) -> tuple[TrainState, Clock]:
-    checkpoints = Checkpoints(folder)
-    restored = checkpoints.restore(abstract_state(task(), optimizer(), shardings), report=pytest.fail)
-    checkpoints.close()
+    with Checkpoints(folder) as checkpoints:
+        restored = checkpoints.restore(abstract_state(task(), optimizer(), shardings), report=pytest.fail)
     assert restored is not None
     return restored
 

@@ -202,9 +202,8 @@ def run_branches(
     loaded: tuple[int, int] | None = None
     for number, branch in enumerate(branches):
         if loaded != (branch.seed, branch.examples):
-            checkpoints = Checkpoints(folder / f"base-seed{branch.seed}" / "checkpoints", read_only=True)
-            restored, clock = checkpoints.restore_at(branch.examples, session.abstract_state)
-            checkpoints.close()
+            with Checkpoints(folder / f"base-seed{branch.seed}" / "checkpoints", read_only=True) as checkpoints:
+                restored, clock = checkpoints.restore_at(branch.examples, session.abstract_state)
             loaded = (branch.seed, branch.examples)
         losses = _run_branch(session, evaluate, copy(restored), clock, branch, batch_size, branch_examples)
         left = (time.monotonic() - begin) / (number + 1) * (len(branches) - number - 1)

@@ -93,12 +93,11 @@ def test_the_best_checkpoint_stays_and_the_average_is_what_is_used(asked):
     folder, last = asked
     validations = [record for record in read_records(folder / "metrics.jsonl") if record["kind"] == "validation"]
     best = min(validations, key=lambda record: record["loss"])["examples_seen"]
-    checkpoints = Checkpoints(folder / "checkpoints")
-    kept = checkpoints.saved()
-    checkpoints.close()
-    assert best in kept
-    assert last["examples_seen"] in kept
-    assert len(kept) <= 2
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        saved = checkpoints.saved()
+    assert best in saved
+    assert last["examples_seen"] in saved
+    assert len(saved) <= 2
     model = trained.load(folder)
     newest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
     assert (newest / "evaluation").is_dir()
