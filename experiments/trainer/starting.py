@@ -52,7 +52,7 @@ def fresh_state(session: Session, initialize_from: str | None = None) -> TrainSt
     return session.fresh_state(jax.tree.map_with_path(fit, parameters, wanted))
 
 
-def whole_state(start_from: str, session: Session) -> tuple[TrainState, Clock]:
+def state_of(start_from: str, session: Session) -> tuple[TrainState, Clock]:
     """The state and the clock of another run's checkpoint, `RUN@EXAMPLES`, laid out as the session wants them.
 
     Raises:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from crescendo.experiments.trainer.probes import Probe
 from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.session import Session, check_positive
 from crescendo.experiments.trainer.shapes import describe_arrays
-from crescendo.experiments.trainer.starting import fresh_state, whole_state
+from crescendo.experiments.trainer.starting import fresh_state, state_of
 from crescendo.parallel import hosts
 
 FORMAT = 2
@@ -46,9 +46,9 @@ def with_options_of(options: Callable, *, without: Sequence[str]) -> Callable[[C
             for p in inspect.signature(options).parameters.values()
             if p.kind is p.KEYWORD_ONLY and p.name not in without
         ]
-        kept = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
         # Those without a default first, as Python wants them.
-        merged = sorted([*kept, *theirs], key=lambda p: p.default is not p.empty)
+        merged = sorted([*named, *theirs], key=lambda p: p.default is not p.empty)
         function.__signature__ = own.replace(parameters=merged)  # type: ignore[attr-defined]
         return function
 
@@ -88,8 +88,9 @@ class RunFiles:
             self.checkpoints.best = clock.examples_seen
             self.save(clock, state)
 
-    def find_best(self) -> None:
-        """Takes the best loss so far from the records, where its checkpoint is still there."""
+    def keep_the_best(self) -> None:
+        """From now on; the best so far is taken from the records, where its checkpoint is still there."""
+        self.keep_best = True
         there = set(self.checkpoints.saved())
         for record in read_records(self.folder / "metrics.jsonl"):
             if record["kind"] == "validation" and record["examples_seen"] in there and record["loss"] < self.best_loss:
@@ -175,17 +176,11 @@ def train(
     _check_enough_rows(session)
     folder, console = Path(run), Console(quiet=not hosts.is_leader())
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
-    fixed = _fixed(session, initialize_from, start_from)
     counter = CompilationCounter()
     use_compilation_cache()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(file_access("write", folder))
-        stack.enter_context(run_folder.locked(folder))
-        before = run_folder.read_info(folder)
-        if before is not None:
-            run_folder.check_resumable(folder, before, FORMAT, fixed)
-        info = (before or run_folder.provenance()) | _describe(session, label or folder.name, fixed)
-        total_examples = session.total_examples
+        fixed = _fixed(session, initialize_from, start_from)
+        info = stack.enter_context(_opened(folder, session, label or folder.name, fixed))
         _announce(session, info, say)
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(
@@ -196,24 +191,14 @@ def train(
                 keep_at_examples=keep_checkpoints_at_examples,
             )
         )
-        restored = checkpoints.restore(session.abstract_state, report=say)
-        if restored is not None:
-            state, clock = restored
-            say(f"going on at {clock.examples_seen:,} of {total_examples:,} examples in {folder}")
-        elif start_from is not None:
-            state, clock = whole_state(start_from, session)
-            say(f"starting from {start_from}, to {total_examples:,} examples")
-        else:
-            state = fresh_state(session, initialize_from)
-            clock = Clock(batch_size=session.policy.sizes[0])
+        state, clock = _begin(session, checkpoints, initialize_from, start_from, say)
         batch_sizes = DecidedBatchSizes(session.fitting(DecidedBatchSizes.of(state).decided))
         clock = dataclasses.replace(clock, batch_size=session.fitting(clock.batch_size))
         # What another batch size has left over doesn't fill a microbatch.
-        total_examples -= (total_examples - clock.examples_seen) % session.plan.microbatch_examples
-        info["total_examples"] = total_examples
+        left_over = (session.total_examples - clock.examples_seen) % session.plan.microbatch_examples
+        info["total_examples"] = total_examples = session.total_examples - left_over
         run_folder.write_info(folder, info, operative_config())
-        if hosts.is_leader() and (tokenizer := getattr(options["data"], "tokenizer", None)) is not None:
-            replace_file(folder / "tokenizer.json", tokenizer.to_json().encode())
+        _write_tokenizer(folder, options["data"])
         observers = run_observers(
             folder,
             resume_at_examples=clock.examples_seen,
@@ -227,25 +212,15 @@ def train(
             say(f"{folder} is complete; to train anew, give another folder with --run")
             return last_validation(folder)
         recorder = make_recorder(session, observers, clock.seconds)
-        files = RunFiles(
-            folder,
-            session,
-            checkpoints,
-            recorder,
-            session.evaluation(evaluation_examples),
-            saved_at=clock.examples_seen,
-            keep_best=keep_best_checkpoint,
-        )
+        evaluate = session.evaluation(evaluation_examples)
+        files = RunFiles(folder, session, checkpoints, recorder, evaluate, saved_at=clock.examples_seen)
         if keep_best_checkpoint:
-            files.find_best()
+            files.keep_the_best()
+        save_every = checkpoint_every_examples or max(1, total_examples // 10)
         events = [
             *(loop.Event(_record_probe(probe, recorder), probe.every_examples) for probe in probes),
             loop.Event(files.validate, evaluate_every_examples or max(1, total_examples // 5)),
-            loop.Event(
-                files.save,
-                checkpoint_every_examples or max(1, total_examples // 10),
-                tuple(keep_checkpoints_at_examples),
-            ),
+            loop.Event(files.save, save_every, tuple(keep_checkpoints_at_examples)),
         ]
         state, clock = loop.run(
             session,
@@ -268,6 +243,39 @@ def train(
                 "the same command goes on from there"
             )
         return files.validation
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, session: Session, name: str, fixed: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Holds the run's folder for this process, and gives what its `run.json` is to say.
+
+    Raises:
+      UserError: a folder in use, of another run, or that can't be written.
+    """
+    with file_access("write", folder), run_folder.locked(folder):
+        before = run_folder.read_info(folder)
+        if before is not None:
+            run_folder.check_resumable(folder, before, FORMAT, fixed)
+        yield (before or run_folder.provenance()) | _describe(session, name, fixed)
+
+
+def _begin(
+    session: Session,
+    checkpoints: Checkpoints,
+    initialize_from: str | None,
+    start_from: str | None,
+    say: Callable[[str], None],
+) -> tuple[TrainState, Clock]:
+    """The newest checkpoint's state and clock; where there is none, those that a run begins with."""
+    restored = checkpoints.restore(session.abstract_state, report=say)
+    if restored is not None:
+        seen = restored[1].examples_seen
+        say(f"going on at {seen:,} of {session.total_examples:,} examples in {checkpoints.folder.parent}")
+        return restored
+    if start_from is not None:
+        say(f"starting from {start_from}, to {session.total_examples:,} examples")
+        return state_of(start_from, session)
+    return fresh_state(session, initialize_from), Clock(batch_size=session.policy.sizes[0])
 
 
 def make_recorder(session: Session, observe: Callable[[Record], None], seconds: float = 0.0) -> Recorder:
@@ -312,6 +320,13 @@ def _fixed(session: Session, initialize_from: str | None, start_from: str | None
         "data": session.task.data_fingerprint,
         "seed": session.seed,
     }
+
+
+def _write_tokenizer(folder: Path, data: Any) -> None:
+    """That of the data, where they are text, so that the folder alone can generate and export."""
+    tokenizer = getattr(data, "tokenizer", None)
+    if hosts.is_leader() and tokenizer is not None:
+        replace_file(folder / "tokenizer.json", tokenizer.to_json().encode())
 
 
 def _describe(session: Session, name: str, fixed: dict[str, Any]) -> dict[str, Any]:
