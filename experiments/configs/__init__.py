@@ -1,0 +1,1 @@
+"""What configs can name, how they are read, and the configs that ship."""

@@ -1,0 +1,1 @@
+"""Arrays of examples: sources that configs name, packing, tokenizers."""

@@ -1,4 +1,4 @@
-"""Where documents come from: local files, the TFDS catalogue, the standard library's source text."""
+"""Documents as `text_data` takes them, and what their sources share."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator

@@ -1,0 +1,1 @@
+"""Runs compared, as a table, a page and pictures."""

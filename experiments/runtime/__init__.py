@@ -1,0 +1,1 @@
+"""What knows nothing of training: errors, commands, files, interruption, hardware, the cache."""

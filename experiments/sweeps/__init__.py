@@ -1,0 +1,1 @@
+"""Many runs: points, their processes, searches, and learning rates as one program."""

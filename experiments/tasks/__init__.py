@@ -1,0 +1,1 @@
+"""What is trained: data, parameters, loss and metrics; a module a task."""

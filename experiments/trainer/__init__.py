@@ -1,0 +1,1 @@
+"""A run assembled, its step and its loop."""

@@ -1,0 +1,1 @@
+"""TFDS builders of our own; importing one takes TFDS' second."""
