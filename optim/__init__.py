@@ -10,10 +10,10 @@ from collections.abc import Callable
 import optax
 
 from crescendo.optim import schedules
+from crescendo.optim.adafactor import adafactor
 from crescendo.optim.adagrad import adagrad, adagrad_norm, scale_by_adagrad_norm
 from crescendo.optim.adamw import adamw, nadamw
 from crescendo.optim.averaging import average_weights, evaluation_params, has_evaluation_params
-from crescendo.optim.baselines import adafactor, muon, prodigy, schedule_free, sgd, sophia
 from crescendo.optim.batch_size import (
     BatchSizePolicy,
     BatchStats,
@@ -26,9 +26,11 @@ from crescendo.optim.groups import ParameterGroup, assign, frozen_mask, group, s
 from crescendo.optim.lamb import lamb
 from crescendo.optim.lars import lars, scale_by_lars
 from crescendo.optim.lion import lion
+from crescendo.optim.muon import muon
 from crescendo.optim.noise_scale import NoiseScale, gradient_noise_scale, group_noise_scales, noise_scale
 from crescendo.optim.policies import critical_batch_following, geometric_warmup, noise_scale_following, norm_test
 from crescendo.optim.precision import in_float32
+from crescendo.optim.prodigy import prodigy
 from crescendo.optim.recipes import bert_76_minutes, bert_recipe, step_law
 from crescendo.optim.refinement import (
     GradientNorms,
@@ -45,6 +47,9 @@ from crescendo.optim.scaling import (
     scale_by_learning_rate,
     with_learning_rate,
 )
+from crescendo.optim.schedule_free import schedule_free
+from crescendo.optim.sgd import sgd
+from crescendo.optim.sophia import sophia
 from crescendo.optim.states import reported
 from crescendo.optim.trust_ratio import scale_by_layer_trust_ratio, trust_ratios
 

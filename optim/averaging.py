@@ -104,7 +104,7 @@ def evaluation_params(opt_state: optax.OptState, params: optax.Params) -> optax.
       opt_state: any optimizer's state.
       params: the parameters, as they are trained.
 
-    >>> from crescendo.optim.baselines import schedule_free
+    >>> from crescendo.optim.schedule_free import schedule_free
     >>> optimizer = schedule_free(0.5)
     >>> print(evaluation_params(optimizer.init(jnp.ones(2)), jnp.ones(2)))
     [1. 1.]
