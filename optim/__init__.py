@@ -1,13 +1,13 @@
-"""Optimizers, transforms and schedules for optax.
+"""Optimizers, transforms, schedules and batch-size policies for optax.
 
-The tables map the name that a config uses to its function; the common tests find every optimizer, transform and
-schedule in them. Schedules are called by their module (`schedules.linear`), since their names are too plain to stand
-alone. `reported` reads what the states say of themselves, and `evaluation_params` what to evaluate.
+The tables of `registry` map the name that a config uses to its function; the common tests take every optimizer,
+transform and schedule from them. What is registered is an attribute of this package, but for schedules: they are called
+by their module (`schedules.linear`), since their names are too plain to stand alone. `reported` reads what the states
+say of themselves, and `evaluation_params` what to evaluate.
 """
 
-from collections.abc import Callable
-
-import optax
+import importlib
+import pkgutil
 
 from crescendo.optim import schedules
 from crescendo.optim.adafactor import adafactor
@@ -41,6 +41,7 @@ from crescendo.optim.refinement import (
     refined_schedule,
     save_refined,
 )
+from crescendo.optim.registry import COMBINATORS, OPTIMIZERS, POLICIES, SCHEDULES, TRANSFORMS
 from crescendo.optim.run_length import LengthError, LengthWarning, OfRun
 from crescendo.optim.scaling import (
     learning_rate_factor,
@@ -53,64 +54,15 @@ from crescendo.optim.sophia import sophia
 from crescendo.optim.states import reported
 from crescendo.optim.trust_ratio import scale_by_layer_trust_ratio, trust_ratios
 
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
-    function.__name__: function
-    for function in (
-        adamw,
-        nadamw,
-        lamb,
-        lars,
-        lion,
-        sgd,
-        adafactor,
-        muon,
-        schedule_free,
-        prodigy,
-        sophia,
-        adagrad,
-        adagrad_norm,
-    )
-}
-"""Aliases `name(learning_rate, **options)`."""
-
-TRANSFORMS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
-    function.__name__: function
-    for function in (
-        scale_by_learning_rate,
-        scale_by_layer_trust_ratio,
-        scale_by_lars,
-        record_gradient_norms,
-        scale_by_adagrad_norm,
-        gradient_noise_scale,
-    )
-}
-"""Pieces to chain."""
-
-COMBINATORS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
-    function.__name__: function for function in (chain, average_weights)
-}
-"""What makes an optimizer of others."""
-
-SCHEDULES: dict[str, Callable[..., optax.Schedule | OfRun]] = {
-    function.__name__: function
-    for function in (
-        schedules.constant,
-        schedules.linear,
-        schedules.cosine,
-        schedules.wsd,
-        schedules.rex,
-        schedules.power,
-        schedules.infinite,
-        schedules.rewarm,
-        schedules.step,
-        refined,
-    )
-}
-"""Schedules `name(peak, total=None, *, warmup=0, **options)`; without a total they end with the run."""
+# A new file needs no line here: what it defines it registers. The plot is a command, which reads the tables.
+for _module in pkgutil.iter_modules(__path__):
+    if _module.name != "plot":
+        importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "COMBINATORS",
     "OPTIMIZERS",
+    "POLICIES",
     "SCHEDULES",
     "TRANSFORMS",
     "BatchSizePolicy",
@@ -172,3 +124,9 @@ __all__ = [
     "trust_ratios",
     "with_learning_rate",
 ]
+
+# Attributes of all that is registered, also where no import above says so to type checkers. `constant` is a schedule's
+# name and a policy's: both are called by their modules.
+_registered = OPTIMIZERS | TRANSFORMS | COMBINATORS | {n: f for n, f in POLICIES.items() if n not in SCHEDULES}
+globals().update(_registered)
+__all__ += sorted(_registered.keys() - set(__all__))

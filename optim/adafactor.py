@@ -6,9 +6,11 @@ import optax
 from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Mask, as_mask
 from crescendo.optim.precision import in_float32
+from crescendo.optim.registry import OPTIMIZERS
 from crescendo.optim.scaling import with_learning_rate
 
 
+@OPTIMIZERS
 def adafactor(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -9,6 +9,7 @@ import optax
 from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Mask
 from crescendo.optim.precision import in_float32
+from crescendo.optim.registry import OPTIMIZERS, TRANSFORMS
 from crescendo.optim.scaling import scale_by_learning_rate
 from crescendo.optim.weight_decay import add_decayed_weights
 
@@ -20,6 +21,7 @@ class ScaleByAdagradNormState(NamedTuple):
     """b_0^2 and the squared norms of all gradients so far, float32[]."""
 
 
+@TRANSFORMS
 def scale_by_adagrad_norm(initial_accumulator: float = 0.1) -> optax.GradientTransformationExtraArgs:
     r"""Divide the gradient by the root of all squared gradient norms so far, over all parameters: one rate for all.
 
@@ -63,6 +65,7 @@ def scale_by_adagrad_norm(initial_accumulator: float = 0.1) -> optax.GradientTra
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@OPTIMIZERS
 def adagrad_norm(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -100,6 +103,7 @@ def adagrad_norm(
     )
 
 
+@OPTIMIZERS
 def adagrad(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -8,6 +8,7 @@ import optax
 from optax import contrib
 
 from crescendo.optim.checks import check_constants
+from crescendo.optim.registry import COMBINATORS
 from crescendo.optim.scaling import update_with_factor
 from crescendo.optim.states import find_states
 
@@ -32,6 +33,7 @@ class AverageWeightsState(NamedTuple):
         return True
 
 
+@COMBINATORS
 def average_weights(optimizer: optax.GradientTransformation, examples: float) -> optax.GradientTransformationExtraArgs:
     r"""`optimizer`, with an exponential average of the parameters after each update, for evaluation.
 

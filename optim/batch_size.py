@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from crescendo.optim.registry import POLICIES
 from crescendo.optim.scaling import learning_rate_factor, update_with_factor
 from crescendo.optim.states import find_states
 
@@ -83,6 +84,7 @@ class BatchSizePolicy(NamedTuple):
     min_microbatches: int = 1
 
 
+@POLICIES
 def constant(batch_size: int) -> BatchSizePolicy:
     """The same batch size for the whole run.
 
@@ -94,6 +96,7 @@ def constant(batch_size: int) -> BatchSizePolicy:
     return staged([batch_size], starts_examples=[0])
 
 
+@POLICIES
 def staged(
     sizes: Sequence[int],
     *,

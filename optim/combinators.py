@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 import optax
 
+from crescendo.optim.registry import COMBINATORS
 
+
+@COMBINATORS
 def chain(transforms: Sequence[optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
     """`optax.chain` of a list: each transform works on the updates of the one before, and gets all extra arguments.
 

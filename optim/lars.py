@@ -8,6 +8,7 @@ import optax
 from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Mask
 from crescendo.optim.precision import in_float32
+from crescendo.optim.registry import OPTIMIZERS, TRANSFORMS
 from crescendo.optim.scaling import scale_by_learning_rate
 from crescendo.optim.trust_ratio import TrustRatioState, layer_norm, layerwise, safe_ratio
 
@@ -21,6 +22,7 @@ class ScaleByLarsState(TrustRatioState):
         return True
 
 
+@TRANSFORMS
 def scale_by_lars(
     *,
     weight_decay: float = 0.0,
@@ -54,6 +56,7 @@ def scale_by_lars(
     return layerwise(rule, trust_mask=trust_mask, decay_mask=mask, layer_axis=layer_axis, state_type=ScaleByLarsState)
 
 
+@OPTIMIZERS
 def lars(
     learning_rate: optax.ScalarOrSchedule,
     *,

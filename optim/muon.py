@@ -10,9 +10,11 @@ from optax import contrib
 from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Mask, as_mask, is_matrix, layer_axes, leaves_with_paths
 from crescendo.optim.precision import in_float32
+from crescendo.optim.registry import OPTIMIZERS
 from crescendo.optim.scaling import with_learning_rate
 
 
+@OPTIMIZERS
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -30,6 +30,7 @@ import optax
 from crescendo.optim.batch_size import BatchStats
 from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Path, layer_axes, leaves_with_paths
+from crescendo.optim.registry import TRANSFORMS
 
 Number = jax.Array | float
 
@@ -213,6 +214,7 @@ class GradientNoiseScaleState(NamedTuple):
         return values | {f"{name}_error": scale.standard_error for name, scale in found.items()}
 
 
+@TRANSFORMS
 def gradient_noise_scale(
     decay: float = 0.99, *, groups: Groups = None, norm_layers: bool = False, layer_axis: LayerAxis = None
 ) -> optax.GradientTransformationExtraArgs:

@@ -18,6 +18,7 @@ import numpy as np
 from crescendo.optim.batch_size import BatchSizePolicy, BatchStats, by_threshold
 from crescendo.optim.checks import check_constants
 from crescendo.optim.noise_scale import Averages, add_microbatches, add_norm_layers, excess, no_averages
+from crescendo.optim.registry import POLICIES
 
 
 def doubling_ladder(start: int, cap: int) -> tuple[int, ...]:
@@ -36,6 +37,7 @@ def doubling_ladder(start: int, cap: int) -> tuple[int, ...]:
     return tuple(start * 2**i for i in range((cap // start).bit_length()))
 
 
+@POLICIES
 def geometric_warmup(start: int, end: int, *, warmup_examples: int) -> BatchSizePolicy:
     r"""B = start (end / start)^(t / warmup), rounded down to the ladder: the batch doubles at even intervals.
 
@@ -67,6 +69,7 @@ def geometric_warmup(start: int, end: int, *, warmup_examples: int) -> BatchSize
     return by_threshold(sizes, starts, "geometric warmup")
 
 
+@POLICIES
 def critical_batch_following(
     curve: str | Path | Mapping[str, Any],
     start: int,
@@ -174,6 +177,7 @@ class NoiseScaleFollowingState(NamedTuple):
     rung: jax.Array
 
 
+@POLICIES
 def noise_scale_following(
     start: int,
     cap: int,
@@ -271,6 +275,7 @@ _NORM_TESTS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+@POLICIES
 def norm_test(start: int, cap: int, *, eta: float = 0.25, variant: str = "norm", decay: float = 0.0) -> BatchSizePolicy:
     r"""AdAdaGrad's adaptive sampling: the batch grows until the gradient's variance is a given share of its norm.
 

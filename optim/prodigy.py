@@ -7,9 +7,11 @@ from optax import contrib
 
 from crescendo.optim.checks import check_constants
 from crescendo.optim.precision import in_float32
+from crescendo.optim.registry import OPTIMIZERS
 from crescendo.optim.scaling import with_learning_rate
 
 
+@OPTIMIZERS
 def prodigy(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,

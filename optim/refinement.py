@@ -19,6 +19,7 @@ import optax
 import scipy.ndimage
 
 from crescendo.optim import schedules
+from crescendo.optim.registry import SCHEDULES, TRANSFORMS
 from crescendo.optim.run_length import OfRun, ends_with_the_run
 
 
@@ -36,6 +37,7 @@ class RecordGradientNormsState(NamedTuple):
     l2: jax.Array
 
 
+@TRANSFORMS
 def record_gradient_norms(slots: int = 512) -> optax.GradientTransformationExtraArgs:
     """Keep the history of the gradient's l1 and l2 norms over all parameters; the updates pass unchanged.
 
@@ -226,6 +228,7 @@ def save_refined(path: str | Path, norms: Norms, *, norm: str = "l1", smoothing:
     Path(path).write_text(json.dumps(content | {"norm": norm, "smoothing": smoothing}) + "\n")
 
 
+@SCHEDULES
 def refined(peak: float, total: float | None = None, *, path: str | Path, warmup: float = 0) -> optax.Schedule | OfRun:
     """The refined schedule that `save_refined` wrote to `path`, with a peak and a length of its own.
 

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from crescendo.optim import schedules
+from crescendo.optim.registry import TRANSFORMS
 from crescendo.optim.run_length import LengthWarning, OfRun
 from crescendo.optim.states import nodes, spread
 
@@ -36,6 +37,7 @@ class ScaleByLearningRateState(NamedTuple):
         return {"learning_rate": self.learning_rate}
 
 
+@TRANSFORMS
 def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
     r"""Multiply the update by -f eta(t), where t is the extra argument `examples_seen` if the caller passes it.
 

@@ -7,10 +7,12 @@ from optax import contrib
 from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Mask
 from crescendo.optim.precision import in_float32
+from crescendo.optim.registry import OPTIMIZERS
 from crescendo.optim.scaling import scale_by_parameter, with_learning_rate
 from crescendo.optim.weight_decay import add_decayed_weights
 
 
+@OPTIMIZERS
 def schedule_free(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -24,9 +24,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from crescendo.optim.registry import SCHEDULES
 from crescendo.optim.run_length import LengthError, ends_with_the_run, with_total
 
 
+@SCHEDULES
 def constant(peak: float, total: float | None = None, *, warmup: float = 0) -> optax.Schedule:
     """`peak` after the warmup, for ever; `total` is only checked.
 
@@ -40,6 +42,7 @@ def constant(peak: float, total: float | None = None, *, warmup: float = 0) -> o
     return with_warmup(lambda t: peak * jnp.ones_like(t), warmup)
 
 
+@SCHEDULES
 @ends_with_the_run
 def linear(peak: float, total: float, *, warmup: float = 0, end_fraction: float = 0.0) -> optax.Schedule:
     """Linear decay: eta(t) = peak * ((1 - u) + end_fraction * u), u = (t - warmup) / (total - warmup).
@@ -66,6 +69,7 @@ def linear(peak: float, total: float, *, warmup: float = 0, end_fraction: float 
     return with_warmup(lambda t: peak * _between(1.0, end_fraction, _progress(t, warmup, total)), warmup)
 
 
+@SCHEDULES
 @ends_with_the_run
 def cosine(peak: float, total: float, *, warmup: float = 0, end_fraction: float = 0.0) -> optax.Schedule:
     """Half a cosine: eta(t) = peak * (end_fraction + (1 - end_fraction) * (1 + cos(pi u)) / 2), u as in `linear`.
@@ -82,6 +86,7 @@ def cosine(peak: float, total: float, *, warmup: float = 0, end_fraction: float 
     return with_warmup(lambda t: peak * _between(1.0, end_fraction, _half_cosine(_progress(t, warmup, total))), warmup)
 
 
+@SCHEDULES
 @ends_with_the_run
 def wsd(
     peak: float,
@@ -131,6 +136,7 @@ def wsd(
     )
 
 
+@SCHEDULES
 @ends_with_the_run
 def rex(
     peak: float, total: float, *, warmup: float = 0, curvature: float = 0.5, end_fraction: float = 0.0
@@ -158,6 +164,7 @@ def rex(
     return with_warmup(schedule, warmup)
 
 
+@SCHEDULES
 @ends_with_the_run
 def power(
     peak: float,
@@ -232,6 +239,7 @@ def power(
     return schedule
 
 
+@SCHEDULES
 def infinite(
     peak: float,
     total: float | None = None,
@@ -288,6 +296,7 @@ def infinite(
     return warmed if total is None else with_total(warmed, total)
 
 
+@SCHEDULES
 @ends_with_the_run
 def rewarm(
     peak: float,
@@ -334,6 +343,7 @@ def rewarm(
     return schedule
 
 
+@SCHEDULES
 @ends_with_the_run
 def step(
     peak: float,

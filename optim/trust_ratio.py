@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from crescendo.optim.masks import LayerAxis, Mask, as_mask, layer_axes
+from crescendo.optim.registry import TRANSFORMS
 from crescendo.optim.states import spread
 
 PhiClip = tuple[float, float] | None
@@ -30,6 +31,7 @@ class TrustRatioState(NamedTuple):
         }
 
 
+@TRANSFORMS
 def scale_by_layer_trust_ratio(
     *, phi_clip: PhiClip = None, trust_mask: Mask = None, layer_axis: LayerAxis = None
 ) -> optax.GradientTransformationExtraArgs:

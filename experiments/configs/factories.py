@@ -16,7 +16,7 @@ from crescendo.experiments.trainer import probes
 from crescendo.models import ModelConfig
 from crescendo.models.resnet import ResNetConfig
 from crescendo.models.vit import ViTConfig
-from crescendo.optim import batch_size, policies
+from crescendo.optim import batch_size
 from crescendo.optim.groups import group
 from crescendo.parallel import make_mesh, strategy
 
@@ -67,16 +67,8 @@ FACTORIES: dict[str, dict[str, Callable]] = {
     "optim": optim.OPTIMIZERS | optim.TRANSFORMS | optim.COMBINATORS,
     "optim.schedules": optim.SCHEDULES,
     "optim.groups": {"group": group},
-    "optim.batch_size": {"constant": batch_size.constant, "staged": batch_size.staged},
-    "optim.policies": {
-        f.__name__: f
-        for f in (
-            policies.geometric_warmup,
-            policies.noise_scale_following,
-            policies.norm_test,
-            policies.critical_batch_following,
-        )
-    },
+    "optim.batch_size": {n: f for n, f in optim.POLICIES.items() if f.__module__ == batch_size.__name__},
+    "optim.policies": {n: f for n, f in optim.POLICIES.items() if f.__module__ != batch_size.__name__},
     "models": {"model": model, "resnet": ResNetConfig, "vit": ViTConfig},
     "tasks": namesakes(tasks),
     "probes": namesakes(probes),

@@ -1,0 +1,56 @@
+"""Tables of what configs can name. A function enters one where it is defined, as a decoration.
+
+`crescendo.optim` imports every module of its folder, so a new file with a decorated function is all that a new
+optimizer, transform, combinator, schedule or batch-size policy takes: configs, the common tests and the documentation
+read these tables.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import optax
+
+from crescendo.optim.run_length import OfRun
+
+if TYPE_CHECKING:
+    from crescendo.optim.batch_size import BatchSizePolicy  # which registers policies of its own
+
+
+class Registry[T](dict[str, Callable[..., T]]):
+    """Functions that return a T, by their names, in order of definition; a decorator that leaves them as they are.
+
+    Raises:
+      ValueError: (as a decorator) a name that a function of another module has.
+
+    >>> SHAPES: Registry[float] = Registry()
+    >>> @SHAPES
+    ... def square(side: float) -> float:
+    ...     return side**2
+    >>> SHAPES["square"](3.0), square(3.0)
+    (9.0, 9.0)
+    """
+
+    def __call__[F: Callable[..., Any]](self, function: F) -> F:
+        other = self.get(function.__name__, function)
+        if other.__module__ != function.__module__:  # a module that is reloaded defines its own again
+            raise ValueError(
+                f"{function.__module__} defines {function.__name__!r}, which {other.__module__} has: take another name"
+            )
+        self[function.__name__] = function
+        return function
+
+
+OPTIMIZERS: Registry[optax.GradientTransformationExtraArgs] = Registry()
+"""`name(learning_rate, **options)`: a rate or a schedule first; every option has a default."""
+
+TRANSFORMS: Registry[optax.GradientTransformationExtraArgs] = Registry()
+"""`name(**options)`: pieces to chain."""
+
+COMBINATORS: Registry[optax.GradientTransformationExtraArgs] = Registry()
+"""`name(optimizer or transforms, **options)`: what makes an optimizer of others."""
+
+SCHEDULES: Registry[optax.Schedule | OfRun] = Registry()
+"""`name(peak, total=None, *, warmup=0, **options)`; without a total they end with the run."""
+
+POLICIES: "Registry[BatchSizePolicy]" = Registry()
+"""`name(**options)`: batch-size policies, their sizes in examples."""
