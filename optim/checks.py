@@ -1,7 +1,6 @@
-"""The ranges of an optimizer's constants: one that is out of its range is refused by name before it trains NaN."""
+"""The ranges of rates and constants: one that is out of its range is refused by name before it trains NaN."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +49,7 @@ def at_least_one(usual: int) -> Range:
     return Range(1.0, math.inf, True, False, usual)
 
 
-RANGES: Mapping[str, Range] = {
+RANGES: dict[str, Range] = {
     "b1": decay(0.9),
     "b2": decay(0.95),
     "adam_b1": decay(0.9),
@@ -74,7 +73,10 @@ RANGES: Mapping[str, Range] = {
     "min_dim_size_to_factor": at_least_one(128),
     "examples": positive(100_000),
 }
-"""The range of every constant by its name, the same in all optimizers and transforms."""
+"""The range of every constant by its name, the same in all optimizers and transforms.
+
+A module with a constant of a new name puts its range here: `RANGES["lookahead"] = at_least_one(5)`.
+"""
 
 
 def check_constants(**constants: Any) -> None:
@@ -94,6 +96,12 @@ def check_constants(**constants: Any) -> None:
         allowed = RANGES[name]
         if value not in allowed:
             raise ValueError(f"{name} = {value} must be {allowed}: try {allowed.usual:g}")
+
+
+def check_learning_rate(rate: object, name: str = "learning_rate") -> None:
+    """Raises ValueError for a concrete rate that is negative, NaN or infinite; traced ones can't be looked at."""
+    if not isinstance(rate, jax.core.Tracer) and not 0 <= float(rate) < math.inf:  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be at least 0 and finite, got {rate}")
 
 
 def check_moment_dtype(dtype: jax.typing.DTypeLike | None) -> None:

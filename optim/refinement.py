@@ -18,9 +18,9 @@ import numpy as np
 import optax
 import scipy.ndimage
 
-from crescendo.optim import schedules
 from crescendo.optim.registry import SCHEDULES, TRANSFORMS
 from crescendo.optim.run_length import OfRun, ends_with_the_run
+from crescendo.optim.schedule_parts import check, with_warmup
 
 
 class RecordGradientNormsState(NamedTuple):
@@ -113,7 +113,7 @@ Norms = GradientNorms | Sequence[float] | np.ndarray
 
 
 def recorded_norms(opt_state: optax.OptState) -> GradientNorms:
-    """The history that `record_gradient_norms` has kept in an optimizer's state, without what wasn't finite.
+    """The history that `record_gradient_norms` has recorded in an optimizer's state, without what wasn't finite.
 
     The newest slot is left out while it isn't full, because a step of it would weigh more than one of the others.
 
@@ -127,10 +127,10 @@ def recorded_norms(opt_state: optax.OptState) -> GradientNorms:
     >>> recorded_norms(state).l2
     array([2., 2.])
     """
-    found = optax.tree_utils.tree_get(opt_state, "RecordGradientNormsState")
-    if found is None:
+    state = optax.tree_utils.tree_get(opt_state, "RecordGradientNormsState")
+    if state is None:
         raise ValueError("the optimizer state holds no gradient norms: chain record_gradient_norms() first")
-    state = jax.device_get(found)
+    state = jax.device_get(state)
     used = np.asarray(state.recorded[: int(state.count // state.stride)], np.float64)
     if np.count_nonzero(used) < 2:
         raise ValueError(f"only {np.count_nonzero(used)} finite gradient norms were recorded: at least 2 are needed")
@@ -274,13 +274,13 @@ def _interpolated(
     peak: float, total: float, *, warmup: float, fractions: np.ndarray, multipliers: np.ndarray
 ) -> optax.Schedule:
     """The schedule through the given points, linear in between."""
-    schedules.check(peak, total, warmup)
+    check(peak, total, warmup)
 
     def schedule(t: jax.Array) -> jax.Array:
         x, y = jnp.asarray(fractions, t.dtype), jnp.asarray(multipliers, t.dtype)
         return peak * jnp.interp(t / jnp.asarray(total, t.dtype), x, y)
 
-    return schedules.with_warmup(schedule, warmup)
+    return with_warmup(schedule, warmup)
 
 
 def _median_filter(x: np.ndarray, width: int) -> np.ndarray:

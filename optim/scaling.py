@@ -6,14 +6,14 @@ size to another, or predict it from the model and the data.
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from crescendo.optim import schedules
+from crescendo.optim.checks import check_learning_rate
 from crescendo.optim.registry import TRANSFORMS
 from crescendo.optim.run_length import LengthWarning, OfRun
 from crescendo.optim.states import nodes, spread
@@ -44,7 +44,7 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
     Without `examples_seen` t is the number of updates made, as in `optax.scale_by_learning_rate`, so that what is
     chained with this is a drop-in optax optimizer. f, 1 by default, is the extra argument `learning_rate_factor`, by
     which `adaptive_batch_size` lets the rate follow the batch; a schedule that follows it by itself (`power`) is read
-    at the batch of the extra argument `batch_stats`, and f is left out. The rate used, f eta(t), is kept in the state:
+    at the batch of the extra argument `batch_stats`, and f is left out. The rate used, f eta(t), stands in the state:
     `optim.reported(opt_state)["learning_rate"]` reads it for the log. The product is rounded once, to the update's
     dtype.
 
@@ -60,13 +60,14 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
     Warns:
       LengthWarning: (when traced) a schedule that ends elsewhere than the run.
 
-    >>> transform = scale_by_learning_rate(schedules.linear(1.0, 100))
+    >>> from crescendo.optim.schedules import linear
+    >>> transform = scale_by_learning_rate(linear(1.0, 100))
     >>> state = transform.init(jnp.ones(2))
     >>> update, state = transform.update(jnp.ones(2), state, examples_seen=75)
     >>> print(update, state.learning_rate, state.count)
     [-0.25 -0.25] 0.25 1
     """
-    rate_at = follow_clock(learning_rate)
+    rate_at = RateAt(learning_rate)
 
     def init(params: optax.Params) -> ScaleByLearningRateState:
         del params
@@ -130,12 +131,13 @@ def with_learning_rate(
 
     Raises and warns: as `scale_by_learning_rate`.
 
-    >>> transform = with_learning_rate(optax.sgd, schedules.linear(1.0, 100))
+    >>> from crescendo.optim.schedules import linear
+    >>> transform = with_learning_rate(optax.sgd, linear(1.0, 100))
     >>> update, state = transform.update(jnp.ones(2), transform.init(jnp.ones(2)), examples_seen=75)
     >>> print(update, state.learning_rate)
     [-0.25 -0.25] 0.25
     """
-    rate_at = follow_clock(learning_rate)
+    rate_at = RateAt(learning_rate)
 
     def init(params: optax.Params) -> WithLearningRateState:
         # Copied, so that a state which keeps the first parameters can be donated together with the parameters.
@@ -243,8 +245,23 @@ def _multiplied(updates: optax.Updates, multipliers: Any) -> optax.Updates:
     return jax.tree.map(lambda u, m: (u * m).astype(u.dtype), updates, spread(multipliers, updates))
 
 
-class RateAt(Protocol):
-    """What `follow_clock` makes of a rate or a schedule."""
+class RateAt:
+    """A rate or a schedule as a function of all that it may depend on, in the default float dtype.
+
+    Raises and warns: as `scale_by_learning_rate`.
+
+    >>> from crescendo.optim.schedules import linear
+    >>> rate_at = RateAt(linear(1.0))
+    >>> print(rate_at(50, total_examples=100), rate_at(50, total_examples=100, factor=2.0), rate_at.at_start())
+    0.5 1.0 0.0
+    """
+
+    def __init__(self, learning_rate: optax.ScalarOrSchedule | OfRun):
+        self._rate: Any = learning_rate
+        if not callable(learning_rate):
+            check_learning_rate(learning_rate)
+        elif not isinstance(learning_rate, OfRun):
+            check_learning_rate(self._of_batch(learning_rate, 1)(0), "learning_rate at count 0")
 
     def __call__(
         self,
@@ -255,41 +272,6 @@ class RateAt(Protocol):
         factor: jax.typing.ArrayLike = 1,
     ) -> jax.Array:
         """The rate at a count of a run of a given length, at a batch size, times the coupling's factor."""
-
-    def at_start(self) -> jax.Array:
-        """The rate at count 0, as far as it is known without a run: 0 if it isn't."""
-
-
-def follow_clock(learning_rate: optax.ScalarOrSchedule | OfRun) -> RateAt:
-    """A rate or a schedule as a function of all that it may depend on, in the default float dtype.
-
-    Raises and warns: as `scale_by_learning_rate`.
-
-    >>> rate_at = follow_clock(schedules.linear(1.0))
-    >>> print(rate_at(50, total_examples=100), rate_at(50, total_examples=100, factor=2.0), rate_at.at_start())
-    0.5 1.0 0.0
-    """
-    return _RateAt(learning_rate)
-
-
-class _RateAt:
-    """See `RateAt`."""
-
-    def __init__(self, learning_rate: Any):
-        self._rate = learning_rate
-        if not callable(learning_rate):
-            schedules.check_learning_rate(learning_rate)
-        elif not isinstance(learning_rate, OfRun):
-            schedules.check_learning_rate(self._of_batch(learning_rate, 1)(0), "learning_rate at count 0")
-
-    def __call__(
-        self,
-        count: jax.typing.ArrayLike,
-        *,
-        total_examples: float | None = None,
-        batch_size: jax.typing.ArrayLike | None = None,
-        factor: jax.typing.ArrayLike = 1,
-    ) -> jax.Array:
         if not callable(self._rate):
             return jnp.asarray(self._rate, float) * factor
         schedule = self._of_run(total_examples)
@@ -298,6 +280,7 @@ class _RateAt:
         return rate if follows_batch else rate * factor
 
     def at_start(self) -> jax.Array:
+        """The rate at count 0, as far as it is known without a run: 0 if it isn't."""
         known = not isinstance(self._rate, OfRun) and not hasattr(self._rate, "at_batch_size")
         return self(0) if known else jnp.zeros((), float)
 

@@ -3,7 +3,7 @@
 Every schedule is a function of one count, in whatever unit the caller counts (examples, steps or tokens); all durations
 (`total`, `warmup`, `decay`, `boundaries`) are in that unit and `total` includes the warmup. Between counts 0 and
 `warmup` the rate rises linearly from 0 to what the schedule says at `warmup`; from `total` on it stays at its final
-value. Fractions (`end_fraction`, ...) are of `peak`, so a sweep over `peak` moves the whole curve. Schedules are
+value. Fractions (`end_fraction`, ...) are of `peak`, so a sweep over `peak` scales the curve. Schedules are
 jittable, work element by element on arrays of counts, return the default float dtype (float32; float64 under x64), and
 are exact at both ends.
 
@@ -18,7 +18,7 @@ schedule when the loop tells it the length (`total_examples`). Only `constant` a
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ import optax
 
 from crescendo.optim.registry import SCHEDULES
 from crescendo.optim.run_length import LengthError, ends_with_the_run, with_total
+from crescendo.optim.schedule_parts import between, check, decay_weight, half_cosine, progress, with_warmup
 
 
 @SCHEDULES
@@ -66,7 +67,7 @@ def linear(peak: float, total: float, *, warmup: float = 0, end_fraction: float 
     0.75
     """
     check(peak, total, warmup, end_fraction=end_fraction)
-    return with_warmup(lambda t: peak * _between(1.0, end_fraction, _progress(t, warmup, total)), warmup)
+    return with_warmup(lambda t: peak * between(1.0, end_fraction, progress(t, warmup, total)), warmup)
 
 
 @SCHEDULES
@@ -83,7 +84,7 @@ def cosine(peak: float, total: float, *, warmup: float = 0, end_fraction: float 
     0.8536
     """
     check(peak, total, warmup, end_fraction=end_fraction)
-    return with_warmup(lambda t: peak * _between(1.0, end_fraction, _half_cosine(_progress(t, warmup, total))), warmup)
+    return with_warmup(lambda t: peak * between(1.0, end_fraction, half_cosine(progress(t, warmup, total))), warmup)
 
 
 @SCHEDULES
@@ -129,9 +130,9 @@ def wsd(
     """
     decay = total / 10 if decay is None else decay
     check(peak, total, warmup, decay=decay, end_fraction=end_fraction)
-    weight = _decay_weight(shape, half_lives)
+    weight = decay_weight(shape, half_lives)
     return with_warmup(
-        lambda t: peak * _between(end_fraction, 1.0, weight(_progress(t, total - decay, total))),
+        lambda t: peak * between(end_fraction, 1.0, weight(progress(t, total - decay, total))),
         warmup,
     )
 
@@ -158,8 +159,8 @@ def rex(
         raise ValueError(f"curvature must be at least 0 and below 1, got {curvature}: the paper's is 0.5")
 
     def schedule(t: jax.Array) -> jax.Array:
-        z = 1 - _progress(t, warmup, total)
-        return peak * _between(end_fraction, 1.0, z / ((1 - curvature) + curvature * z))
+        z = 1 - progress(t, warmup, total)
+        return peak * between(end_fraction, 1.0, z / ((1 - curvature) + curvature * z))
 
     return with_warmup(schedule, warmup)
 
@@ -215,7 +216,7 @@ def power(
             raise ValueError(f"{name} must be above 0, got {value}")
     if not exponent <= 0:
         raise ValueError(f"exponent must be at most 0, got {exponent}: the paper's is -0.51")
-    weight = _decay_weight(shape)
+    weight = decay_weight(shape)
 
     def at_batch_size(batch_size: jax.typing.ArrayLike) -> optax.Schedule:
         """The schedule of a batch, which may be traced."""
@@ -223,7 +224,7 @@ def power(
         def schedule(t: jax.Array) -> jax.Array:
             tokens = jnp.minimum(t, jnp.asarray(total - decay, t.dtype)) * tokens_per_count
             stable = jnp.minimum(peak, batch_size * amplitude * jnp.maximum(tokens, 1.0) ** exponent)
-            return stable * _between(end_fraction, 1.0, weight(_progress(t, total - decay, total)))
+            return stable * between(end_fraction, 1.0, weight(progress(t, total - decay, total)))
 
         return with_warmup(schedule, warmup)
 
@@ -287,10 +288,10 @@ def infinite(
         )
 
     def schedule(t: jax.Array) -> jax.Array:
-        rate = peak * _between(1.0, constant_fraction, _half_cosine(_progress(t, warmup, warmup + cooldown)))
+        rate = peak * between(1.0, constant_fraction, half_cosine(progress(t, warmup, warmup + cooldown)))
         if total is None:
             return rate
-        return rate * (end_fraction / constant_fraction) ** _progress(t, total - decay, total)
+        return rate * (end_fraction / constant_fraction) ** progress(t, total - decay, total)
 
     warmed = with_warmup(schedule, warmup)
     return warmed if total is None else with_total(warmed, total)
@@ -336,8 +337,8 @@ def rewarm(
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         t = jnp.asarray(count, float)
-        rise = _between(start_fraction, 1.0, _progress(t, start, start + warmup))
-        fall = _between(1.0, end_fraction, _half_cosine(_progress(t, start + warmup, total)))
+        rise = between(start_fraction, 1.0, progress(t, start, start + warmup))
+        fall = between(1.0, end_fraction, half_cosine(progress(t, start + warmup, total)))
         return peak * jnp.where(t < jnp.asarray(start + warmup, t.dtype), rise, fall)
 
     return schedule
@@ -384,79 +385,3 @@ def step(
         return peak * jnp.asarray(factor, t.dtype) ** passed
 
     return with_warmup(schedule, warmup)
-
-
-def with_warmup(schedule: optax.Schedule, warmup: float) -> optax.Schedule:
-    """`schedule` from count `warmup` on; before it, a straight line from 0 to schedule(warmup).
-
-    Raises:
-      ValueError: a negative or infinite warmup.
-
-    >>> rising = with_warmup(lambda count: 1.0 - count / 100, 20)
-    >>> print(f"{rising(0):.2f} {rising(10):.2f} {rising(20):.2f} {rising(50):.2f}")
-    0.00 0.40 0.80 0.50
-    """
-    if not 0 <= warmup < math.inf:
-        raise ValueError(f"warmup must be at least 0 and finite, got {warmup}")
-
-    def warmed(count: jax.typing.ArrayLike) -> jax.Array:
-        t = jnp.asarray(count, float)
-        end = jnp.asarray(warmup, t.dtype)
-        return jnp.asarray(schedule(jnp.maximum(t, end)), t.dtype) * jnp.where(t < end, t / end, 1.0)
-
-    return warmed
-
-
-def _progress(t: jax.Array, start: float, end: float) -> jax.Array:
-    """From 0 at `start` to 1 at `end`, exactly: both ends are rounded to the count's dtype before they are used."""
-    a, b = jnp.asarray(start, t.dtype), jnp.asarray(end, t.dtype)
-    return jnp.where(t >= b, 1.0, jnp.clip((t - a) / jnp.where(b > a, b - a, 1.0), 0.0, 1.0)).astype(t.dtype)
-
-
-def _between(start: float, end: float, weight: jax.Array) -> jax.Array:
-    """start * (1 - weight) + end * weight: exact at weights 0 and 1, which start + weight * (end - start) isn't."""
-    return start * (1 - weight) + end * weight
-
-
-def _half_cosine(u: jax.Array) -> jax.Array:
-    """(1 - cos(pi u)) / 2 as sin^2(pi u / 2), which doesn't cancel near 0."""
-    return jnp.sin(math.pi / 2 * u) ** 2
-
-
-def _decay_weight(shape: str, half_lives: float = 5.0) -> Callable[[jax.Array], jax.Array]:
-    """The decay from 1 of a stable-then-decay schedule, as a function of its progress."""
-    if not 0 <= half_lives < math.inf:
-        raise ValueError(f"half_lives must be at least 0 and finite, got {half_lives}")
-    weights: dict[str, Callable[[jax.Array], jax.Array]] = {
-        "linear": lambda u: 1 - u,
-        "sqrt": lambda u: 1 - jnp.sqrt(u),
-        "exponential": lambda u: 2.0 ** (-half_lives * u),
-    }
-    if shape not in weights:
-        raise ValueError(f"unknown decay shape {shape!r}: use one of {', '.join(weights)}")
-    return weights[shape]
-
-
-def check(peak: float, total: float, warmup: float, **parts: float) -> None:
-    """Rates and fractions in range, and the parts of a schedule (all in counts) within its length."""
-    check_learning_rate(peak, "peak")
-    if not total > 0:
-        raise ValueError(f"total must be above 0, got {total}")
-    fractions = {name: value for name, value in parts.items() if name.endswith("fraction")}
-    for name, value in fractions.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be from 0 to 1, got {value}")
-    durations = {"warmup": warmup} | {name: value for name, value in parts.items() if name not in fractions}
-    for name, value in durations.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be at least 0 and finite, got {value}")
-    length = sum(durations.values())
-    if length > total or (length == total and "decay" not in parts):  # something must be left to decay over
-        written = " + ".join(f"{name} {value}" for name, value in durations.items())
-        raise LengthError(f"{written} don't fit total {total}: shorten them or lengthen total")
-
-
-def check_learning_rate(rate: object, name: str = "learning_rate") -> None:
-    """Raises ValueError for a concrete rate that is negative, NaN or infinite; traced ones can't be looked at."""
-    if not isinstance(rate, jax.core.Tracer) and not 0 <= float(rate) < math.inf:  # type: ignore[arg-type]
-        raise ValueError(f"{name} must be at least 0 and finite, got {rate}")

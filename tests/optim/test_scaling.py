@@ -118,9 +118,10 @@ OTHERS = [
     ("newton_schulz_steps", 0), ("update_interval", 0), ("min_dim_size_to_factor", 0),
 ]  # fmt: skip
 EXPORTED = optim.OPTIMIZERS | optim.TRANSFORMS
+LISTED = {key for key, _ in FRACTIONS + OTHERS}
 OUT_OF_RANGE = [
     (name, key, value)
-    for key, value in FRACTIONS + OTHERS
+    for key, value in [*FRACTIONS, *OTHERS, *((key, math.nan) for key in RANGES if key not in LISTED)]
     for name, make in EXPORTED.items()
     if key in inspect.signature(make).parameters
 ]
@@ -134,7 +135,7 @@ def test_constants_out_of_range_are_refused_by_name(name, key, value):
 
 
 def test_every_float_option_has_a_range():
-    """A new constant can't be forgotten: it stands in the table, and in the cases above."""
+    """A new constant can't be forgotten: it stands in the table, and so in the cases above."""
     for name, make in EXPORTED.items():
         for key, parameter in inspect.signature(make).parameters.items():
             if isinstance(parameter.default, float) and (name, key) != ("prodigy", "learning_rate"):
