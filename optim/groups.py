@@ -11,11 +11,9 @@ import jax
 import optax
 
 from crescendo.optim.masks import leaves_with_paths
+from crescendo.optim.registry import OPTIMIZERS
 from crescendo.optim.scaling import update_with_factor
 from crescendo.optim.states import nodes
-
-DECAYING = "adamw, nadamw, lamb, lars, lion, sgd, adagrad, adagrad_norm and schedule_free"
-"""The optimizers that read `decay_multipliers`, for the error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +83,9 @@ def assign(groups: Sequence[ParameterGroup], params: optax.Params, logical_axes:
     >>> assign([group("head/*"), group("*/scale")], params)
     {'head': {'bias': 0, 'kernel': 0}, 'norm': {'scale': 1}}
     """
-    found = _indices(groups, params, logical_axes)
-    _refuse_empty(groups, found, params, logical_axes, range(len(groups)))
-    return jax.tree.unflatten(jax.tree.structure(params), found)
+    indices = _indices(groups, params, logical_axes)
+    _refuse_empty(groups, indices, params, logical_axes, range(len(groups)))
+    return jax.tree.unflatten(jax.tree.structure(params), indices)
 
 
 def frozen_mask(groups: Sequence[ParameterGroup], params: optax.Params, logical_axes: Any = None) -> Any:
@@ -98,9 +96,9 @@ def frozen_mask(groups: Sequence[ParameterGroup], params: optax.Params, logical_
     >>> frozen_mask([group("head/*", frozen=True)], {"head": {"kernel": 1.0}, "norm": {"scale": 1.0}})
     {'head': {'kernel': True}, 'norm': {'scale': False}}
     """
-    found = _indices(groups, params, logical_axes)
-    _refuse_empty(groups, found, params, logical_axes, range(len(groups)))
-    frozen = [index is not None and groups[index].frozen for index in found]
+    indices = _indices(groups, params, logical_axes)
+    _refuse_empty(groups, indices, params, logical_axes, range(len(groups)))
+    frozen = [index is not None and groups[index].frozen for index in indices]
     return jax.tree.unflatten(jax.tree.structure(params), frozen)
 
 
@@ -139,27 +137,43 @@ def scale_groups(
         state = inner.init(params)
         if jax.tree.leaves(params):  # none while optax looks for what mirrors a parameter
             _refuse_empty(groups, _indices(groups, params, logical_axes), params, logical_axes, trained)
-        if decays and not any(getattr(node, "reads_decay_multipliers", False) is True for node in nodes(state)):
+        if decays and not _reads_decay(state):
             which = next(member for member in groups if member.weight_decay != 1)
             raise ValueError(
-                f"{which}: weight_decay = {which.weight_decay} has no effect on this optimizer: use one of {DECAYING}"
+                f"{which}: weight_decay = {which.weight_decay} has no effect on this optimizer: "
+                f"use one of {', '.join(decaying())}"
             )
         return state
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        found = [None if index is None else groups[index] for index in _indices(groups, updates, logical_axes)]
+        members = [None if index is None else groups[index] for index in _indices(groups, updates, logical_axes)]
         structure = jax.tree.structure(updates)
-        rates = [1.0 if g is None else 0.0 if g.frozen else g.learning_rate for g in found]
+        rates = [1.0 if g is None else 0.0 if g.frozen else g.learning_rate for g in members]
         if any(rate != 1 for rate in rates):
             extra_args["rate_multipliers"] = jax.tree.unflatten(structure, rates)
         if decays:
-            shares = [1.0 if g is None else g.weight_decay for g in found]
+            shares = [1.0 if g is None else g.weight_decay for g in members]
             extra_args["decay_multipliers"] = jax.tree.unflatten(structure, shares)
         return update_with_factor(inner, updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def decaying() -> list[str]:
+    """The names of the optimizers that read `decay_multipliers`.
+
+    >>> "lion" in decaying(), "muon" in decaying()
+    (True, False)
+    """
+    params = jax.ShapeDtypeStruct((2, 2), "float32")
+    return [name for name, make in OPTIMIZERS.items() if _reads_decay(jax.eval_shape(make(1.0).init, params))]
+
+
+def _reads_decay(opt_state: optax.OptState) -> bool:
+    """Whether a transform whose state this is, or its shapes, takes the extra argument `decay_multipliers`."""
+    return any(getattr(node, "reads_decay_multipliers", False) is True for node in nodes(opt_state))
 
 
 def _indices(groups: Sequence[ParameterGroup], params: optax.Params, logical_axes: Any) -> list[int | None]:
@@ -179,14 +193,14 @@ def _axes_by_path(logical_axes: Any) -> dict[str, tuple[str | None, ...]]:
 
 def _refuse_empty(
     groups: Sequence[ParameterGroup],
-    found: Sequence[int | None],
+    indices: Sequence[int | None],
     params: optax.Params,
     logical_axes: Any,
     needed: Sequence[int],
 ) -> None:
     """Raises ValueError for a needed group that gets no parameter."""
     for index in needed:
-        if index in found:
+        if index in indices:
             continue
         paths = ["/".join(path) for path, _ in leaves_with_paths(params)]
         axes = _axes_by_path(logical_axes)
