@@ -43,7 +43,7 @@ def average_weights(optimizer: optax.GradientTransformation, examples: float) ->
       W \leftarrow d_t W + (1 - d_t), \qquad \bar w = s / W
 
     with B_t the batch, so the average reaches equally far back whatever the batch size does. `evaluation_params` reads
-    it. Wrap what makes the whole update: the parameters are taken as `optax.apply_updates` will leave them.
+    it. Wrap what makes the complete update: the parameters are taken as `optax.apply_updates` will leave them.
 
     Args:
       optimizer: any optimizer; the updates pass unchanged.
@@ -114,19 +114,19 @@ def evaluation_params(opt_state: optax.OptState, params: optax.Params) -> optax.
     result = params
     for state in reversed(_averages(opt_state)):
 
-        def point(kept: Any, param: jax.Array, before: jax.Array, state: Any = state) -> jax.Array:
-            if isinstance(kept, optax.MaskedNode):
+        def point(average: Any, param: jax.Array, before: jax.Array, state: Any = state) -> jax.Array:
+            if isinstance(average, optax.MaskedNode):
                 return before
             dtype = jnp.promote_types(param.dtype, jnp.float32)
             if isinstance(state, AverageWeightsState):
                 started = state.weight > 0
-                average = kept / jnp.where(started, state.weight, 1).astype(kept.dtype)
-                return jnp.where(started, average, before).astype(param.dtype)
+                corrected = average / jnp.where(started, state.weight, 1).astype(average.dtype)
+                return jnp.where(started, corrected, before).astype(param.dtype)
             b1 = jnp.asarray(state.b1, dtype)
-            return ((param.astype(dtype) - (1 - b1) * kept.astype(dtype)) / b1).astype(param.dtype)
+            return ((param.astype(dtype) - (1 - b1) * average.astype(dtype)) / b1).astype(param.dtype)
 
-        kept = state.weighted_sum if isinstance(state, AverageWeightsState) else state.z
-        result = jax.tree.map(point, kept, params, result, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+        averages = state.weighted_sum if isinstance(state, AverageWeightsState) else state.z
+        result = jax.tree.map(point, averages, params, result, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     return result
 
 

@@ -86,7 +86,7 @@ class BatchSizePolicy(NamedTuple):
 
 @POLICIES
 def constant(batch_size: int) -> BatchSizePolicy:
-    """The same batch size for the whole run.
+    """The same batch size throughout the run.
 
     >>> constant(32).sizes
     (32,)
@@ -219,7 +219,7 @@ def current_batch_size(opt_state: optax.OptState) -> jax.Array:
     Raises:
       ValueError: a state with none, or with several.
     """
-    found = find_states(opt_state, AdaptiveBatchSizeState)
-    if len(found) != 1:
-        raise ValueError(f"the optimizer state holds {len(found)} adaptive_batch_size states; wrap exactly one")
-    return found[0].batch_size
+    states = find_states(opt_state, AdaptiveBatchSizeState)
+    if len(states) != 1:
+        raise ValueError(f"the optimizer state holds {len(states)} adaptive_batch_size states; wrap exactly one")
+    return states[0].batch_size

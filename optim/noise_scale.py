@@ -175,7 +175,7 @@ def group_indices(tree: Any, groups: Groups, layer_axis: LayerAxis = None) -> di
     """
     if not callable(groups) and groups not in ("layer", "parameter"):
         raise ValueError(f"groups = {groups!r} must be 'layer', 'parameter' or a function from a path to a name")
-    found: dict[str, list[int]] = {}
+    indices: dict[str, list[int]] = {}
     entry = 0
     for (path, leaf), axis in zip(leaves_with_paths(tree), layer_axes(tree, layer_axis), strict=True):
         for layer in range(1 if axis is None else leaf.shape[axis]):
@@ -185,9 +185,9 @@ def group_indices(tree: Any, groups: Groups, layer_axis: LayerAxis = None) -> di
                 name = "/".join(path)
             else:
                 name = path[0] if axis is None else f"{path[0]}/{layer}"
-            found.setdefault(name, []).append(entry)
+            indices.setdefault(name, []).append(entry)
             entry += 1
-    return found
+    return indices
 
 
 def _group_matrix(tree: Any, groups: Groups, layer_axis: LayerAxis) -> np.ndarray:
@@ -209,9 +209,9 @@ class GradientNoiseScaleState(NamedTuple):
     def report(self) -> dict[str, jax.Array]:
         """The noise scales over all parameters and their standard errors, in examples."""
         scales = {"noise_scale": self.total, "norm_layers_noise_scale": self.norm_layers}
-        found = {name: read_averages(averages) for name, averages in scales.items() if averages is not None}
-        values = {name: scale.value for name, scale in found.items()}
-        return values | {f"{name}_error": scale.standard_error for name, scale in found.items()}
+        estimates = {name: read_averages(averages) for name, averages in scales.items() if averages is not None}
+        values = {name: scale.value for name, scale in estimates.items()}
+        return values | {f"{name}_error": scale.standard_error for name, scale in estimates.items()}
 
 
 @TRANSFORMS
@@ -311,7 +311,7 @@ def add_norm_layers(averages: Averages, stats: BatchStats, decay: Number) -> Ave
 
 
 def noise_scale(opt_state: optax.OptState, source: str = "gradient") -> NoiseScale:
-    """What `gradient_noise_scale` has found so far, from the state of a chain with it.
+    """What `gradient_noise_scale` has estimated so far, from the state of a chain with it.
 
     Args:
       opt_state: the state.
@@ -355,7 +355,7 @@ def group_noise_scales(
     """
     averages, names = _state(opt_state).groups, list(group_indices(params, groups, layer_axis))
     if averages is None:
-        raise ValueError("no groups are kept: use gradient_noise_scale(groups=...)")
+        raise ValueError("the state has no groups: use gradient_noise_scale(groups=...)")
     if averages.moments.shape[1:] != (len(names),):
         raise ValueError(
             f"the state keeps {averages.moments[0].size} groups, these are {len(names)}: pass what the transform had"
@@ -399,7 +399,7 @@ def _states(opt_state: optax.OptState) -> list[GradientNoiseScaleState]:
 
 
 def _state(opt_state: optax.OptState) -> GradientNoiseScaleState:
-    found = _states(opt_state)
-    if len(found) != 1:
-        raise ValueError(f"the optimizer state holds {len(found)} noise scales: chain gradient_noise_scale() once")
-    return found[0]
+    states = _states(opt_state)
+    if len(states) != 1:
+        raise ValueError(f"the optimizer state holds {len(states)} noise scales: chain gradient_noise_scale() once")
+    return states[0]

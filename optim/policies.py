@@ -144,7 +144,7 @@ def _read_curve(
         content = curve if isinstance(curve, Mapping) else json.loads(Path(curve).read_text())
         tokens = np.array(content["tokens"], np.float64)
         values = np.array(content["interval" if lower_bound else "critical_batch_size"], np.float64)
-        found = content.get("fingerprint")
+        measured_on = content.get("fingerprint")
     except OSError as error:
         raise ValueError(f"cannot read the curve {name}: {error.strerror}; give the file that was measured") from None
     except KeyError as error:
@@ -163,11 +163,12 @@ def _read_curve(
     for at, value in zip(tokens, values, strict=True):
         if not (0 <= at < math.inf and 0 <= value < math.inf):
             raise ValueError(f"{name} says {value:g} examples at {at:g} tokens: both must be finite and at least 0")
-    if fingerprint is not None and found != fingerprint:
+    if fingerprint is not None and measured_on != fingerprint:
         raise ValueError(
-            f"{name} was measured on another model or data (fingerprint {found}, not {fingerprint}): measure it on this"
+            f"{name} was measured on another model or data (fingerprint {measured_on}, not {fingerprint}): "
+            f"measure it on this"
         )
-    return tokens, values, found
+    return tokens, values, measured_on
 
 
 class NoiseScaleFollowingState(NamedTuple):

@@ -13,7 +13,7 @@ def in_float32(
     """`inner` computed in float32 (float64 where the input is), its moments stored in `moment_dtype`.
 
     Parameters and gradients are cast on entry and the update is rounded once, to the gradient's dtype, on exit; in
-    between steps every state array that mirrors the parameters is kept in `moment_dtype`. Under jit the casts are part
+    between steps every state array that mirrors the parameters has `moment_dtype`. Under jit the casts are part
     of the same fused loop, so low-precision moments are read and written at their own size. optax's `mu_dtype` casts
     the first moment alone, and computes in the parameters' dtype.
 

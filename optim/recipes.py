@@ -1,4 +1,4 @@
-"""Learning rates and batch sizes that papers found, by the batch, the model and the data."""
+"""Learning rates and batch sizes that papers report, by the batch, the model and the data."""
 
 import math
 from typing import NamedTuple
@@ -83,7 +83,7 @@ def step_law(params: float, tokens: float) -> tuple[float, float]:
 
     Args:
       params: N, the parameters without the embeddings.
-      tokens: D, the tokens of the whole run.
+      tokens: D, the tokens of the run.
 
     Returns:
       (learning_rate, batch_size_tokens), for AdamW under a cosine that ends at 1e-5.

@@ -35,7 +35,7 @@ def find_states(opt_state: optax.OptState, *kinds: type) -> list[Any]:
 def reported(opt_state: optax.OptState) -> dict[str, jax.Array]:
     """The scalars that an optimizer's, a transform's and a policy's states say of themselves, by name, for the log.
 
-    A state that has something to say defines `report(self) -> dict[str, jax.Array]`, of scalars; it is found however
+    A state that has something to say defines `report(self) -> dict[str, jax.Array]`, of scalars; it is read however
     deep it is nested. What several groups of `optax.partition` report gets the group's label behind its name; where
     states of a chain report one name, the second becomes `NAME_2`, and so on.
 
@@ -50,11 +50,11 @@ def reported(opt_state: optax.OptState) -> dict[str, jax.Array]:
         parts += _by_label({str(label): reported(state) for label, state in opt_state.inner_states.items()})
     else:
         parts += [reported(child) for child in _children(opt_state)]
-    found: dict[str, jax.Array] = {}
+    reports: dict[str, jax.Array] = {}
     for part in parts:
         for name, value in part.items():
-            found[_free_name(name, found)] = value
-    return found
+            reports[_free_name(name, reports)] = value
+    return reports
 
 
 def _free_name(name: str, taken: Collection[str]) -> str:
@@ -77,7 +77,7 @@ def _children(node: Any) -> list[Any]:
 
 
 def spread(prefix: Any, tree: Any) -> Any:
-    """A prefix of `tree` as a whole one: every leaf of the prefix at each of the leaves below it.
+    """A prefix of `tree` as a full tree: every leaf of the prefix at each of the leaves below it.
 
     >>> spread({"a": 2.0, "b": 3.0}, {"a": [0, 0], "b": 0})
     {'a': [2.0, 2.0], 'b': 3.0}

@@ -38,7 +38,7 @@ def scale_by_layer_trust_ratio(
     r"""Scale every layer's update u to the norm of the layer: u * phi(||w||) / ||u||, phi(x) = min(max(x, lo), hi).
 
     Unlike `optax.scale_by_trust_ratio` it has a mask and phi, takes one ratio per layer where layers are stacked, and
-    computes norms in float32 or better. A norm is that of the whole layer however it is sharded, because under jit
+    computes norms in float32 or better. A norm is that of the full layer however it is sharded, because under jit
     arrays are global. The ratio is 1 where either norm is 0.
 
     Args:
@@ -80,7 +80,7 @@ def layerwise(
     layer_axis: LayerAxis,
     state_type: type[TrustRatioState] = TrustRatioState,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transform of a rule: (update, param, layer axis, decay) -> (update, ratio with the layer axis kept).
+    """The transform of a rule: (update, param, layer axis, decay) -> (update, ratio, whose other axes have size 1).
 
     The decay is None where `decay_mask` excludes, else the parameter's multiplier: 1 or what `decay_multipliers` says.
     """
@@ -146,20 +146,20 @@ def trust_ratios(
     vector = optax.tree_utils.tree_get(opt_state, "trust_ratio")
     if vector is None:
         raise ValueError("the optimizer state holds no trust ratio: use lamb, lars or scale_by_layer_trust_ratio")
-    found, start = {}, 0
+    ratios, start = {}, 0
     paths_and_leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), axis in zip(paths_and_leaves, layer_axes(params, layer_axis), strict=True):
         shape = () if axis is None else (leaf.shape[axis],)
         stop = start + math.prod(shape)
-        found[jax.tree_util.keystr(path, simple=True, separator="/")] = vector[start:stop].reshape(shape)
+        ratios[jax.tree_util.keystr(path, simple=True, separator="/")] = vector[start:stop].reshape(shape)
         start = stop
     if start != vector.size:
         raise ValueError(f"the state holds {vector.size} trust ratios but the parameters have {start} layers")
-    return found
+    return ratios
 
 
 def layer_norm(x: jax.Array, axis: int | None) -> jax.Array:
-    """The l2 norm over all axes but `axis`, kept as axes of size 1; at least float32."""
+    """The l2 norm over all axes but `axis`, which stay as axes of size 1; at least float32."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return jnp.sqrt(jnp.sum(x * x, axis=tuple(i for i in range(x.ndim) if i != axis), keepdims=True))
 

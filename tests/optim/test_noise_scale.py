@@ -216,7 +216,7 @@ def test_what_a_state_does_not_keep_cannot_be_read():
         optim.noise_scale(state, "loss")
     with pytest.raises(ValueError, match="keeps no noise scale of norm layers"):
         optim.noise_scale(state, "norm_layers")
-    with pytest.raises(ValueError, match="no groups are kept"):
+    with pytest.raises(ValueError, match="the state has no groups"):
         optim.group_noise_scales(state, PARAMS, "layer")
     with pytest.raises(ValueError, match="keeps 3 groups, these are 2"):
         optim.group_noise_scales(TRANSFORM.init(PARAMS), PARAMS, "parameter")
