@@ -1,5 +1,6 @@
 """The documentation site: `make docs` builds it, with no network and with every warning an error."""
 
+import importlib
 import os
 import re
 import tomllib
@@ -8,7 +9,8 @@ from pathlib import Path
 # Modules are imported to read their docstrings: on the CPU, wherever the site is built.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-_project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+_ROOT = Path(__file__).parent.parent
+_project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
 project, release, author = "Crescendo", _project["version"], "Crescendo's authors"
 html_title = "Crescendo"
 
@@ -20,7 +22,7 @@ pygments_style, pygments_dark_style = "friendly", "monokai"
 
 default_role = "code"
 add_module_names = False
-autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_default_options = {"members": True, "member-order": "bysource", "ignore-module-all": True}
 autodoc_typehints = "none"  # the docstrings say shapes, dtypes and units
 napoleon_use_ivar = True
 napoleon_use_rtype = False
@@ -46,5 +48,34 @@ def _escape(app, what, name, obj, options, lines):
             lines[i] = re.sub(r"(`[^`]*`)(?=[^\W_])", r"\1\\ ", line)  # a role ends where a word does
 
 
+def _modules(folder: str) -> list[str]:
+    """The modules of a folder by their names, then those of the folders in it; private ones are left out."""
+    paths = sorted((_ROOT / folder).rglob("*.py"), key=lambda path: (path.parent, path.stem != "__init__", path.stem))
+    parts = [path.relative_to(_ROOT).with_suffix("").parts for path in paths]
+    names = [".".join(("crescendo", *part)).removesuffix(".__init__") for part in parts]
+    return [name for name in names if "._" not in name and _is_installed(name)]
+
+
+def _is_installed(module: str) -> bool:
+    """Whether the module can be imported; kernels in Triton need the GPU's extra."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("triton", "jax_triton"):
+            raise
+        return False
+    return True
+
+
+def _list_modules(app, page, source):
+    """A line `{modules} FOLDER` becomes a section for each module of the folder: a new file needs no line."""
+
+    def sections(line: re.Match) -> str:
+        return "\n".join(f"## `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n" for name in _modules(line[1]))
+
+    source[0] = re.sub(r"(?m)^\{modules\} (\w+)$", sections, source[0])
+
+
 def setup(app):
+    app.connect("source-read", _list_modules)
     app.connect("autodoc-process-docstring", _escape, priority=100)

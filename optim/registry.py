@@ -41,16 +41,16 @@ class Registry[T](dict[str, Callable[..., T]]):
 
 
 OPTIMIZERS: Registry[optax.GradientTransformationExtraArgs] = Registry()
-"""`name(learning_rate, **options)`: a rate or a schedule first; every option has a default."""
+"""Optimizers `name(learning_rate, **options)`, of a rate or a schedule; every option has a default."""
 
 TRANSFORMS: Registry[optax.GradientTransformationExtraArgs] = Registry()
-"""`name(**options)`: pieces to chain."""
+"""Pieces to chain, `name(**options)`."""
 
 COMBINATORS: Registry[optax.GradientTransformationExtraArgs] = Registry()
-"""`name(optimizer or transforms, **options)`: what makes an optimizer of others."""
+"""What makes an optimizer of others, `name(optimizer, **options)` or `name(transforms)`."""
 
 SCHEDULES: Registry[optax.Schedule | OfRun] = Registry()
-"""`name(peak, total=None, *, warmup=0, **options)`; without a total they end with the run."""
+"""Schedules `name(peak, total=None, *, warmup=0, **options)`; without a total they end with the run."""
 
 POLICIES: "Registry[BatchSizePolicy]" = Registry()
-"""`name(**options)`: batch-size policies, their sizes in examples."""
+"""Batch-size policies `name(**options)`, their sizes in examples."""
