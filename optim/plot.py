@@ -1,10 +1,12 @@
 """Draw schedules: `python -m crescendo.optim.plot NAME... [--output schedules.png]`.
 
-A NAME is a schedule's, with arguments after a colon if need be: `wsd:shape=sqrt,decay=300`. No name: all of them.
+A NAME is a schedule's, with arguments after a colon if need be: `wsd:shape=sqrt,decay=300`. No name: all that need no
+more than a peak and a length.
 """
 
 import argparse
 import ast
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +23,6 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "power": {"batch_size": 128, "tokens_per_count": 1e7},
     "infinite": {"cooldown": 300},
 }
-_FROM_FILE = ("refined",)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--warmup", type=float, default=50, help="the warmup's length (default %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("schedules.png"), help="default %(default)s")
     options = parser.parse_args(arguments)
-    names = options.names or [name for name in SCHEDULES if name not in _FROM_FILE]
+    names = options.names or [name for name in SCHEDULES if _is_complete(name)]
     try:
         curves = {name: parse(name, options.peak, options.total, options.warmup) for name in names}
     except (ValueError, TypeError, OSError) as error:
@@ -66,6 +67,13 @@ def parse(text: str, peak: float, total: float, warmup: float) -> optax.Schedule
             raise ValueError(f"{assignment!r} in {text!r} is not KEY=VALUE")
         given[key] = _literal(value)
     return SCHEDULES[name](peak, total, **given)
+
+
+def _is_complete(name: str) -> bool:
+    """Whether a schedule needs nothing that isn't known here, such as a file."""
+    parameters = inspect.signature(SCHEDULES[name]).parameters.values()
+    needed = {p.name for p in parameters if p.default is p.empty}
+    return needed <= {"peak", "total", *_ARGUMENTS.get(name, {})}
 
 
 def draw(curves: dict[str, optax.Schedule], total: float) -> matplotlib.figure.Figure:
