@@ -97,6 +97,7 @@ def test_a_change_of_batch_size_compiles_nothing(staged):
     assert set(compiled[saved:]) == {compiled[-1]}
 
 
+@pytest.mark.slow
 def test_a_run_with_lamb_records_its_trust_ratios(train_small, constant, tmp_path):
     train_small(
         tmp_path / "run",
@@ -109,6 +110,7 @@ def test_a_run_with_lamb_records_its_trust_ratios(train_small, constant, tmp_pat
     assert "trust_ratio_median" not in read_run(constant[0]).train
 
 
+@pytest.mark.slow
 def test_a_large_constant_batch_gets_the_rate_of_its_base(train_small, tmp_path):
     train_small(tmp_path / "run", "train.batch_size = 32", "train.base_batch_size = 8", "TOTAL_EXAMPLES = 128")
     train = read_run(tmp_path / "run").train

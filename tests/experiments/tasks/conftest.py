@@ -27,6 +27,11 @@ MESHES = {
 }
 
 
+def meshes(quick: str) -> list:
+    """All of them for a test, of which a quick run takes one."""
+    return [pytest.param(name, marks=() if name == quick else pytest.mark.slow) for name in MESHES]
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _quick(quick_compilation):
     """For every module of the folder."""

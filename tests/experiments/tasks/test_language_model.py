@@ -14,7 +14,7 @@ from crescendo.models import ModelConfig
 from crescendo.models.loss import next_token_loss
 from crescendo.models.norm_probes import norm_probes, with_probes
 
-from .conftest import MESHES, assert_any_cut, assert_same_on, fresh, on_mesh, read, value_and_gradient
+from .conftest import MESHES, assert_any_cut, assert_same_on, fresh, meshes, on_mesh, read, value_and_gradient
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_the_reference_has_second_derivatives(task):
     assert dot(product, difference) / (dot(product, product) * dot(difference, difference)) ** 0.5 > 0.999
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", meshes(quick="ring 2"))
 def test_any_mesh_will_do(task, mesh):
     assert_same_on(task, MESHES[mesh], read(task.train, range(4)))
 
@@ -89,7 +89,7 @@ def test_dropout_follows_examples_and_not_the_cut(text, small_model):
     assert still == jax.jit(lambda rows: without.loss(parameters, rows, Context()).sum)(rows)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", meshes(quick="tensor 2, data 2"))
 def test_the_reference_serves_on_any_mesh(task, mesh):
     rows, parameters = read(task.train, range(4)), fresh(task)
     layout = task.place(parallel.Layout(parallel.make_mesh(**MESHES[mesh], devices=jax.devices()[:4]), "fsdp"))

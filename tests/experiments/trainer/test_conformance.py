@@ -60,12 +60,8 @@ def conforms(small_bindings, files, quick_compilation):
     """`conforms(name, factory, *bindings, mesh=...)`: trains a few steps with the factory's required values bound."""
 
     def call(name: str, factory, *bindings: str, mesh: str = "one device") -> dict:
-        for parameter in inspect.signature(factory).parameters.values():
-            if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
-                assert parameter.name in VALUES, f"say in VALUES what a config gives {name}.{parameter.name}"
-                value = VALUES[parameter.name]
-                bindings = (f"{name}.{parameter.name} = {files.get(value, value)}", *bindings)
-        every = [*small_bindings, "model.kv_heads = 2", *bindings, *FURTHER.get(name, [])]
+        required = required_bindings(name, factory, files)
+        every = [*small_bindings, "model.kv_heads = 2", *required, *bindings]
         configurables.bind(train, ["debug.gin"], every)
         sizes = MESHES[mesh]
         devices = jax.devices()[: int(np.prod(list(sizes.values())))]
@@ -75,6 +71,17 @@ def conforms(small_bindings, files, quick_compilation):
         return steps_of(Session(**options))
 
     return call
+
+
+def required_bindings(name: str, factory, files: dict[str, str]) -> list[str]:
+    """What a config must say of a factory, by the names of its parameters."""
+    bindings = []
+    for parameter in inspect.signature(factory).parameters.values():
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            assert parameter.name in VALUES, f"say in VALUES what a config gives {name}.{parameter.name}"
+            value = VALUES[parameter.name]
+            bindings.append(f"{name}.{parameter.name} = {files.get(value, value)}")
+    return bindings + FURTHER.get(name, [])
 
 
 def steps_of(session: Session) -> dict:
@@ -98,12 +105,18 @@ def steps_of(session: Session) -> dict:
     return next(record for record in reversed(records) if record["kind"] == "train")
 
 
-# A quick run compiles each optimizer and policy once, all schedules together and all transforms together, and on meshes
-# what lays its state out in a way of its own; `make test-slow` takes every name alone on every mesh.
-QUICK_ON_MESHES = {("muon", "fsdp 2, data 2"), ("sophia", "tensor 2, data 2")}
+# A quick run compiles all schedules together, all transforms together and most optimizers together, and alone what does
+# more than change an update, some of it on a mesh; `make test-slow` takes every name alone on every mesh.
+QUICK = {
+    ("schedule_free", "one device"),  # evaluates elsewhere
+    ("muon", "fsdp 2, data 2"),  # two rules in one state
+    ("sophia", "tensor 2, data 2"),  # second derivatives
+    ("noise_scale_following", "one device"),  # wants several microbatches
+    ("norm_test", "one device"),  # wants per-coordinate statistics
+}
 
 
-def cases(names, quick=lambda name, mesh: mesh == "one device"):
+def cases(names, quick=lambda name, mesh: (name, mesh) in QUICK):
     return [
         pytest.param(name, mesh, marks=() if quick(name, mesh) else pytest.mark.slow)
         for name in names
@@ -115,12 +128,18 @@ def never(name, mesh):
     return False
 
 
-OPTIMIZERS = cases(optim.OPTIMIZERS, lambda name, mesh: mesh == "one device" or (name, mesh) in QUICK_ON_MESHES)
-
-
-@pytest.mark.parametrize(("name", "mesh"), OPTIMIZERS)
+@pytest.mark.parametrize(("name", "mesh"), cases(optim.OPTIMIZERS))
 def test_every_optimizer(name, mesh, conforms):
     conforms(name, optim.OPTIMIZERS[name], f"train.optimizer = @{name}()", mesh=mesh)
+
+
+def test_all_optimizers_in_one_chain(conforms, files):
+    """One behind the other but for those that must stand alone: a step compiled once runs the rule of each."""
+    alone = {name for name, _ in QUICK}
+    names = [name for name in optim.OPTIMIZERS if name not in alone or name == "muon"]
+    required = [binding for name in names for binding in required_bindings(name, optim.OPTIMIZERS[name], files)]
+    chain = f"optim.chain.transforms = [{', '.join(f'@{name}()' for name in names)}]"
+    conforms("train", lambda: None, "train.optimizer = @optim.chain()", chain, *required)
 
 
 @pytest.mark.parametrize("name", ["prodigy", *(pytest.param(n, marks=pytest.mark.slow) for n in optim.OPTIMIZERS)])
@@ -171,10 +190,9 @@ def test_all_schedules_in_one_step(conforms, files):
         qualified = name if name == "refined" else f"schedules.{name}"
         transforms.append(f"@{name}/scale_by_learning_rate()")
         bindings.append(f"{name}/scale_by_learning_rate.learning_rate = @{qualified}()")
-        for parameter in inspect.signature(factory).parameters.values():
-            if parameter.default is parameter.empty:
-                value = "1.0" if parameter.name == "peak" else VALUES[parameter.name]
-                bindings.append(f"{qualified}.{parameter.name} = {files.get(value, value)}")
+        bindings += required_bindings(qualified, factory, files)
+        # The rates multiply: peaks of 1 keep the update within what float32 can add to a parameter.
+        bindings += [f"{qualified}.peak = 1.0"] if "peak" in inspect.signature(factory).parameters else []
     chain = ["train.optimizer = @optim.chain()", f"optim.chain.transforms = [{', '.join(transforms)}]"]
     record = conforms("train", lambda: None, *chain, *bindings)
     rates = [value for name, value in record.items() if name.startswith("learning_rate")]
@@ -191,8 +209,11 @@ def test_every_batch_size_policy(name, mesh, conforms):
 @pytest.mark.parametrize(
     "optimizer",
     [
-        ["train.optimizer = @optax.contrib.dog()"],
-        ["train.optimizer = @optax.contrib.muon()", "optax.contrib.muon.learning_rate = 1e-3"],
+        pytest.param(["train.optimizer = @optax.contrib.dog()"], marks=pytest.mark.slow),
+        pytest.param(
+            ["train.optimizer = @optax.contrib.muon()", "optax.contrib.muon.learning_rate = 1e-3"],
+            marks=pytest.mark.slow,
+        ),
         ["train.optimizer = @optax.adamw()", "optax.adamw.learning_rate = @optax.linear_schedule()"]
         + [
             f"optax.linear_schedule.{name} = {value}"

@@ -174,6 +174,7 @@ def test_a_state_that_is_not_finite_is_never_saved(train_small, tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept))
 
 
+@pytest.mark.slow
 def test_another_batch_size_is_taken_up_on_resuming_and_by_a_run_started_from_it(train_small, tmp_path):
     run_folder = tmp_path / "small"
     train_small(run_folder, "train.batch_size = 8", "train.total_examples = 128")
@@ -186,6 +187,7 @@ def test_another_batch_size_is_taken_up_on_resuming_and_by_a_run_started_from_it
     assert (record["microbatches"] == 1).all()
 
 
+@pytest.mark.slow
 def test_policies_that_compare_microbatches_get_them():
     policy = optim.noise_scale_following(4, 16)
     assert small_session(batch_size=policy).plan.microbatch_examples == 2
@@ -219,6 +221,7 @@ def test_the_power_schedule_is_capped_behind_the_batch():
     assert {record["batch_size"] for record in records} >= {8, 32}
 
 
+@pytest.mark.slow
 def test_the_loss_of_each_row_is_that_of_its_own_batch():
     session = small_session()
     state, task = session.fresh_state(), session.task
