@@ -97,17 +97,17 @@ def generate(
 
 
 def stream(model: Trained, tokens: Iterator[int]) -> Iterator[str]:
-    """The text of tokens as it becomes known: a character that is not whole yet waits for its other bytes."""
-    found: list[int] = []
+    """The text of tokens as it becomes known: a character that is not complete yet waits for its other bytes."""
+    seen: list[int] = []
     shown = 0
     for token in tokens:
-        found.append(token)
-        text = model.tokenizer.decode(found)
-        whole = text.rstrip("\ufffd")
-        if len(whole) > shown:
-            yield whole[shown:]
-            shown = len(whole)
-    yield model.tokenizer.decode(found)[shown:]
+        seen.append(token)
+        text = model.tokenizer.decode(seen)
+        complete = text.rstrip("\ufffd")
+        if len(complete) > shown:
+            yield complete[shown:]
+            shown = len(complete)
+    yield model.tokenizer.decode(seen)[shown:]
 
 
 def parser() -> argparse.ArgumentParser:

@@ -72,8 +72,8 @@ class _OursFirst(selector_map.SelectorMap):
 
     def matching_selectors(self, partial_selector: str) -> list[str]:
         """Every complete name that ends with the partial one; optax's only where there is no other."""
-        found = super().matching_selectors(partial_selector)
-        return [name for name in found if not name.startswith("optax.")] or found
+        matches = super().matching_selectors(partial_selector)
+        return [name for name in matches if not name.startswith("optax.")] or matches
 
 
 @functools.cache

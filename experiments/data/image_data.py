@@ -170,11 +170,11 @@ def image_data(
                 f"image_data.validation_examples = {validation_examples} for {' and '.join(missing)} would leave none "
                 f"of the {len(order):,} training images of {name}: lower it"
             )
-        whole = splits["train"]
+        source = splits["train"]
         for split in missing:
             order, taken = order[:-validation_examples], order[-validation_examples:]
-            splits[split] = Subset(whole, taken)
-        splits["train"] = Subset(whole, order)
+            splits[split] = Subset(source, taken)
+        splits["train"] = Subset(source, order)
     content = json.dumps([FORMAT, identity, missing, {split: len(rows) for split, rows in sorted(splits.items())}])
     digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
     return ImageData(name, splits["train"], splits["validation"], splits["test"], shape, classes, digest)

@@ -61,7 +61,7 @@ def text_files(paths: str | Sequence[str], *, field: str = "text", document_byte
 
 def _find_files(patterns: Iterable[str]) -> list[Path]:
     """All files that paths and globs name, absolute, each once, sorted."""
-    found: set[Path] = set()
+    every: set[Path] = set()
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
@@ -71,10 +71,10 @@ def _find_files(patterns: Iterable[str]) -> list[Path]:
         if not files:
             problem = "matches no file" if glob.escape(pattern) != pattern else "does not exist"
             raise UserError(f'text_files.paths: "{pattern}" {problem} (looked in {Path.cwd()})')
-        found |= files
-    if not found:
+        every |= files
+    if not every:
         raise UserError("text_files.paths is empty: name at least one .txt, .jsonl or .parquet file")
-    return sorted(found)
+    return sorted(every)
 
 
 def _read_txt(path: Path, document_bytes: int) -> Iterator[bytes]:

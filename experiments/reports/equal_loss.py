@@ -60,9 +60,9 @@ def equal_loss_table(arms: Sequence[Arm]) -> Table:
     for heading in ("steps", "saved", "seconds", "saved"):
         table.add_column(heading, justify="right")
     for arm in arms:
-        found = reached(arm, arms[0])
-        shown = [_shown(found.steps, ",.0f"), _shown(found.steps_saved, ".1%")]
-        table.add_row(arm.name, *shown, _shown(found.seconds, ",.1f"), _shown(found.seconds_saved, ".1%"))
+        at = reached(arm, arms[0])
+        shown = [_shown(at.steps, ",.0f"), _shown(at.steps_saved, ".1%")]
+        table.add_row(arm.name, *shown, _shown(at.seconds, ",.1f"), _shown(at.seconds_saved, ".1%"))
     return table
 
 

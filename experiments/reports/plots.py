@@ -197,10 +197,10 @@ def _against_tokens(*columns: tuple[str, str, str], mean: bool) -> Callable[[Run
     """Training columns, `(name, label, line)` each, against tokens; averaged over 2% of the run where `mean`."""
 
     def curves(run: Run) -> list[Curve]:
-        found = [each for each in columns if each[0] in run.train]
-        every = {name: averaged(run, name) if mean else run.train[name] for name, _, _ in found}
+        available = [each for each in columns if each[0] in run.train]
+        every = {name: averaged(run, name) if mean else run.train[name] for name, _, _ in available}
         thin = _thin({"units_seen": run.train["units_seen"], **every})
-        return [Curve(label, thin["units_seen"], thin[name], line) for name, label, line in found]
+        return [Curve(label, thin["units_seen"], thin[name], line) for name, label, line in available]
 
     return curves
 

@@ -137,11 +137,11 @@ def _layer(config: ModelConfig) -> Iterator[_Matrix]:
 
 def _rest(config: ModelConfig) -> dict[tuple[str, ...], str]:
     """What isn't a layer's, the same in both."""
-    found: dict[tuple[str, ...], str] = {
+    names: dict[tuple[str, ...], str] = {
         ("embedding", "table"): "model.embed_tokens.weight",
         ("final_norm", "scale"): "model.norm.weight",
     }
-    return found if config.tied_head else found | {("head", "table"): "lm_head.weight"}
+    return names if config.tied_head else names | {("head", "table"): "lm_head.weight"}
 
 
 def _get(tree: Mapping, path: tuple[str, ...]) -> Any:
@@ -191,8 +191,8 @@ def model_parameters(config: ModelConfig, tensors: Mapping[str, np.ndarray], ori
         inputs, outputs = int(np.prod(matrix.inputs)), int(np.prod(matrix.outputs))
         shape = (outputs, inputs) if matrix.outputs else matrix.inputs
         layers = [tensor(f"model.layers.{i}.{matrix.theirs}.weight", shape) for i in range(config.layers)]
-        whole = [x.T.reshape(matrix.inputs + matrix.outputs) if matrix.outputs else x for x in layers]
-        _set(blocks, matrix.ours, np.stack(whole))
+        stacked = [x.T.reshape(matrix.inputs + matrix.outputs) if matrix.outputs else x for x in layers]
+        _set(blocks, matrix.ours, np.stack(stacked))
     return parameters | {"blocks": blocks}
 
 

@@ -38,8 +38,8 @@ class JsonlWriter:
     """
 
     def __init__(self, path: Path, resume_at_examples: int):
-        kept = [r for r in read_records(path) if resume_at_examples > 0 and r["examples_seen"] <= resume_at_examples]
-        content = b"".join(map(_line, kept))
+        earlier = [r for r in read_records(path) if resume_at_examples > 0 and r["examples_seen"] <= resume_at_examples]
+        content = b"".join(map(_line, earlier))
         with file_access("write", path):
             if not path.exists() or path.read_bytes() != content:
                 replace_file(path, content)

@@ -36,7 +36,7 @@ class Trained(NamedTuple):
 
 
 def load(folder: Path) -> Trained:
-    """The model in a run folder (its newest whole checkpoint) or in a folder in Hugging Face's format.
+    """The model in a run folder (its newest complete checkpoint) or in a folder in Hugging Face's format.
 
     Raises:
       UserError: if it is neither, has no checkpoint or no tokenizer, or is damaged.

@@ -94,8 +94,8 @@ def _scores(task: Task, parameters: Any, arrays: dict[str, Any]) -> jax.Array:
 
     def one(number):
         rows = {**rows_of(task, arrays, number[None]), EXAMPLE: number[None]}
-        found = task.evaluate(parameters, rows, Context(training=False))
-        (loss, weight), (correct, _) = found["loss"], found["accuracy"]
+        metrics = task.evaluate(parameters, rows, Context(training=False))
+        (loss, weight), (correct, _) = metrics["loss"], metrics["accuracy"]
         return jnp.stack([loss, correct, weight])
 
     return jax.lax.map(one, jnp.arange(count), batch_size=EVALUATION_EXAMPLES)

@@ -147,7 +147,7 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
     names = [name for name in rows[0]["values"] if all(name in row["values"] for row in rows)]
     rates = [name for name in names if name.lower().endswith(("learning_rate", "peak"))]
     rates = [name for name in rates if all(_number(row["values"][name]) > 0 for row in rows)]
-    found = [parallel_coordinates(rows, names)]
+    charts = [parallel_coordinates(rows, names)]
     if rates:
-        found.append(learning_rate_valley(rows, rates[0], [name for name in names if name != rates[0]]))
-    return found
+        charts.append(learning_rate_valley(rows, rates[0], [name for name in names if name != rates[0]]))
+    return charts

@@ -55,10 +55,10 @@ def axis(text: str) -> list[dict[str, str]]:
       UserError: for anything else.
     """
     name, _, values = (part.strip() for part in text.partition("="))
-    found = split(values[1:-1]) if values.startswith("[") and values.endswith("]") else []
-    if not name or not found:
+    choices = split(values[1:-1]) if values.startswith("[") and values.endswith("]") else []
+    if not name or not choices:
         raise UserError(f"{text!r}: write NAME = [VALUE, ...] with at least one value")
-    return [{name: value} for value in found]
+    return [{name: value} for value in choices]
 
 
 def zipped(text: str) -> list[dict[str, str]]:
@@ -114,7 +114,7 @@ def spaces(texts: Sequence[str]) -> dict[str, optuna.distributions.BaseDistribut
     Raises:
       UserError: for anything else.
     """
-    found: dict[str, optuna.distributions.BaseDistribution] = {}
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {}
     for text in texts:
         match = re.fullmatch(r"\s*([\w./]+)\s*=\s*(log|uniform|int|choice)\((.*)\)\s*", text)
         try:
@@ -122,16 +122,16 @@ def spaces(texts: Sequence[str]) -> dict[str, optuna.distributions.BaseDistribut
                 raise ValueError("no such space")
             name, kind, inside = match.groups()
             if kind == "choice":
-                found[name] = optuna.distributions.CategoricalDistribution(split(inside))
+                distributions[name] = optuna.distributions.CategoricalDistribution(split(inside))
                 continue
             low, high = (float(part) for part in split(inside))
             if kind == "int":
-                found[name] = optuna.distributions.IntDistribution(int(low), int(high))
+                distributions[name] = optuna.distributions.IntDistribution(int(low), int(high))
             else:
-                found[name] = optuna.distributions.FloatDistribution(low, high, log=kind == "log")
+                distributions[name] = optuna.distributions.FloatDistribution(low, high, log=kind == "log")
         except ValueError as error:
             raise UserError(
                 f"--search {text!r}: {error}; write NAME = log(LOW, HIGH), uniform(LOW, HIGH), int(LOW, HIGH) or "
                 "choice(VALUE, ...)"
             ) from None
-    return found
+    return distributions

@@ -104,7 +104,7 @@ def make_row_losses(
         return jax.vmap(one)(jax.tree.map(lambda x: x[0], batch))
 
     def call(state: TrainState, numbers: np.ndarray) -> np.ndarray:
-        found = [np.zeros(0, np.float32)]
+        parts = [np.zeros(0, np.float32)]
         for begin in range(0, len(numbers), microbatch_examples):
             some = np.asarray(numbers)[begin : begin + microbatch_examples]
 
@@ -112,7 +112,7 @@ def make_row_losses(
                 return padded_rows(source, some[places[places < len(some)]], len(places))
 
             batch = put_rows(task, layout, 1, microbatch_examples, read, natural_order=True)
-            found.append(np.asarray(losses(state, batch))[: len(some)])
-        return np.concatenate(found)
+            parts.append(np.asarray(losses(state, batch))[: len(some)])
+        return np.concatenate(parts)
 
     return call

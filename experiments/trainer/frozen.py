@@ -29,6 +29,6 @@ class Trainable:
         """The tree with a placeholder, which has no leaves, for what is frozen."""
         return jax.tree.map(lambda trained, x: x if trained else optax.MaskedNode(), self.mask, tree)
 
-    def put(self, trained: Tree, whole: Tree) -> Tree:
-        """The whole tree with what is trained taken from `trained`."""
-        return jax.tree.map(lambda is_trained, new, old: new if is_trained else old, self.mask, trained, whole)
+    def put(self, trained: Tree, parameters: Tree) -> Tree:
+        """The parameters with what is trained taken from `trained`."""
+        return jax.tree.map(lambda is_trained, new, old: new if is_trained else old, self.mask, trained, parameters)

@@ -38,7 +38,9 @@ def test_a_full_vocabulary_gets_rows_for_the_mask_token(text, small_model):
 @pytest.mark.parametrize("mesh", meshes(quick="tensor 2, data 2"))
 def test_any_mesh_will_do(make, mesh):
     task = make(dropout=0.2, z_loss=1e-3)
-    assert_same_on(task, MESHES[mesh], read(task.train, range(4)))
+    # Diffusion weighs its terms by 1 / t: they round by their own size, and cancel in part (1.7e-5 was seen on a CPU).
+    tolerance = 3e-5 if task.name == "masked_diffusion" else 1e-5
+    assert_same_on(task, MESHES[mesh], read(task.train, range(4)), tolerance=tolerance)
 
 
 def test_draws_are_functions_of_seed_and_example(make):
