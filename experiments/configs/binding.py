@@ -13,7 +13,7 @@ from typing import Any
 
 import gin
 import typeguard
-from gin import selector_map
+from gin import config_parser, selector_map
 
 from crescendo.experiments.configs.factories import FACTORIES, optax_factories
 from crescendo.experiments.runtime.errors import UserError, user_values
@@ -178,6 +178,41 @@ def _own_errors() -> Iterator[None]:
 def operative_config() -> str:
     """The bindings in force for what was called so far, defaults included, as gin text that repeats the run."""
     return gin.operative_config_str(max_line_length=120)
+
+
+class _Names(config_parser.ParserDelegate):
+    """For reading what is bound: the values are left alone."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> None:
+        del scoped_configurable_name, evaluate
+
+    def macro(self, macro_name: str) -> None:
+        del macro_name
+
+
+def names_bound(statements: str) -> list[str]:
+    """What gin statements bind: `NAME.PARAMETER` as it is written, without its scope, and macros by name.
+
+    What isn't gin binds nothing; `bind` complains of it.
+
+    >>> names_bound("peak/schedules.linear.total = 1\\nLEARNING_RATE = @rate()")
+    ['schedules.linear.total', 'LEARNING_RATE']
+    """
+    names = []
+    with contextlib.suppress(SyntaxError):
+        for statement in config_parser.ConfigParser(statements, _Names()):
+            if not isinstance(statement, config_parser.BindingStatement):
+                continue
+            scope, selector, parameter = statement.scope, statement.selector, statement.arg_name
+            of_macro = selector in ("macro", "gin.macro") and parameter == "value"
+            names.append(scope if of_macro else f"{selector}.{parameter}" if parameter else selector)
+    return names
+
+
+def macros_read() -> set[str]:
+    """The macros that something bound by the latest `bind` refers to."""
+    references = gin.config.iterate_references(gin.config._CONFIG, to=gin.get_configurable("gin.macro"))
+    return {reference.config_key[0] for reference in references}
 
 
 def _read(config: str) -> str:
