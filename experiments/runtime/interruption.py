@@ -14,6 +14,8 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
+from crescendo.experiments.runtime.errors import UserError
+
 
 class Interrupted(Exception):  # noqa: N818 (a request carried out, not an error)
     """The run was asked to stop, and has saved; commands print it and exit with code 0."""
@@ -66,6 +68,22 @@ class Interruption:
         self.entered.remove(self)
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def deadline(minutes: float | None) -> float:
+    """When a command that may take so many minutes from now on is to stop, as `time.monotonic()` counts; None: never.
+
+    Raises:
+      UserError: for minutes that aren't above 0 and finite.
+
+    >>> deadline(None)
+    inf
+    """
+    if minutes is None:
+        return math.inf
+    if not 0 < minutes < math.inf:
+        raise UserError(f"--minutes {minutes} must be above 0 and finite")
+    return time.monotonic() + 60 * minutes
 
 
 @contextlib.contextmanager

@@ -1,0 +1,124 @@
+"""A command's options, made from the function that it runs: names, types, defaults and help stand once, there."""
+
+import argparse
+import inspect
+import re
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+# What `--config` and `--set` give, which come with the parser that reads configs.
+_PARAMETERS = {"config": "configs", "set": "bindings"}
+_METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
+
+
+def plain_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser without options."""
+    return argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def make_parser(
+    function: Callable,
+    examples: str = "",
+    start: Callable[[str, str], argparse.ArgumentParser] = plain_parser,
+) -> argparse.ArgumentParser:
+    """The parser whose options are a function's parameters.
+
+    A parameter `batch_size: int = 2` is the option `--batch-size N`; one without a default is required. Types are int,
+    float, str, Path, any of these `| None`, a `Sequence` of them (several words), `Literal` (a choice) and bool (a
+    flag). The help of an option is what the docstring says of its parameter below `Args:`, and its default; other
+    parameters between backticks become their options.
+
+    Args:
+      function: annotated, with a docstring in Google's style, whose first paragraph describes the command.
+      examples: shown below the options.
+      start: makes the parser of a description and an epilog. Where it has `--config` and `--set`, as that of configs
+        does, these are the parameters `configs` and `bindings`.
+
+    Raises:
+      TypeError: for a parameter that no option can be made of, or of which the docstring says nothing.
+
+    >>> def cook(minutes: float, *, seeds: Sequence[int] = (0, 1)):
+    ...     '''Cooks.
+    ...
+    ...     Args:
+    ...       minutes: how long.
+    ...       seeds: of what is cooked for `minutes`.
+    ...     '''
+    >>> make_parser(cook).parse_args(["--minutes", "2.5", "--seeds", "3"])
+    Namespace(minutes=2.5, seeds=[3])
+    >>> make_parser(cook)._actions[-1].help
+    'of what is cooked for --minutes (default 0 1)'
+    """
+    text = inspect.cleandoc(function.__doc__ or "")
+    parser = start(" ".join(text.partition("\n\n")[0].split()), examples)
+    there = {_PARAMETERS.get(action.dest, action.dest) for action in parser._actions}
+    said, hints = _arguments_section(text), get_type_hints(function)
+    parameters = inspect.signature(function).parameters
+    for name, parameter in parameters.items():
+        if name in there:
+            continue
+        if name not in said or name not in hints:
+            raise TypeError(f"{function.__name__}: {name} needs an annotation and a line below Args:")
+        help_text = re.sub("`([^`]+)`", lambda match: _spelled(match[1], parameters), said[name])
+        required = parameter.default is parameter.empty
+        if not required:
+            help_text += _default(parameter.default)
+        options = _kind(f"{function.__name__}.{name}", hints[name], None if required else parameter.default)
+        if required:
+            options["required"] = True
+        parser.add_argument(_option(name), dest=name, help=help_text.replace("%", "%%"), **options)
+    return parser
+
+
+def call(function: Callable, arguments: argparse.Namespace) -> Any:
+    """Calls `function` with what a parser of `make_parser` read; `--config` not given is the function's own default."""
+    values = {_PARAMETERS.get(name, name): value for name, value in vars(arguments).items()}
+    values = {name: value for name, value in values.items() if name in inspect.signature(function).parameters}
+    if values.get("configs", ()) is None:
+        del values["configs"]
+    return function(**values)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _spelled(name: str, parameters: Any) -> str:
+    return _option(name) if name in parameters else name
+
+
+def _kind(name: str, annotation: Any, default: Any) -> dict[str, Any]:
+    """What `add_argument` takes for an annotation."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) in (Union, types.UnionType) and len(arguments) == 2 and types.NoneType in arguments:
+        return _kind(name, next(each for each in arguments if each is not types.NoneType), default)
+    if get_origin(annotation) is Sequence:
+        return _kind(name, arguments[0], default) | {"nargs": "+"}
+    if get_origin(annotation) is Literal:
+        return {"choices": arguments, "type": type(arguments[0]), "default": default}
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction if default else "store_true", "default": default}
+    if annotation in _METAVARS:
+        return {"type": annotation, "metavar": _METAVARS[annotation], "default": default}
+    raise TypeError(f"{name}: no option can be made of {annotation}")
+
+
+def _default(value: Any) -> str:
+    """For the help; nothing where the text has to say what no value means."""
+    if value is None or value is False or value == ():
+        return ""
+    several = value if isinstance(value, list | tuple) else (value,)
+    return f" (default {' '.join(f'{each:g}' if isinstance(each, float) else str(each) for each in several)})"
+
+
+def _arguments_section(docstring: str) -> dict[str, str]:
+    """The entries below `Args:`, each on one line without its full stop."""
+    section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n(?=[ ]))+)", docstring, flags=re.MULTILINE)
+    entries = re.split(r"^  (\w+): ", section[1], flags=re.MULTILINE)[1:] if section else []
+    return {
+        name: " ".join(text.split()).removesuffix(".") for name, text in zip(entries[::2], entries[1::2], strict=True)
+    }
