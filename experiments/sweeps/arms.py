@@ -1,0 +1,176 @@
+"""Arms compared: each tries every learning rate with seed 0 and goes on with its own best, over all seeds.
+
+An arm is a name and a mapping from gin names to Python values. Every run is a folder of its own, and a finished one is
+never run again, so that the same command goes on where it was interrupted.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.configs.statements import Bindings, Value, check_not_set, statements
+from crescendo.experiments.report import compare, comparison_table, write_report
+from crescendo.experiments.reports.equal_loss import equal_loss_table, reached
+from crescendo.experiments.runs.records import file_access, is_complete, read_run, replace_file
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.interruption import deadline, interrupted_at
+from crescendo.experiments.trainer.training import last_validation, train
+
+# The macro that a swept learning rate binds.
+LEARNING_RATE = "LEARNING_RATE"
+
+
+class Trial(NamedTuple):
+    """One run of a comparison, for what an arm computes of it.
+
+    Attributes:
+      arm: its name.
+      learning_rate: that it tries; None where none is swept.
+      seed: of the run.
+      folder: the run's.
+      before: the runs of the earlier arms with the same seed, by arm, each at its arm's best learning rate.
+    """
+
+    arm: str
+    learning_rate: float | None
+    seed: int
+    folder: Path
+    before: Mapping[str, Path]
+
+
+# A value that depends on the trial is a function of it, called when the trial is about to train.
+type Arm = Mapping[str, Value | Callable[[Trial], Value]]
+
+
+class Outcome(NamedTuple):
+    """What came of an arm.
+
+    Attributes:
+      learning_rate: its best; None where none was swept.
+      sweep: the last validation loss with seed 0, by learning rate.
+      runs: the run folders at the best learning rate, by seed.
+      records: their last validation records.
+    """
+
+    learning_rate: float | None
+    sweep: dict[float, float]
+    runs: list[Path]
+    records: list[dict[str, Any]]
+
+
+def compare_arms(
+    folder: Path,
+    arms: Mapping[str, Arm],
+    *,
+    command: str,
+    title: str,
+    configs: Sequence[str] = ("debug.gin",),
+    bindings: Sequence[str] = (),
+    common: Mapping[str, Value] = {},
+    options: Mapping[str, str] = {},
+    learning_rates: Sequence[float] = (),
+    seeds: int = 1,
+    minutes: float | None = None,
+) -> dict[str, Outcome]:
+    """Trains every arm, prints the comparison, and writes `comparison.json` and `report/`.
+
+    Args:
+      folder: gets a run folder for each trial: ARM, with `-lrRATE` where rates are swept and `-seedN` where seeds are.
+      arms: by name; the first is the baseline.
+      command: as it is typed, for messages.
+      title: of the report.
+      configs: gin files.
+      bindings: the user's gin statements; none may bind what the comparison binds itself.
+      common: what is bound in every arm.
+      options: for each binding of the arms or of `common` the command's option that sets it, where there is one.
+      learning_rates: each arm tries all of them with seed 0 and goes on with its best; none: the config's own.
+      seeds: how many, from 0.
+      minutes: stop then, resumable; None: run to the end.
+
+    Returns:
+      What came of each arm, by its name.
+
+    Raises:
+      UserError: for a value out of its range, or a user's binding of what the comparison binds itself.
+      Interrupted: when `minutes` are over or the process is asked to stop, with trials left.
+    """
+    stop, console = deadline(minutes), Console()
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds} must be at least 1")
+    rates = list(dict.fromkeys(learning_rates))
+    for rate in rates:
+        if not 0 < rate < math.inf:
+            raise UserError(f"--learning-rates {rate} must be above 0 and finite")
+    if len({f"{rate:g}" for rate in rates}) < len(rates):
+        raise UserError(f"--learning-rates {' '.join(map(repr, rates))}: two differ by less than their folders' names")
+    options = {"train.seed": "--seeds N", **({LEARNING_RATE: "--learning-rates"} if rates else {}), **options}
+    own = [*common, "train.seed", *(name for arm in arms.values() for name in arm), *([LEARNING_RATE] if rates else [])]
+    check_not_set(command, {name: options.get(name) for name in own}, bindings)
+    outcomes: dict[str, Outcome] = {}
+
+    def run(name: str, rate: float | None, seed: int) -> tuple[Path, dict[str, Any]]:
+        suffix = "" if rate is None else f"-lr{rate:g}"
+        path = folder / (name + suffix + (f"-seed{seed}" if suffix or seeds > 1 else ""))
+        if is_complete(path):
+            return path, last_validation(path)
+        console.rule(path.name)
+        before = {earlier: outcome.runs[seed] for earlier, outcome in outcomes.items()}
+        trial = Trial(name, rate, seed, path, before)
+        of_arm = {key: value(trial) if callable(value) else value for key, value in arms[name].items()}
+        swept = {} if rate is None else {LEARNING_RATE: rate}
+        every = [*statements({**common, "train.seed": seed}), *statements(of_arm), *bindings, *statements(swept)]
+        bound = configurables.bind(train, configs, every)
+        _check_read(command, {**common, **of_arm, **swept}, options)
+        with interrupted_at(stop):
+            return path, bound(run=str(path), label=path.name)
+
+    for name in arms:
+        tried: list[float | None] = [*rates] or [None]
+        first = {rate: run(name, rate, 0) for rate in tried}
+        losses = {rate: record["loss"] for rate, (_, record) in first.items()}
+        best = min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+        of_best = [first[best], *(run(name, best, seed) for seed in range(1, seeds))]
+        sweep = {rate: loss for rate, loss in losses.items() if rate is not None}
+        outcomes[name] = Outcome(best, sweep, [path for path, _ in of_best], [record for _, record in of_best])
+    _report(folder, outcomes, title, console)
+    return outcomes
+
+
+def _check_read(command: str, bound: Bindings, options: Mapping[str, str | None]) -> None:
+    """That the macros that were bound are read: a config or a binding that doesn't would make an option void."""
+    read = configurables.macros_read()
+    for macro in (name for name in bound if "." not in name and name not in read):
+        option = (options.get(macro) or "").partition(" ")[0]
+        raise UserError(
+            f"{command} sets {macro}{f' by {option}' if option else ''}, which nothing reads: "
+            f"write %{macro} where the configs and --set give a value instead"
+        )
+
+
+def _report(folder: Path, outcomes: Mapping[str, Outcome], title: str, console: Console) -> None:
+    runs = [run for outcome in outcomes.values() for run in outcome.runs]
+    page = write_report(runs, folder / "report", title=title)
+    compared = compare([read_run(run) for run in runs])
+    summary = [
+        {
+            "arm": name,
+            "learning_rate": outcome.learning_rate,
+            "sweep": {f"{rate:g}": loss for rate, loss in outcome.sweep.items()},
+            "losses": [record["loss"] for record in outcome.records],
+            "steps": arm.steps,
+            "steps_saved": arm.steps_saved,
+            "seconds": arm.seconds,
+            "at_equal_loss": reached(arm, compared[0])._asdict(),
+        }
+        for (name, outcome), arm in zip(outcomes.items(), compared, strict=True)
+    ]
+    with file_access("write", folder):
+        replace_file(folder / "comparison.json", (json.dumps(summary, indent=2) + "\n").encode())
+    console.print(comparison_table(runs))
+    console.print(equal_loss_table(compared))
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
