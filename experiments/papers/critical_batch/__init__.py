@@ -1,4 +1,4 @@
-"""The critical batch size along a run, by branching: `python -m crescendo.experiments.papers.critical_batch`.
+"""Measure the critical batch size along a run, by branching.
 
 A base run trains with a small constant batch B and keeps checkpoints. From each of them branches go on with k B, k = 1,
 2, 4, ..., for the same number of examples, the learning rate following by the coupling (the square root, for Adam). The
@@ -6,6 +6,7 @@ largest k that loses nothing says how large the batch may be there (Merrill et a
 Revisited", https://arxiv.org/abs/2505.23971). The curve is what `critical_batch_following` reads.
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -20,22 +21,35 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.configs.statements import Bindings, Call, check_not_set, statements
+from crescendo.experiments.papers import Paper
 from crescendo.experiments.papers.critical_batch.curve import draw, make_curve, smoothed_loss
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs.checkpoint import Checkpoints
-from crescendo.experiments.runs.results import Results
-from crescendo.experiments.runs.run import is_complete, read_run
+from crescendo.experiments.runs.records import Run, file_access, is_complete, read_run, replace_file
 from crescendo.experiments.runs.state import Clock, TrainState
-from crescendo.experiments.runtime.cache import use_compilation_cache
+from crescendo.experiments.runtime import command
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import file_access, replace_file
-from crescendo.experiments.runtime.interruption import Interrupted, Interruption, interrupted_at
-from crescendo.experiments.runtime.text import duration
+from crescendo.experiments.runtime.interruption import deadline, interrupted_at
+from crescendo.experiments.sweeps.cells import Cells
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.batch_sizes import FixedBatchSizes
 from crescendo.experiments.trainer.session import Session, session_options
 from crescendo.experiments.trainer.training import make_recorder, train
+
+PAPER = Paper(
+    title="Critical batch size revisited",
+    authors="Merrill et al. 2025",
+    arxiv="2505.23971",
+    claim="Measured by branching, the critical batch size of OLMo 1B and 7B starts near 0, rises fast and flattens, "
+    "whatever the model's size; the gradient noise scale is not a good stand-in for it.",
+    command="crescendo critical_batch --config lm_30m.gin --config linux.gin --batch-size 16 --factors 1 2 4 8 16 "
+    "--points 0.04 0.1 0.2 0.4 0.65 --branch-examples 6144 --seeds 2 --set 'train.evaluation_examples = 256'",
+    device="one NVIDIA H100",
+    expected="23, 45, 128, 181 and 181 rows of 512 tokens at 1.3M to 21.8M tokens: low, rising, flattening; the "
+    "noise scale lies below by a factor of 1.0 to 2.2.",
+)
 
 # A branch is evaluated so often, at even intervals; its loss is the moving average of these.
 EVALUATIONS = 8
@@ -57,8 +71,17 @@ class Branch(NamedTuple):
     factor: int
 
 
+# The command's options for what it binds.
+OPTIONS = {
+    "train.batch_size": "--batch-size",
+    "train.base_batch_size": "--batch-size",
+    "train.seed": "--first-seed",
+    "train.keep_checkpoints_at_examples": "--points",
+}
+
+
 def critical_batch(
-    folder: Path,
+    run: Path = Path("runs/critical_batch"),
     *,
     configs: Sequence[str] = ("debug.gin",),
     bindings: Sequence[str] = (),
@@ -71,21 +94,23 @@ def critical_batch(
     first_seed: int = 0,
     minutes: float | None = None,
 ) -> dict[str, Any]:
-    """Measures the curve, and writes `critical_batch.json` and `critical_batch.png`.
+    """Measures the critical batch size along a run, by branching.
+
+    Writes `critical_batch.json` and `critical_batch.png`.
 
     Args:
-      folder: gets a run folder for each base run, `branches.jsonl` with a line for each finished branch, and the curve.
+      run: the folder: gets a run folder for each base run, a line of branches.jsonl for each branch, and the curve.
       configs: gin files that define everything but the batch size.
       bindings: further gin statements.
       batch_size: B of the base run, in examples.
-      factors: the branches' k, whole numbers from 1 on; 1 itself is always run.
+      factors: k of the branches, 1 or more; 1 itself is always run.
       points: where branches begin, as shares of the base run.
       branch_examples: the length of every branch.
       tolerance: how much a larger batch may lose, in nats.
       seeds: how many base runs.
-      first_seed: the seed of the first; a second machine can take others, and the lines of their `branches.jsonl` and
+      first_seed: the seed of the first; a second machine can take others, and the lines of their branches.jsonl and
         their base runs' folders be put together.
-      minutes: stop after the branch, or the step of a base run, that passes it; None: run to the end.
+      minutes: stop after the branch, or the step of a base run, that passes it; the same command goes on.
 
     Returns:
       The curve; see `make_curve`.
@@ -94,85 +119,75 @@ def critical_batch(
       UserError: for a value out of its range, or a folder of other settings.
       Interrupted: when `minutes` are over or the process is asked to stop, with branches left.
     """
-    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     factors = sorted({1, *factors})
-    _check(batch_size, factors, points, branch_examples, tolerance, seeds, minutes)
-    console = Console()
+    _check(batch_size, factors, points, branch_examples, tolerance, seeds)
+    stop, console = deadline(minutes), Console()
     use_compilation_cache()
-    base_bindings = [
-        *bindings,
-        f"train.batch_size = {batch_size}",
-        f"train.base_batch_size = {batch_size}",
-        f"train.max_microbatch_examples = {max(1, batch_size // 2)}",
-        "train.noise_scale = @gradient_noise_scale()",
-        "gradient_noise_scale.norm_layers = True",
-    ]
-    configurables.bind(train, configs, base_bindings)
+    base: Bindings = {
+        "train.batch_size": batch_size,
+        "train.base_batch_size": batch_size,
+        "train.max_microbatch_examples": max(1, batch_size // 2),
+        "train.noise_scale": Call("gradient_noise_scale"),
+        "gradient_noise_scale.norm_layers": True,
+    }
+    check_not_set("critical_batch", {**dict.fromkeys(base), **OPTIONS}, bindings)
+    configurables.bind(train, configs, [*bindings, *statements(base)])
     arguments = configurables.arguments(train)
     session = Session(**session_options(arguments), further_sizes=[k * batch_size for k in factors])
-    total_examples = arguments["total_examples"]
+    starts = _starts(points, arguments["total_examples"], batch_size, branch_examples)
+    # What finished branches and those to come have in common; points, factors and seeds may be added.
+    fixed = {
+        "batch_size": batch_size,
+        "branch_examples": branch_examples,
+        "evaluations": EVALUATIONS,
+        "total_examples": arguments["total_examples"],
+        "sequence_length": session.task.units_per_example,
+        "fingerprint": session.task.fingerprint,
+    }
+    settings = {**fixed, "factors": factors, "starts_examples": starts, "tolerance": tolerance, "seeds": seeds}
+    numbers = range(first_seed, first_seed + seeds)
+    every = [Branch(seed, start, factor) for seed in numbers for start in starts for factor in factors]
+    with run_folder.locked(run):
+        branches = Cells(run, "branches.jsonl", every, fixed)
+        for seed in dict.fromkeys(branch.seed for branch in branches.left):
+            name = f"base-seed{seed}"
+            if not is_complete(run / name):
+                console.rule(name)
+                of_seed = statements({"train.seed": seed, "train.keep_checkpoints_at_examples": starts})
+                bound = configurables.bind(train, configs, [*bindings, *statements(base), *of_seed])
+                with interrupted_at(stop):
+                    bound(run=str(run / name), label=name)
+        rows = arguments["evaluation_examples"]
+        branches.run(run_branches(session, rows, run, branches.left, batch_size, branch_examples, console), stop)
+        curve = make_curve(branches.finished, settings)
+        if curve["tokens"]:
+            _show(run, curve, [read_run(run / f"base-seed{seed}") for seed in numbers], console)
+    branches.check_finished()
+    return curve
+
+
+def _starts(points: Sequence[float], total_examples: int, batch_size: int, branch_examples: int) -> list[int]:
+    """Where the branches begin, in examples: at ends of the base run's batches."""
     starts = [round(point * total_examples / batch_size) * batch_size for point in points]
     if len(set(starts)) < len(starts) or starts[-1] + branch_examples > total_examples or starts[0] == 0:
         raise UserError(
             f"--points {' '.join(map(str, points))} of {total_examples} examples: they must differ by at least "
             f"a batch, and the last must leave room for a branch of {branch_examples} examples"
         )
-    settings = {
-        "batch_size": batch_size,
-        "factors": factors,
-        "starts_examples": starts,
-        "branch_examples": branch_examples,
-        "evaluations": EVALUATIONS,
-        "tolerance": tolerance,
-        "seeds": seeds,
-        "total_examples": total_examples,
-        "sequence_length": session.task.units_per_example,
-        "fingerprint": session.task.fingerprint,
-    }
-    numbers = range(first_seed, first_seed + seeds)
-    every = [Branch(seed, start, factor) for seed in numbers for start in starts for factor in factors]
-    with run_folder.locked(folder):
-        results = Results(folder, "branches.jsonl", Branch)
-        # Finished branches stay as they are: points, factors and seeds may be added.
-        added = ("factors", "starts_examples", "seeds", "tolerance")
-        results.check_same({name: value for name, value in settings.items() if name not in added})
-        finished = results.records
-        left = [branch for branch in every if branch not in finished]
-        for seed in dict.fromkeys(branch.seed for branch in left):
-            base = folder / f"base-seed{seed}"
-            if not is_complete(base):
-                console.rule(base.name)
-                at = f"train.keep_checkpoints_at_examples = {starts}"
-                bound = configurables.bind(train, configs, [*base_bindings, f"train.seed = {seed}", at])
-                with interrupted_at(deadline):
-                    bound(run=str(base), label=base.name)
-        with Interruption() as interruption:
-            evaluation_examples = arguments["evaluation_examples"]
-            for branch, losses in run_branches(
-                session, evaluation_examples, folder, left, batch_size, branch_examples, console
-            ):
-                # JSON knows no NaN.
-                numbers_or_none = [loss if math.isfinite(loss) else None for loss in losses]
-                results.add(branch._asdict() | {"losses": numbers_or_none})
-                if interruption.requested or time.monotonic() > deadline:
-                    break
-        curve = make_curve([finished[branch] for branch in every if branch in finished], settings)
-        if curve["tokens"]:
-            runs = [read_run(folder / f"base-seed{seed}") for seed in numbers]
-            with file_access("write", folder):
-                replace_file(folder / "critical_batch.json", (json.dumps(curve, indent=2) + "\n").encode())
-                replace_file(folder / "critical_batch.png", draw(curve, runs))
-            for tokens, value, (low, high) in zip(*(curve[key] for key in _COLUMNS), strict=True):
-                bound_above = f"{high:,.0f}" if high else "?"
-                line = f"{tokens:>13,} tokens: critical batch size {value:,.0f} examples, {low:,.0f} to {bound_above}"
-                console.print(line, highlight=False)
-            console.print(f"{folder / 'critical_batch.json'}, {folder / 'critical_batch.png'}", soft_wrap=True)
-    if remaining := sum(branch not in finished for branch in every):
-        raise Interrupted(f"{remaining} of {len(every)} branches are left in {folder}; the same command goes on")
-    return curve
+    return starts
 
 
-_COLUMNS = ("tokens", "critical_batch_size", "interval")
+def _show(folder: Path, curve: dict[str, Any], runs: Sequence[Run], console: Console) -> None:
+    """Writes the curve and its picture, and prints a line for each point."""
+    with file_access("write", folder):
+        replace_file(folder / "critical_batch.json", (json.dumps(curve, indent=2) + "\n").encode())
+        replace_file(folder / "critical_batch.png", draw(curve, runs))
+    columns = (curve[key] for key in ("tokens", "critical_batch_size", "interval"))
+    for tokens, value, (low, high) in zip(*columns, strict=True):
+        bound_above = f"{high:,.0f}" if high else "?"
+        line = f"{tokens:>13,} tokens: critical batch size {value:,.0f} examples, {low:,.0f} to {bound_above}"
+        console.print(line, highlight=False)
+    console.print(f"{folder / 'critical_batch.json'}, {folder / 'critical_batch.png'}", soft_wrap=True)
 
 
 def run_branches(
@@ -183,8 +198,8 @@ def run_branches(
     batch_size: int,
     branch_examples: int,
     console: Console,
-) -> Iterator[tuple[Branch, list[float]]]:
-    """Each branch with its losses on held-out rows, at even intervals up to its end.
+) -> Iterator[dict[str, Any]]:
+    """The record of each branch: its fields, and `losses` on held-out rows at even intervals up to its end.
 
     Args:
       session: of the base run, whose step serves every branch's batch.
@@ -213,7 +228,8 @@ def run_branches(
             highlight=False,
             soft_wrap=True,
         )
-        yield branch, losses
+        # JSON knows no NaN.
+        yield {**branch._asdict(), "losses": [loss if math.isfinite(loss) else None for loss in losses]}
 
 
 def _run_branch(
@@ -257,7 +273,6 @@ def _check(
     branch_examples: int,
     tolerance: float,
     seeds: int,
-    minutes: float | None,
 ) -> None:
     """That the command's values lie in their ranges."""
     if batch_size < 2:
@@ -274,38 +289,19 @@ def _check(
             f"--branch-examples {branch_examples} must be whole batches of the largest branch, {largest} examples: "
             f"use {above}"
         )
-    for name, value in {"tolerance": tolerance, "minutes": minutes, "seeds": seeds}.items():
-        if value is not None and not 0 < value < math.inf:
+    for name, value in {"tolerance": tolerance, "seeds": seeds}.items():
+        if not 0 < value < math.inf:
             raise UserError(f"--{name} {value} must be above 0 and finite")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    return command.make_parser(critical_batch, EXAMPLES, configurables.parser)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = configurables.parser("Measure the critical batch size along a run, by branching.", EXAMPLES)
-    add = parser.add_argument
-    add("--run", default="runs/critical_batch", help="the folder for the runs and the curve")
-    add("--batch-size", type=int, default=2, help="B of the base run, in examples (default 2)")
-    add("--factors", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K", help="of the branches (default 1 2 4 8)")
-    add(
-        *("--points",),
-        type=float,
-        nargs="+",
-        default=[0.05, 0.1, 0.2, 0.4, 0.7],
-        metavar="SHARE",
-        help="of the base run, where branches begin (default 0.05 0.1 0.2 0.4 0.7)",
-    )
-    add("--branch-examples", type=int, default=256, help="the length of a branch (default 256)")
-    add("--tolerance", type=float, default=0.01, help="what a larger batch may lose, in nats (default 0.01)")
-    add("--seeds", type=int, default=1, help="how many base runs (default 1)")
-    add("--first-seed", type=int, default=0, help="the first one's seed (default 0)")
-    add("--minutes", type=float, help="stop then; the same command goes on")
-    arguments = vars(parser.parse_args(argv))
-    critical_batch(
-        Path(arguments.pop("run")),
-        configs=arguments.pop("config") or ["debug.gin"],
-        bindings=arguments.pop("set"),
-        **arguments,
-    )
+    command.call(critical_batch, parser().parse_args(argv))
 
 
 if __name__ == "__main__":

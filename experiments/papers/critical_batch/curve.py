@@ -56,12 +56,12 @@ def critical_factor(losses: Mapping[int, float], tolerance: float) -> int:
     >>> critical_factor({1: 2.00, 2: 1.99, 4: 1.995, 8: 2.10}, tolerance=0.01)
     4
     """
-    lowest, found = math.inf, min(losses)
+    lowest, largest = math.inf, min(losses)
     for k in sorted(losses):
         if losses[k] <= lowest + tolerance:
-            found = k
+            largest = k
         lowest = min(lowest, losses[k])
-    return found
+    return largest
 
 
 def critical_batch_at(losses: Mapping[int, float], batch_size: int, tolerance: float) -> CriticalBatch:
@@ -79,17 +79,17 @@ def critical_batch_at(losses: Mapping[int, float], batch_size: int, tolerance: f
     return CriticalBatch(math.sqrt(low * high), low, high)
 
 
-def over_seeds(found: Sequence[CriticalBatch]) -> CriticalBatch:
+def over_seeds(intervals: Sequence[CriticalBatch]) -> CriticalBatch:
     """The geometric mean of the seeds' values, and the interval that holds all of theirs.
 
-    >>> found = over_seeds([CriticalBatch(4.0, 2.0, 8.0), CriticalBatch(16.0, 16.0, None)])
-    >>> round(found.value, 6), found.low, found.high
+    >>> mean = over_seeds([CriticalBatch(4.0, 2.0, 8.0), CriticalBatch(16.0, 16.0, None)])
+    >>> round(mean.value, 6), mean.low, mean.high
     (8.0, 2.0, None)
     """
-    highs = [each.high for each in found]
+    highs = [each.high for each in intervals]
     return CriticalBatch(
-        value=math.exp(sum(math.log(each.value) for each in found) / len(found)),
-        low=min(each.low for each in found),
+        value=math.exp(sum(math.log(each.value) for each in intervals) / len(intervals)),
+        low=min(each.low for each in intervals),
         high=None if None in highs else max(high for high in highs if high is not None),
     )
 
@@ -99,7 +99,7 @@ def make_curve(branches: Sequence[Mapping[str, Any]], settings: Mapping[str, Any
 
     Args:
       branches: each with `examples` (the checkpoint's clock), `seed`, `factor` (k) and `losses` (its evaluations).
-      settings: with `batch_size`, `sequence_length`, `tolerance`, `fingerprint` and what else is to be kept.
+      settings: with `batch_size`, `sequence_length`, `tolerance`, `fingerprint` and what else is to be recorded.
 
     Returns:
       `tokens`, `critical_batch_size`, `interval`, each one value a point; `fingerprint`; `settings`; and `points`, with
@@ -115,10 +115,10 @@ def make_curve(branches: Sequence[Mapping[str, Any]], settings: Mapping[str, Any
             by_seed.setdefault(branch["seed"], {})[branch["factor"]] = loss
         if len(here) < len(settings["factors"]) * settings["seeds"]:
             continue
-        found = [
+        intervals = [
             critical_batch_at(losses, settings["batch_size"], settings["tolerance"]) for losses in by_seed.values()
         ]
-        overall = over_seeds(found)
+        overall = over_seeds(intervals)
         curve["tokens"].append(examples * settings["sequence_length"])
         curve["critical_batch_size"].append(overall.value)
         curve["interval"].append([overall.low, overall.high])
@@ -127,7 +127,7 @@ def make_curve(branches: Sequence[Mapping[str, Any]], settings: Mapping[str, Any
                 "examples": examples,
                 "by_seed": [
                     {"seed": seed, **each._asdict(), "losses": {str(k): losses[k] for k in sorted(losses)}}
-                    for (seed, losses), each in zip(by_seed.items(), found, strict=True)
+                    for (seed, losses), each in zip(by_seed.items(), intervals, strict=True)
                 ],
             }
         )
@@ -139,7 +139,7 @@ def draw(curve: Mapping[str, Any], runs: Sequence[Any]) -> bytes:
 
     Args:
       curve: as `make_curve` makes it.
-      runs: the base runs (`metrics.Run`).
+      runs: the base runs (`runs.records.Run`).
     """
     settings = curve["settings"]
     picture = io.BytesIO()

@@ -1,12 +1,13 @@
-"""Quality against batch size at a fixed number of epochs, for each optimizer: the picture of the LAMB paper.
+"""Compare optimizers over batch sizes: the picture of the LAMB paper.
 
-Every batch size sees the same examples, so a large batch makes few steps; the question is how large it can grow before
-quality suffers, under each optimizer (You et al., 2020, "Large Batch Optimization for Deep Learning",
-https://arxiv.org/abs/1904.00962). The learning rate follows the batch by the optimizer's own rule, and a small sweep
-around it is left to the validation split; what is reported comes from the test split.
+The number of epochs is fixed: every batch size sees the same examples, so a large batch makes few steps; the question
+is how large it can grow before quality suffers, under each optimizer (You et al., 2020, "Large Batch Optimization for
+Deep Learning", https://arxiv.org/abs/1904.00962). The learning rate follows the batch by the optimizer's own rule,
+and a small sweep around it is left to the validation split; what is reported comes from the test split.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -15,7 +16,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ import numpy as np
 from rich.console import Console
 
 from crescendo import optim, parallel
+from crescendo.experiments.papers import Paper
 from crescendo.experiments.papers.large_batch.recipes import (
     TASKS,
     Size,
@@ -37,15 +39,27 @@ from crescendo.experiments.papers.large_batch.recipes import (
 )
 from crescendo.experiments.papers.large_batch.results import draw, summarize, table
 from crescendo.experiments.runs import folder as run_folder
-from crescendo.experiments.runs.results import Results
-from crescendo.experiments.runtime.cache import use_compilation_cache
+from crescendo.experiments.runs.records import file_access, replace_file
+from crescendo.experiments.runtime import command
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import file_access, replace_file
-from crescendo.experiments.runtime.interruption import Interrupted, Interruption
-from crescendo.experiments.runtime.text import duration
+from crescendo.experiments.runtime.interruption import deadline
 from crescendo.experiments.sweeps.batched import make_sweep
+from crescendo.experiments.sweeps.cells import Cells
 from crescendo.experiments.tasks.base import Task
+
+PAPER = Paper(
+    title="Large batch optimization for deep learning: training BERT in 76 minutes",
+    authors="You et al. 2020",
+    arxiv="1904.00962",
+    claim="With a trust ratio for each layer (LAMB) BERT trains at batches of 64k and 32k without loss of quality, in "
+    "76 minutes.",
+    command="crescendo large_batch --task mlm --optimizers lamb adamw "
+    "--batch-sizes 64 128 256 512 1024 2048 4096 --multipliers 0.03125 0.0625 0.125 0.25 0.5 1 2 4",
+    device="one NVIDIA H100",
+    expected="It does not show on a small model: LAMB stays within 1% of its smallest batch's accuracy up to 128 rows, "
+    "AdamW up to 256, and from 256 on AdamW is ahead.",
+)
 
 WARMUP_FRACTION = 0.1
 # Of what a cell means: raised when the same settings give other numbers.
@@ -70,8 +84,8 @@ class Cell(NamedTuple):
 
 
 def large_batch(
-    folder: Path,
     task: str,
+    run: Path | None = None,
     *,
     size: str = "full",
     optimizers: Sequence[str] = (),
@@ -81,22 +95,25 @@ def large_batch(
     train_examples: int | None = None,
     seeds: int = 1,
     minutes: float | None = None,
-    data: str | os.PathLike | None = None,
+    data: Path | None = None,
 ) -> dict[str, Any]:
-    """Runs every cell that isn't finished, then prints the table and writes `results.json` and `large_batch.png`.
+    """Compares optimizers over batch sizes, every batch size on the same examples.
+
+    Runs every cell that isn't finished, then prints the table and writes `results.json` and `large_batch.png`.
 
     Args:
-      folder: gets `run.json`, `cells.jsonl` with a line for each finished cell, and the results.
-      task: "mlm" or "images".
-      size: "full", for one GPU, or "debug", for a CPU.
-      optimizers: names with a recipe in the task; none: the task's own choice.
-      batch_sizes: in examples; none: those of the size.
+      task: mlm or images.
+      run: the folder: gets run.json, a line of cells.jsonl for each cell, and the results; by default
+        runs/large_batch_TASK.
+      size: full, for one GPU, or debug, for a CPU.
+      optimizers: names with a recipe in the task; by default the task's own choice.
+      batch_sizes: in examples; by default those of `size`.
       multipliers: of the learning rate that the rule gives.
-      epochs: over the training examples, the same for every batch size; None: those of the size.
-      train_examples: use only so many; None: those of the size.
+      epochs: over the training examples, the same for every batch size; by default those of `size`.
+      train_examples: use only so many; by default those of `size`.
       seeds: how many, from 0, of the parameters, the order of the data and the masks.
-      minutes: stop after the cell that passes it; None: run to the end.
-      data: a file that `--prepare` wrote; None: prepare the data here.
+      minutes: stop after the cell that passes it; the same command goes on.
+      data: a file that --prepare wrote, where the data themselves aren't at hand.
 
     Returns:
       What `results.json` holds; see `summarize`.
@@ -112,8 +129,10 @@ def large_batch(
     for name in names:
         if name not in chosen.recipes:
             raise UserError(f"--optimizers {name}: no such optimizer; the task has {', '.join(chosen.recipes)}")
-    _check_positive(batch_sizes=sizes, multipliers=multipliers, epochs=[epochs], seeds=[seeds], minutes=[minutes])
+    _check_positive(batch_sizes=sizes, multipliers=multipliers, epochs=[epochs], seeds=[seeds])
     _check_positive(train_examples=[train_examples])
+    stop, console = deadline(minutes), Console()
+    folder = Path(f"runs/large_batch_{task}") if run is None else run
     arrays = chosen.prepare() if data is None else load_prepared(data, chosen)
     train = split(arrays, "train", train_examples or scale.train_examples)
     held_out = [split(arrays, name, scale.held_out_examples) for name in ("validation", "test")]
@@ -134,43 +153,44 @@ def large_batch(
         "total_examples": total,
         "data": fingerprint(arrays),
     }
-    console = Console()
     use_compilation_cache()
-    with run_folder.locked(folder), Interruption() as interruption:
-        results = Results(folder, "cells.jsonl", Cell)
-        results.check_same(fixed)
-        every = [Cell(name, size, seed) for size, name, seed in itertools.product(sizes, names, range(seeds))]
-        finished = results.records
-        left = [cell for cell in every if cell not in finished]
-        if left:
+    every = [Cell(name, size, seed) for size, name, seed in itertools.product(sizes, names, range(seeds))]
+    with run_folder.locked(folder):
+        cells = Cells(folder, "cells.jsonl", every, fixed)
+        if cells.left:
             stack = jax.tree.map(lambda *parts: np.concatenate(parts), *held_out)
             inputs = jax.device_put((train, stack))
             programs = Programs(chosen, scale, chosen.make(scale.model, arrays), multipliers, total, inputs, max(sizes))
-            deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-            # The next programs are compiled while one trains: a small model compiles longer than it trains. But
-            # few at once, lest the first wait for all.
-            pool = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 8))
-            try:
-                keys = dict.fromkeys(programs.key(cell) for cell in left)
-                compiled = {key: pool.submit(programs.compile, *key) for key in keys}
-                for cell in left:
-                    if not (program := compiled[programs.key(cell)]).done():
-                        console.print(f"compiling {cell.optimizer} at batch {cell.batch_size:,}", highlight=False)
-                    results.add(programs.run(cell, program, _count(held_out[0])))
-                    console.print(progress(cell, every, finished), highlight=False, soft_wrap=True)
-                    if interruption.requested or time.monotonic() > deadline:
-                        break
-            finally:
-                pool.shutdown(cancel_futures=True)
-        summary = summarize([finished[cell] for cell in every if cell in finished], chosen, fixed)
+            with contextlib.closing(run_cells(programs, cells, _count(held_out[0]), console)) as records:
+                cells.run(records, stop)
+        summary = summarize(cells.finished, chosen, fixed)
         with file_access("write", folder):
             replace_file(folder / "results.json", (json.dumps(summary, indent=2) + "\n").encode())
             replace_file(folder / "large_batch.png", draw(summary))
         console.print(table(summary))
         console.print(f"{folder / 'results.json'}, {folder / 'large_batch.png'}", highlight=False, soft_wrap=True)
-    if remaining := sum(cell not in finished for cell in every):
-        raise Interrupted(f"{remaining} of {len(every)} cells are left in {folder}; the same command goes on with them")
+    cells.check_finished()
     return summary
+
+
+def run_cells(
+    programs: "Programs", cells: Cells[Cell], validation_examples: int, console: Console
+) -> Generator[dict[str, Any]]:
+    """The record of each cell that is left, one after the other; says how it goes."""
+    # The next programs are compiled while one trains: a small model compiles longer than it trains. But few at once,
+    # lest the first wait for all.
+    pool = ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // 8))
+    try:
+        left = cells.left
+        compiled = {key: pool.submit(programs.compile, *key) for key in dict.fromkeys(map(programs.key, left))}
+        for cell in left:
+            if not (program := compiled[programs.key(cell)]).done():
+                console.print(f"compiling {cell.optimizer} at batch {cell.batch_size:,}", highlight=False)
+            record = programs.run(cell, program, validation_examples)
+            console.print(progress(cell, record, cells), highlight=False, soft_wrap=True)
+            yield record
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class Programs:
@@ -275,20 +295,20 @@ def example_order(examples: int, total: int, microbatch: int, seed: int) -> np.n
     return order[: microbatches * microbatch].reshape(microbatches, microbatch).astype(np.int32)
 
 
-def progress(cell: Cell, every: Sequence[Cell], finished: dict[Cell, dict[str, Any]]) -> str:
+def progress(cell: Cell, record: dict[str, Any], cells: Cells[Cell]) -> str:
     """A line on the cell just finished, and the time left: that of the mean finished cell of each batch size."""
-    record = finished[cell]
     seconds: dict[int, list[float]] = {}
-    for done in finished.values():
+    for done in (*cells.records.values(), record):
         seconds.setdefault(done["batch_size"], []).append(done["seconds"])
     of_any = statistics.mean(itertools.chain(*seconds.values()))
-    left = sum(statistics.mean(seconds.get(c.batch_size, [of_any])) for c in every if c not in finished)
+    left = [each for each in cells.left if each != cell]
+    seconds_left = sum(statistics.mean(seconds.get(each.batch_size, [of_any])) for each in left)
     accuracies = [run["test_accuracy"] for run in record["runs"]]
     shown = " ".join("diverged" if accuracy is None else f"{accuracy:.2%}" for accuracy in accuracies)
     return (
-        f"{sum(c in finished for c in every)}/{len(every)}  "
+        f"{len(cells.cells) - len(left)}/{len(cells.cells)}  "
         f"{cell.optimizer} batch {cell.batch_size:,} seed {cell.seed}  "
-        f"{record['steps']:,} steps in {record['seconds']:.1f} s  accuracy {shown}  about {duration(left)} left"
+        f"{record['steps']:,} steps in {record['seconds']:.1f} s  accuracy {shown}  about {duration(seconds_left)} left"
     )
 
 
@@ -324,32 +344,25 @@ def _count(rows: Any) -> int:
     return len(jax.tree.leaves(rows)[0])
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    result = command.make_parser(large_batch, EXAMPLES)
+    result.add_argument(
+        "--prepare",
+        type=Path,
+        metavar="PATH",
+        help="write the task's data as this file for --data, and do nothing else",
+    )
+    return result
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0],
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--task", required=True, help=f"{' or '.join(TASKS)}")
-    add("--run", help="the run's folder (default: runs/large_batch_TASK)")
-    add("--size", default="full", help="full, for one GPU, or debug, for a CPU (default full)")
-    add("--optimizers", nargs="+", default=[], metavar="NAME", help="default: the task's own choice")
-    add("--batch-sizes", nargs="+", type=int, default=[], metavar="N", help="in examples")
-    add("--multipliers", nargs="+", type=float, default=MULTIPLIERS, metavar="X", help="of the rule's learning rate")
-    add("--epochs", type=float, help="over the training examples, the same for every batch size")
-    add("--train-examples", type=int, metavar="N", help="use only so many")
-    add("--seeds", type=int, default=1, help="how many (default 1)")
-    add("--minutes", type=float, help="stop after the cell that passes it; the same command goes on")
-    add("--data", metavar="FILE.npz", help="read what --prepare wrote, where the data themselves aren't at hand")
-    add("--prepare", metavar="FILE.npz", help="write the task's data as one file, and do nothing else")
-    arguments = vars(parser.parse_args(argv))
-    run, task, to_prepare = arguments.pop("run"), arguments.pop("task"), arguments.pop("prepare")
-    if to_prepare:
-        prepare(Path(to_prepare), task, train_examples=arguments["train_examples"])
+    arguments = parser().parse_args(argv)
+    if arguments.prepare:
+        prepare(arguments.prepare, arguments.task, train_examples=arguments.train_examples)
     else:
-        large_batch(Path(run or f"runs/large_batch_{task}"), task, **arguments)
+        command.call(large_batch, arguments)
 
 
 if __name__ == "__main__":

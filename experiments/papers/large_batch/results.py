@@ -68,13 +68,13 @@ def kept_batch_size(accuracies: dict[int, float | None]) -> int | None:
     >>> kept_batch_size({32: 0.90, 128: 0.905, 512: 0.892, 2048: 0.85})
     512
     """
-    kept, (first, *_) = None, [accuracies[size] for size in sorted(accuracies)]
+    largest, (first, *_) = None, [accuracies[size] for size in sorted(accuracies)]
     for size in sorted(accuracies):
         accuracy = accuracies[size]
         if first is None or accuracy is None or accuracy < (1 - TOLERANCE) * first:
             break
-        kept = size
-    return kept
+        largest = size
+    return largest
 
 
 def _mean(runs: Sequence[dict[str, Any]], name: str, *, if_diverged: float | None = None) -> Any:
@@ -105,8 +105,8 @@ def table(summary: dict[str, Any]) -> Table:
             else f"{point['accuracy']:.2%} ({point['multiplier']:g}{'!' if point['at_edge'] else ''})"
             for size in sizes
         ]  # fmt: skip
-        kept = summary["kept_to"][name]
-        result.add_row(name, *shown, "-" if kept is None else f"{kept:,}")
+        largest = summary["kept_to"][name]
+        result.add_row(name, *shown, "-" if largest is None else f"{largest:,}")
     return result
 
 

@@ -1,10 +1,13 @@
 """The comparison behind `make demo`."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
-from crescendo.experiments.papers.batch_warmup import ARMS, arms, batch_warmup
+from crescendo.experiments.configs.statements import Call
+from crescendo.experiments.papers.batch_warmup import ARMS, batch_warmup, make_arms, parser
 from crescendo.experiments.papers.batch_warmup import main as batch_warmup_main
 from crescendo.experiments.reports.compare import compare
 from crescendo.experiments.runs.run import read_run
@@ -12,43 +15,73 @@ from crescendo.experiments.runtime.errors import UserError
 
 
 def test_arms_share_the_base_batch_size_and_double_where_told():
-    three = arms(4, [0.25, 0.5], 1000)
+    three = make_arms(4, [0.25, 0.5], 1000)
     assert list(three) == ["constant-4", "warmup-4-16", "constant-16"]
-    assert all("train.base_batch_size = 4" in bindings for bindings in three.values())
-    assert "staged.sizes = [4, 8, 16]" in three["warmup-4-16"]
-    assert "staged.starts_examples = [0, 250, 500]" in three["warmup-4-16"]
+    assert all(bindings["train.base_batch_size"] == 4 for bindings in three.values())
+    assert three["warmup-4-16"]["train.batch_size"] == Call("staged")
+    assert three["warmup-4-16"]["staged.sizes"] == [4, 8, 16]
+    assert three["warmup-4-16"]["staged.starts_examples"] == [0, 250, 500]
 
 
 @pytest.mark.parametrize("double_at", [[], [0.5, 0.2], [0.0, 0.5], [0.5, 1.0], [0.5, 0.5]])
 def test_doublings_outside_the_run_or_out_of_order_are_refused(double_at):
     with pytest.raises(UserError, match="give shares of the run between 0 and 1, increasing"):
-        arms(2, double_at, 1000)
+        make_arms(2, double_at, 1000)
 
 
 def test_every_arm_has_its_bindings():
-    six = arms(4, [0.5], 1000, chosen=ARMS, largest=32, curve="c.json")
+    six = make_arms(4, [0.5], 1000, arms=ARMS, largest=32, curve=Path("c.json"))
     assert list(six) == ["constant-4", "warmup-4-8", "curve-4-32", "noise-scale-4-32", "norm-test-4-32", "constant-32"]
-    assert "critical_batch_following.curve = 'c.json'" in six["curve-4-32"]
-    assert "noise_scale_following.cap = 32" in six["noise-scale-4-32"]
-    assert "train.max_microbatch_examples = 2" in six["norm-test-4-32"]
+    assert six["curve-4-32"]["critical_batch_following.curve"] == "c.json"
+    assert six["noise-scale-4-32"]["noise_scale_following.cap"] == 32
+    assert six["norm-test-4-32"]["train.max_microbatch_examples"] == 2
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"chosen": ["biggest"]}, "--arms biggest: no such arm; there are constant, warmup"),
-        ({"chosen": ["curve"]}, "the arm curve needs --curve FILE"),
+        ({"arms": ["biggest"]}, "--arms biggest: no such arm; there are constant, warmup"),
+        ({"arms": ["curve"]}, "the arm curve needs --curve FILE"),
         ({"largest": 4}, "--largest 4 must be above --batch-size 4"),
     ],
 )
 def test_arms_that_cannot_be_made_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        arms(4, [0.5], 1000, **options)
+        make_arms(4, [0.5], 1000, **options)
 
 
-def test_no_seed_is_refused():
-    with pytest.raises(UserError, match="--seeds 0 must be at least 1"):
-        batch_warmup_main(["--seeds", "0"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "--seeds 0 must be at least 1"),
+        (["--learning-rates", "1e-3", "0"], r"--learning-rates 0\.0 must be above 0 and finite"),
+        (["--learning-rates", "1e-3", "1.0000001e-3"], "two differ by less than their folders' names"),
+        (["--minutes", "-1"], r"--minutes -1\.0 must be above 0 and finite"),
+        (
+            ["--set", "TOTAL_EXAMPLES = 512"],
+            "batch_warmup sets TOTAL_EXAMPLES itself: give --total-examples 512 instead",
+        ),
+        (["--set", "train.total_examples = 512"], "give --total-examples 512 instead of --set"),
+        (["--set", "train.batch_size = 4"], "batch_warmup sets train.batch_size itself: give --batch-size 4 instead"),
+        (["--set", "train.seed = 3"], "batch_warmup sets train.seed itself: give --seeds N instead of --set"),
+        (
+            ["--learning-rates", "1e-3", "--set", "LEARNING_RATE = 8e-3"],
+            "batch_warmup sets LEARNING_RATE itself: give --learning-rates 8e-3 instead",
+        ),
+        (
+            ["--arms", "constant", "norm-test", "--set", "train.max_microbatch_examples = 4"],
+            "sets train.max_microbatch_examples itself: leave out --set 'train.max_microbatch_examples = 4'",
+        ),
+    ],
+)
+def test_values_out_of_range_and_contradictions_are_one_line(arguments, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        batch_warmup_main(["--run", str(tmp_path / "run"), *arguments])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_help_names_every_arm():
+    assert all(re.search(rf"\b{arm}\b", parser().format_help()) for arm in ARMS)
 
 
 def test_the_comparison_trains_every_arm_on_the_same_examples_and_reports(small_bindings, tmp_path, capsys):
@@ -83,7 +116,7 @@ def test_each_arm_goes_on_with_its_best_learning_rate_and_no_finished_run_is_run
         "batch_size": 16,
         "double_at": [0.5],
         "total_examples": 256,
-        "chosen": ["constant"],
+        "arms": ["constant"],
         "learning_rates": [1e-6, 1e-2],
         "seeds": 2,
     }

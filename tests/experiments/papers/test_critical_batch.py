@@ -145,9 +145,9 @@ def test_a_run_can_follow_its_curve_and_no_other_ones(measured, train_small, tmp
         bindings=[b for b in bindings if not b.startswith("TOTAL")],
         batch_size=16,
         total_examples=512,
-        chosen=["constant", "curve"],
+        arms=["constant", "curve"],
         largest=32,
-        curve=str(path),
+        curve=path,
     )
     assert results["curve-16-32"][0]["step"] < results["constant-16"][0]["step"]
     with pytest.raises(UserError, match=r"another model or data \(fingerprint .*measure it on this"):
@@ -179,6 +179,10 @@ def test_other_settings_are_refused_and_nothing_is_lost(measured, bindings, tmp_
         (["--branch-examples", "100"], "--branch-examples 100 must be whole batches of .* 16 examples: use 112"),
         (["--seeds", "0"], "--seeds 0 must be above 0"),
         (["--tolerance", "nan"], "--tolerance nan must be above 0 and finite"),
+        (["--minutes", "0"], "--minutes 0.0 must be above 0 and finite"),
+        (["--set", "train.batch_size = 4"], "critical_batch sets train.batch_size itself: give --batch-size 4 instead"),
+        (["--set", "experiments.train.seed = 4"], "sets experiments.train.seed itself: give --first-seed 4 instead"),
+        (["--set", "train.noise_scale = None"], "leave out --set 'train.noise_scale = None'"),
     ],
 )
 def test_values_out_of_range_are_one_line(arguments, message):

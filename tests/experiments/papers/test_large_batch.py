@@ -135,8 +135,8 @@ def test_the_microbatch_changes_nothing_and_one_program_serves_every_batch_size(
 
     shared = sweep(8)
     for batch_size in (2, 16):
-        whole = scores(sweep(1), batch_size, 1)
-        np.testing.assert_allclose(scores(shared, 2, batch_size // 2), whole, rtol=1e-5, atol=1e-6)
+        alone = scores(sweep(1), batch_size, 1)
+        np.testing.assert_allclose(scores(shared, 2, batch_size // 2), alone, rtol=1e-5, atol=1e-6)
     assert shared._cache_size() == 1
 
 
@@ -160,7 +160,7 @@ def test_a_finished_cell_is_never_run_again(data, tmp_path, monkeypatch, capsys)
     folder = tmp_path / "run"
     settings = {"size": "debug", "data": data, "optimizers": ["lamb"], "multipliers": [4.0, 8.0], "epochs": 24.0}
     with pytest.raises(Interrupted, match="1 of 2 cells are left"):
-        large_batch(folder, "toy", batch_sizes=[16, 64], minutes=1e-6, **settings)
+        large_batch("toy", folder, batch_sizes=[16, 64], minutes=1e-6, **settings)
     first = Results(folder, "cells.jsonl", Cell).records
     assert list(first) == [Cell("lamb", 16, 0)]
     (record,) = first.values()
@@ -176,16 +176,16 @@ def test_a_finished_cell_is_never_run_again(data, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(
         experiment.Programs, "run", lambda self, cell, *rest: ran.append(cell) or run_cell(self, cell, *rest)
     )
-    summary = large_batch(folder, "toy", batch_sizes=[16, 64], **settings)
+    summary = large_batch("toy", folder, batch_sizes=[16, 64], **settings)
     assert ran == [Cell("lamb", 64, 0)]
     assert Results(folder, "cells.jsonl", Cell).records[Cell("lamb", 16, 0)] == record
-    assert large_batch(folder, "toy", batch_sizes=[16, 64], **settings) == summary
+    assert large_batch("toy", folder, batch_sizes=[16, 64], **settings) == summary
     assert len(ran) == 1
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(summary))
     assert (folder / "large_batch.png").stat().st_size > 10_000
     assert "2/2" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"multipliers was \[4\.0, 8\.0\] and is now \[1\.0\]"):
-        large_batch(folder, "toy", batch_sizes=[16], **settings | {"multipliers": [1.0]})
+        large_batch("toy", folder, batch_sizes=[16], **settings | {"multipliers": [1.0]})
 
 
 def record(optimizer: str, batch_size: int, accuracies: list[float | None], seed: int = 0) -> dict:
@@ -285,7 +285,7 @@ def test_learning_rates_follow_each_ones_rule():
 def test_bad_values_are_refused(arguments, message, data, tmp_path):
     given = {"task": "toy", "size": "debug", "data": data, "batch_sizes": [16]} | arguments
     with pytest.raises(UserError, match=message):
-        large_batch(tmp_path / "run", **given)
+        large_batch(run=tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
 
 

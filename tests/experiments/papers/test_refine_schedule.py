@@ -35,6 +35,21 @@ def test_a_run_without_two_good_steps_is_refused(tmp_path):
         recorded_norms(tmp_path)
 
 
-def test_a_rate_that_is_not_positive_is_refused():
-    with pytest.raises(UserError, match=r"--learning-rate -1.0 must be above 0"):
-        main(["--learning-rate", "-1.0"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning-rate", "-1.0"], r"--learning-rate -1\.0 must be above 0"),
+        (["--peak-factor", "nan"], "--peak-factor nan must be above 0"),
+        (["--seeds", "0"], "--seeds 0 must be at least 1"),
+        (
+            ["--set", "LEARNING_RATE = 8e-3"],
+            "refine_schedule sets LEARNING_RATE itself: give --learning-rate 8e-3 instead of --set",
+        ),
+        (["--set", "adamw.learning_rate = 1e-3"], "refine_schedule sets adamw.learning_rate itself: leave out --set"),
+        (["--set", "schedules.linear.peak = 8e-3"], "sets LEARNING_RATE by --learning-rate, which nothing reads"),
+    ],
+)
+def test_values_out_of_range_and_contradictions_are_one_line(arguments, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        main(["--run", str(tmp_path / "run"), *arguments])
+    assert not (tmp_path / "run").exists()
