@@ -1,46 +1,25 @@
 """All commands under one name: `crescendo COMMAND ...` is `python -m crescendo.experiments.COMMAND ...`."""
 
 import argparse
+import ast
+import functools
 import importlib
+import importlib.util
+import pkgutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
-from unittest import mock
 
 import shtab
 
+from crescendo import experiments
 from crescendo.experiments.runtime.cli import run_command
 
-
-class Command(NamedTuple):
-    """A module with a `main`, and what it does."""
-
-    module: str
-    does: str
-
-
-PAPERS = "crescendo.experiments.papers"
-COMMANDS = {
-    "train": Command("crescendo.experiments.train", "train a model"),
-    "report": Command("crescendo.experiments.report", "compare runs: a table, a page and pictures"),
-    "sweep": Command("crescendo.experiments.sweep", "train over grids or a search of settings"),
-    "batch_warmup": Command(f"{PAPERS}.batch_warmup", "compare small, growing and large batches"),
-    "critical_batch": Command(
-        "crescendo.experiments.papers.critical_batch", "measure the critical batch size along a run"
-    ),
-    "refine_schedule": Command(
-        "crescendo.experiments.papers.refine_schedule", "refine a schedule by a run's gradient norms"
-    ),
-    "large_batch": Command(f"{PAPERS}.large_batch", "compare optimizers over batch sizes"),
-    "generate": Command("crescendo.experiments.generate", "continue a text with a trained model"),
-    "export": Command("crescendo.experiments.export", "write a trained model for others' tools"),
-    "import_hf": Command("crescendo.experiments.import_hf", "go on with a model of Hugging Face's"),
-    "describe": Command("crescendo.experiments.describe", "plan a model over a mesh: memory and traffic"),
-    "doctor": Command("crescendo.experiments.doctor", "say what this machine offers a run"),
-    "benchmark": Command("crescendo.experiments.benchmark", "time training steps and optimizers"),
-    "bench_kernels": Command("crescendo.pallas_kernels.bench", "time kernels beside their peers"),
-    "tune_kernels": Command("crescendo.pallas_kernels.tune", "choose kernels' tiles by timing them"),
-    "plot_schedules": Command("crescendo.optim.plot", "draw schedules"),
+# Commands of the other packages, by module.
+ELSEWHERE = {
+    "bench_kernels": "crescendo.pallas_kernels.bench",
+    "tune_kernels": "crescendo.pallas_kernels.tune",
+    "plot_schedules": "crescendo.optim.plot",
 }
 
 EXAMPLES = """examples:
@@ -55,24 +34,32 @@ _FILES = ("config", "data", "prepare", "output", "tokenizer")
 _FOLDERS = ("run", "runs", "out")
 
 
-class _Parsing(Exception):  # noqa: N818 (no error)
-    """A command has built its parser."""
+class Command(NamedTuple):
+    """A module with a `parser` and a `main`, and what it does: the first line of its docstring."""
+
+    module: str
+    does: str
 
 
-def parser_of(main: Callable[[Sequence[str]], object]) -> argparse.ArgumentParser:
-    """The parser of a command, caught where the command begins to parse."""
-    found: list[argparse.ArgumentParser] = []
+@functools.cache
+def commands() -> dict[str, Command]:
+    """Every command by name, the experiments of papers among them; none is imported for this."""
+    names = [module.name for module in pkgutil.iter_modules(experiments.__path__) if module.name != "__main__"]
+    modules = {name: f"{experiments.__name__}.{name}" for name in names} | ELSEWHERE
+    candidates = {name: _command(module) for name, module in modules.items()}
+    return {name: command for name, command in candidates.items() if command is not None}
 
-    def stop(self: argparse.ArgumentParser, *arguments: object) -> None:
-        found.append(self)
-        raise _Parsing
 
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", stop):
-        try:
-            main([])
-        except _Parsing:
-            return found[0]
-    raise AssertionError(f"{main.__module__}.main parses no arguments")
+def _command(module: str) -> Command | None:
+    """The command that a module is; None where it has no `parser` and `main`."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    source = ast.parse(spec.loader.get_source(module))  # type: ignore[union-attr]
+    functions = {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
+    if not {"parser", "main"} <= functions:
+        return None
+    line = (ast.get_docstring(source) or "").partition("\n")[0].split(": `")[0].rstrip(".")
+    return Command(module, line[:1].lower() + line[1:])
 
 
 def parser(complete: bool = False) -> argparse.ArgumentParser:
@@ -83,16 +70,16 @@ def parser(complete: bool = False) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = result.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (module, does) in COMMANDS.items():
-        parents = [parser_of(importlib.import_module(module).main)] if complete else []
+    subcommands = result.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, does) in commands().items():
+        parents = [importlib.import_module(module).parser()] if complete else []
         for action in (action for each in parents for action in each._actions if isinstance(action.dest, str)):
             if action.choices is None and action.dest in _FILES:
-                action.complete = shtab.FILE  # type: ignore[attr-defined]
+                action.complete = shtab.FILE
             elif action.choices is None and action.dest in _FOLDERS:
-                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-        commands.add_parser(name, parents=[_without_help(each) for each in parents], help=does)
-    completion = commands.add_parser("completion", help="print a script that completes these commands in a shell")
+                action.complete = shtab.DIRECTORY
+        subcommands.add_parser(name, parents=[_without_help(each) for each in parents], help=does)
+    completion = subcommands.add_parser("completion", help="print a script that completes these commands in a shell")
     completion.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     return result
 
@@ -108,8 +95,8 @@ def _without_help(each: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in COMMANDS:
-        importlib.import_module(COMMANDS[arguments[0]].module).main(arguments[1:])
+    if arguments and arguments[0] in commands():
+        importlib.import_module(commands()[arguments[0]].module).main(arguments[1:])
         return
     options = parser().parse_args(arguments)
     print(shtab.complete(parser(complete=True), options.shell))

@@ -18,8 +18,8 @@ ALLOWED = {
     "experiments": {"experiments", "models"} | LEAVES,
 }
 
-# Rooms of `experiments` and which others each may import; a name with a dot is one module of a room. `run_command` and
-# the other modules at the top are imported by nobody.
+# Rooms of `experiments` and which others each may import; a name with a dot is one module of a room. The commands at
+# the top are imported by nobody, and papers by no other paper.
 ROOMS = {
     "runtime": set(),
     "data": {"runtime"},
@@ -87,6 +87,8 @@ def test_a_room_imports_only_what_is_below_it(room):
             parts = name.split(".")[2:]
             allowed = parts[0] in ROOMS[room] | {room} or ".".join(parts[:2]) in ROOMS[room]
             assert allowed, f"{path}: {room} must not import {name}"
+            if room == parts[0] == "papers":
+                assert parts[1] in ("Paper", module.split(".")[1]), f"{path}: a paper must not import another, {name}"
 
 
 def test_gin_is_imported_in_one_place():

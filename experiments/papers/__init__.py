@@ -4,11 +4,8 @@ A paper states itself in `PAPER`. The page `docs/papers/NAME.md` says what of it
 was measured, and `tests/experiments/papers/test_NAME.py` covers it.
 """
 
-import ast
 import importlib
-import importlib.util
 import pkgutil
-from pathlib import Path
 from typing import NamedTuple
 
 
@@ -41,23 +38,6 @@ def names() -> list[str]:
     True
     """
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
-
-
-def summaries() -> dict[str, str]:
-    """The first line of each paper's docstring, by name, for a list of commands; read from the source, unimported.
-
-    >>> summaries()["refine_schedule"]
-    "refine a schedule by a run's gradient norms, and train again"
-    """
-    lines = {}
-    for name in names():
-        specification = importlib.util.find_spec(f"{__name__}.{name}")
-        assert specification is not None
-        assert specification.origin is not None
-        docstring = ast.get_docstring(ast.parse(Path(specification.origin).read_text()))
-        line = (docstring or name).splitlines()[0].rstrip(".")
-        lines[name] = line[0].lower() + line[1:]
-    return lines
 
 
 def papers() -> dict[str, Paper]:

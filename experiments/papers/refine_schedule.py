@@ -15,7 +15,7 @@ import numpy as np
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.configs.statements import Call, Macro
 from crescendo.experiments.papers import Paper
-from crescendo.experiments.runs.records import read_run
+from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime import command
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError, user_values

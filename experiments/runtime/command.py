@@ -55,6 +55,7 @@ def make_parser(
     """
     text = inspect.cleandoc(function.__doc__ or "")
     parser = start(" ".join(text.partition("\n\n")[0].split()), examples)
+    parser.prog = f"crescendo {function.__name__}"
     there = {_PARAMETERS.get(action.dest, action.dest) for action in parser._actions}
     said, hints = _arguments_section(text), get_type_hints(function)
     parameters = inspect.signature(function).parameters

@@ -14,12 +14,14 @@ from rich.console import Console
 
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.configs.statements import Bindings, Value, check_not_set, statements
-from crescendo.experiments.report import compare, comparison_table, write_report
+from crescendo.experiments.reports.compare import compare, comparison_table
 from crescendo.experiments.reports.equal_loss import equal_loss_table, reached
-from crescendo.experiments.runs.records import file_access, is_complete, read_run, replace_file
+from crescendo.experiments.reports.write import write_report
+from crescendo.experiments.runs.run import is_complete, last_validation, read_run
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access, replace_file
 from crescendo.experiments.runtime.interruption import deadline, interrupted_at
-from crescendo.experiments.trainer.training import last_validation, train
+from crescendo.experiments.trainer.training import train
 
 # The macro that a swept learning rate binds.
 LEARNING_RATE = "LEARNING_RATE"

@@ -26,12 +26,14 @@ from crescendo.experiments.papers import Paper
 from crescendo.experiments.papers.critical_batch.curve import draw, make_curve, smoothed_loss
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs.checkpoint import Checkpoints
-from crescendo.experiments.runs.records import Run, file_access, is_complete, read_run, replace_file
+from crescendo.experiments.runs.run import Run, is_complete, read_run
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime import command
-from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.cache import use_compilation_cache
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access, replace_file
 from crescendo.experiments.runtime.interruption import deadline, interrupted_at
+from crescendo.experiments.runtime.text import duration
 from crescendo.experiments.sweeps.cells import Cells
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.batch_sizes import FixedBatchSizes
@@ -302,7 +304,3 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     command.call(critical_batch, parser().parse_args(argv))
-
-
-if __name__ == "__main__":
-    run_command(main)

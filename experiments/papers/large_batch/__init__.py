@@ -39,11 +39,12 @@ from crescendo.experiments.papers.large_batch.recipes import (
 )
 from crescendo.experiments.papers.large_batch.results import draw, summarize, table
 from crescendo.experiments.runs import folder as run_folder
-from crescendo.experiments.runs.records import file_access, replace_file
 from crescendo.experiments.runtime import command
-from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.cache import use_compilation_cache
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access, replace_file
 from crescendo.experiments.runtime.interruption import deadline
+from crescendo.experiments.runtime.text import duration
 from crescendo.experiments.sweeps.batched import make_sweep
 from crescendo.experiments.sweeps.cells import Cells
 from crescendo.experiments.tasks.base import Task
@@ -363,7 +364,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare(arguments.prepare, arguments.task, train_examples=arguments.train_examples)
     else:
         command.call(large_batch, arguments)
-
-
-if __name__ == "__main__":
-    run_command(main)
