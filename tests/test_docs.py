@@ -92,6 +92,23 @@ def test_every_command_is_understood(module, words, monkeypatch, capsys):
     assert "error:" not in complaint or "arguments are required" in complaint, complaint
 
 
+def test_every_test_that_a_page_names_is_there():
+    for page in LIVING:
+        for test in re.findall(r"`(tests/[\w/]+\.py)`", page.read_text()):
+            assert (ROOT / test).exists(), f"{name(page)} names {test}"
+
+
+def test_the_tree_in_the_design_is_the_real_one():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        tree = importlib.import_module("tree")
+    finally:
+        sys.path.pop(0)
+    page = tree.PAGE.read_text()
+    assert tree.BEGIN in page
+    assert tree.written(page) == page, "run `python docs/tree.py`"
+
+
 def test_every_command_of_make_is_a_target():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for page in PAGES:
