@@ -1,7 +1,6 @@
 """Say what this machine offers a run: `python -m crescendo.experiments.doctor`."""
 
 import argparse
-import importlib
 import os
 import platform
 import shutil
@@ -10,14 +9,15 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from crescendo.experiments.runtime import cache, hardware
 from crescendo.experiments.runtime.cli import run_command
-from crescendo.pallas_kernels.bench import OPS
+from crescendo.pallas_kernels import OPS
+from crescendo.pallas_kernels.bench import specs
+from crescendo.pallas_kernels.console import output_console
+from crescendo.pallas_kernels.op import explain
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.doctor
@@ -51,23 +51,10 @@ def devices() -> Iterator[Line]:
 
 def kernels() -> Iterator[Line]:
     """What each implementation of each kernel says of a typical call on this machine's first device."""
-    try:
-        explain = importlib.import_module("crescendo.pallas_kernels.op").explain
-    except ImportError as error:
-        yield "none", f"{error}"
-        return
-    bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
-    calls: dict[str, tuple[list, dict]] = {
-        "attention": ([bf16(2, 1024, 8, 64)] * 3, {}),
-        "softmax": ([bf16(1024, 4096)], {}),
-        "rms_norm": ([bf16(1024, 1024), bf16(1024)], {"eps": 1e-6}),
-        "qk_norm_rotary": ([*[bf16(2, 1024, 8, 64)] * 2, *[bf16(64)] * 2, *[bf16(2, 1024, 32)] * 2], {"eps": 1e-6}),
-        "linear_cross_entropy": ([bf16(1024, 768), bf16(50304, 768), jax.ShapeDtypeStruct((1024,), jnp.int32)], {}),
-    }
-    for name, (arguments, options) in calls.items():
+    for name, op in OPS.items():
         try:
-            function = getattr(importlib.import_module(f"crescendo.pallas_kernels.{OPS[name][0]}"), name)
-            yield name, str(explain(function, *arguments, **options))
+            arguments, options = specs(name)[0].abstract()
+            yield name, str(explain(op, *arguments, **options))
         except (ImportError, AttributeError, TypeError, ValueError, NotImplementedError) as error:
             yield name, f"no answer: {error}"
 
@@ -85,15 +72,20 @@ def storage() -> Iterator[Line]:
         yield name, f"{shutil.disk_usage(present).free / 2**30:,.1f} GiB on {present}{writable}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command's options: none."""
+    return argparse.ArgumentParser(
         prog="python -m crescendo.experiments.doctor",
         description="Report devices, versions, usable kernels, caches and disk.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(argv)
-    console = Console()
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser().parse_args(argv)
+    console = output_console()
     for title, lines in (("Versions", versions), ("Devices", devices), ("Kernels", kernels), ("Storage", storage)):
         table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
         for name, value in lines():

@@ -10,7 +10,7 @@ from crescendo.models.config import ModelConfig
 from crescendo.models.layers import rotary
 from crescendo.models.layout import ONE_DEVICE
 from crescendo.models.transformer import apply
-from crescendo.pallas_kernels.attention import attention
+from crescendo.pallas_kernels import attention
 
 Cache = dict[str, jax.Array]
 

@@ -36,7 +36,7 @@ class Layout(Protocol):
         """`attention(q, k, v, segment_ids)`, each device having its own rows and heads.
 
         Where devices share rows, `blocks.forward` and `blocks.backward` attend over parts of them
-        (`crescendo.models.attention.FusedBlockAttention`).
+        (`crescendo.pallas_kernels.attention.blocks`).
         """
         ...
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from crescendo.models.config import ModelConfig
 from crescendo.models.layout import ONE_DEVICE, Layout
 from crescendo.models.transformer import apply
-from crescendo.pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from crescendo.pallas_kernels import linear_cross_entropy
 
 
 def cross_entropy(

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crescendo.models import axes
-from crescendo.models.attention import Attention, FusedBlockAttention, packed_attention
+from crescendo.models.attention import Attention, packed_attention
 from crescendo.models.config import ModelConfig
 from crescendo.models.layers import Linear, RMSNorm, Table, rotary
 from crescendo.models.layout import ONE_DEVICE, Layout
+from crescendo.pallas_kernels.attention.blocks import FusedBlockAttention
 
 # Left to itself the partitioner may split activations like the parameters.
 RESIDUAL = (axes.BATCH, axes.RESIDUAL_LENGTH, None)

@@ -25,20 +25,25 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; see the module."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    result = argparse.ArgumentParser(
         prog="python -m crescendo.optim.plot",
         description="Draw schedules as a PNG.",
         epilog="example: python -m crescendo.optim.plot linear wsd:decay=300 rex --output curves.png",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME[:KEY=VALUE,...]", help=f"of {', '.join(SCHEDULES)}")
-    parser.add_argument("--peak", type=float, default=0.02, help="the highest rate (default %(default)s)")
-    parser.add_argument("--total", type=float, default=1000, help="the schedules' length (default %(default)s)")
-    parser.add_argument("--warmup", type=float, default=50, help="the warmup's length (default %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("schedules.png"), help="default %(default)s")
-    options = parser.parse_args(arguments)
-    names = options.names or [name for name in SCHEDULES if _is_complete(name)]
+    result.add_argument("names", nargs="*", metavar="NAME[:KEY=VALUE,...]", help=f"of {', '.join(SCHEDULES)}")
+    result.add_argument("--peak", type=float, default=0.02, help="the highest rate (default %(default)s)")
+    result.add_argument("--total", type=float, default=1000, help="the schedules' length (default %(default)s)")
+    result.add_argument("--warmup", type=float, default=50, help="the warmup's length (default %(default)s)")
+    result.add_argument("--output", type=Path, default=Path("schedules.png"), help="default %(default)s")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; see the module."""
+    options = parser().parse_args(arguments)
+    names = options.names or [name for name in SCHEDULES if name not in _FROM_FILE]
     try:
         curves = {name: parse(name, options.peak, options.total, options.warmup) for name in names}
     except (ValueError, TypeError, OSError) as error:

@@ -19,28 +19,18 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from crescendo.pallas_kernels import OPS
+from crescendo.pallas_kernels.console import output_console
 from crescendo.pallas_kernels.op import Spec, Unsupported, explain
 
-# An op's package, and the name of its specs there.
-OPS = {
-    "attention": ("attention", "SPECS"),
-    "softmax": ("softmax", "SPECS"),
-    "log_softmax": ("softmax", "SPECS"),
-    "linear_cross_entropy": ("linear_cross_entropy", "SPECS"),
-    "rms_norm": ("rms_norm", "SPECS"),
-    "qk_norm_rotary": ("rms_norm", "ROTARY_SPECS"),
-}
-# What forward and backward cost, in forward passes: a matmul's derivative is two of its size; attention's also computes
-# the scores anew.
-PASSES = {"attention": 3.5}
 EXAMPLES = """examples:
   python -m crescendo.pallas_kernels.bench softmax
   python -m crescendo.pallas_kernels.bench attention --plot attention.png
@@ -235,42 +225,49 @@ def measure(op_name: str, spec: Spec, passes: str, who: Sequence[Candidate], cal
             None if c.prepare is prepare_torch else pool.submit(attempt, c.prepare, c.function, spec, passes, calls)
             for c in who
         ]
-    found = [
+    programs = [
         future.result() if future else attempt(c.prepare, c.function, spec, passes, calls)
         for c, future in zip(who, begun, strict=True)
     ]
-    found = [x if isinstance(x, str) else attempt(first, x) for x in found]
-    seconds = iter(seconds_in_turns([x for x in found if not isinstance(x, str)]))
+    programs = [x if isinstance(x, str) else attempt(first, x) for x in programs]
+    seconds = iter(seconds_in_turns([x for x in programs if not isinstance(x, str)]))
     return [
         Result(op_name, spec.name, c.name, passes, None, error=x)
         if isinstance(x, str)
         else Result(op_name, spec.name, c.name, passes, next(seconds) / x.calls, x.extra_bytes)
-        for c, x in zip(who, found, strict=True)
+        for c, x in zip(who, programs, strict=True)
     ]
 
 
 def candidates(op_name: str, only: Sequence[str] = ()) -> list[Candidate]:
     """Implementations in order of preference, then the peers."""
-    package = f"crescendo.pallas_kernels.{OPS[op_name][0]}"
-    op = getattr(importlib.import_module(package), op_name)
-    peers = importlib.import_module(f"{package}.peers")
-    found = [Candidate(name, functools.partial(op, implementation=name), prepare) for name in op.implementations]
-    found += [Candidate(name, function, prepare) for name, function in peers.PEERS.get(op_name, {}).items()]
-    found += [Candidate(name, function, prepare_torch) for name, function in peers.torch_peers(op_name).items()]
-    return [entry for entry in found if (entry.name in only if only else entry.name != "reference")]
+    op, peers = OPS[op_name], module(op_name, "peers")
+    all_of_them = [Candidate(name, functools.partial(op, implementation=name), prepare) for name in op.implementations]
+    all_of_them += [Candidate(name, function, prepare) for name, function in peers.PEERS.get(op_name, {}).items()]
+    all_of_them += [Candidate(name, function, prepare_torch) for name, function in peers.torch_peers(op_name).items()]
+    return [entry for entry in all_of_them if (entry.name in only if only else entry.name != "reference")]
 
 
-def specs(op_name: str, tags: Iterable[str]) -> list[Spec]:
-    """Those that carry all the tags."""
-    package, name = OPS[op_name]
-    module = importlib.import_module(f"crescendo.pallas_kernels.{package}.specs")
-    return [spec for spec in getattr(module, name) if set(tags) <= spec.tags]
+def module(op_name: str, name: str) -> ModuleType:
+    """A module in the op's folder: its `specs`, `peers` or `tuning`.
+
+    >>> module("log_softmax", "specs").__name__
+    'crescendo.pallas_kernels.softmax.specs'
+    """
+    folder = OPS[op_name].__module__.removeprefix("crescendo.pallas_kernels.").split(".")[0]
+    return importlib.import_module(f"crescendo.pallas_kernels.{folder}.{name}")
+
+
+def specs(op_name: str, tags: Iterable[str] = ()) -> list[Spec]:
+    """Those that carry all the tags, out of `SPECS_OF[op_name]` of the folder's `specs`, or its `SPECS`."""
+    of_folder = module(op_name, "specs")
+    listed = getattr(of_folder, "SPECS_OF", {}).get(op_name, of_folder.SPECS)
+    return [spec for spec in listed if set(tags) <= spec.tags]
 
 
 def best_peers(op_name: str, results: Sequence[Result]) -> dict[tuple[str, str], float]:
     """The seconds of the fastest that isn't this project's own kernel, by spec and passes; cuDNN's and XLA's count."""
-    implementations = getattr(importlib.import_module(f"crescendo.pallas_kernels.{OPS[op_name][0]}"), op_name)
-    ours = set(implementations.implementations) - {"cudnn", "xla"}
+    ours = set(OPS[op_name].implementations) - {"cudnn", "xla"}
     best: dict[tuple[str, str], float] = {}
     for result in results:
         if result.seconds is not None and result.who not in ours:
@@ -282,10 +279,10 @@ def best_peers(op_name: str, results: Sequence[Result]) -> dict[tuple[str, str],
 def rate(result: Result, spec: Spec) -> tuple[float, str]:
     """What the spec's own operations or bytes make of a measurement, and the unit."""
     assert result.seconds is not None
-    whole = result.passes == "backward"
+    both = result.passes == "backward"
     if spec.flops:
-        return spec.flops * (PASSES.get(result.op, 3.0) if whole else 1.0) / result.seconds / 1e12, "TFLOP/s"
-    moved = spec.bytes + (spec.backward_bytes or 1.5 * spec.bytes) * whole
+        return (spec.flops + (spec.backward_flops or 2.0 * spec.flops) * both) / result.seconds / 1e12, "TFLOP/s"
+    moved = spec.bytes + (spec.backward_bytes or 1.5 * spec.bytes) * both
     return moved / result.seconds / 1e9, "GB/s"
 
 
@@ -294,16 +291,16 @@ def row(result: Result, spec: Spec, best: dict[tuple[str, str], float]) -> list[
     named = [result.spec, result.passes, result.who]
     if result.seconds is None:
         return [*named, "-", "-", "-", "-", result.error[:60]]
-    found, unit = rate(result, spec)
+    speed, unit = rate(result, spec)
     extra = "-" if result.extra_bytes is None else f"{result.extra_bytes / 2**30:.2f}"
     against = best.get((result.spec, result.passes))
     ratio = "-" if against is None else f"{against / result.seconds:.2f}"
-    return [*named, f"{1e3 * result.seconds:,.3f}", f"{found:,.0f}", unit, extra, ratio]
+    return [*named, f"{1e3 * result.seconds:,.3f}", f"{speed:,.0f}", unit, extra, ratio]
 
 
-def table(op_name: str, results: Sequence[Result], found: Sequence[Spec]) -> Table:
+def table(op_name: str, results: Sequence[Result], calls: Sequence[Spec]) -> Table:
     """Rows of measurements; the last column is the speed over that of the best peer."""
-    by_name, best = {spec.name: spec for spec in found}, best_peers(op_name, results)
+    by_name, best = {spec.name: spec for spec in calls}, best_peers(op_name, results)
     kind = jax.devices()[0].device_kind
     columns = ("call", "passes", "who", "ms", "rate", "unit", "GiB extra", "x best peer")
     shown = Table(*columns, title=f"{op_name} on {kind}")
@@ -312,25 +309,25 @@ def table(op_name: str, results: Sequence[Result], found: Sequence[Spec]) -> Tab
     return shown
 
 
-def draw(op_name: str, results: Sequence[Result], found: Sequence[Spec]) -> bytes:
+def draw(op_name: str, results: Sequence[Result], calls: Sequence[Spec]) -> bytes:
     """A PNG: a panel for each kind of pass, a group of bars for each spec."""
     from matplotlib.figure import Figure
 
-    by_name = {spec.name: spec for spec in found}
+    by_name = {spec.name: spec for spec in calls}
     measured = [result for result in results if result.seconds is not None]
     passes, names = (list(dict.fromkeys(getattr(r, field) for r in measured)) for field in ("passes", "who"))
-    figure = Figure(figsize=(2 + 1.6 * len(found), 3.4 * len(passes)), layout="constrained")
+    figure = Figure(figsize=(2 + 1.6 * len(calls), 3.4 * len(passes)), layout="constrained")
     panels = figure.subplots(len(passes), 1, squeeze=False)[:, 0]
     width = 0.8 / len(names)
     for panel, which in zip(panels, passes, strict=True):
         unit = ""
         for place, name in enumerate(names):
             chosen = [r for r in measured if r.passes == which and r.who == name]
-            at = [found.index(by_name[r.spec]) + (place - (len(names) - 1) / 2) * width for r in chosen]
+            at = [calls.index(by_name[r.spec]) + (place - (len(names) - 1) / 2) * width for r in chosen]
             heights = [rate(r, by_name[r.spec]) for r in chosen]
             unit = heights[0][1] if heights else unit
             panel.bar(at, [height for height, _ in heights], width, label=name, color=f"C{place}")
-        panel.set_xticks(range(len(found)), [spec.name.replace(" ", "\n") for spec in found], fontsize=7)
+        panel.set_xticks(range(len(calls)), [spec.name.replace(" ", "\n") for spec in calls], fontsize=7)
         panel.set_ylabel(unit)
         panel.set_title("forward" if which == "forward" else "forward and backward", fontsize=10)
     panels[0].legend(fontsize=7, ncols=min(4, len(names)))
@@ -340,47 +337,50 @@ def draw(op_name: str, results: Sequence[Result], found: Sequence[Spec]) -> byte
     return buffer.getvalue()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    result = argparse.ArgumentParser(
         description="Times ops over their specs, beside their peers, on the device at hand.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("op", choices=list(OPS), metavar="OP", help=", ".join(OPS))
-    parser.add_argument("--passes", nargs="+", choices=["forward", "backward"], default=["forward", "backward"])
-    parser.add_argument("--tags", nargs="+", default=["speed"], help="of the specs, all of them (default speed)")
-    parser.add_argument("--only", nargs="+", default=[], help="these implementations and peers (default all)")
-    parser.add_argument(
+    result.add_argument("op", choices=list(OPS), metavar="OP", help=", ".join(OPS))
+    result.add_argument("--passes", nargs="+", choices=["forward", "backward"], default=["forward", "backward"])
+    result.add_argument("--tags", nargs="+", default=["speed"], help="of the specs, all of them (default speed)")
+    result.add_argument("--only", nargs="+", default=[], help="these implementations and peers (default all)")
+    result.add_argument(
         "--calls", type=int, default=1, help="in one program or CUDA graph, where a call takes less than to ask for it"
     )
-    parser.add_argument("--json", type=Path, help="write the measurements to this file")
-    parser.add_argument("--plot", type=Path, help="draw the measurements into this PNG")
-    arguments = parser.parse_args(argv)
+    result.add_argument("--json", type=Path, help="write the measurements to this file")
+    result.add_argument("--plot", type=Path, help="draw the measurements into this PNG")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    arguments = parser().parse_args(argv)
     if arguments.calls < 1:
         print(f"--calls must be at least 1, not {arguments.calls}", file=sys.stderr)
         raise SystemExit(2)
-    found, who = specs(arguments.op, arguments.tags), candidates(arguments.op, arguments.only)
-    if not found or not who:
-        what = f"no spec with the tags {arguments.tags}" if not found else f"nobody named {arguments.only}"
+    chosen, who = specs(arguments.op, arguments.tags), candidates(arguments.op, arguments.only)
+    if not chosen or not who:
+        what = f"no spec with the tags {arguments.tags}" if not chosen else f"nobody named {arguments.only}"
         print(f"{arguments.op} has {what}: see --help", file=sys.stderr)
         raise SystemExit(2)
-    # A notebook's kernel sets FORCE_COLOR, which makes rich redraw lines in what is no terminal.
-    console = Console(force_terminal=None if sys.stdout.isatty() else False)
+    console = output_console()
     results: list[Result] = []
-    calls = list(itertools.product(found, arguments.passes))
+    calls = list(itertools.product(chosen, arguments.passes))
     with console.status("") as status:
         for number, (spec, passes) in enumerate(calls, 1):
             status.update(f"{number} of {len(calls)}: {spec.name}, {passes}")
             results += measure(arguments.op, spec, passes, who, arguments.calls)
             for result in results[-len(who) :]:
                 console.print("  ".join(row(result, spec, best_peers(arguments.op, results))))
-    console.print(table(arguments.op, results, found))
-    op = getattr(importlib.import_module(f"crescendo.pallas_kernels.{OPS[arguments.op][0]}"), arguments.op)
-    args, options = found[0].abstract()
-    console.print(str(explain(op, *args, **options)))
+    console.print(table(arguments.op, results, chosen))
+    args, options = chosen[0].abstract()
+    console.print(str(explain(OPS[arguments.op], *args, **options)))
     if arguments.plot:
-        arguments.plot.write_bytes(draw(arguments.op, results, found))
+        arguments.plot.write_bytes(draw(arguments.op, results, chosen))
     if arguments.json:
         arguments.json.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1) + "\n")
 

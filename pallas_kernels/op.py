@@ -138,6 +138,8 @@ class Spec:
       differentiable: the names or positions of the arguments with gradients.
       tags: what the spec is for: "small" (interpreters), "awkward", "real", "speed" (the issue's table).
       backward_bytes: that the gradient must move besides, or 0 for one and a half times `bytes`.
+      backward_flops: of the gradient's matmuls besides, or 0 for twice `flops`: a matmul has two derivatives of its
+        size.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Spec:
     differentiable: tuple[int, ...] = (0,)
     tags: frozenset[str] = frozenset()
     backward_bytes: float = 0.0
+    backward_flops: float = 0.0
 
     def inputs(self, seed: int = 0) -> tuple[tuple, dict]:
         """Arrays on the default device."""

@@ -3,14 +3,13 @@
 `OP/tuning.py` names the kernels (`TUNABLES`), each with groups of a tile's fields and the values to try. The values of
 a group are tried in every combination that fits, with the best of the groups before. A tile whose results aren't the
 default's is refused. The best, the default and the tile in force are timed once more, in turns, and the one in force
-stays unless the best is faster by more than the noise. What is found goes into `OP/tiles.json`, one entry for each
-kernel, device, key and length, and replaces the one that was there.
+stays unless the best is faster by more than the noise. The results go into `OP/tiles.json`, one entry for each kernel,
+device, key and length, and replace the one that was there.
 """
 
 import argparse
 import dataclasses
 import functools
-import importlib
 import itertools
 import json
 import math
@@ -24,8 +23,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from crescendo.pallas_kernels import tiles
-from crescendo.pallas_kernels.bench import OPS, Prepared, seconds_in_turns, specs
+from crescendo.pallas_kernels import OPS, tiles
+from crescendo.pallas_kernels.bench import Prepared, module, seconds_in_turns, specs
 from crescendo.pallas_kernels.op import Spec, Unsupported, target_device
 
 NOISE = 0.01  # the least gain over the default that counts
@@ -33,7 +32,7 @@ TOLERANCE = 1e-2  # relative distance of results that are the same but for round
 EXAMPLES = """examples:
   python -m crescendo.pallas_kernels.tune attention
   python -m crescendo.pallas_kernels.tune attention --kernels forward --specs gpt2 llama --seconds 60
-  python -m crescendo.pallas_kernels.tune attention --table found.json"""
+  python -m crescendo.pallas_kernels.tune attention --table tiles.json"""
 
 
 class Problem(NamedTuple):
@@ -105,14 +104,14 @@ def timings(run: Callable, arrays: tuple, candidates: Sequence[Any], wanted, thr
         if tile in errors:
             continue
         try:
-            found = distance(program(*arrays), wanted)
+            error_norm = distance(program(*arrays), wanted)
         except Exception as error:
             errors[tile] = said(error)
             continue
-        if found < TOLERANCE:
+        if error_norm < TOLERANCE:
             prepared[tile] = Prepared(functools.partial(program, *arrays), jax.block_until_ready)
         else:
-            errors[tile] = f"its results differ from the default's by {found:.2g}"
+            errors[tile] = f"its results differ from the default's by {error_norm:.2g}"
     seconds = dict(zip(prepared, seconds_in_turns(list(prepared.values())), strict=True))
     for tile in candidates:
         yield Timing(tile, seconds.get(tile), errors.get(tile, ""))
@@ -174,16 +173,16 @@ def entry(tunable: Tunable, problem: Problem, default: Timing, best: Timing) -> 
 def merged(old: Sequence[dict], new: Sequence[dict]) -> list[dict]:
     """Entries by kernel, key and length; the new ones replace."""
     where = lambda line: (line["kernel"], json.dumps(line["key"], sort_keys=True), line["length"])  # noqa: E731
-    found = {where(line): line for line in [*old, *new]}
-    return [found[at] for at in sorted(found)]
+    lines = {where(line): line for line in [*old, *new]}
+    return [lines[at] for at in sorted(lines)]
 
 
 def write(file: Path, kind: str, new: Sequence[dict]) -> None:
     """Adds entries to the table in `file`, one line each."""
-    whole = json.loads(file.read_text()) if file.exists() else {}
-    whole[kind] = merged(whole.get(kind, []), new)
+    table = json.loads(file.read_text()) if file.exists() else {}
+    table[kind] = merged(table.get(kind, []), new)
     lines = [
-        f" {json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, whole[name])) + "\n ]" for name in sorted(whole)
+        f" {json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, table[name])) + "\n ]" for name in sorted(table)
     ]
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -192,35 +191,48 @@ def shown(tile) -> str:
     return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(tile).items())
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
+def tunable_ops() -> list[str]:
+    """The ops whose folder has a `tuning.py`.
+
+    >>> tunable_ops()
+    ['attention']
+    """
+    return [name for name in OPS if (Path(__file__).parent / name / "tuning.py").is_file()]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    result = argparse.ArgumentParser(
         description="Times the tiles of an op's kernels on the device at hand and keeps the best in the op's table.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("op", metavar="OP", help="attention")
-    parser.add_argument("--tags", nargs="+", default=["speed"], help="of the specs, all of them (default speed)")
-    parser.add_argument("--specs", nargs="+", default=[], help="only those of these names")
-    parser.add_argument("--kernels", nargs="+", default=[], help="only those of these names")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after so long")
-    parser.add_argument("--threads", type=int, default=8, help="that compile (default 8)")
-    parser.add_argument("--table", type=Path, help="the file to add to (default the op's own)")
-    arguments = parser.parse_args(argv)
+    result.add_argument("op", metavar="OP", help=", ".join(tunable_ops()))
+    result.add_argument("--tags", nargs="+", default=["speed"], help="of the specs, all of them (default speed)")
+    result.add_argument("--specs", nargs="+", default=[], help="only those of these names")
+    result.add_argument("--kernels", nargs="+", default=[], help="only those of these names")
+    result.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after so long")
+    result.add_argument("--threads", type=int, default=8, help="that compile (default 8)")
+    result.add_argument("--table", type=Path, help="the file to add to (default the op's own)")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    arguments = parser().parse_args(argv)
 
     def stop(message: str):
         print(message, file=sys.stderr)
         raise SystemExit(2)
 
-    try:
-        tunables = importlib.import_module(f"crescendo.pallas_kernels.{arguments.op}.tuning").TUNABLES
-    except ModuleNotFoundError:
-        stop(f"{arguments.op!r} is no op with tiles to tune: those of {', '.join(sorted(OPS))} with a tuning.py are")
+    if arguments.op not in tunable_ops():
+        stop(f"{arguments.op!r} is no op with tiles to tune: use {' or '.join(tunable_ops())}")
+    tunables = module(arguments.op, "tuning").TUNABLES
     chosen = [t for t in tunables if not arguments.kernels or t.name in arguments.kernels]
-    found = [s for s in specs(arguments.op, arguments.tags) if not arguments.specs or s.name in arguments.specs]
+    calls = [s for s in specs(arguments.op, arguments.tags) if not arguments.specs or s.name in arguments.specs]
     if not chosen:
         stop(f"no kernel named {arguments.kernels}: there are {', '.join(t.name for t in tunables)}")
-    if not found:
+    if not calls:
         stop(f"no spec with the tags {arguments.tags} and a name in {arguments.specs}: see --help")
     kind = tiles.family(target_device().kind)
     file = arguments.table or Path(str(tiles.path(arguments.op)))
@@ -228,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     deadline = start + arguments.seconds
     done: dict[Any, str] = {}
     refused: list[str] = []
-    for tunable, spec in itertools.product(chosen, found):
+    for tunable, spec in itertools.product(chosen, calls):
         if time.monotonic() > deadline:
             print(f"out of time: nothing more after {arguments.seconds:.0f} s", flush=True)
             break

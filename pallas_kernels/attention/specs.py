@@ -113,14 +113,15 @@ def spec(
     pairs = visible_pairs(
         length, keys, causal=kwargs.get("causal", False), window=kwargs.get("window"), segments=segments
     )
-    size = jnp.dtype(dtype).itemsize
+    size, flops = jnp.dtype(dtype).itemsize, 4.0 * batch * heads * width * pairs
     return Spec(
         name=name,
         make=make,
-        flops=4.0 * batch * heads * width * pairs,
+        flops=flops,
         bytes=size * float(batch * width * (2 * length * heads + 2 * keys * kv_heads)),
         differentiable=(0, 1, 2),
         tags=frozenset(tags),
+        backward_flops=2.5 * flops,  # the scores are computed anew
     )
 
 

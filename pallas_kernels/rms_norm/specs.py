@@ -61,7 +61,6 @@ def _heads(name, shape, kv_heads, tags) -> Spec:
     return Spec(name, make, 0.0, nbytes, (0, 1, 2, 3), frozenset(tags.split()))
 
 
-# Of `qk_norm_rotary`.
 ROTARY_SPECS = (
     _heads("llama 8b", (4, 4096, 32, 128), 8, "real speed"),
     _heads("gpt-2", (16, 1024, 12, 64), 12, "real speed"),
@@ -69,3 +68,4 @@ ROTARY_SPECS = (
     _heads("many heads", (2, 300, 3, 16), 2, "small"),
     _heads("one token", (1, 1, 1, 2), 1, "small awkward"),
 )
+SPECS_OF = {"qk_norm_rotary": ROTARY_SPECS}

@@ -17,8 +17,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from crescendo import parallel
-from crescendo.models.attention import FusedBlockAttention, packed_attention
+from crescendo.models.attention import packed_attention
 from crescendo.pallas_kernels.attention import attention, checking
+from crescendo.pallas_kernels.attention.blocks import FusedBlockAttention
 from crescendo.pallas_kernels.attention.specs import SPECS
 from crescendo.pallas_kernels.op import target
 

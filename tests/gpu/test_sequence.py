@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crescendo.models.attention import FusedBlockAttention, packed_attention
+from crescendo.models.attention import packed_attention
+from crescendo.pallas_kernels.attention.blocks import FusedBlockAttention
 from crescendo.parallel import Layout, make_mesh, strategy
 
 pytestmark = [

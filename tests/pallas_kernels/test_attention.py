@@ -1,6 +1,7 @@
 """Attention: every implementation against the reference in float64, on this machine or in an interpreter."""
 
 import functools
+import importlib
 import itertools
 
 import jax
@@ -59,7 +60,7 @@ def test_half_precision_is_half_precision_only(implementation, quick_compilation
 
 
 def test_more_keys_than_a_chunk(quick_compilation, monkeypatch):
-    monkeypatch.setattr("crescendo.pallas_kernels.attention.xla.CHUNK_KEYS", 32)
+    monkeypatch.setattr(importlib.import_module("crescendo.pallas_kernels.attention.xla"), "CHUNK_KEYS", 32)
     for name in ("bias", "empty-rows"):
         compare("xla", BY_NAME[name], jnp.float32, 2e-5, seed=1)
 

@@ -19,6 +19,10 @@ def test_it_prints_compares_and_draws(tmp_path, capsys):
     assert {r["who"] for r in found if r["seconds"] is not None} == {"xla", "jax"}
     assert all(r["error"] for r in found if r["who"] == "triton")
     assert "one row  forward  xla" in printed
+    # No terminal: the table is as wide as its cells, and a measurement is one line of it.
+    rows = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
+    assert sorted({cell.strip() for cell in (row[2] for row in rows)}) == ["jax", "triton", "xla"]
+    assert len(rows) == 3 * len(bench.specs("rms_norm", ["small"]))
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crescendo.models.attention import FusedBlockAttention, packed_attention
+from crescendo.models.attention import packed_attention
+from crescendo.pallas_kernels.attention.blocks import FusedBlockAttention
 from crescendo.parallel import Layout, make_mesh, strategy
 from crescendo.parallel.collectives import collectives
 from crescendo.parallel.sequence import zigzag
