@@ -6,9 +6,7 @@ from crescendo.models import axes
 from crescendo.models.config import ModelConfig
 from crescendo.models.layers import Linear, RMSNorm, rotate
 from crescendo.models.layout import Layout
-from crescendo.pallas_kernels import attention
-from crescendo.pallas_kernels.op import target_device
-from crescendo.pallas_kernels.rms_norm import qk_norm_rotary
+from crescendo.pallas_kernels import attention, qk_norm_rotary
 
 
 def packed_attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool, implementation: str | None = None):
@@ -17,7 +15,11 @@ def packed_attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool, im
 
 
 class Attention(nnx.Module):
-    """`softmax(q k^T / sqrt(E)) v` with H query heads over K key and value heads (Ainslie et al. 2023)."""
+    """`softmax(q k^T / sqrt(E)) v` with H query heads over K key and value heads (Ainslie et al. 2023).
+
+    It is called with cosines and sines of the rotary angles, `[B, T, E / 2]`; `implementation` is that of the norms
+    with rotation, None for the first that serves arrays as they lie.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
         width, heads, kv_heads, head_width = config.width, config.heads, config.kv_heads, config.head_size
@@ -41,15 +43,14 @@ class Attention(nnx.Module):
             self.key_norm = RMSNorm(head_width, axes.HEAD_WIDTH, config.norm_epsilon)
         self.qk_norm = config.qk_norm
 
-    def __call__(self, x_BTD, attend, cosine, sine, layout: Layout, *, fused: bool = True):
+    def __call__(self, x_BTD, attend, cosine, sine, layout: Layout, *, implementation: str | None = None):
         q_BTHE, k_BTKE, v_BTKE = (project(x_BTD, layout) for project in (self.query, self.key, self.value))
-        if fused and self.qk_norm and layout.whole and target_device().platform == "gpu":
-            # Alone 1.9 to 2.4 times as fast as what XLA makes of the two steps (docs/results/row_kernels.md).
-            scales = self.query_norm.scale[...], self.key_norm.scale[...]
-            angles = cosine[:, :, 0], sine[:, :, 0]
-            q_BTHE, k_BTKE = qk_norm_rotary(q_BTHE, k_BTKE, *scales, *angles, eps=self.query_norm.epsilon)
-            return self.output(attend(q_BTHE, k_BTKE, v_BTKE), layout)
         if self.qk_norm:
-            q_BTHE, k_BTKE = self.query_norm(q_BTHE), self.key_norm(k_BTKE)
-        q_BTHE, k_BTKE = rotate(q_BTHE, cosine, sine), rotate(k_BTKE, cosine, sine)
+            scales, epsilon = (self.query_norm.scale[...], self.key_norm.scale[...]), self.query_norm.epsilon
+            implementation = implementation or layout.implementation
+            q_BTHE, k_BTKE = qk_norm_rotary(
+                q_BTHE, k_BTKE, *scales, cosine, sine, eps=epsilon, implementation=implementation
+            )
+        else:
+            q_BTHE, k_BTKE = rotate(q_BTHE, cosine, sine), rotate(k_BTKE, cosine, sine)
         return self.output(attend(q_BTHE, k_BTKE, v_BTKE), layout)

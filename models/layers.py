@@ -1,13 +1,11 @@
 """Small layers: every parameter is float32 and carries the logical names of its axes."""
 
-import functools
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from crescendo.models.layout import ONE_DEVICE, Layout
+from crescendo.pallas_kernels.rms_norm.examples import for_examples
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], standard_deviation: float) -> nnx.Param:
@@ -59,34 +57,6 @@ class RMSNorm(nnx.Module):
         return (x32 * inverse * scale).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def for_examples(rows_BD, shape: tuple[int, ...]):
-    """`[B, D]` broadcast to `[B, T, ..., D]`; its gradient is summed over T in two stages.
-
-    A single sum for each example would be too few blocks to keep a GPU busy; and XLA would merge two sums that follow
-    each other, hence the barrier.
-
-    >>> for_examples(jnp.ones((2, 3)), (2, 5, 4, 3)).shape
-    (2, 5, 4, 3)
-    """
-    return jnp.broadcast_to(jnp.expand_dims(rows_BD, range(1, len(shape) - 1)), shape)
-
-
-def _for_examples_forward(rows_BD, shape):
-    return for_examples(rows_BD, shape), None
-
-
-def _for_examples_backward(shape, _, gradient):
-    batch, length, *rest = shape
-    parts = math.gcd(length, 16)
-    in_parts = gradient.reshape(batch, parts, length // parts, *rest)
-    first = jnp.sum(in_parts, axis=tuple(range(2, in_parts.ndim - 1)))
-    return (jnp.sum(jax.lax.optimization_barrier(first), axis=1),)
-
-
-for_examples.defvjp(_for_examples_forward, _for_examples_backward)
-
-
 class Table(nnx.Module):
     """`[V, D]` vectors of the vocabulary: looked up at the input, multiplied at the output."""
 
@@ -95,14 +65,20 @@ class Table(nnx.Module):
 
 
 def rotary(positions_BT, head_width: int, theta: float):
-    """Cosines and sines `[B, T, 1, E / 2]` (float32) of the rotary angles `position * theta^(-2 i / E)`."""
+    """Cosines and sines `[B, T, E / 2]` (float32) of the rotary angles `position * theta^(-2 i / E)`."""
     frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-    angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
+    angle = positions_BT[:, :, None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x_BTHE, cosine, sine):
-    """Turns the pairs `(x[i], x[i + E / 2])` by the angle of their position (RoFormer, Su et al. 2021)."""
+    """Turns the pairs `(x[i], x[i + E / 2])` by the angle of their position (RoFormer, Su et al. 2021).
+
+    Args:
+      x_BTHE: queries or keys.
+      cosine, sine: float32 `[B, T, E / 2]`, see `rotary`.
+    """
+    cosine, sine = cosine[:, :, None], sine[:, :, None]
     first, second = jnp.split(x_BTHE.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return rotated.astype(x_BTHE.dtype)

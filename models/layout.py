@@ -10,13 +10,14 @@ class Layout(Protocol):
     """What a model asks of a mesh, in logical axis names; it calls these and knows nothing of the rest.
 
     Attributes:
-      whole: whether every array is in one place, so that a kernel may take it as it is.
+      implementation: of ops (`crescendo.pallas_kernels`) that are called on arrays as they lie, outside of `attend` and
+        the like: None, the first that serves, where every array is on one device.
     """
 
-    whole: bool
+    implementation: str | None
 
     def constrain(self, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-        """The same array, laid out by the logical names of its axes; None is a whole axis."""
+        """The same array, laid out by the logical names of its axes; None is an axis that isn't split."""
         ...
 
     def weight(self, array: jax.Array, names: tuple[str, ...]) -> jax.Array:
@@ -52,7 +53,7 @@ class Layout(Protocol):
 class OneDevice:
     """Everything in one place."""
 
-    whole = True
+    implementation: str | None = None
 
     def constrain(self, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """The array."""

@@ -16,8 +16,9 @@ from flax import nnx
 
 from crescendo.models import axes
 from crescendo.models.config import identity
-from crescendo.models.layers import Linear, for_examples, parameter
+from crescendo.models.layers import Linear, parameter
 from crescendo.models.layout import ONE_DEVICE, Layout
+from crescendo.pallas_kernels.rms_norm.examples import for_examples
 
 STAGES = 3
 PICTURES = (axes.BATCH, None, None, None)

@@ -77,12 +77,13 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, axes.EMBED, config.norm_epsilon)
         self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BTD, attend, cosine, sine, layout: Layout, *, drop: Drop = _keep, fused: bool = True):
+    def __call__(self, x_BTD, attend, cosine, sine, layout: Layout, *, drop: Drop = _keep, implementation=None):
         def take_in(norm, x_BTD):
             # Norms are split like the residual stream: said twice, or their float32 insides would cross the devices.
             return layout.constrain(layout.constrain(norm(x_BTD), RESIDUAL), TAKEN_IN)
 
-        mixed_BTD = self.attention(take_in(self.attention_norm, x_BTD), attend, cosine, sine, layout, fused=fused)
+        taken_BTD = take_in(self.attention_norm, x_BTD)
+        mixed_BTD = self.attention(taken_BTD, attend, cosine, sine, layout, implementation=implementation)
         x_BTD = x_BTD + drop(layout.constrain(mixed_BTD, RESIDUAL), 0)
         return x_BTD + drop(layout.constrain(self.mlp(take_in(self.mlp_norm, x_BTD), layout), RESIDUAL), 1)
 
@@ -119,12 +120,12 @@ def through_blocks(
       config: theirs.
       x_BTD: the residual stream before them.
       segment_ids_BT: int32; tokens attend within their segment.
-      cosine, sine: `[B, T, 1, E / 2]`, see `rotary`.
+      cosine, sine: `[B, T, E / 2]`, see `rotary`.
       causal, implementation, layout, dropout_keys_B: see `Transformer`.
     """
     attention = functools.partial(packed_attention, causal=causal, implementation=implementation)
     structure, stacked = nnx.split(blocks)
-    fused = implementation != "reference"
+    of_norms = implementation if implementation == "reference" else None  # others are named for the attention
 
     def attend(q_BTHE, k_BTKE, v_BTKE):
         return layout.attend(
@@ -138,7 +139,7 @@ def through_blocks(
             parameters, number = of_layer
             drop = functools.partial(_drop, config.dropout, dropout_keys_B, number, layout)
         layer: Any = nnx.merge(structure, parameters)
-        return layer(x_BTD, attend, cosine, sine, layout, drop=drop, fused=fused), None
+        return layer(x_BTD, attend, cosine, sine, layout, drop=drop, implementation=of_norms), None
 
     if config.remat != "none":
         block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)

@@ -131,7 +131,7 @@ class ViT(nnx.Module):
         values_BNP = layout.constrain(values_BNP, (axes.BATCH, axes.LENGTH, None))
         places_ND = layout.in_row_order(self.places[...], axis=0).astype(config.dtype)
         x_BTD = layout.constrain(self.patch(values_BNP.astype(config.dtype), layout) + places_ND, RESIDUAL)
-        still = jnp.zeros((*x_BTD.shape[:2], 1, config.blocks.head_size // 2), jnp.float32)  # places aren't rotated
+        still = jnp.zeros((*x_BTD.shape[:2], config.blocks.head_size // 2), jnp.float32)  # places aren't rotated
         x_BTD = through_blocks(
             self.blocks,
             config.blocks,

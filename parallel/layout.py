@@ -32,7 +32,8 @@ class Layout:
     Attributes:
       parts: how many parts of a microbatch keep their gradients apart until the end of a step.
       batch_shards: how many parts a microbatch is split in, by examples.
-      whole: whether the mesh is of one device.
+      implementation: of ops that are called on arrays as they lie: "reference" over several devices, as the partitioner
+        can split only what XLA compiled; None, the first that serves, on one.
       key_copies: on how many devices along `tensor` each key head is; see `with_heads`.
 
     Raises:
@@ -61,7 +62,7 @@ class Layout:
         self.deferred = tuple(axis for axis in self.strategy.deferred if self.sizes[axis] > 1)
         self.parts = math.prod(self.sizes[axis] for axis in self.deferred)
         self.batch_shards = math.prod(self.sizes[axis] for axis in BATCH_AXES)
-        self.whole = mesh.size == 1
+        self.implementation = None if mesh.size == 1 else "reference"
         self.key_copies = 1
         self._plain_gradients = False
 
@@ -235,7 +236,7 @@ class Layout:
         Where `sequence` is above 1, ring or Ulysses attention by `blocks` takes its place
         (`crescendo.parallel.sequence`).
         """
-        if self.whole:
+        if self.mesh.size == 1:
             return attention(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT)
         if self.sizes["sequence"] > 1:
             attention = functools.partial(
@@ -261,7 +262,7 @@ class Layout:
 
     def cross_entropy(self, loss: Callable, hidden_BTD, table_VD, labels_BT, weights_BT) -> tuple[jax.Array, jax.Array]:
         """The sums of `loss(hidden, table, labels, weights, vocab_axis=...)` over all rows."""
-        if self.whole:
+        if self.mesh.size == 1:
             return loss(hidden_BTD, table_VD, labels_BT, weights_BT)
         manual = jax.sharding.get_abstract_mesh().manual_axes
         rows = ("batch", "length")

@@ -89,8 +89,8 @@ def make_row_losses(
       microbatch_examples: how many at a time.
       trainable: which parameters the optimizer knows.
     """
-    # Fused kernels can't be spread by the partitioner.
-    context = Context(training=False, implementation=None if layout.whole else "reference")
+    # Attention too is called on rows as they lie.
+    context = Context(training=False, implementation=layout.implementation)
 
     @functools.partial(jax.jit, out_shardings=layout.replicated)
     def losses(state: TrainState, batch):

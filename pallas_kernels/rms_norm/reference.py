@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from crescendo.pallas_kernels.rms_norm.examples import for_examples
+
 
 def rms_norm(x, scale, *, eps, residual, probe):
     """See the op."""
@@ -22,7 +24,9 @@ def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
     cosine, sine = (jax.lax.stop_gradient(angle[:, :, None, :]) for angle in (cosine, sine))
 
     def turned(x, scale):
-        u1, u2 = jnp.split(_normalised(x, eps) * (scale if scale.ndim == 1 else scale[:, None, None, :]), 2, axis=-1)
+        u = _normalised(x, eps) * (scale if scale.ndim == 1 else for_examples(scale, x.shape))
+        # Two steps, each with a result in x's dtype.
+        u1, u2 = jnp.split(u.astype(x.dtype).astype(u.dtype), 2, axis=-1)
         return jnp.concatenate([u1 * cosine - u2 * sine, u2 * cosine + u1 * sine], axis=-1).astype(x.dtype)
 
     return turned(q, q_scale), turned(k, k_scale)

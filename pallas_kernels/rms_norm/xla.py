@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from crescendo.pallas_kernels.op import leave_to_others, target_device
 from crescendo.pallas_kernels.rms_norm import gradient
 
 
@@ -13,6 +14,8 @@ def rms_norm(x, scale, *, eps, residual, probe):
 
 def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
     """See the op."""
+    if target_device().platform != "gpu":
+        leave_to_others("is first on GPUs only: elsewhere XLA fuses the plain formula with the projections about it")
     return gradient.qk_norm_rotary(KERNELS, q, k, q_scale, k_scale, cosine, sine, eps)
 
 

@@ -1,19 +1,17 @@
 """Per-example gradients of norm scales against differentiating every example alone, and what they cost."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from crescendo import models
+from crescendo import models, parallel
 from crescendo.models import ModelConfig, attention
 from crescendo.models.layers import RMSNorm
 from crescendo.models.loss import next_token_loss
 from crescendo.models.norm_probes import example_squared_norms, norm_probes, norm_scales, with_probes
-from crescendo.pallas_kernels.rms_norm import qk_norm_rotary
+from crescendo.pallas_kernels import qk_norm_rotary
 
 CONFIG = ModelConfig(
     vocab_size=50, width=24, layers=2, heads=4, kv_heads=2, mlp_width=40, scan_layers=True
@@ -53,16 +51,39 @@ def test_a_layer_in_float64():
 
 
 def test_the_fused_norm_and_rotary_change_no_gradient(problem, monkeypatch):
-    """What a GPU takes for queries and keys, by the kernel that serves this device."""
+    """What a GPU takes for queries and keys, by the implementation of the same gradient that serves this device."""
     parameters, rows = problem
     probes = norm_probes(parameters, EXAMPLES)
     own = jax.jit(jax.value_and_grad(probed, (0, 1)))(parameters, probes, rows)
-    calls = []
-    monkeypatch.setattr(attention, "target_device", lambda: SimpleNamespace(platform="gpu"))
-    monkeypatch.setattr(attention, "qk_norm_rotary", lambda *args, **kw: calls.append(1) or qk_norm_rotary(*args, **kw))
-    fused = jax.jit(jax.value_and_grad(lambda *args: probed(*args), (0, 1)))(parameters, probes, rows)
-    assert calls
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), fused, own)
+    asked = []
+
+    def fused(*args, implementation, **options):
+        asked.append(implementation)
+        return qk_norm_rotary(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(attention, "qk_norm_rotary", fused)
+    by_kernel = jax.jit(jax.value_and_grad(lambda *args: probed(*args), (0, 1)))(parameters, probes, rows)
+    assert set(asked) == {None}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), by_kernel, own)
+
+
+@pytest.mark.parametrize(
+    ("devices", "implementation", "expected"),
+    [(1, None, None), (1, "xla", None), (1, "reference", "reference"), (2, None, "reference")],
+)
+def test_kernels_are_asked_where_they_may_serve(problem, monkeypatch, devices, implementation, expected):
+    """Not over several devices, nor where second derivatives are wanted; the attention's name is its own."""
+    parameters, rows = problem
+    asked = []
+
+    def recorded(*args, implementation, **options):
+        asked.append(implementation)
+        return qk_norm_rotary(*args, implementation=implementation, **options)
+
+    monkeypatch.setattr(attention, "qk_norm_rotary", recorded)
+    layout = parallel.Layout(parallel.make_mesh(devices=jax.devices()[:devices]))
+    jax.eval_shape(lambda: next_token_loss(CONFIG, parameters, rows, implementation=implementation, layout=layout))
+    assert set(asked) == {expected}
 
 
 def test_equals_differentiating_every_example_alone(problem):

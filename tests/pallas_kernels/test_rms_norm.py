@@ -1,5 +1,7 @@
 """RMSNorm and norm with rotary positions: values and gradients in float64, per-example norms, errors."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from crescendo.pallas_kernels.op import target
+from crescendo.pallas_kernels.op import explain, target
 from crescendo.pallas_kernels.rms_norm import qk_norm_rotary, rms_norm
 from crescendo.pallas_kernels.rms_norm.specs import ROTARY_SPECS, SPECS
 
@@ -115,6 +117,31 @@ def test_rows_split_over_devices_equal_the_whole():
     for f, e in zip(compiled(*placed), run(x, scale), strict=True):
         np.testing.assert_allclose(f, e, rtol=1e-5, atol=1e-5)
     assert "all-gather" not in compiled.as_text()
+
+
+@pytest.mark.parametrize(
+    ("device", "chosen"),
+    [(H100, {"triton", "xla"}), (AbstractDevice("TPU v5e", 1, "tpu"), {"reference"}), (None, {"reference"})],
+    ids=["gpu", "tpu", "cpu"],
+)
+def test_norms_with_rotation_are_fused_on_gpus_only(device, chosen):
+    arguments, options = ROTARY_SPECS[0].abstract()
+    with contextlib.nullcontext() if device is None else target(device):
+        assert explain(qk_norm_rotary, *arguments, **options).chosen in chosen  # triton where it is installed
+
+
+def test_scales_for_each_example_have_the_gradients_of_the_broadcast_ones():
+    random = np.random.default_rng()
+    q, k, rows = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((3, 6, 4, 8), (3, 6, 2, 8), (3, 8)))
+    angle = jnp.asarray(random.normal(size=(3, 6, 4)), jnp.float32)
+
+    def loss(q_scale, k_scale):
+        turned = qk_norm_rotary(q, k, q_scale, k_scale, jnp.cos(angle), jnp.sin(angle), eps=1e-6)
+        return sum(jnp.sum(jnp.sin(x)) for x in turned)
+
+    by_example = jax.grad(loss, (0, 1))(rows, rows)
+    alone = [jax.grad(lambda s, b=b: loss(rows.at[b].set(s), rows.at[b].set(s)))(rows[b]) for b in range(3)]
+    np.testing.assert_allclose(by_example[0] + by_example[1], jnp.stack(alone), rtol=1e-5, atol=1e-5)
 
 
 X, S = jnp.ones((2, 3, 4)), jnp.ones(4)
