@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crescendo import optim
-from crescendo.experiments.benchmark_optim import PEERS, optimizer_table
+from crescendo.experiments.benchmarks.optimizers import PEERS, optimizer_table
 from crescendo.experiments.data.random_text import RandomText
 from crescendo.experiments.runs.state import TrainState
 from crescendo.experiments.runtime import hardware

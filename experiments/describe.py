@@ -27,8 +27,8 @@ from crescendo.models import ModelConfig
 from crescendo.models.config import PRESETS
 from crescendo.parallel.collectives import KINDS, traffic
 from crescendo.parallel.costs import Work, step_traffic
-from crescendo.parallel.describe import describe_sharding, device_bytes
 from crescendo.parallel.mesh import AXES
+from crescendo.parallel.tables import describe_sharding, device_bytes
 
 EXAMPLES = """examples:
   python -m crescendo.parallel.describe --model 70b --devices 4096 --fsdp 512 --tensor 8 --batch-size 512

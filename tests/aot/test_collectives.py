@@ -14,7 +14,7 @@ from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
 from crescendo.parallel.collectives import Traffic, collectives, traffic
 from crescendo.parallel.costs import Work, step_traffic
-from crescendo.parallel.describe import device_bytes
+from crescendo.parallel.tables import device_bytes
 
 pytestmark = [pytest.mark.aot, pytest.mark.timeout(1200)]
 H100 = Path(__file__).parent / "h100.txtpb"

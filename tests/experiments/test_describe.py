@@ -12,7 +12,7 @@ from crescendo import models, parallel
 from crescendo.experiments import describe
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.models import ModelConfig
-from crescendo.parallel.describe import describe_sharding, device_bytes
+from crescendo.parallel.tables import describe_sharding, device_bytes
 
 
 def test_70b_over_4096_devices_is_described_without_any(capsys):
