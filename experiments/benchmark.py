@@ -1,27 +1,15 @@
 """Speed on the devices at hand, of training steps and of optimizers: `python -m crescendo.experiments.benchmark`."""
 
 import argparse
-import statistics
-import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
-import jax
-import optax
-from rich.console import Console
-from rich.table import Table
-
-from crescendo import optim
 from crescendo.experiments.benchmarks.optimizers import PEERS, optimizer_table
-from crescendo.experiments.data.random_text import RandomText
-from crescendo.experiments.runs.state import TrainState
-from crescendo.experiments.runtime import hardware
+from crescendo.experiments.benchmarks.steps import noise_scale_table, training_table
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError, user_values
-from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
 from crescendo.models.config import PRESETS
-from crescendo.optim.batch_size import BatchSizePolicy, constant
+from crescendo.pallas_kernels.console import output_console
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.benchmark train debug
@@ -31,175 +19,14 @@ EXAMPLES = """examples:
   python -m crescendo.experiments.benchmark optim adamw lion lamb --preset 1b"""
 
 
-class Speed(NamedTuple):
-    """What a training step costs.
-
-    Attributes:
-      step_seconds: the median over the timed steps.
-      tokens_per_second: of all devices together.
-      mfu: the share of the devices' peak; None where the peak isn't known.
-      peak_bytes: memory of a device, by the compiler's count.
-      microbatch_examples: as the planner chose.
-      compile_seconds: tracing and compilation.
-    """
-
-    step_seconds: float
-    tokens_per_second: float
-    mfu: float | None
-    peak_bytes: int
-    microbatch_examples: int
-    compile_seconds: float
-
-
-class Loop(NamedTuple):
-    """A session with a state and a batch to call its step on."""
-
-    session: Session
-    state: TrainState
-    batch: dict
-    compile_seconds: float
-
-    def timed(self, steps: int) -> tuple["Loop", list[float]]:
-        """The loop after some steps, and the seconds of each."""
-        state, seconds = self.state, []
-        for _ in range(steps):
-            start = time.perf_counter()
-            state, metrics = self.session.step(state, self.batch)
-            jax.block_until_ready(metrics)
-            seconds.append(time.perf_counter() - start)
-        return self._replace(state=state), seconds
-
-
-def prepare(
-    model: ModelConfig,
-    *,
-    sequence_length: int,
-    batch_size: int,
-    documents_in_row: int = 1,
-    policy: BatchSizePolicy | None = None,
-    noise_scale: optax.GradientTransformation | None = None,
-    max_microbatch_examples: int | None = None,
-) -> Loop:
-    """Compiles the loop's step, AdamW included, and fills a batch with random tokens, as skewed as a text's.
-
-    Args:
-      model: the decoder's shape.
-      sequence_length: tokens in a row.
-      batch_size: global, in examples.
-      documents_in_row: packed documents of equal length.
-      policy: of the batch size, whose first size is the batch's; None: constant.
-      noise_scale: as `train` takes it.
-      max_microbatch_examples: a bound below the one that memory sets.
-    """
-    start = time.perf_counter()
-    session = Session(
-        data=RandomText(model.vocab_size, sequence_length, documents_in_row),
-        model=model,
-        optimizer=optim.adamw(3e-4),
-        batch_size=constant(batch_size) if policy is None else policy,
-        total_examples=2**31 - batch_size,
-        noise_scale=noise_scale,
-        max_microbatch_examples=max_microbatch_examples,
-    )
-    _ = session.step  # compiles it
-    seconds = time.perf_counter() - start
-    return Loop(session, session.fresh_state(), session.feed().read(0, batch_size), seconds)
-
-
-def measure(
-    model: ModelConfig, *, sequence_length: int, batch_size: int, steps: int = 20, documents_in_row: int = 1
-) -> Speed:
-    """Times the loop's own step (see `prepare`), after three steps to warm up."""
-    loop = prepare(model, sequence_length=sequence_length, batch_size=batch_size, documents_in_row=documents_in_row)
-    _, seconds = loop.timed(steps + 3)
-    step_seconds = statistics.median(seconds[3:])
-    tokens_per_second = batch_size * sequence_length / step_seconds
-    device = jax.devices()[0]
-    peak = hardware.peak_flops_per_second(device)
-    flops = tokens_per_second * model.flops_per_token(sequence_length)
-    return Speed(
-        step_seconds,
-        tokens_per_second,
-        flops / (peak * len(jax.devices())) if peak else None,
-        loop.session.peak_bytes,
-        loop.session.plan.microbatch_examples,
-        loop.compile_seconds,
-    )
-
-
-def noise_scale_table(preset: str, *, sequence_length: int, batch_size: int, rounds: int = 8, steps: int = 10) -> Table:
-    """What the noise scale and a policy cost a step: the variants take turns, so that a drift of the clock is shared.
-
-    All run microbatches of half the batch, which the gradient's noise scale needs.
-    """
-    sizes: dict[str, Any] = {
-        "sequence_length": sequence_length,
-        "batch_size": batch_size,
-        "max_microbatch_examples": max(1, batch_size // 2),
-    }
-    model = ModelConfig.preset(preset)
-    following = optim.noise_scale_following(batch_size, batch_size)
-    loops = {
-        "neither": prepare(model, **sizes),
-        "noise scale and policy": prepare(model, **sizes, policy=following, noise_scale=optim.gradient_noise_scale()),
-        "and that of norm layers": prepare(
-            model, **sizes, policy=following, noise_scale=optim.gradient_noise_scale(norm_layers=True)
-        ),
-        "and by layer": prepare(
-            model, **sizes, policy=following, noise_scale=optim.gradient_noise_scale(groups="layer", norm_layers=True)
-        ),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for number in range(rounds + 1):
-        for name in loops:
-            loops[name], found = loops[name].timed(steps)
-            seconds[name] += found if number else []  # the first round warms up
-    base = statistics.median(seconds["neither"])
-    title = f"{jax.devices()[0].device_kind}: {preset}, rows of {sequence_length}, batch {batch_size}"
-    table = Table("measured", "ms a step", "more than neither", title=title)
-    for name, found in seconds.items():
-        median = statistics.median(found)
-        table.add_row(name, f"{1e3 * median:.3f}", f"{median / base - 1:+.2%}")
-    return table
-
-
-def training_table(presets: Sequence[str], arguments: argparse.Namespace) -> Table:
-    """One row a preset."""
-    title = (
-        f"{len(jax.devices())} x {jax.devices()[0].device_kind}, rows of {arguments.sequence_length}, "
-        f"batch {arguments.batch_size}"
-    )
-    table = Table("preset", "ms a step", "tokens/s", "MFU", "GiB", "microbatch", "compiled in", title=title)
-    for preset in presets:
-        with user_values():
-            model = ModelConfig.preset(preset, remat=arguments.remat, scan_layers=arguments.scan_layers or None)
-        speed = measure(
-            model,
-            sequence_length=arguments.sequence_length,
-            batch_size=arguments.batch_size,
-            steps=arguments.steps,
-            documents_in_row=arguments.documents_in_row,
-        )
-        table.add_row(
-            preset,
-            f"{1e3 * speed.step_seconds:,.1f}",
-            f"{speed.tokens_per_second:,.0f}",
-            f"{speed.mfu:.1%}" if speed.mfu else "-",
-            f"{speed.peak_bytes / 2**30:.2f}",
-            str(speed.microbatch_examples),
-            f"{speed.compile_seconds:.0f} s",
-        )
-    return table
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    result = argparse.ArgumentParser(
         description="Speed of training steps and of optimizers on the devices at hand.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = result.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="the presets' training steps, AdamW included")
     train.add_argument("presets", nargs="+", choices=list(PRESETS), metavar="PRESET", help=", ".join(PRESETS))
     train.add_argument("--sequence-length", type=int, default=1024, help="tokens in a row (default 1024)")
@@ -215,20 +42,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizers = commands.add_parser("optim", help="one update, beside optax's own and the bandwidth bound")
     optimizers.add_argument("names", nargs="+", choices=list(PEERS), metavar="OPTIMIZER", help=", ".join(PEERS))
     optimizers.add_argument("--preset", default="1b", choices=list(PRESETS), help="whose parameters (default 1b)")
-    arguments = parser.parse_args(argv)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    arguments = parser().parse_args(argv)
+    console = output_console()
     if arguments.command == "optim":
-        Console().print(optimizer_table(arguments.names, arguments.preset))
+        console.print(optimizer_table(arguments.names, arguments.preset))
         return
     for name in ("sequence_length", "batch_size", "documents_in_row", "steps"):
         if getattr(arguments, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    rows = {"sequence_length": arguments.sequence_length, "batch_size": arguments.batch_size}
     if arguments.command == "noise-scale":
-        table = noise_scale_table(
-            arguments.preset, sequence_length=arguments.sequence_length, batch_size=arguments.batch_size
-        )
-        Console().print(table)
+        console.print(noise_scale_table(arguments.preset, **rows))
         return
-    Console().print(training_table(arguments.presets, arguments))
+    changes = {"remat": arguments.remat, "scan_layers": arguments.scan_layers or None}
+    with user_values():
+        models = {preset: ModelConfig.preset(preset, **changes) for preset in arguments.presets}
+    table = training_table(models, **rows, steps=arguments.steps, documents_in_row=arguments.documents_in_row)
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""Where everything lives: tables of parameters, activations and memory over a mesh that need not be there.
-
-As a command, `python -m crescendo.parallel.describe`, it is `crescendo.experiments.describe`, which knows models and
-the training step.
-"""
+"""Where everything lives: tables of parameters, activations, memory and traffic, of a mesh that need not be there."""
 
 import math
 from typing import Any
@@ -10,6 +6,7 @@ from typing import Any
 import jax
 from rich.table import Table
 
+from crescendo.parallel.collectives import KINDS
 from crescendo.parallel.layout import Layout
 from crescendo.parallel.rules import ACTIVATIONS, spec_entries
 
@@ -23,7 +20,7 @@ ACTIVATION_AXES = {
     "feed-forward": ("batch", "length", "mlp"),
     "logits": ("batch", "length", "vocab"),
 }
-# A parameter that is whole on every device is worth a warning from this size on.
+# A parameter that is replicated on every device is worth a warning from this size on.
 WARN_BYTES = 2**20
 
 
@@ -43,7 +40,7 @@ def device_bytes(arrays: Tree, shardings: Tree) -> int:
 
 
 def describe_sharding(arrays: Tree, logical_axes: Tree, layout: Layout) -> tuple[Table, list[str]]:
-    """One row a parameter and one an activation, and warnings of what stays whole on every device.
+    """One row a parameter and one an activation, and warnings of what is replicated on every device.
 
     Args:
       arrays: the parameters or their shapes.
@@ -66,13 +63,37 @@ def describe_sharding(arrays: Tree, logical_axes: Tree, layout: Layout) -> tuple
         held = math.prod(shardings[0].shard_shape(array.shape)) * array.dtype.itemsize
         size = " x ".join(map(str, array.shape))
         table.add_row(name, ", ".join(axes), size, *(_spec(s.spec, layout) for s in shardings), f"{held:,}")
-        whole = math.prod(array.shape) * array.dtype.itemsize
-        if layout.mesh.size > 1 and held == whole >= WARN_BYTES:
-            warnings.append(f"{name} ({whole / 2**20:,.0f} MiB) is whole on each of the {layout.mesh.size} devices")
+        full = math.prod(array.shape) * array.dtype.itemsize
+        if layout.mesh.size > 1 and held == full >= WARN_BYTES:
+            warnings.append(f"{name} ({full / 2**20:,.0f} MiB) is replicated on each of the {layout.mesh.size} devices")
     table.add_section()
     for name, axes in ACTIVATION_AXES.items():
         table.add_row(name, ", ".join(axes), "", _spec(spec_entries(ACTIVATIONS, axes), layout), "", "", "")
     return table, warnings
+
+
+def memory_table(parts: dict[str, float]) -> Table:
+    """Bytes that a device holds, by part."""
+    table = Table("on a device", title="by our own count")
+    table.add_column("GiB", justify="right")
+    for name, size in parts.items():
+        table.add_row(name, f"{size / 2**30:.3f}")
+    table.add_section()
+    table.add_row("all of these", f"{sum(parts.values()) / 2**30:.3f}")
+    return table
+
+
+def traffic_table(title: str, sent: dict[str, float], counts: dict[str, float] | None = None) -> Table:
+    """Bytes that a device sends in a step, by kind of collective."""
+    table = Table("collective", title=title)
+    if counts:
+        table.add_column("count", justify="right")
+    table.add_column("GiB sent by a device", justify="right")
+    for kind in KINDS:
+        table.add_row(kind, *([f"{counts[kind]:,.0f}"] if counts else []), f"{sent[kind] / 2**30:.3f}")
+    table.add_section()
+    table.add_row("all", *([f"{sum(counts.values()):,.0f}"] if counts else []), f"{sum(sent.values()) / 2**30:.3f}")
+    return table
 
 
 def _spec(entries, layout: Layout) -> str:

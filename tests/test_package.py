@@ -147,7 +147,6 @@ COMMANDS = [
         f"experiments.{name}"
         for name in ("train", "report", "batch_warmup", "refine_schedule", "large_batch", "benchmark", "describe")
     ),
-    "models.describe",
     "pallas_kernels.bench",
     "pallas_kernels.tune",
     "optim.plot",

@@ -9,7 +9,7 @@ import pytest
 
 from crescendo import models, optim, parallel
 from crescendo.experiments.data.random_text import RandomText
-from crescendo.experiments.describe import topology_devices
+from crescendo.experiments.runtime.hardware import topology_devices
 from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
 from crescendo.parallel.collectives import Traffic, collectives, traffic

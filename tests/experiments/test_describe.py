@@ -47,14 +47,29 @@ def test_the_command_of_the_package_is_the_same():
     assert (refused.returncode, refused.stderr) == (2, "error: --devices 0 must be at least 1\n")
 
 
-def test_what_stays_whole_is_warned_of():
+@pytest.mark.parametrize("module", ["crescendo.models.describe", "crescendo.experiments.describe"])
+def test_a_preset_by_itself_has_no_mesh(module):
+    command = [sys.executable, "-m", module, "124m", "--sequence-length"]
+    shown = subprocess.run([*command, "2048"], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "MFLOPs a token, forward and backward, at 2048 tokens a row" in shown.stdout
+    count = next(line for line in shown.stdout.splitlines() if line.startswith("│ all"))
+    block = 4 * 768**2 + 3 * 768 * 2048 + 2 * 768 + 2 * 64  # attention, feed-forward, norms of both, of q and k
+    assert int(count.split("│")[-2].replace(",", "")) == 50_304 * 768 + 12 * block + 768
+    assert "GiB  Adam moments, float32" in shown.stdout
+    assert "a device" not in shown.stdout
+    refused = subprocess.run([*command, "0"], capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr) == (2, "error: --sequence-length 0 must be at least 1\n")
+
+
+def test_what_is_replicated_is_warned_of():
     config = ModelConfig.preset("124m").for_platform("gpu")
     arrays = jax.eval_shape(lambda: models.initialize(config, jax.random.key(0)))
     mesh = parallel.MeshSpec(data=2, fsdp=4).abstract(8)
     for strategy, expected in (("zero2", True), ("fsdp", False)):
         layout = parallel.Layout(mesh, strategy)
         _, warnings = describe_sharding(arrays, models.logical_axes(config), layout)
-        assert any("embedding.table (147 MiB) is whole on each of the 8" in line for line in warnings) == expected
+        assert any("embedding.table (147 MiB) is replicated on each of the 8" in line for line in warnings) == expected
     axes = models.logical_axes(config)
     held = {
         name: device_bytes(arrays, getattr(parallel.Layout(mesh, strategy), name)(axes))
@@ -69,6 +84,7 @@ def test_what_stays_whole_is_warned_of():
     ("arguments", "message"),
     [
         (["--devices", "0"], "--devices 0 must be at least 1"),
+        (["124m", "--fsdp", "4"], "^--fsdp is of a mesh: say --model 124m then, and not 124m$"),
         (["--devices", "6", "--tensor", "4"], "does not cover the 6 devices"),
         (
             ["--model", "70b", "--devices", "128", "--tensor", "128"],

@@ -1,0 +1,144 @@
+"""A model over a mesh: memory, traffic and the compiler's own word."""
+
+import math
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from crescendo import optim, parallel
+from crescendo.experiments.data.random_text import RandomText
+from crescendo.experiments.runtime.errors import user_values
+from crescendo.experiments.trainer.compilation import peak_bytes
+from crescendo.experiments.trainer.session import Session
+from crescendo.models import ModelConfig
+from crescendo.parallel.collectives import traffic
+from crescendo.parallel.costs import Work, step_traffic
+from crescendo.parallel.tables import describe_sharding, device_bytes, memory_table, traffic_table
+
+
+def planned_session(
+    model: ModelConfig,
+    layout: parallel.Layout,
+    *,
+    batch_size: int,
+    microbatches: int,
+    sequence_length: int,
+    platform: str,
+) -> tuple[Session, parallel.BatchPlan, Work]:
+    """A session of random tokens over the mesh, how its batch is cut, and what a step of it works on.
+
+    Args:
+      model: the decoder's shape.
+      layout: mesh and strategy.
+      batch_size: global, in examples.
+      microbatches: how many make a batch.
+      sequence_length: tokens in a row.
+      platform: "gpu" or "tpu".
+
+    Raises:
+      UserError: a batch, or a model, that the mesh can't divide.
+    """
+    with user_values():
+        plan = parallel.plan_batches([batch_size], layout.batch_shards, batch_size // microbatches)
+    session = Session(
+        data=RandomText(model.vocab_size, sequence_length),
+        model=model,
+        optimizer=optim.adamw(1e-3),
+        batch_size=batch_size,
+        total_examples=2**31 - 1,
+        mesh=layout.mesh,
+        strategy=layout.strategy,
+        platform=platform,
+    )
+    config = model.for_platform(session.platform)
+    work = Work(
+        microbatches=plan.max_microbatches,
+        examples=plan.microbatch_examples,
+        sequence_length=sequence_length,
+        layers=config.layers,
+        width=config.width,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_width=config.head_size,
+        compute_bytes=jnp.dtype(config.dtype).itemsize,
+        full_remat=config.remat == "full",
+    )
+    return session, plan, work
+
+
+def session_memory_table(session: Session, work: Work) -> Table:
+    """What a device holds, by our own count."""
+    state, shardings, layout = session.abstract_state, session.shardings, session.layout
+    parts = {
+        "parameters, float32": float(device_bytes(state.parameters, shardings.parameters)),
+        "optimizer state": float(device_bytes(state.opt_state, shardings.opt_state)),
+        "gradients, float32": float(device_bytes(state.parameters, layout.gradients(session.task.logical_axes()))),
+    }
+    if work.full_remat:
+        share = layout.batch_shards * layout.sizes["sequence"] * layout.sizes["tensor"]
+        tokens = work.examples * work.sequence_length / share
+        parts["inputs of the layers, for the backward pass"] = tokens * work.layers * work.width * work.compute_bytes
+    return memory_table(parts)
+
+
+def describe_mesh(
+    console: Console,
+    model: ModelConfig,
+    layout: parallel.Layout,
+    *,
+    batch_size: int,
+    microbatches: int,
+    sequence_length: int,
+    devices: Sequence[jax.Device] = (),
+) -> None:
+    """Prints every array's place, the memory of a device and the traffic of a step.
+
+    Args:
+      console: where.
+      model, layout, batch_size, microbatches, sequence_length: see `planned_session`.
+      devices: those of the mesh, to compile the step for; none: nothing is compiled.
+
+    Raises:
+      UserError: a batch, or a model, that the mesh can't divide.
+    """
+    begin = time.perf_counter()
+    session, plan, work = planned_session(
+        model,
+        layout,
+        batch_size=batch_size,
+        microbatches=microbatches,
+        sequence_length=sequence_length,
+        platform="gpu" if devices and devices[0].platform in ("cuda", "gpu") else "tpu",
+    )
+    layout, arrays, axes = session.layout, session.parameters, session.task.logical_axes()
+    table, warnings = describe_sharding(arrays, axes, layout)
+    console.print(table)
+    for warning in warnings:
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(arrays))
+    console.print(
+        f"{parameters:,} parameters; a batch of {batch_size} rows of {sequence_length} tokens in "
+        f"{plan.max_microbatches} microbatch(es) of {plan.microbatch_examples}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(session_memory_table(session, work))
+    console.print(traffic_table("a step, in closed form", step_traffic(layout, arrays, axes, work)))
+    if devices:
+        console.print(f"compiling for {len(devices)} x {devices[0].device_kind} ...", highlight=False)
+        compiled = session.lower(plan, implementation="xla").compile()
+        sent = traffic(compiled.as_text() or "", microbatches=plan.max_microbatches)
+        console.print(
+            traffic_table(
+                "a step, by the compiled program",
+                {kind: t.sent_bytes for kind, t in sent.items()},
+                {kind: t.count for kind, t in sent.items()},
+            )
+        )
+        peak = peak_bytes(compiled) / 2**30
+        console.print(f"{peak:.3f} GiB a device at the peak, by the compiler's count", highlight=False)
+    console.print(f"in {time.perf_counter() - begin:.0f} s", highlight=False)
