@@ -57,16 +57,18 @@ def decode(config: ModelConfig, parameters: dict, tokens_BT, begin, cache: Cache
     structure, stacked = nnx.split(model.blocks)
 
     def block(x_BTD, of_layer):
-        weights, kept = of_layer
+        weights, layer_cache = of_layer
 
         def attend(q_BTHE, k_BTKE, v_BTKE):
             for name, new in (("keys", k_BTKE), ("values", v_BTKE)):
-                kept[name] = jax.lax.dynamic_update_slice_in_dim(kept[name], new, begin, axis=1)
+                layer_cache[name] = jax.lax.dynamic_update_slice_in_dim(layer_cache[name], new, begin, axis=1)
             # Causal by position: what lies in the cache past a token is after it.
-            return attention(q_BTHE, kept["keys"], kept["values"], causal=True, positions=(positions_BT, seen_BS))
+            return attention(
+                q_BTHE, layer_cache["keys"], layer_cache["values"], causal=True, positions=(positions_BT, seen_BS)
+            )
 
         layer: Any = nnx.merge(structure, weights)
-        return layer(x_BTD, attend, cosine, sine, ONE_DEVICE), kept
+        return layer(x_BTD, attend, cosine, sine, ONE_DEVICE), layer_cache
 
     x_BTD = ONE_DEVICE.look_up(model.embedding.table[...], tokens_BT, config.dtype)
     x_BTD, cache = jax.lax.scan(block, x_BTD, (stacked, cache))

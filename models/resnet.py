@@ -7,14 +7,13 @@ batch, so that its result depended on how the batch is cut over devices and micr
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from crescendo.models import axes
+from crescendo.models import axes, functional
 from crescendo.models.config import identity
 from crescendo.models.layers import Linear, parameter
 from crescendo.models.layout import ONE_DEVICE, Layout
@@ -159,7 +158,7 @@ class Block(nnx.Module):
 class ResNet(nnx.Module):
     """Call it with pictures, float `[B, height, width, in_channels]`; it returns logits, float32 `[B, classes]`.
 
-    `layout` says how examples lie over the devices; a picture is always whole.
+    `layout` says how examples lie over the devices; a picture is never split.
 
     Args:
       config: `dtype` decided (`ResNetConfig.for_platform`).
@@ -187,11 +186,6 @@ class ResNet(nnx.Module):
         return self.head(jnp.mean(x_BHWC.astype(jnp.float32), axis=(1, 2)), layout)
 
 
-@functools.cache
-def _abstract(config: ResNetConfig):
-    return nnx.split(nnx.eval_shape(lambda: ResNet(config, rngs=nnx.Rngs(0))))
-
-
 def initialize(config: ResNetConfig, key) -> dict:
     """Fresh float32 parameters as nested dicts of arrays; pure, so it can be jitted with output shardings.
 
@@ -200,7 +194,7 @@ def initialize(config: ResNetConfig, key) -> dict:
     >>> sum(x.size for x in jax.tree.leaves(shapes))
     269424
     """
-    return nnx.to_pure_dict(nnx.state(ResNet(config, rngs=nnx.Rngs(key))))
+    return functional.initialize(ResNet, config, key)
 
 
 def apply(config: ResNetConfig, parameters: dict) -> ResNet:
@@ -211,12 +205,9 @@ def apply(config: ResNetConfig, parameters: dict) -> ResNet:
     >>> jax.eval_shape(lambda p: apply(config, p)(jnp.zeros((2, 28, 28, 1))), parameters).shape
     (2, 10)
     """
-    structure, state = _abstract(config)
-    state = jax.tree.map(lambda x: x, state)
-    nnx.replace_by_pure_dict(state, parameters)
-    return nnx.merge(structure, state)
+    return functional.apply(ResNet, config, parameters)
 
 
 def logical_axes(config: ResNetConfig) -> dict:
     """The logical axis names of every parameter, as nested dicts of tuples."""
-    return nnx.to_pure_dict(_abstract(config)[1], extract_fn=lambda parameter: tuple(parameter.axes))
+    return functional.logical_axes(ResNet, config)

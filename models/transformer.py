@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from crescendo.models import axes
+from crescendo.models import axes, functional
 from crescendo.models.attention import Attention, packed_attention
 from crescendo.models.config import ModelConfig
 from crescendo.models.layers import Linear, RMSNorm, Table, rotary
@@ -39,11 +39,11 @@ def _keep(x_BTD: jax.Array, branch: int) -> jax.Array:
 def _drop(rate: float, keys_B, layer, layout: Layout, x_BTD: jax.Array, branch: int) -> jax.Array:
     """Dropout by a mask that is a function of the example's key, the layer and the branch."""
 
-    def kept(key):
+    def retained(key):
         return jax.random.bernoulli(jax.random.fold_in(key, 2 * layer + branch), 1 - rate, x_BTD.shape[1:])
 
-    kept_BTD = layout.constrain(layout.in_row_order(jax.vmap(kept)(keys_B)), RESIDUAL)
-    return jnp.where(kept_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
+    retained_BTD = layout.constrain(layout.in_row_order(jax.vmap(retained)(keys_B)), RESIDUAL)
+    return jnp.where(retained_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
 
 
 class Mlp(nnx.Module):
@@ -203,14 +203,9 @@ class Transformer(nnx.Module):
         return layout.constrain(self.final_norm(x_BTD), RESIDUAL)
 
 
-@functools.cache
-def _abstract(config: ModelConfig):
-    return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
-
-
 def initialize(config: ModelConfig, key) -> dict:
     """Fresh float32 parameters as nested dicts of arrays; pure, so it can be jitted with output shardings."""
-    return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(key))))
+    return functional.initialize(Transformer, config, key)
 
 
 def apply(config: ModelConfig, parameters: dict) -> Transformer:
@@ -222,17 +217,9 @@ def apply(config: ModelConfig, parameters: dict) -> Transformer:
     >>> apply(config, parameters)(tokens, tokens + 1, jnp.arange(8)[None].repeat(2, 0)).shape
     (2, 8, 128)
     """
-    structure, state = _abstract(config)
-    state = jax.tree.map(lambda x: x, state)
-    nnx.replace_by_pure_dict(state, parameters)
-    return nnx.merge(structure, state)
+    return functional.apply(Transformer, config, parameters)
 
 
 def logical_axes(config: ModelConfig) -> dict:
     """The logical axis names of every parameter, as nested dicts of tuples; blocks have a leading `layers`."""
-    _, state = _abstract(config)
-    named = nnx.to_pure_dict(state, extract_fn=lambda parameter: tuple(parameter.axes))
-    named["blocks"] = jax.tree.map(
-        lambda names: (axes.LAYERS, *names), named["blocks"], is_leaf=lambda x: isinstance(x, tuple)
-    )
-    return named
+    return functional.logical_axes(Transformer, config, stacked=("blocks",))

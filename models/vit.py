@@ -7,14 +7,12 @@ https://arxiv.org/abs/2205.01580).
 """
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from crescendo.models import axes
+from crescendo.models import axes, functional
 from crescendo.models.config import ModelConfig, Remat, identity
 from crescendo.models.layers import Linear, RMSNorm, parameter
 from crescendo.models.layout import ONE_DEVICE, Layout
@@ -168,14 +166,9 @@ def cut_into_patches(x_BHWC, image_size: int, patch_size: int):
     return x.swapaxes(2, 3).reshape(batch, side**2, patch_size**2 * channels)
 
 
-@functools.cache
-def _abstract(config: ViTConfig):
-    return nnx.split(nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0))))
-
-
 def initialize(config: ViTConfig, key) -> dict:
     """Fresh float32 parameters as nested dicts of arrays; pure, so it can be jitted with output shardings."""
-    return nnx.to_pure_dict(nnx.state(ViT(config, rngs=nnx.Rngs(key))))
+    return functional.initialize(ViT, config, key)
 
 
 def apply(config: ViTConfig, parameters: dict) -> ViT:
@@ -186,16 +179,9 @@ def apply(config: ViTConfig, parameters: dict) -> ViT:
     >>> jax.eval_shape(lambda p: apply(config, p)(jnp.zeros((2, 28, 28, 1))), parameters).shape
     (2, 10)
     """
-    structure, state = _abstract(config)
-    state = jax.tree.map(lambda x: x, state)
-    nnx.replace_by_pure_dict(state, parameters)
-    return nnx.merge(structure, state)
+    return functional.apply(ViT, config, parameters)
 
 
 def logical_axes(config: ViTConfig) -> dict:
     """The logical axis names of every parameter, as nested dicts of tuples; blocks have a leading `layers`."""
-    named = nnx.to_pure_dict(_abstract(config)[1], extract_fn=lambda parameter: tuple(parameter.axes))
-    named["blocks"] = jax.tree.map(
-        lambda names: (axes.LAYERS, *names), named["blocks"], is_leaf=lambda x: isinstance(x, tuple)
-    )
-    return named
+    return functional.logical_axes(ViT, config, stacked=("blocks",))
