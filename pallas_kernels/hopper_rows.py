@@ -109,7 +109,7 @@ def _layout(shape, dtype):
 
 
 def total(reduce: Callable, combine: Callable, parts: Sequence[jax.Array]):
-    """One number of the whole row: pieces of a size are combined first, entry by entry."""
+    """One number of all of the row: pieces of a size are combined first, entry by entry."""
     by_shape: dict[tuple, jax.Array] = {}
     for part in parts:
         by_shape[part.shape] = combine(by_shape[part.shape], part) if part.shape in by_shape else part

@@ -1,7 +1,7 @@
 """Runs a kernel that XLA can't partition on each device's own part, from the letters of its dimensions.
 
 A kernel computes each index of its batch-like dimensions alone, so a mesh may split those and nothing else: every
-device runs the kernel on its part, and nothing is gathered along them. Other dimensions are made whole first.
+device runs the kernel on its part, and nothing is gathered along them. Other dimensions are replicated first.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def sharded(
       batch: the letters of the dimensions that may be split.
 
     Under an automatic mesh the partitioner splits the call, under an explicit one the arguments' types do, and
-    inside `shard_map` the arrays are parts already (a mesh axis that it leaves automatic is made whole). The TPU's
+    inside `shard_map` the arrays are parts already (a mesh axis that it leaves automatic is gathered). The TPU's
     compiler knows no such operation: there several devices need an explicit mesh or `shard_map`.
 
     >>> double = sharded(lambda x: (2 * x,), ["b t"], ["b t"], batch=["b"])
@@ -65,7 +65,7 @@ def sharded(
 
             moving = [array for array, mapped in zip(arrays, in_batched, strict=True) if mapped]
             return jax.lax.map(one, moving), (True,) * len(outputs)
-        whole = [
+        broadcast = [
             array if mapped or alone else jnp.broadcast_to(array, (size, *array.shape))
             for array, mapped, alone in zip(arrays, in_batched, shared, strict=True)
         ]
@@ -87,7 +87,7 @@ def sharded(
             [f"{letter} {spec}" for spec in outputs],
             batch=[letter, *batch],
         )
-        return mapped(*whole), (True,) * len(outputs)
+        return mapped(*broadcast), (True,) * len(outputs)
 
     return call
 
@@ -154,7 +154,7 @@ def _automatic(part, arrays, in_letters, out_letters, batch):
         return " ".join(names.setdefault(letter, f"f{len(names)}") for letter in letters)
 
     text = f"{', '.join(map(rule, in_letters))} -> {', '.join(map(rule, out_letters))}"
-    whole = tuple(name for letter, name in names.items() if letter not in batch)
+    replicated = tuple(name for letter, name in names.items() if letter not in batch)
     wrapped = custom_partitioning(part)
-    wrapped.def_partition(partition, sharding_rule=text, need_replication_factors=whole)
+    wrapped.def_partition(partition, sharding_rule=text, need_replication_factors=replicated)
     return wrapped

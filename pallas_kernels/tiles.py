@@ -24,8 +24,8 @@ def path(op_name: str):
 @functools.cache
 def table(op_name: str) -> dict[str, list[dict[str, Any]]]:
     """By family of devices, entries with `kernel`, `key`, `length`, `tile` (fields), `ms` and `default_ms`."""
-    found = path(op_name)
-    return json.loads(found.read_text()) if found.is_file() else {}
+    file = path(op_name)
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def family(kind: str) -> str:

@@ -21,7 +21,7 @@ def require_tpu() -> None:
         raise Unsupported("is not split by XLA: with several devices call it inside jax.shard_map or an explicit mesh")
 
 
-def require_whole_rows(width: int) -> None:
+def require_full_rows(width: int) -> None:
     """Raises `Unsupported` unless a kernel for rows of `width` may run where the call is being traced."""
     require_tpu()
     if 8 * width > BLOCK_ENTRIES:

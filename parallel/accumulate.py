@@ -24,7 +24,7 @@ class Spread(NamedTuple):
       mesh: the devices, or None.
       axes: the mesh axes along which the sum waits for the end of the step; their product is the number of parts.
       keep: lays a tree of gradients out as they are to be added up.
-      scattered: of each gradient, the dimension along which its sum over `fsdp` is left scattered; -1 for whole.
+      scattered: of each gradient, the dimension along which its sum over `fsdp` is left scattered; -1 where it isn't.
       others: of each gradient, how the mesh's other axes split it, a `PartitionSpec`.
     """
 
@@ -44,7 +44,7 @@ class Spread(NamedTuple):
         return parts
 
 
-WHOLE = Spread()
+NOT_SPREAD = Spread()
 
 
 class Accumulated(NamedTuple):
@@ -78,7 +78,7 @@ def accumulate(
     count: jax.Array,
     *,
     measure: Callable[[Tree], Tree] = squared_norm,
-    spread: Spread = WHOLE,
+    spread: Spread = NOT_SPREAD,
 ) -> Accumulated:
     """Adds up loss and gradients over the first `count` of `k_max` microbatches.
 
@@ -149,7 +149,7 @@ def _reduce(gradients: Tree, spread: Spread) -> Tree:
         gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dimension, tiled=True)
         return jax.lax.psum(gradient, rest) if rest else gradient
 
-    # Manual over all axes: the partitioner would make a gradient whole before it scatters the sum.
+    # Manual over all axes: the partitioner would gather a gradient before it scatters the sum.
     mesh = jax.sharding.get_abstract_mesh()
     return jax.shard_map(
         lambda gradients: jax.tree.map(one, gradients, spread.scattered),
@@ -184,7 +184,7 @@ def deviations(
     count: jax.Array,
     mean_gradients: Tree,
     *,
-    spread: Spread = WHOLE,
+    spread: Spread = NOT_SPREAD,
 ) -> Deviations:
     """Computes every part's gradient again, to compare it with the batch's: as expensive as `accumulate`.
 
@@ -193,8 +193,8 @@ def deviations(
       mean_gradients: `g`, its gradients over its weight.
 
     >>> loss = lambda w, x: (jnp.sum(w * x), jnp.float32(x.size), {})
-    >>> found = deviations(loss, jnp.float32(2), jnp.arange(6.0).reshape(3, 2), jnp.int32(2), jnp.float32(1.5))
-    >>> print(found.dot_products, found.squares)
+    >>> result = deviations(loss, jnp.float32(2), jnp.arange(6.0).reshape(3, 2), jnp.int32(2), jnp.float32(1.5))
+    >>> print(result.dot_products, result.squares)
     [0.75 3.75 0.  ] 2.0
     """
 
@@ -212,8 +212,8 @@ def deviations(
         return local(parameters, microbatches, count, mean_gradients)
 
     def reduced(*arguments):
-        found = local(*arguments)
-        return found.dot_products[:, None], jax.tree.map(lambda x: jax.lax.psum(x, spread.axes), found.squares)
+        sums = local(*arguments)
+        return sums.dot_products[:, None], jax.tree.map(lambda x: jax.lax.psum(x, spread.axes), sums.squares)
 
     by_part = _by_part(reduced, spread, (P(None, spread.axes), P()), others=1)
     dot_products, squares = by_part(parameters, microbatches, count, mean_gradients)

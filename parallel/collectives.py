@@ -82,7 +82,7 @@ def collectives(text: str, *, microbatches: float = 1) -> list[Collective]:
     bodies = _computations(text)
     runs = _runs(bodies, microbatches)
     fused = set(re.findall(r"fusion\(.*calls=%?([\w.\-]+)", text))
-    found, parts = [], set()
+    results, parts = [], set()
     for name, lines in bodies.items():
         for line in lines:
             match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
@@ -90,8 +90,8 @@ def collectives(text: str, *, microbatches: float = 1) -> list[Collective]:
                 continue
             collective = _collective(line, match, runs[name])
             if name.startswith("all-reduce-scatter"):  # how TPUs write a reduce-scatter: the sum, then the slice
-                whole = collective.result_bytes // collective.group
-                collective = collective._replace(kind="reduce-scatter", result_bytes=whole)
+                sum_bytes = collective.result_bytes // collective.group
+                collective = collective._replace(kind="reduce-scatter", result_bytes=sum_bytes)
             elif name in fused:
                 # TPUs also run one collective in parts, in the shadow of several fusions; its channel tells.
                 channel = re.search(r"channel_id=(\d+)", line)
@@ -99,8 +99,8 @@ def collectives(text: str, *, microbatches: float = 1) -> list[Collective]:
                     continue
                 parts.add(key)
             if collective.group > 1:
-                found.append(collective)
-    return found
+                results.append(collective)
+    return results
 
 
 def traffic(text: str, *, microbatches: float = 1) -> dict[str, Traffic]:

@@ -82,7 +82,7 @@ def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) ->
         of_gradients = ways(strategy.gradients, names, split)
         of_updates = ways(strategy.optimizer, names, split)
         k = work.microbatches
-        # A device works with its own copy of a key head: so much of the weight, which is whole along `tensor`, crosses.
+        # A device works with its own copy of a key head: so much of the weight, replicated along `tensor`, crosses.
         copied = layout.key_copies > 1 and "kv_heads" in names
         heads = sizes["tensor"] // layout.key_copies if copied else 1
         if of_parameters > 1:  # gathered for the forward pass, and a layer again for the backward pass
@@ -112,8 +112,8 @@ def _tensor(layout: Layout, work: Work) -> dict[str, float]:
     """Megatron with sequence-split norms: a layer takes in all tokens twice and gives back its share of them twice.
 
     Forward that is two gathers and two scattered sums; backward their transposes, and the two gathers again, because
-    what is kept for the backward pass is split. Embedding and output gather once each way; the embedding scatters once,
-    and the loss, whose gradients are computed with it, adds up those of its hidden states whole and in float32.
+    what the backward pass needs is split. Embedding and output gather once each way; the embedding scatters once,
+    and the loss, whose gradients are computed with it, adds up those of its hidden states unsplit and in float32.
     """
     ways = layout.sizes["tensor"]
     entries = _rows(layout, work) * work.width * _share(ways) * work.microbatches

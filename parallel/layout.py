@@ -103,7 +103,7 @@ class Layout:
         """The sharding of an optimizer's array that belongs to a parameter, whatever its shape.
 
         An array of the parameter's shape lies like it. Otherwise each dimension lies like the parameter's first one of
-        the same size that no dimension before it took, where the mesh divides it; one without such a size is whole.
+        the same size that no dimension before it took, where the mesh divides it; one without such a size isn't split.
 
         Args:
           table: from logical axis to mesh axes, as if the array were the parameter.
@@ -124,26 +124,26 @@ class Layout:
         if array_shape == parameter_shape:
             return NamedSharding(self.mesh, PartitionSpec(*entries))
         free = list(range(len(parameter_shape)))
-        found: list = []
+        spec: list = []
         for size in array_shape:
             match = next((i for i in free if parameter_shape[i] == size), None)
             if match is not None:
                 free.remove(match)
                 ways = math.prod(self.sizes[axis] for axis in table.get(names[match] or "", ()))
-            found.append(entries[match] if match is not None and size % ways == 0 else None)
-        return NamedSharding(self.mesh, PartitionSpec(*found))
+            spec.append(entries[match] if match is not None and size % ways == 0 else None)
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
 
     @property
     def replicated(self) -> NamedSharding:
-        """Whole on every device."""
+        """Not split: all of an array on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def rows(self, axes: tuple[str | None, ...], *, leading: int = 0) -> NamedSharding:
         """The sharding of arrays `[..., B, *axes]`, B being split like the batch.
 
         Args:
-          axes: the logical names of the axes of one example's array; None is a whole axis.
-          leading: how many whole axes there are before B.
+          axes: the logical names of the axes of one example's array; None is an axis that isn't split.
+          leading: how many axes there are before B, none of them split.
 
         >>> from crescendo.parallel.mesh import MeshSpec
         >>> layout = Layout(MeshSpec(data=2, sequence=4).abstract(8))
@@ -169,7 +169,7 @@ class Layout:
         return array if order is None else jnp.take(array, order, axis=axis)
 
     def constrain(self, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-        """The activation, laid out by the logical names of its axes; None is a whole axis."""
+        """The activation, laid out by the logical names of its axes; None is an axis that isn't split."""
         return self._lay_out(ACTIVATIONS, array, names)
 
     def weight(self, array: jax.Array, names: tuple[str, ...]) -> jax.Array:
@@ -318,9 +318,9 @@ class Layout:
     def with_heads(self, heads: int, kv_heads: int) -> "Layout":
         """The layout for attention with so many query and key heads.
 
-        Devices along `tensor` have whole heads. With fewer key heads than devices each has a copy of the one that its
-        queries share: the parameters' axis `kv_heads` is then whole along `tensor` (Megatron-LM does the same), and
-        `weight` makes the copies.
+        A head is never split over `tensor`. With fewer key heads than devices each has a copy of the one that its
+        queries share: the parameters' axis `kv_heads` is then replicated along `tensor` (Megatron-LM does the same),
+        and `weight` makes the copies.
 
         Raises:
           ValueError: heads that `tensor` can't divide, key heads that neither divide `tensor` nor are divided by it, or
@@ -356,7 +356,7 @@ class Layout:
         layout = copy.copy(self)
         layout.key_copies = copies
         if copies > 1:
-            layout.strategy = self.strategy.whole("kv_heads")
+            layout.strategy = self.strategy.replicated_along("kv_heads")
         return layout
 
     def without_experts(self) -> "Layout":
@@ -367,7 +367,7 @@ class Layout:
         """
         if self.sizes["expert"] > 1:
             raise ValueError(
-                f"mesh expert = {self.sizes['expert']}: this model has no experts, and would hold whole replicas along "
+                f"mesh expert = {self.sizes['expert']}: this model has no experts, and would hold replicas along "
                 "it: use expert = 1, and data or fsdp for the batch"
             )
         return self

@@ -5,7 +5,7 @@ from typing import Any
 
 Table = dict[str, tuple[str, ...]]
 
-# A logical axis that a table doesn't name stays whole on every device.
+# A logical axis that a table doesn't name is replicated on every device.
 TENSOR: Table = {"heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",)}
 # Devices along `sequence` have the same parameters: they share them like those along `fsdp`. Convolutions' kernels and
 # norms have channels in place of a residual width.
@@ -45,10 +45,10 @@ class Strategy:
     deferred: tuple[str, ...]
     ulysses: int = 1
 
-    def whole(self, name: str) -> "Strategy":
-        """The same, with a logical axis of parameters, gradients and optimizer state whole on every device.
+    def replicated_along(self, name: str) -> "Strategy":
+        """The same, with a logical axis of parameters, gradients and optimizer state that is not split.
 
-        >>> "embed" in STRATEGIES["zero1"].whole("embed").optimizer
+        >>> "embed" in STRATEGIES["zero1"].replicated_along("embed").optimizer
         False
         """
 

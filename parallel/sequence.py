@@ -3,7 +3,7 @@ r"""Attention over rows whose tokens are split over devices: a ring, Ulysses, or
 **Ring** (Liu et al. 2023, https://arxiv.org/abs/2310.01889): keys and values travel from device to device while each
 attends with the block it has, by the fused kernels; partial results are merged by their log-sum-exp. The next block is
 on its way while the present one is used. The backward pass runs the ring again, with the gradients of keys and values
-travelling behind them, so no device ever holds the whole sequence. Per layer a device sends
+travelling behind them, so no device ever holds all of the sequence. Per layer a device sends
 :math:`2 N h_{kv} (R - 1) / R` numbers forward, for a row of N tokens over R devices.
 
 **Zig-zag order**: under a causal mask a contiguous split leaves the first device nearly idle. A row is cut into 2 R
@@ -11,7 +11,7 @@ chunks, and device i holds chunks i and 2 R - 1 - i: then every device has the s
 first step no block needs a causal mask. Everything that goes with tokens is put into that order together (`zigzag`).
 
 **Ulysses** (Jacobs et al. 2023, https://arxiv.org/abs/2309.14509): an all-to-all trades the split of tokens for a split
-of heads, each device attends with whole rows, and another all-to-all trades back: :math:`4 N h / P` numbers forward.
+of heads, each device attends with full rows, and another all-to-all trades back: :math:`4 N h / P` numbers forward.
 
 With both, groups of `ulysses` neighbours trade tokens for heads, and the ring runs over the groups.
 """
@@ -48,7 +48,7 @@ class BlockAttention(NamedTuple):
       forward: `(q, k, v, segments_q, segments_k, causal) -> (mixed [B, Tq, H, E], log-sum-exp [B, H, Tq])`, float32; 0
         and -inf of nothing. Causal is meant for a block of the queries' own tokens.
       backward: `(q, k, v, segments_q, segments_k, causal, log_sum, d_output, delta) -> (dq, dk, dv)`, float32, from the
-        whole row's log-sum-exp and `delta = sum(dO O)`, both `[B, H, Tq]`.
+        full row's log-sum-exp and `delta = sum(dO O)`, both `[B, H, Tq]`.
     """
 
     forward: Callable
@@ -154,12 +154,12 @@ def _ring_backward(blocks: BlockAttention, ring: int, ulysses: int, causal: bool
                 dq, *dkv = block_backward(later, k, v, segments_k)
                 return jnp.pad(dq, ((0, 0), (half, 0), (0, 0), (0, 0))), *dkv
 
-            dq_now, *found = jax.lax.cond(place >= step, before, after, of_queries, k_now, v_now, segments_now)
+            dq_now, *dkv = jax.lax.cond(place >= step, before, after, of_queries, k_now, v_now, segments_now)
         else:
-            dq_now, *found = block_backward(of_queries, k_now, v_now, segments_now)
+            dq_now, *dkv = block_backward(of_queries, k_now, v_now, segments_now)
         if step > 0:
             dq = dq + dq_now
-            gradients = tuple(found) if gradients is None else jax.tree.map(jnp.add, shift(gradients), tuple(found))
+            gradients = tuple(dkv) if gradients is None else jax.tree.map(jnp.add, shift(gradients), tuple(dkv))
         block = following
     dk, dv = at_home
     if gradients is not None:

@@ -15,7 +15,7 @@ from crescendo.experiments.tasks.base import EXAMPLE
 from crescendo.models.norm_probes import example_squared_norms, norm_probes, norm_scales, with_probes
 from crescendo.optim.batch_size import BatchStats
 from crescendo.optim.noise_scale import layer_squared_norms
-from crescendo.parallel.accumulate import WHOLE, squared_norm
+from crescendo.parallel.accumulate import NOT_SPREAD, squared_norm
 
 Tree = Any
 
@@ -110,7 +110,7 @@ def measured_gradients(
     parameters: Tree,
     batch: dict,
     statistics: Collection[str] = (),
-    spread: parallel.Spread = WHOLE,
+    spread: parallel.Spread = NOT_SPREAD,
 ) -> tuple[Tree, BatchStats, dict[str, jax.Array]]:
     """The mean gradient over the batch, its statistics, and the means of the loss's extra sums.
 

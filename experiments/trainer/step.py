@@ -14,7 +14,7 @@ from crescendo.experiments.tasks.base import Context, Task
 from crescendo.experiments.trainer.frozen import Trainable
 from crescendo.experiments.trainer.gradient_statistics import chosen_statistics, measured_gradients
 from crescendo.models.layout import ONE_DEVICE
-from crescendo.parallel.accumulate import WHOLE, squared_norm
+from crescendo.parallel.accumulate import NOT_SPREAD, squared_norm
 
 Tree = Any
 
@@ -56,7 +56,7 @@ def make_step(
     trainable = Trainable(jax.tree.map(lambda _: True, _shapes(task))) if trainable is None else trainable
     names = trainable.take(task.logical_axes())
     activations = ONE_DEVICE if layout is None else layout
-    spread = WHOLE if layout is None else layout.spread(names)
+    spread = NOT_SPREAD if layout is None else layout.spread(names)
     of_run = {} if total_examples is None else {"total_examples": total_examples}
 
     def split_for_update(tree: Tree) -> Tree:

@@ -55,8 +55,8 @@ def everything(implementation, options, arrays, metadata, cotangents, return_lse
     dout, dlse = cotangents
     finite = jnp.isfinite(lse)
     (gradients,) = pull((dout.astype(out.dtype), jnp.where(finite, dlse, 0).astype(lse.dtype)))
-    found = {"out": out, "lse": jnp.where(finite, lse, 0), "seen": finite}
-    return found | {f"d{name}": gradient for name, gradient in gradients.items()}
+    results = {"out": out, "lse": jnp.where(finite, lse, 0), "seen": finite}
+    return results | {f"d{name}": gradient for name, gradient in gradients.items()}
 
 
 def exactly(case: Case) -> Callable[..., dict[str, np.ndarray]]:
@@ -72,12 +72,12 @@ def exactly(case: Case) -> Callable[..., dict[str, np.ndarray]]:
     return at
 
 
-def error(found, exact, xp: Any = np):
+def error(computed, exact, xp: Any = np):
     """The norm of the difference to that of the exact array; NaN where something is not finite.
 
     In float64 on the host, or in float32 where `xp` is `jax.numpy`. Entries that are 1e-3 in the mean count as that
     large: below, both are rounding (where one key is seen, q has no gradient).
     """
     wide = np.float64 if xp is np else np.float32
-    found, exact = xp.asarray(found, wide).ravel(), xp.asarray(exact, wide).ravel()
-    return xp.linalg.norm(found - exact) / xp.maximum(xp.linalg.norm(exact), 1e-3 * exact.size**0.5)
+    computed, exact = xp.asarray(computed, wide).ravel(), xp.asarray(exact, wide).ravel()
+    return xp.linalg.norm(computed - exact) / xp.maximum(xp.linalg.norm(exact), 1e-3 * exact.size**0.5)

@@ -108,12 +108,12 @@ def ranges_of_tile(config: Config, tile, side: str, lengths: tuple[int, int], bl
     # How far a row of the tile sees, back and ahead.
     back, ahead = seen, 0 if config.causal else seen
     rows, size, block, others = block_q, length, block_k, keys
-    whole: Any = keys // block_k
+    full_blocks: Any = keys // block_k
     if side == "k":
         back, ahead = ahead, back
         rows, size, block, others = block_k, keys, block_q, length
-        # Of a tile that ends past the keys no block is whole.
-        whole = jnp.where(tile < keys // block_k, -(-length // block_q), 0)
+        # Of a tile that ends past the keys no block is full.
+        full_blocks = jnp.where(tile < keys // block_k, -(-length // block_q), 0)
     count = -(-others // block)
 
     def block_of(index):
@@ -125,7 +125,7 @@ def ranges_of_tile(config: Config, tile, side: str, lengths: tuple[int, int], bl
     lo: Any = 0
     full_lo: Any = 0
     hi: Any = count
-    full_hi: Any = jnp.minimum(whole, count)
+    full_hi: Any = jnp.minimum(full_blocks, count)
     if back is not None:
         lo, full_lo = block_of(first - back), block_of(last - back + block - 1)
         sees_any = sees_any & (first - back < others)
@@ -163,8 +163,8 @@ def block_ranges(config: Config, operands: Operands, block_q: int, block_k: int)
 
         def of(side: str) -> Ranges:
             index = jnp.arange(tiles[side], dtype=jnp.int32)[None]
-            found = ranges_of_tile(config, index, side, (length, keys), block_q, block_k)
-            return Ranges(*(jnp.broadcast_to(array, index.shape).astype(jnp.int32) for array in found))
+            ranges = ranges_of_tile(config, index, side, (length, keys), block_q, block_k)
+            return Ranges(*(jnp.broadcast_to(array, index.shape).astype(jnp.int32) for array in ranges))
 
         return of("q"), of("k")
     big = np.iinfo(np.int32).max
@@ -258,8 +258,8 @@ def per_device(kernels: Kernels) -> Kernels:
         groups, letters = heads // kv_heads, LETTERS
         given = operands._replace(q=split(operands.q, 2, kv_heads, groups))
         if operands.bias is not None:
-            whole = operands.bias.shape[1] == heads
-            given = given._replace(bias=split(operands.bias, 1, *((kv_heads, groups) if whole else (1, 1))))
+            by_head = operands.bias.shape[1] == heads
+            given = given._replace(bias=split(operands.bias, 1, *((kv_heads, groups) if by_head else (1, 1))))
             letters = LETTERS._replace(bias=" ".join(_bias_letters(operands)))
         present = [i for i, array in enumerate(given) if array is not None]
         arrays = [*(given[i] for i in present), *(array for _, array in extra)]

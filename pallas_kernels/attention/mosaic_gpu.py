@@ -191,7 +191,7 @@ def kernels(config: Config, operands: Operands) -> Kernels:
 
 
 def padded(operands: Operands, block_q: int, block_k: int) -> Operands:
-    """Lengths filled up to whole blocks and widths to a multiple of 64.
+    """Lengths filled up to full blocks and widths to a multiple of 64.
 
     Padded keys are hidden by the mask; what padded queries compute is dropped.
     """
@@ -260,7 +260,7 @@ class Schedule:
 
     Attributes:
       tiles: of a head, an even number where paired.
-      heads: of the whole batch.
+      heads: of the batch.
       paired: whether the tiles are taken in pairs.
       at_once: blocks of threads at most; None: one for each tile or pair.
     """
@@ -312,10 +312,10 @@ def forward(config: Config, operands: Operands, tile: ForwardTile | None = None)
     tile = tile or tuned_tiles.tuned("forward", config, operands, forward_tile(operands))
     _, length, keys, _, _, true_width = operands.dims
     paired = in_pairs(config, tile, length, tile.block_q)
-    whole = padded(operands, tile.block_q * (2 if paired else 1), tile.block_k)
-    tiles = whole.q.shape[1] // tile.block_q
+    blocked = padded(operands, tile.block_q * (2 if paired else 1), tile.block_k)
+    tiles = blocked.q.shape[1] // tile.block_q
     ranges = stacked_ranges(config, operands, "q", tile.block_q, tile.block_k, tiles)
-    out, lse = _forward(config, tile, (length, keys), paired)(whole, ranges)
+    out, lse = _forward(config, tile, (length, keys), paired)(blocked, ranges)
     return out[:, :length, :, :true_width], lse[:, :, :length]
 
 
@@ -347,7 +347,7 @@ def _forward(config: Config, tile: ForwardTile, lengths: tuple[int, int], paired
             warpgroup = lax.axis_index("wg")
             rounds = taken.count(block)
             range_of = reader(config, "q", lengths, tile.block_q, tile.block_k, ranges_ref)
-            # With ids the registers that a warp shares run out: a tile's place is found anew, and not kept.
+            # With ids the registers that a warp shares run out: a tile's place is computed anew, and not stored.
             find = opaque if q_metas else lambda index: index
 
             def place(n):
@@ -515,11 +515,11 @@ def _forward(config: Config, tile: ForwardTile, lengths: tuple[int, int], paired
                             return weights, maximum, total, mixed * along_rows(shrink, (ROWS, width))
 
                         # Where a tile begins with blocks that it sees all of, these have a loop without a branch.
-                        whole = jnp.where(full_lo <= lo, jnp.maximum(full_hi, lo + 1), lo + 1) if edges else hi
+                        unmasked_end = jnp.where(full_lo <= lo, jnp.maximum(full_hi, lo + 1), lo + 1) if edges else hi
                         carry = weights, maximum, total, mixed
-                        carry = lax.fori_loop(lo + 1, whole, functools.partial(one_block, False), carry)
+                        carry = lax.fori_loop(lo + 1, unmasked_end, functools.partial(one_block, False), carry)
                         if edges:
-                            carry = lax.fori_loop(whole, hi, functools.partial(one_block, True), carry)
+                            carry = lax.fori_loop(unmasked_end, hi, functools.partial(one_block, True), carry)
                         weights, maximum, total, mixed = carry
                         last = lax.rem(step + (hi - lo) - 1, tile.stages)
                         if own_out:

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from crescendo.pallas_kernels.attention import mosaic_gpu as shared
-from crescendo.pallas_kernels.attention import mosaic_gpu_scores as kept
+from crescendo.pallas_kernels.attention import mosaic_gpu_scores as scores_store
 from crescendo.pallas_kernels.attention.contract import Config, Operands, dout_out
 from crescendo.pallas_kernels.attention.tiles import tuned
 
@@ -75,7 +75,7 @@ def backward(
     dout,
     delta,
     out=None,
-    tiles: tuple[BackwardTile, BackwardTile | kept.ScoresTile] | None = None,
+    tiles: tuple[BackwardTile, BackwardTile | scores_store.ScoresTile] | None = None,
 ):
     """The gradients of q, k and v (and None for the bias, which these kernels don't take).
 
@@ -83,21 +83,23 @@ def backward(
     of the scores from the former.
     """
     keys_tile, queries_tile = tiles or _tiles(config, operands)
-    if isinstance(queries_tile, kept.ScoresTile):
-        parts = kept.parts_for(config, operands, keys_tile)
+    if isinstance(queries_tile, scores_store.ScoresTile):
+        parts = scores_store.parts_for(config, operands, keys_tile)
         assert parts is not None, "such a tile is for calls that keep the gradients of their scores"
         return *_from_scores(config, operands, lse, dout, delta, out, keys_tile, queries_tile, parts), None
     return *_in_two_passes(config, operands, lse, dout, delta, out, keys_tile, queries_tile), None
 
 
-def _tiles(config: Config, operands: Operands) -> tuple[BackwardTile, BackwardTile | kept.ScoresTile]:
+def _tiles(config: Config, operands: Operands) -> tuple[BackwardTile, BackwardTile | scores_store.ScoresTile]:
     """The measured tiles, of the kernel for k and v and of that for q."""
     of_keys, of_queries = tiles_for(operands)
     keys_tile = tuned("gradients of k and v", config, operands, of_keys)
-    parts = kept.parts_for(config, operands, keys_tile)
+    parts = scores_store.parts_for(config, operands, keys_tile)
     if parts is None:
         return keys_tile, tuned("gradient of q", config, operands, of_queries)
-    return keys_tile, tuned("gradient of q from scores", config, operands, kept.tile_for(config, operands, parts))
+    return keys_tile, tuned(
+        "gradient of q from scores", config, operands, scores_store.tile_for(config, operands, parts)
+    )
 
 
 class _Part(NamedTuple):
@@ -106,20 +108,20 @@ class _Part(NamedTuple):
     Attributes:
       units, store: how many there are (`mosaic_gpu_scores.Parts`), and where the gradients lie.
       first: int32 `[1]`, the first unit, counted over the batch.
-      gradients: references to the whole gradients of k and v.
+      gradients: references to the gradients of k and v of the batch.
     """
 
     units: int
-    store: kept.Store
+    store: scores_store.Store
     first: Any
     gradients: tuple
 
 
 def _in_blocks(operands: Operands, block_q: int, block_k: int):
-    """The operands in whole blocks, and what brings an array like q there, and one of a number for each query."""
+    """The operands in full blocks, and what brings an array like q there, and one of a number for each query."""
     length = operands.q.shape[1]
-    whole = shared.padded(operands, block_q, block_k)
-    more = [(0, 0), (0, 0), (0, whole.q.shape[1] - length)]
+    blocked = shared.padded(operands, block_q, block_k)
+    more = [(0, 0), (0, 0), (0, blocked.q.shape[1] - length)]
 
     def like_q(array):
         return None if array is None else shared.padded(operands._replace(q=array), block_q, block_k).q
@@ -127,10 +129,10 @@ def _in_blocks(operands: Operands, block_q: int, block_k: int):
     def of_queries(numbers, value):
         return None if numbers is None else jnp.pad(numbers[..., :length], more, constant_values=value)
 
-    return whole, like_q, of_queries
+    return blocked, like_q, of_queries
 
 
-def _from_scores(config, operands: Operands, lse, dout, delta, out, keys_tile, queries_tile, parts: kept.Parts):
+def _from_scores(config, operands: Operands, lse, dout, delta, out, keys_tile, queries_tile, parts: scores_store.Parts):
     """Part after part: the kernel for k and v leaves the gradients of the scores, from which that of q is made."""
     _, length, keys, heads, kv_heads, width = operands.dims
     if out is not None:
@@ -138,7 +140,7 @@ def _from_scores(config, operands: Operands, lse, dout, delta, out, keys_tile, q
     paired = shared.in_pairs(config, keys_tile, keys, keys_tile.rows)
     queries_paired = shared.in_pairs(config, queries_tile, length, queries_tile.rows)
     block_q = math.lcm(keys_tile.block, queries_tile.rows * (2 if queries_paired else 1))
-    whole, like_q, of_queries = _in_blocks(operands, block_q, keys_tile.rows * (2 if paired else 1))
+    blocked, like_q, of_queries = _in_blocks(operands, block_q, keys_tile.rows * (2 if paired else 1))
     # exp(score - inf) = 0: rows that see nothing, and rows of padding, take no part.
     lse = jnp.where(lse > -jnp.inf, lse * LOG2_E, jnp.inf)
     rows = like_q(dout), of_queries(lse, jnp.inf), of_queries(delta, 0)
@@ -149,13 +151,13 @@ def _from_scores(config, operands: Operands, lse, dout, delta, out, keys_tile, q
         def one_part(index, _):
             first = jnp.full((1,), index * parts.units, jnp.int32)
             part = _Part(parts.units, parts.store, first, (dk, dv))
-            scores = _keys_kernel(config, whole, (length, keys), keys_tile, paired, ("dk", "dv"), None, *rows, part)
+            scores = _keys_kernel(config, blocked, (length, keys), keys_tile, paired, ("dk", "dv"), None, *rows, part)
             first = first * (heads // kv_heads)
-            kept.gradient_of_q(config, whole.k, scores, first, dq, parts.store, queries_tile, queries_paired)
+            scores_store.gradient_of_q(config, blocked.k, scores, first, dq, parts.store, queries_tile, queries_paired)
 
         lax.fori_loop(0, parts.count, one_part, None)
 
-    dq, dk, dv = pl.run_state(every_part)(tuple(lax.empty(array.shape, array.dtype) for array in whole[:3]))
+    dq, dk, dv = pl.run_state(every_part)(tuple(lax.empty(array.shape, array.dtype) for array in blocked[:3]))
     return dq[:, :length, :, :width], dk[:, :keys, :, :width], dv[:, :keys, :, :width]
 
 
@@ -163,21 +165,21 @@ def _in_two_passes(config, operands: Operands, lse, dout, delta, out, keys_tile,
     """The kernel for q and then that for k and v, each with weights of its own."""
     _, length, keys, _, _, width = operands.dims
     paired = shared.in_pairs(config, queries_tile, length, queries_tile.rows)
-    whole, like_q, of_queries = _in_blocks(operands, queries_tile.rows * (2 if paired else 1), queries_tile.block)
-    tiles_q = whole.q.shape[1] // queries_tile.rows
+    blocked, like_q, of_queries = _in_blocks(operands, queries_tile.rows * (2 if paired else 1), queries_tile.block)
+    tiles_q = blocked.q.shape[1] // queries_tile.rows
     ranges = shared.stacked_ranges(config, operands, "q", queries_tile.rows, queries_tile.block, tiles_q)
     given = like_q(dout), like_q(out), of_queries(lse, -jnp.inf), of_queries(delta, 0)
-    dq, lse, delta = _queries_kernel(config, whole, (length, keys), queries_tile, paired, ranges, *given)
+    dq, lse, delta = _queries_kernel(config, blocked, (length, keys), queries_tile, paired, ranges, *given)
 
     # Wide heads leave registers for one gradient at a time.
     paired = shared.in_pairs(config, keys_tile, keys, keys_tile.rows)
-    whole, like_q, of_queries = _in_blocks(operands, keys_tile.block, keys_tile.rows * (2 if paired else 1))
-    tiles_k = whole.k.shape[1] // keys_tile.rows
+    blocked, like_q, of_queries = _in_blocks(operands, keys_tile.block, keys_tile.rows * (2 if paired else 1))
+    tiles_k = blocked.k.shape[1] // keys_tile.rows
     ranges = shared.stacked_ranges(config, operands, "k", keys_tile.block, keys_tile.rows, tiles_k)
     rows = like_q(dout), of_queries(lse, jnp.inf), of_queries(delta, 0)
     gradients: dict[str, jax.Array] = {}
     for wanted in (("dk",), ("dv",)) if width > 128 else (("dk", "dv"),):
-        results = _keys_kernel(config, whole, (length, keys), keys_tile, paired, wanted, ranges, *rows)
+        results = _keys_kernel(config, blocked, (length, keys), keys_tile, paired, wanted, ranges, *rows)
         gradients.update(zip(wanted, results, strict=True))
     dk, dv = (gradients[name][:, :keys, :, :width] for name in ("dk", "dv"))
     return dq[:, :length, :, :width], dk, dv
@@ -203,9 +205,9 @@ def _last_product(gradient, dscores, blocks, free, step, any_step):
             shared.product(acc, dscores, blocks.at[slot])
             return shared.finish(acc)
 
-        found = pl.run_scoped(product, plgpu.ACC(gradient.shape, jnp.float32))
+        total = pl.run_scoped(product, plgpu.ACC(gradient.shape, jnp.float32))
         plgpu.barrier_arrive(free.at[slot])
-        return found
+        return total
 
     return lax.cond(any_step, add, lambda: gradient)
 
@@ -265,8 +267,8 @@ def _keys_kernel(
 
         def place(n):
             unit, tile_k = taken.tile(block, n)
-            whole = unit if first_ref is None else first_ref[0] + unit
-            kv_head, row = lax.rem(whole, kv_heads), lax.div(whole, kv_heads)
+            unit_of_batch = unit if first_ref is None else first_ref[0] + unit
+            kv_head, row = lax.rem(unit_of_batch, kv_heads), lax.div(unit_of_batch, kv_heads)
             return unit, row, kv_head, tile_k, range_of(row, tile_k)
 
         @pl.when(warpgroup == tile.consumers)
@@ -614,11 +616,11 @@ def _queries_kernel(config, operands: Operands, lengths, tile: BackwardTile, pai
                     )
 
                 gradient = plgpu.ACC((ROWS, width), jnp.float32)
-                whole = jnp.where(full_lo <= lo, full_hi, lo) if edges else hi
+                unmasked_end = jnp.where(full_lo <= lo, full_hi, lo) if edges else hi
                 start = _zeros((ROWS, width)), _zeros(shape).astype(dtype) if tile.behind else None
-                carry = lax.fori_loop(lo, whole, functools.partial(one_block, False), start)
+                carry = lax.fori_loop(lo, unmasked_end, functools.partial(one_block, False), start)
                 if edges:
-                    carry = lax.fori_loop(whole, hi, functools.partial(one_block, True), carry)
+                    carry = lax.fori_loop(unmasked_end, hi, functools.partial(one_block, True), carry)
                 dq, old = carry
 
                 if tile.behind:

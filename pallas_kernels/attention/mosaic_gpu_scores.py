@@ -1,4 +1,4 @@
-"""Attention for Hopper GPUs: the gradients of the scores, kept, and the gradient of q from them.
+"""Attention for Hopper GPUs: the gradients of the scores, stored, and the gradient of q from them.
 
 The kernel for the gradients of k and v has `dS` at hand, rounded as its own product takes it. Written to memory, in
 blocks of 64 keys and 64 queries, it spares the kernel for the gradient of q two products of three: what is left, `scale
@@ -31,7 +31,7 @@ class Store:
     queries each, share a row with those of late ones, so that only one half is there.
 
     Attributes:
-      heads: query heads, of the whole batch or of a part of it.
+      heads: query heads, of the batch or of a part of it.
       tiles_q, tiles_k: tiles of 128 queries and keys.
       causal: whether a tile of keys has the queries from its own place on alone.
     """
@@ -81,7 +81,7 @@ class Parts:
 
 
 def parts_for(config: Config, operands: Operands, keys_tile) -> Parts | None:
-    """The parts of a call, or None where its gradients of scores are not kept.
+    """The parts of a call, or None where its gradients of scores are not stored.
 
     Of the numbers of units that fit, the one that leaves the fewest cores idle, and then the greatest.
     """
@@ -160,15 +160,15 @@ def gradient_of_q(config: Config, k, scores, first, dq, store: Store, tile: Scor
         def place(n):
             """The head of the part, its row of the batch, its place there, and the tile of queries."""
             head, tile_q = taken.tile(block, n)
-            whole = first_ref[0] + head
-            return head, lax.div(whole, heads), lax.rem(whole, heads), taken.tiles - 1 - tile_q
+            head_of_batch = first_ref[0] + head
+            return head, lax.div(head_of_batch, heads), lax.rem(head_of_batch, heads), taken.tiles - 1 - tile_q
 
         def first_block(tile_q, wg):
             """Of a consumer's queries; those of padding take the last that are there."""
             return jnp.minimum((tile_q * tile.consumers + wg) * tile.blocks, 2 * store.tiles_q - tile.blocks)
 
         def steps_of(tile_q, wg):
-            """How many blocks of 64 keys they see, in whole tiles of 128."""
+            """How many blocks of 64 keys they see, in full tiles of 128."""
             seen = lax.div(first_block(tile_q, wg), 2) + 1 if config.causal else store.tiles_k
             return 2 * jnp.minimum(seen, store.tiles_k)
 

@@ -7,7 +7,7 @@ the sublanes.
 A step of the grid holds a block of queries and a long chunk of keys, all of them where they fit, in vector memory, and
 walks over the blocks of that chunk in a loop of its own. Blocks that causality, window or segments hide are never
 computed, chunks of them never loaded (`contract.block_ranges`), and only blocks on an edge pay for a mask. The queries
-of a group walk over one copy of their keys. The gradients of k and v are found the other way round.
+of a group walk over one copy of their keys. The gradients of k and v are computed the other way round.
 """
 
 import functools

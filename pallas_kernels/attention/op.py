@@ -106,7 +106,7 @@ def attention(
         if not jnp.issubdtype(bias.dtype, jnp.floating):
             raise TypeError(f"bias must be floating-point, not {bias.dtype}: jnp.where(mask, 0.0, -jnp.inf) hides keys")
         full = (batch, heads, length, keys)
-        if len(bias.shape) != 4 or any(size not in (1, whole) for size, whole in zip(bias.shape, full, strict=True)):
+        if len(bias.shape) != 4 or any(size not in (1, most) for size, most in zip(bias.shape, full, strict=True)):
             raise ValueError(f"bias {bias.shape} must broadcast to [batch, heads, length, keys] = {full}")
     config = Config(
         scale=width**-0.5 if scale is None else float(scale),
@@ -133,7 +133,7 @@ def kernels(config: Config, operands: Operands):
     """The forward and the backward pass of the implementation that serves a call (`contract.Kernels`).
 
     For whoever merges parts of a longer attention and has a derivative rule of his own: the backward pass takes the
-    log-sum-exp of the whole.
+    log-sum-exp of all parts.
     """
     return {"config": config, "operands": operands}
 

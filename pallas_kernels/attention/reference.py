@@ -1,4 +1,4 @@
-"""The specification: the whole matrix of scores, in float32 (float64 for float64 inputs)."""
+"""The specification: all of the matrix of scores, in float32 (float64 for float64 inputs)."""
 
 import jax
 import jax.numpy as jnp

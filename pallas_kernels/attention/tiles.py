@@ -5,7 +5,7 @@ from crescendo.pallas_kernels.attention.contract import Config, Operands
 
 
 def key(config: Config, operands: Operands) -> dict:
-    """Calls that share a tile: the width in whole swizzles of 64, and which blocks are skipped and masked."""
+    """Calls that share a tile: the width in full swizzles of 64, and which blocks are skipped and masked."""
     if operands.q_segments is not None:
         masks = "segments"
     elif config.window is not None:

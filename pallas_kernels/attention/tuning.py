@@ -16,7 +16,7 @@ OTHER_REGISTERS = 8  # that a thread needs at least, beside matrices
 
 
 def _call(spec: Spec) -> tuple[Config, Operands, int]:
-    """The constants, the arrays and the width in whole swizzles."""
+    """The constants, the arrays and the width in full swizzles."""
     args, options = spec.inputs()
     checked = attention.check(*args, **options)  # type: ignore[attr-defined]
     config, operands = checked["config"], checked["operands"]

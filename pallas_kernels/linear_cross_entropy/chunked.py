@@ -2,7 +2,7 @@
 
 Differentiating the loss of a chunk of rows needs its logits; once they are there, so are both of their gradients:
 `dX` of the chunk is final and `dW` is added to a float32 accumulator. The backward pass scales what the forward pass
-found. Recomputing logits in the backward would take a fourth matmul; keeping them, `N x V` numbers.
+made. Recomputing logits in the backward would take a fourth matmul; keeping them, `N x V` numbers.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class RowCoefficients(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What is found for each row of a chunk.
+    """What is computed for each row of a chunk.
 
     Attributes:
       lse: `[C]`; +inf if a quick pass couldn't tell.
@@ -115,7 +115,7 @@ class Options:
     z_loss: float
     soft_cap: float | None
     label_smoothing: float
-    vocab_axis: Any  # a mesh axis or several, None for a whole w
+    vocab_axis: Any  # a mesh axis or several, None for a w that isn't split
     dw_dtype: Any  # of the gradient that the caller gets
 
     def vocab_size(self, w: jax.Array) -> int:
@@ -159,20 +159,20 @@ def chunked(x, w, labels, weights, *, return_lse, **options):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(options: Options, x, w, labels, weights):
-    found = _everywhere(options, (False, False), x, w, labels, weights)
-    return _totals(found, weights)[:3]
+    results = _everywhere(options, (False, False), x, w, labels, weights)
+    return _totals(results, weights)[:3]
 
 
 def _forward(options: Options, x, w, labels, weights):
     needs = x.perturbed, w.perturbed
     x, w, labels, weights = x.value, w.value, labels.value, weights.value
-    found = _everywhere(options, needs, x, w, labels, weights)
-    loss_sum, weight_sum, lse, losses = _totals(found, weights)
-    return (loss_sum, weight_sum, lse), (x, w, labels, weights, losses, found["dx"], found["dw"])
+    results = _everywhere(options, needs, x, w, labels, weights)
+    loss_sum, weight_sum, lse, losses = _totals(results, weights)
+    return (loss_sum, weight_sum, lse), (x, w, labels, weights, losses, results["dx"], results["dw"])
 
 
-def _backward(options: Options, kept, cotangents):
-    x, w, labels, weights, losses, dx, dw = kept
+def _backward(options: Options, residuals, cotangents):
+    x, w, labels, weights, losses, dx, dw = residuals
     of_loss, of_weight, of_lse = cotangents
     scale = jnp.zeros((), losses.dtype) if isinstance(of_loss, SymbolicZero) else of_loss
     dweights = (losses * scale).astype(weights.dtype)
@@ -189,10 +189,10 @@ def _backward(options: Options, kept, cotangents):
 _loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _totals(found, weights):
+def _totals(results, weights):
     """`(loss_sum, weight_sum, lse, losses)`; a row of weight 0 counts nothing, whatever is in it."""
-    losses = jnp.where(weights == 0, 0, found["losses"])
-    return jnp.sum(losses * weights), jnp.sum(weights), found["lse"], losses
+    losses = jnp.where(weights == 0, 0, results["losses"])
+    return jnp.sum(losses * weights), jnp.sum(weights), results["lse"], losses
 
 
 def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weights, *of_lse) -> dict[str, Any]:
@@ -208,10 +208,10 @@ def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weight
         # The partitioner asks for a device's part later, outside of the context that says which device it is for.
         known = jax.sharding.get_abstract_mesh().abstract_device is not None
         with contextlib.nullcontext() if known else target(device.abstract):
-            found = _over_chunks(dataclasses.replace(options, vocab_axis=vocab_axis), needs, *arrays)
+            results = _over_chunks(dataclasses.replace(options, vocab_axis=vocab_axis), needs, *arrays)
         if row_axes and needs[1]:
-            found["dw"] = jax.lax.psum(found["dw"], row_axes)
-        return found
+            results["dw"] = jax.lax.psum(results["dw"], row_axes)
+        return results
 
     def specs(of_rows, of_vocab):
         ins = (P(*of_rows, None), P(of_vocab, None), *(P(*of_rows),) * (2 + len(of_lse)))
@@ -225,8 +225,8 @@ def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weight
         of_rows, of_vocab = jax.typeof(x).sharding.spec[:-1], jax.typeof(w).sharding.spec[0]
         ins, outs = specs(of_rows, of_vocab)
         run = functools.partial(local, _flat(of_rows), of_vocab)
-        found = jax.shard_map(lambda *a: _given(run(*a)), in_specs=ins, out_specs=outs, check_vma=False)(*arrays)
-        return {"dx": None, "dw": None, **found}
+        parts = jax.shard_map(lambda *a: _given(run(*a)), in_specs=ins, out_specs=outs, check_vma=False)(*arrays)
+        return {"dx": None, "dw": None, **parts}
 
     if device.platform == "tpu":
         # JAX's callback for the partitioner is not there. It splits the formula itself, by all axes but the last.
@@ -253,8 +253,8 @@ def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weight
     return {"dx": None, "dw": None, **sequential_vmap(split)(*arrays)}
 
 
-def _given(found: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in found.items() if value is not None}
+def _given(results: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in results.items() if value is not None}
 
 
 def _flat(axes) -> tuple[str, ...]:
@@ -274,11 +274,11 @@ def _over_chunks(options: Options, *arguments, **how) -> dict[str, Any]:
     kernels = options.kernels
     if kernels.quick_pass is None:
         return _by_pass(kernels.logit_pass, options, *arguments, **how)
-    found = _by_pass(kernels.quick_pass, options, *arguments, **how)
-    again = jnp.any(found["lse"] == jnp.inf)
+    results = _by_pass(kernels.quick_pass, options, *arguments, **how)
+    again = jnp.any(results["lse"] == jnp.inf)
     # A loop, and not a condition, as its results take the place of what was there.
     run = lambda carry: (carry[0] & False, _by_pass(kernels.logit_pass, options, *arguments, **how))  # noqa: E731
-    return jax.lax.while_loop(lambda carry: carry[0], run, (again, found))[1]
+    return jax.lax.while_loop(lambda carry: carry[0], run, (again, results))[1]
 
 
 def _by_pass(
@@ -322,21 +322,21 @@ def _by_pass(
             if of_lse is not None:
                 coefficients = RowCoefficients(rows["of_lse"], zeros, zeros)
         x = rows["x"]
-        found = logit_pass(x, w, rows["labels"], coefficients, options)
-        losses = found.lse - found.target_logit + options.z_loss * jnp.square(found.lse)
-        of_label = None if found.scale is None else found.of_label
+        of_logits = logit_pass(x, w, rows["labels"], coefficients, options)
+        losses = of_logits.lse - of_logits.target_logit + options.z_loss * jnp.square(of_logits.lse)
+        of_label = None if of_logits.scale is None else of_logits.of_label
         dx = None
         if needs_dx:
-            dx = jnp.dot(found.gradient, w, preferred_element_type=wide)
+            dx = jnp.dot(of_logits.gradient, w, preferred_element_type=wide)
             if of_label is not None:
-                dx = found.scale[:, None] * dx + of_label[:, None] * w[rows["labels"]]
+                dx = of_logits.scale[:, None] * dx + of_label[:, None] * w[rows["labels"]]
             if options.vocab_axis is not None:
                 dx = jax.lax.psum(dx, options.vocab_axis)
             dx = _packed(dx, x.dtype)
         if needs_dw:
-            scaled = x if of_label is None else (found.scale[:, None] * x).astype(x.dtype)
-            dw = _add_product(dw, found.gradient, scaled)
-        return dw, {"losses": losses, "lse": found.lse, "dx": dx, "of_label": of_label}
+            scaled = x if of_label is None else (of_logits.scale[:, None] * x).astype(x.dtype)
+            dw = _add_product(dw, of_logits.gradient, scaled)
+        return dw, {"losses": losses, "lse": of_logits.lse, "dx": dx, "of_label": of_label}
 
     count = -(-n // chunk)
     padding = count * chunk - n
@@ -344,20 +344,20 @@ def _by_pass(
         # Padded rows have weight 0: they add nothing to dW, and their own results are cut off.
         rows = {name: jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)) for name, a in rows.items()}
     # The first chunk apart: it writes dW, to which others add.
-    dw, found = one({name: a[:chunk] for name, a in rows.items()}, None)
+    dw, results = one({name: a[:chunk] for name, a in rows.items()}, None)
     if count > 1:
         split = {name: a[chunk:].reshape(count - 1, chunk, *a.shape[1:]) for name, a in rows.items()}
         # Not before the first chunk's logits are gone.
-        (dw, found), split = jax.lax.optimization_barrier(((dw, found), split))
+        (dw, results), split = jax.lax.optimization_barrier(((dw, results), split))
         dw, others = jax.lax.scan(lambda dw, rows: one(rows, dw), dw, split)
-        found = jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape(-1, *a.shape[1:])]), found, others)
-    found = jax.tree.map(lambda a: a[:n], found)
-    of_label = found.pop("of_label")
+        results = jax.tree.map(lambda a, b: jnp.concatenate([a, b.reshape(-1, *a.shape[1:])]), results, others)
+    results = jax.tree.map(lambda a: a[:n], results)
+    of_label = results.pop("of_label")
     if dw is not None and of_label is not None:
         dw = dw.at[rows["labels"][:n]].add(of_label[:, None] * rows["x"][:n])
     if last_axis:
-        return {"dw": dw, **jax.tree.map(lambda a: jnp.moveaxis(a, 0, len(shape) - 1), found)}
-    return {"dw": dw, **jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), found)}
+        return {"dw": dw, **jax.tree.map(lambda a: jnp.moveaxis(a, 0, len(shape) - 1), results)}
+    return {"dw": dw, **jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), results)}
 
 
 def _wide(dtype):

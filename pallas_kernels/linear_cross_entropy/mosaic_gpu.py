@@ -1,12 +1,12 @@
 """Pallas for Hopper: a chunk's logits exist once, in 16 bits, and no pass goes over them.
 
-The gradient of a logit is `e^(l - lse)` times a number of its row, minus one at the label. So if e^(l - r) is kept,
+The gradient of a logit is `e^(l - lse)` times a number of its row, minus one at the label. So if e^(l - r) is stored,
 with any reference r of the row, everything else that the softmax's gradient needs may be done to the small operands of
 the matmuls: `dX = diag(s) E W` and `dW = E^T diag(s) X`, with `s = e^(r - lse)` times the row's coefficient. What the
 labels add is a row of W and of X for each, in float32, and 0 in E. `exponentials` multiplies a chunk by the table and
 leaves E, rounded to bfloat16, and its row sums in float32.
 
-The logit of the label serves as r: E can't underflow as a whole, and overflows only for rows whose loss is above
+The logit of the label serves as r: no row of E can underflow to 0, and one overflows only where its loss is above
 `MAX_LOSS`. If there is one, everything is done again with the rows' maxima, which need another matmul.
 """
 

@@ -61,9 +61,9 @@ def _norm_forward(how, x, residual, scale, probe):
     return (y, h), (h, residual is not None, scale, probe)
 
 
-def _norm_backward(how, kept, cotangents):
+def _norm_backward(how, residuals, cotangents):
     kernels, eps = how
-    h, has_residual, scale, probe = kept
+    h, has_residual, scale, probe = residuals
     dy, dh = cotangents
     dx, dscale = kernels.backward(h, scale, dy, dh if has_residual else None, eps)
     dprobe = jnp.sum(jnp.square(dscale), axis=-1).astype(probe.dtype)
@@ -93,9 +93,9 @@ def _rotary_forward(how, x, scale, cosine, sine):
     return _rotary(how, x, scale, cosine, sine), (x, scale, cosine, sine)
 
 
-def _rotary_backward(how, kept, dy):
+def _rotary_backward(how, residuals, dy):
     kernels, eps = how
-    x, scale, cosine, sine = kept
+    x, scale, cosine, sine = residuals
     dx, dscale = kernels.rotary_backward(x, scale, cosine, sine, dy, eps)
     return dx, dscale.astype(scale.dtype), None, None
 

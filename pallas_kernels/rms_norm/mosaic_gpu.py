@@ -77,15 +77,15 @@ def backward(h, scale, dy, dh, eps):
             inverse = _inverse(total([jnp.square(load(refs[0], piece)) for piece in pieces]), width, eps)
             products = [load(refs[0], piece) * load(refs[1], piece) * load(scale_ref, piece) for piece in pieces]
             mean = total(products) * inverse * (1.0 / width)
-            found = []
+            added = []
             for piece, share in zip(pieces, shares, strict=True):
                 u, dy = load(refs[0], piece) * inverse, load(refs[1], piece)
                 dx = inverse * (dy * load(scale_ref, piece) - u * mean)
                 if len(refs) > 2:
                     dx += load(refs[2], piece)
                 refs[1][piece] = dx.astype(dtype)
-                found.append(share + dy * u)
-            return found
+                added.append(share + dy * u)
+            return added
 
         dx, shares = _walk(visit, [h, dy, *dh], scale, [1], [like], shares=True)
         return dx, jnp.sum(shares, axis=1)
@@ -129,11 +129,11 @@ def _walk(visit, arrays, scale, results, out_types, *, shares: bool = False):
         carry = [hopper_rows.zeros((piece.size, LANES), dtype) for piece in pieces] if shares else None
         step = lambda row, refs, carry: visit(row, refs, scale_ref, carry)  # noqa: E731
         placed = {number: ref for number, ref in zip(results, to, strict=False)}
-        found = hopper_rows.stream(count, row_of, given, placed, slots, ready, step, carry)
-        for piece, share in zip(pieces, found or (), strict=False):
+        final = hopper_rows.stream(count, row_of, given, placed, slots, ready, step, carry)
+        for piece, share in zip(pieces, final or (), strict=False):
             to[-1][program, 0, piece] = share
 
-    found = hopper_rows.call(
+    results_of = hopper_rows.call(
         body,
         [
             *(array.reshape(by_rows(array.shape)) for array in arrays),
@@ -147,4 +147,4 @@ def _walk(visit, arrays, scale, results, out_types, *, shares: bool = False):
         scratch=[plgpu.SMEM((how.lines, LANES), jnp.float32), plgpu.Barrier()],
     )
     shapes = [out.shape for out in out_types] + [(groups, programs, width)] * shares
-    return tuple(array.reshape(shape) for array, shape in zip(found, shapes, strict=True))
+    return tuple(array.reshape(shape) for array, shape in zip(results_of, shapes, strict=True))

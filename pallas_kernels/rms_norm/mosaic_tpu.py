@@ -1,4 +1,4 @@
-"""Pallas for TPU: blocks of whole rows in vector memory; the scale's gradient is summed there over a group's blocks."""
+"""Pallas for TPU: blocks of full rows in vector memory; the scale's gradient is summed there over a group's blocks."""
 
 import functools
 from typing import Literal
@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from crescendo.pallas_kernels.op import Unsupported
 from crescendo.pallas_kernels.rms_norm import gradient
 from crescendo.pallas_kernels.sharded import sharded
-from crescendo.pallas_kernels.tpu_rows import VMEM_BYTES, block_rows, require_whole_rows
+from crescendo.pallas_kernels.tpu_rows import VMEM_BYTES, block_rows, require_full_rows
 
 
 def rms_norm(x, scale, *, eps, residual, probe):
@@ -22,7 +22,7 @@ def rms_norm(x, scale, *, eps, residual, probe):
             raise Unsupported(f"takes float32 and bfloat16, not {array.dtype}")
     if x.size == 0:
         raise Unsupported(f"has nothing to do for x {list(x.shape)}")
-    require_whole_rows(x.shape[-1])
+    require_full_rows(x.shape[-1])
     return gradient.rms_norm(KERNELS, x, scale, eps, residual, probe)
 
 

@@ -90,8 +90,8 @@ def _on_rows(passes, arrays):
             else:
                 hopper_rows.stream(*streamed, passes.both)
 
-        found = hopper_rows.call(body, rows, out_types, how, clusters, sources=sources, dtype=dtype)[0]
-        return (found.reshape(parts[0].shape),)
+        y = hopper_rows.call(body, rows, out_types, how, clusters, sources=sources, dtype=dtype)[0]
+        return (y.reshape(parts[0].shape),)
 
     run = sharded(local, [letters] * sources, [letters], batch=leading)
     return run(*(array.reshape(shape) for array in arrays))[0].reshape(arrays[0].shape)
@@ -112,7 +112,7 @@ class _Passes:
         raise NotImplementedError
 
     def both(self, row, refs, carry):
-        """On a whole row."""
+        """On a full row."""
         del row
         keep = refs[0].shape[0] * len(refs) * hopper_rows.LANES <= HELD
         numbers, held = self.first(refs, keep)
@@ -180,7 +180,7 @@ def _pieces(ref):
 
 
 def _held(keep: bool, compute, *arguments):
-    """Computed once and kept in registers, or from shared memory whenever it is asked for."""
+    """Computed once and held in registers, or from shared memory whenever it is asked for."""
     if not keep:
         return functools.partial(compute, *arguments)
     value = compute(*arguments)

@@ -1,4 +1,4 @@
-"""Pallas for TPU: blocks of whole rows in vector memory, read once and written once."""
+"""Pallas for TPU: blocks of full rows in vector memory, read once and written once."""
 
 import functools
 
@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from crescendo.pallas_kernels.op import Unsupported
 from crescendo.pallas_kernels.sharded import sharded
 from crescendo.pallas_kernels.softmax.gradient import Options, differentiable, logits, weighted_mean
-from crescendo.pallas_kernels.tpu_rows import VMEM_BYTES, block_rows, require_whole_rows
+from crescendo.pallas_kernels.tpu_rows import VMEM_BYTES, block_rows, require_full_rows
 
 
 def softmax(x, *, axis, scale, soft_cap, mask):
@@ -28,7 +28,7 @@ def _call(x, axis, scale, soft_cap, mask, *, log: bool):
         raise Unsupported(f"takes float32 and bfloat16, not {x.dtype}")
     if x.size == 0:
         raise Unsupported(f"has nothing to do for x {list(x.shape)}")
-    require_whole_rows(x.shape[axis])
+    require_full_rows(x.shape[axis])
     options = Options(_forward, _backward, log, -1, scale, soft_cap)
     if mask is not None:
         mask = jnp.moveaxis(jnp.broadcast_to(mask, x.shape), axis, -1)

@@ -13,7 +13,7 @@ def _make(shape, dtype, options, key):
     x = 4 * jax.random.normal(keys[0], shape, dtype)
     options = dict(options)
     if options.pop("holes", False):
-        # -inf in a tenth of the entries, and the first row as a whole.
+        # -inf in a tenth of the entries, and all of the first row.
         row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
         x = jnp.where((jax.random.uniform(keys[1], shape) < 0.1) | (row == 0), -jnp.inf, x)
     if options.pop("masked", False):

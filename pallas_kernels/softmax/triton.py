@@ -1,6 +1,6 @@
 """jax-triton, Ampere and later: rows held on chip (`triton_rows`), read once and written once.
 
-At 32,768 columns a program (16,384 backward), rows of four million columns (two) are on chip as a whole. Longer ones
+At 32,768 columns a program (16,384 backward), rows of four million columns (two) are on chip in full. Longer ones
 take two kernels, by pairs (mantissa, exponent): two reads and one write, as there is no pass for the maximum (Dukhan
 and Ablavatski, 2020).
 """
