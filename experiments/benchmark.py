@@ -1,4 +1,4 @@
-"""Speed on the devices at hand, of training steps and of optimizers: `python -m crescendo.experiments.benchmark`."""
+"""Time training steps and optimizers on the devices at hand: `python -m crescendo.experiments.benchmark`."""
 
 import argparse
 from collections.abc import Sequence

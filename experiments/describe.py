@@ -1,4 +1,4 @@
-"""A model by itself or over a mesh, before there is a device: `python -m crescendo.experiments.describe`.
+"""Plan a model, by itself or over a mesh, before there is a device: `python -m crescendo.experiments.describe`.
 
 It is `python -m crescendo.models.describe` and `python -m crescendo.parallel.describe` too. Without `--topology`
 nothing is compiled and no device is needed. With it, the training step is compiled for a machine that need not be

@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see the module."""
     options = parser().parse_args(arguments)
-    names = options.names or [name for name in SCHEDULES if name not in _FROM_FILE]
+    names = options.names or [name for name in SCHEDULES if _is_complete(name)]
     try:
         curves = {name: parse(name, options.peak, options.total, options.warmup) for name in names}
     except (ValueError, TypeError, OSError) as error:

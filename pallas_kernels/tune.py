@@ -1,4 +1,4 @@
-"""Chooses the tiles of an op's kernels by timing them: `python -m crescendo.pallas_kernels.tune OP`.
+"""Choose the tiles of an op's kernels by timing them: `python -m crescendo.pallas_kernels.tune OP`.
 
 `OP/tuning.py` names the kernels (`TUNABLES`), each with groups of a tile's fields and the values to try. The values of
 a group are tried in every combination that fits, with the best of the groups before. A tile whose results aren't the

@@ -136,18 +136,11 @@ def test_the_python_of_a_page_runs(page):
                 exec(compile(block.text, f"{name(page)}:{block.line}", "exec"), vars(module))
 
 
-def test_every_public_module_has_its_place_in_the_api():
-    listed = {
-        module
-        for page in (ROOT / "docs" / "api").glob("*.md")
-        for module in re.findall(r"automodule:: (\S+)", page.read_text())
-    }
-    for module in listed:
-        importlib.import_module(module)
-    for package in ("optim", "models", "parallel"):
-        modules = {f"crescendo.{package}.{path.stem}" for path in (ROOT / package).glob("*.py")}
-        modules = {m for m in modules if not m.endswith(("__init__", ".plot", ".describe", ".axes"))}
-        assert modules <= listed, f"docs/api/{package}.md lacks {modules - listed}"
+def test_every_folder_of_the_package_has_its_page_in_the_api():
+    listed = [
+        f for page in (ROOT / "docs" / "api").glob("*.md") for f in re.findall(r"\{modules\} (\w+)", page.read_text())
+    ]
+    assert sorted(listed) == sorted(link.name for link in (ROOT / "typings" / "crescendo").iterdir())
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

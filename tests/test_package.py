@@ -31,9 +31,21 @@ ROOMS = {
     "reports": {"runtime", "runs"},
     "sweeps": {"runtime", "runs", "reports", "configs", "tasks.base", "trainer"},
     "papers": {"runtime", "data", "runs", "tasks", "trainer", "configs", "reports", "sweeps"},
-    "commands": {"runtime", "data", "runs", "tasks", "trainer", "configs", "reports", "sweeps", "benchmarks"},
+        "runtime",
+        "data",
+        "runs",
+        "tasks",
+        "trainer",
+        "configs",
+        "reports",
+        "sweeps",
+        "benchmarks",
+        "planning",
+    },
     "benchmarks": {"runtime", "data", "runs", "trainer"},
+    "planning": {"runtime", "data", "trainer"},
 }
+ROOMS["commands"] = set(ROOMS) - {"papers"}
 TOPS = sorted(link.name for link in (ROOT / "typings" / "crescendo").iterdir())
 
 
@@ -70,6 +82,11 @@ def test_packages_import_only_whom_they_may():
         ours = {name.split(".")[1] for name in imported(path)}
         allowed = ALLOWED[module.split(".")[1]]
         assert ours <= allowed, f"{path} imports {ours - allowed}"
+
+
+def test_every_room_is_in_the_table():
+    rooms = {path.parent.name for path in (ROOT / "experiments").glob("*/__init__.py")}
+    assert rooms == set(ROOMS) - {"commands"}
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -1,0 +1,1 @@
+"""What `benchmark` times: training steps and optimizers' updates."""
