@@ -1,4 +1,4 @@
-"""Time kernels over their specs, beside what a user would pick otherwise: `python -m crescendo.pallas_kernels.bench OP`.
+"""Time kernels over their specs, beside what else a user could call: `python -m crescendo.pallas_kernels.bench OP`.
 
 A spec's call is timed forward, and forward and backward (the gradients of its `differentiable` arguments, for random
 cotangents). `OP/peers.py` names the others: `PEERS`, functions of the op's own arguments, and `torch_peers()`,
