@@ -7,7 +7,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
-QUICK = {"kernels", "meshes"}  # the others train: half a minute or so each, on two idle cores
+QUICK = {"meshes"}  # the others take half a minute or so each, on two idle cores
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

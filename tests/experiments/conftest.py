@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from crescendo import parallel
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.trainer.training import train
 
@@ -59,10 +61,11 @@ def small_bindings(corpus, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def train_small(small_bindings):
-    """`train_small(run, *bindings)`: trains in this process."""
+    """`train_small(run, *bindings)`: trains in this process, on the first of its devices or on several."""
 
-    def call(run: Path, *bindings: str) -> dict:
-        return configurables.bind(train, ["debug.gin"], [*small_bindings, *bindings])(run=str(run))
+    def call(run: Path, *bindings: str, devices: int = 1) -> dict:
+        mesh = parallel.make_mesh(devices=jax.devices()[:devices])
+        return configurables.bind(train, ["debug.gin"], [*small_bindings, *bindings])(run=str(run), mesh=mesh)
 
     return call
 

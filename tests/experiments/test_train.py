@@ -31,7 +31,7 @@ def staged(train_small, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recorder, "step", count)
-        return run, train_small(run, *STAGED), compiled
+        return run, train_small(run, *STAGED, devices=8), compiled
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +134,15 @@ def test_a_run_interrupted_and_resumed_is_the_run_that_was_not(staged, train_sma
     monkeypatch.setattr(Recorder, "step", stop)
     for _ in range(3):
         with pytest.raises(Interrupted, match=r"SIGTERM: saved .* the same command goes on"):
-            train_small(resumed, *STAGED)
-    assert train_small(resumed, *STAGED)["loss"] == staged[1]["loss"]
+            train_small(resumed, *STAGED, devices=8)
+    assert train_small(resumed, *STAGED, devices=8)["loss"] == staged[1]["loss"]
     assert records(resumed) == records(run)
     assert newest_arrays(resumed)[0] == newest_arrays(run)[0]
 
 
 def test_a_finished_run_is_left_as_it_is(staged, train_small, records):
     before = records(staged[0])
-    assert train_small(staged[0], *STAGED) == staged[1]
+    assert train_small(staged[0], *STAGED, devices=8) == staged[1]
     assert records(staged[0]) == before
 
 
@@ -161,7 +161,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         else:
             content[middle : middle + 8] = bytes(255 - byte for byte in content[middle : middle + 8])
             file.write_bytes(content)
-    train_small(copy_of_staged, *STAGED)
+    train_small(copy_of_staged, *STAGED, devices=8)
     said = capsys.readouterr()
     assert f"{newest.name} is damaged" in said.out.replace("\n", " ")
     assert "Traceback" not in said.err
@@ -173,7 +173,7 @@ def test_arrays_that_are_not_those_saved_are_noticed_by_their_fingerprints(stage
     prints, newest = newest_arrays(copy_of_staged)
     meta = newest / "meta" / "metadata"
     meta.write_text(meta.read_text().replace(str(prints[0]), str(prints[0] ^ 1)))
-    train_small(copy_of_staged, *STAGED)
+    train_small(copy_of_staged, *STAGED, devices=8)
     assert "is damaged (its arrays are not the ones that were saved)" in capsys.readouterr().out.replace("\n", " ")
     assert newest_arrays(copy_of_staged)[0] == prints
 
@@ -183,7 +183,7 @@ def test_only_damaged_checkpoints_stop_the_run(copy_of_staged, train_small):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:3])
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged .* move the folder away"):
-        train_small(copy_of_staged, *STAGED)
+        train_small(copy_of_staged, *STAGED, devices=8)
 
 
 def test_old_checkpoints_go_and_one_every_so_many_examples_stays(train_small, tmp_path):
@@ -255,7 +255,7 @@ def test_a_run_repeats_from_its_own_config(staged, tmp_path, records):
 )
 def test_bad_input_is_one_line_that_names_it(train_small, tmp_path, binding, message):
     with pytest.raises(UserError, match=message) as refused:
-        train_small(tmp_path / "run", binding)
+        train_small(tmp_path / "run", binding, devices=8)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
 
@@ -273,7 +273,7 @@ def test_a_run_goes_on_only_as_what_it_was(staged, train_small, binding, message
     run = staged[0]
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
     with pytest.raises(UserError, match=message):
-        train_small(run, *STAGED, binding)
+        train_small(run, *STAGED, binding, devices=8)
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
@@ -282,7 +282,7 @@ def test_a_folder_in_use_is_refused(staged, train_small):
         run_folder.locked(staged[0]),
         pytest.raises(UserError, match=r"staged is in use by process \d+: wait for it to end, or give another"),
     ):
-        train_small(staged[0], *STAGED)
+        train_small(staged[0], *STAGED, devices=8)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(train_small):

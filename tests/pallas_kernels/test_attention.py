@@ -121,7 +121,7 @@ def test_ranges_of_blocks_hold_every_visible_pair(seed, block_q, block_k):
                     assert lo[row, i] <= full_lo[row, i] <= full_hi[row, i] <= hi[row, i]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=8)
 @drawn_by_hypothesis(
     lengths=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     blocks=st.sampled_from([(8, 16), (16, 8), (8, 8)]),
@@ -183,14 +183,13 @@ def test_bad_input_is_named():
 
 
 IN_MINUTES = (
+    "wide",
     *("capped", "odd", "empty-rows", "one-token", "half", "wide-full", "unequal-causal", "window-both-ways"),
     *("packed-wide", "ring-window", "width-192", "window-past-the-end"),
 )
 
 
-@pytest.mark.parametrize(
-    "name", ["packed", "wide", *(pytest.param(name, marks=pytest.mark.slow) for name in IN_MINUTES)]
-)
+@pytest.mark.parametrize("name", ["packed", *(pytest.param(name, marks=pytest.mark.slow) for name in IN_MINUTES)])
 def test_hopper_kernels_are_right_and_free_of_races(name, interpreted, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "per_device", lambda kernels: kernels)
     monkeypatch.setattr(mosaic_gpu_scores, "USUAL_BYTES", 1)  # so that each key head is a part

@@ -26,6 +26,9 @@ BIASES = {
 }
 
 
+QUICK_BIASES = [pytest.param(name, marks=() if name == "of-heads" else pytest.mark.slow) for name in BIASES]
+
+
 def backward(config, operands, lse, dout, delta, out):
     """As kernels may: dout.out is added here, and the gradient of bias not summed over examples and key heads."""
     delta = jnp.einsum("bthd,bthd->bht", dout, out) + (0 if delta is None else delta)
@@ -60,7 +63,7 @@ def check(results, exact):
         assert checking.error(result, exact[name]) < 2e-5, name
 
 
-@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("bias", QUICK_BIASES)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 def test_sharded_by_batch_and_heads_nothing_is_gathered(kind, bias, who, quick_compilation):
     bias_shape, of_bias = BIASES[bias]
@@ -82,7 +85,7 @@ def test_sharded_by_batch_and_heads_nothing_is_gathered(kind, bias, who, quick_c
         assert tuple(results[name].sharding.spec)[:3] == ("data", None, "model")
 
 
-@pytest.mark.parametrize("bias", ["none", "of-heads"])
+@pytest.mark.parametrize("bias", ["of-heads", pytest.param("none", marks=pytest.mark.slow)])
 def test_inside_shard_map(bias, who, quick_compilation):
     bias_shape, of_bias = BIASES[bias]
     given, cotangents, exact = call_of(bias_shape)
@@ -101,7 +104,7 @@ def test_inside_shard_map(bias, who, quick_compilation):
     check(run(given.arrays, given.metadata, cotangents), exact)
 
 
-@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("bias", QUICK_BIASES)
 def test_under_vmap_and_remat(bias, who, quick_compilation):
     """Rows mapped one by one; a bias that all share is mapped over nothing."""
     given, cotangents, exact = call_of(BIASES[bias][0])

@@ -23,6 +23,8 @@ from crescendo.pallas_kernels.rms_norm.specs import SPECS as NORM_SPECS
 from crescendo.pallas_kernels.softmax import log_softmax, softmax
 from crescendo.pallas_kernels.softmax.specs import SPECS as SOFTMAX_SPECS
 
+SLOW = pytest.mark.slow
+QUICK_SOFTMAX = ("capped", "one row")
 TPU = AbstractDevice("TPU v5e", 1, "tpu")
 OPTIONS = {name: value for name, value in EVERY_OPTION.items() if name != "weighted"}
 
@@ -53,7 +55,9 @@ def hopper_of_two_cores(monkeypatch):
     monkeypatch.setattr(hopper, "require_gpu", lambda *args, **kwargs: None)
 
 
-@pytest.mark.parametrize("spread", [1.0, 40.0], ids=["usual rows", "a loss that overflows"])
+@pytest.mark.parametrize(
+    "spread", [pytest.param(1.0, id="usual rows", marks=SLOW), pytest.param(40.0, id="a loss that overflows")]
+)
 def test_linear_cross_entropy_for_hopper(hopper_of_two_cores, spread, monkeypatch):
     monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 256)
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 0)
@@ -86,9 +90,14 @@ def streams_of_two_cores(monkeypatch):
     monkeypatch.setattr(hopper_rows, "PIECE", 512)
 
 
-@pytest.mark.parametrize("op", [softmax, log_softmax], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("op", [softmax, pytest.param(log_softmax, marks=SLOW)], ids=lambda op: op.__name__)
 @pytest.mark.parametrize(
-    ("held", "part"), [(0, 2**20), (2**20, 2**20), (0, 2048)], ids=["read again", "held", "shared"]
+    ("held", "part"),
+    [
+        pytest.param(0, 2**20, id="read again"),
+        pytest.param(2**20, 2**20, id="held", marks=SLOW),
+        pytest.param(0, 2048, id="shared"),
+    ],
 )
 def test_softmax_for_hopper(op, held, part, streams_of_two_cores, monkeypatch):
     monkeypatch.setattr(importlib.import_module("crescendo.pallas_kernels.softmax.mosaic_gpu"), "HELD", held)
@@ -118,7 +127,7 @@ def test_softmax_for_hopper_loses_nothing_to_rounded_results(part, streams_of_tw
         assert jnp.max(jnp.abs(gradient_of_the_sum("mosaic_gpu"))) < 1e-6
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("residual", [pytest.param(False, id="alone", marks=SLOW), pytest.param(True, id="residual")])
 def test_rms_norm_for_hopper(residual, streams_of_two_cores, monkeypatch):
     module = importlib.import_module("crescendo.pallas_kernels.rms_norm.mosaic_gpu")
     monkeypatch.setattr(module, "target_device", hopper_rows.target_device)
@@ -157,7 +166,7 @@ def results(op, implementation, arguments, options):
 @pytest.mark.parametrize(
     ("op", "spec"),
     [
-        (op, s)
+        pytest.param(op, s, marks=() if s.name in QUICK_SOFTMAX else SLOW)
         for s in SOFTMAX_SPECS
         for op in (softmax, log_softmax)
         if "small" in s.tags and (op is softmax or "capped" in s.name)
@@ -179,7 +188,12 @@ def test_softmax_for_tpu_loses_nothing_to_rounded_results(tpu):
 
 
 @pytest.mark.parametrize(
-    "spec", [s for s in NORM_SPECS if s.name in ("17 x 4099", "examples")], ids=lambda spec: spec.name
+    "spec",
+    [
+        pytest.param(s, marks=SLOW if s.name == "examples" else (), id=s.name)
+        for s in NORM_SPECS
+        if s.name in ("17 x 4099", "examples")
+    ],
 )
 def test_rms_norm_for_tpu(spec, tpu):
     arguments, options = spec.inputs(np.random.default_rng().integers(2**31))

@@ -82,7 +82,9 @@ def unpacked(spec, seed: int):
     return labels, options, (x, w, weights)
 
 
-@pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    "spec", [pytest.param(s, id=s.name, marks=pytest.mark.slow if s.name == "whole tiles" else ()) for s in SMALL]
+)
 def test_values_and_gradients(spec, small_chunks):
     labels, options, (x, w, weights) = unpacked(spec, np.random.default_rng().integers(2**31))
     arrays = (x.astype(jnp.float32), w.astype(jnp.float32), weights)
@@ -90,7 +92,9 @@ def test_values_and_gradients(spec, small_chunks):
     assert max(distance(f, e) for f, e in zip(found, expected, strict=True)) < 1e-5
 
 
-@pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    "spec", [pytest.param(s, id=s.name, marks=() if s.name == "capped" else pytest.mark.slow) for s in SMALL]
+)
 def test_bfloat16_is_as_exact_as_what_autodiff_makes_of_the_formula(spec, small_chunks):
     labels, options, arrays = unpacked(spec, np.random.default_rng().integers(2**31))
     expected = exact(labels, options, *arrays, pull=0)

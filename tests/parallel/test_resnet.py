@@ -64,14 +64,14 @@ def trained(layout: Layout) -> tuple[list[float], dict, dict]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axes", "plan"),
     [
         ({"data": 2, "fsdp": 4}, "fsdp"),
-        *(
-            pytest.param(axes, plan, marks=pytest.mark.slow)
-            for axes, plan in [({"fsdp": 8}, "fsdp"), ({"fsdp": 8}, "zero1"), ({"data": 2, "fsdp": 4}, "zero2")]
-        ),
+        ({"fsdp": 8}, "fsdp"),
+        ({"fsdp": 8}, "zero1"),
+        ({"data": 2, "fsdp": 4}, "zero2"),
     ],
 )
 def test_convolutions_split_by_channels_equal_those_of_one_device(quick_compilation, axes, plan):
