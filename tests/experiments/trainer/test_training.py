@@ -177,9 +177,9 @@ def test_a_state_that_is_not_finite_is_never_saved(train_small, tmp_path):
 @pytest.mark.slow
 def test_another_batch_size_is_taken_up_on_resuming_and_by_a_run_started_from_it(train_small, tmp_path):
     run_folder = tmp_path / "small"
-    train_small(run_folder, "train.batch_size = 8", "train.total_examples = 128")
+    train_small(run_folder, "train.batch_size = 8", "train.total_examples = 128", devices=8)
     other = ("train.batch_size = 32", f"train.start_from = '{run_folder}@128'", "train.total_examples = 240")
-    train_small(tmp_path / "large", *other, "train.max_microbatch_examples = 32")
+    train_small(tmp_path / "large", *other, "train.max_microbatch_examples = 32", devices=8)
     record = read_run(tmp_path / "large").train
     assert record["batch_size"].tolist() == [32, 32, 32]
     assert record["examples_seen"].tolist() == [160, 192, 224]
