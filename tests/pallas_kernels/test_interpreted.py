@@ -146,7 +146,7 @@ def tpu(monkeypatch):
     """Small blocks, and kernels that take this machine for a TPU."""
     for package in ("softmax", "rms_norm"):
         module = importlib.import_module(f"crescendo.pallas_kernels.{package}.mosaic_tpu")
-        monkeypatch.setattr(module, "require_whole_rows", lambda width: None)
+        monkeypatch.setattr(module, "require_full_rows", lambda width: None)
         monkeypatch.setattr(module, "block_rows", lambda rows, width: min(rows, 8))
 
 
