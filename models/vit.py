@@ -174,6 +174,7 @@ def initialize(config: ViTConfig, key) -> dict:
 def apply(config: ViTConfig, parameters: dict) -> ViT:
     """The model that holds `parameters` (as `initialize` makes them).
 
+    >>> import jax
     >>> config = ViTConfig(layers=1).for_platform("cpu")
     >>> parameters = jax.eval_shape(lambda: initialize(config, jax.random.key(0)))
     >>> jax.eval_shape(lambda p: apply(config, p)(jnp.zeros((2, 28, 28, 1))), parameters).shape
