@@ -32,6 +32,7 @@ class Rows:
       sequence_length: tokens in a row.
 
     Example:
+      >>> from crescendo.experiments.data.packing import pack
       >>> corpus = np.array([9, 1, 2, 3, 9, 5, 9])  # two documents, 9 is the end of text
       >>> rows = Rows(corpus, pack(np.array([0, 4, 6]), capacity=7), sequence_length=7)
       >>> {name: array.tolist() for name, array in rows[0].items()}  # doctest: +NORMALIZE_WHITESPACE
@@ -95,6 +96,7 @@ class Stream:
       UserError: if the seed is out of its range.
 
     Example:
+      >>> from crescendo.experiments.data.packing import pack
       >>> corpus = np.array([9, 1, 2, 3, 9, 5, 9])
       >>> stream = Stream(Rows(corpus, pack(np.array([0, 4, 6]), capacity=2), sequence_length=2), seed=0)
       >>> stream.read(examples_seen=6, count=3)["tokens"].shape

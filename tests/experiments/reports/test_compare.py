@@ -17,7 +17,7 @@ from rich.console import Console
 
 from crescendo.experiments import report
 from crescendo.experiments.reports import page, plots
-from crescendo.experiments.reports.compare import compare, comparison_table, headline
+from crescendo.experiments.reports.compare import Arm, compare, comparison_table, headline
 from crescendo.experiments.reports.write import write_report
 from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.errors import UserError
@@ -26,7 +26,7 @@ T = 128  # tokens an example in `make_run`
 MakeRun = Callable[..., Path]
 
 
-def arms(*folders: Path) -> list[report.Arm]:
+def arms(*folders: Path) -> list[Arm]:
     return compare([read_run(folder) for folder in folders])
 
 

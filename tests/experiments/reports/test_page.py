@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from crescendo.experiments import report
+from crescendo.experiments.reports.write import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"
@@ -120,7 +120,7 @@ def compared(make_run: Callable[..., Path], tmp_path: Path) -> Path:
         record |= {"tokens_per_second": 5000.0 + i % 7}
     (rich / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     plain = make_run("constant-2 <img src=x onerror=alert(1)>", loss=1.795)
-    return report.write_report([plain, rich], tmp_path / "out")
+    return write_report([plain, rich], tmp_path / "out")
 
 
 DRAWN = (

@@ -16,7 +16,9 @@ from crescendo.experiments import sweep
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.sweeps import launchers as sweep_launchers
 from crescendo.experiments.sweeps import plots as sweep_plots
+from crescendo.experiments.sweeps import runner
 from crescendo.experiments.sweeps.points import Point, axis, enumerate_points, spaces, zipped
+from crescendo.experiments.sweeps.search import search
 
 
 def test_grids_multiply_zips_move_together_and_chains_follow():
@@ -76,7 +78,7 @@ def stand_in(monkeypatch):
     def command(point: Point, folder: Path, configs, bindings) -> list[str]:
         return [sys.executable, "-S", "-c", STAND_IN, str(folder / point.name), point.values["x"]]
 
-    monkeypatch.setattr(sweep, "command", command)
+    monkeypatch.setattr(runner, "command", command)
 
 
 def options(jobs: int) -> dict:
@@ -88,8 +90,8 @@ def options(jobs: int) -> dict:
 def test_a_failing_point_is_recorded_and_a_finished_one_never_run_again(stand_in, tmp_path: Path, jobs: int):
     points = enumerate_points([[axis("x = [2.0, -1.0, 1.0]")]])
     for _ in range(2):
-        waiting, outcomes = iter(points), sweep.Outcomes(tmp_path)
-        sweep.run_points(
+        waiting, outcomes = iter(points), runner.Outcomes(tmp_path)
+        runner.run_points(
             tmp_path, lambda w=waiting: next(w, None), lambda *a: None, lambda p: False, outcomes, **options(jobs)
         )
     assert [(tmp_path / point.name / "starts").read_text() for point in points] == ["x", "xx", "x"]
@@ -101,11 +103,11 @@ def test_a_failing_point_is_recorded_and_a_finished_one_never_run_again(stand_in
 
 def test_a_search_keeps_its_study_and_takes_up_what_was_left_running(stand_in, tmp_path: Path):
     text = ["x = uniform(1, 2)"]
-    sweep.search(tmp_path, text, 2, sweep.Outcomes(tmp_path), **options(1))
+    search(tmp_path, text, 2, runner.Outcomes(tmp_path), **options(1))
     study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'study.db'}")
     left = study.ask(spaces(text))
-    outcomes = sweep.Outcomes(tmp_path)
-    sweep.search(tmp_path, text, 4, outcomes, **options(1))
+    outcomes = runner.Outcomes(tmp_path)
+    search(tmp_path, text, 4, outcomes, **options(1))
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
     assert study.trials[left.number].params == left.params
     assert all(trial.value == trial.params["x"] for trial in study.trials)
@@ -140,10 +142,10 @@ for seen in (4, 8):
 
 def test_a_trial_worse_than_the_median_is_given_up(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(
-        sweep, "command", lambda point, folder, *rest: [sys.executable, "-S", "-c", PRUNABLE, str(folder / point.name)]
+        runner, "command", lambda point, folder, *rest: [sys.executable, "-S", "-c", PRUNABLE, str(folder / point.name)]
     )
-    outcomes, begin = sweep.Outcomes(tmp_path, 6), time.monotonic()
-    sweep.search(tmp_path, ["x = uniform(1, 2)"], 6, outcomes, **options(1))
+    outcomes, begin = runner.Outcomes(tmp_path, 6), time.monotonic()
+    search(tmp_path, ["x = uniform(1, 2)"], 6, outcomes, **options(1))
     assert time.monotonic() - begin < 20  # less than one of the last two would take
     assert [row["status"] for row in outcomes.rows.values()] == ["done"] * 4 + ["pruned"] * 2
     study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'study.db'}")
@@ -172,8 +174,8 @@ def test_points_run_through_ray_and_can_be_ended_there(stand_in, tmp_path: Path)
     launcher = sweep_launchers.Ray(2)
     try:
         points = enumerate_points([[axis("x = [2.0, -1.0, 1.0]")]])
-        waiting, outcomes = iter(points), sweep.Outcomes(tmp_path)
-        sweep.run_points(
+        waiting, outcomes = iter(points), runner.Outcomes(tmp_path)
+        runner.run_points(
             *(tmp_path, lambda: next(waiting, None), lambda *a: None, lambda p: False, outcomes),
             **(options(1) | {"launcher": launcher}),
         )
@@ -204,9 +206,9 @@ def test_the_charts_are_those_that_the_points_allow():
 
 def test_the_report_of_a_sweep_shows_every_point(stand_in, tmp_path: Path):
     points = enumerate_points([[axis("x = [2.0, -1.0, 1.0]")]])
-    waiting, outcomes = iter(points), sweep.Outcomes(tmp_path, 3)
-    sweep.run_points(tmp_path, lambda: next(waiting, None), lambda *a: None, lambda p: False, outcomes, **options(1))
-    sweep.finish_sweep(tmp_path, outcomes, Console(file=io.StringIO()))
+    waiting, outcomes = iter(points), runner.Outcomes(tmp_path, 3)
+    runner.run_points(tmp_path, lambda: next(waiting, None), lambda *a: None, lambda p: False, outcomes, **options(1))
+    runner.finish_sweep(tmp_path, outcomes, Console(file=io.StringIO()))
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     rows = re.findall(r'<tr><th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td></tr>', page)[:3]
     assert rows == [
