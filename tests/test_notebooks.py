@@ -7,7 +7,6 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
-QUICK = {"meshes"}  # the others take half a minute or so each, on two idle cores
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -21,10 +20,8 @@ def test_it_is_committed_with_its_outputs(path):
     assert len(outputs) >= 3
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=() if path.stem in QUICK else pytest.mark.slow, id=path.stem) for path in NOTEBOOKS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)  # as for anybody who opens it
     notebook = nbformat.read(path, as_version=4)

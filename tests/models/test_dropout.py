@@ -50,7 +50,12 @@ def test_elements_are_dropped_at_the_rate_and_the_rest_scaled():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots", "scan_layers": False}]
+    "changes",
+    [
+        {"scan_layers": False},
+        pytest.param({"remat": "full"}, marks=pytest.mark.slow),
+        {"remat": "dots", "scan_layers": False},
+    ],
 )
 def test_the_masks_are_the_same_however_layers_are_run(parameters, rows, changes):
     loss, gradient = value_and_gradient(CONFIG, parameters, rows, keys(3, 4))

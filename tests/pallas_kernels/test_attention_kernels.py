@@ -70,6 +70,7 @@ def test_tpu_kernels_are_right_and_free_of_races(spec, tpu, quick_compilation):
     "name",
     ["packed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("unequal", "window", "empty-rows", "ring"))],
 )
+@pytest.mark.slow
 def test_tpu_kernels_that_hold_a_block_at_a_time(name, tpu, monkeypatch, quick_compilation):
     """Keys, and in their gradients queries, that don't fit: every block is a chunk of its own."""
     monkeypatch.setattr(mosaic_tpu, "CHUNK_BYTES", 1)

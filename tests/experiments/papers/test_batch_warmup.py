@@ -107,6 +107,7 @@ def test_the_comparison_trains_every_arm_on_the_same_examples_and_reports(small_
     assert info["name"] == "warmup-8-32"
 
 
+@pytest.mark.slow
 def test_each_arm_goes_on_with_its_best_learning_rate_and_no_finished_run_is_run_again(
     small_bindings, tmp_path, capsys
 ):

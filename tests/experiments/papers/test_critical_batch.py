@@ -135,6 +135,7 @@ def test_base_runs_record_both_noise_scales(measured):
     assert {"noise_scale", "norm_layers_noise_scale", "norm_layers_noise_scale_error"} <= set(train)
 
 
+@pytest.mark.slow
 def test_a_run_can_follow_its_curve_and_no_other_ones(measured, train_small, tmp_path, bindings):
     _, _, curve, _ = measured
     path = tmp_path / "curve.json"

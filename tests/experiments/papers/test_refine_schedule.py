@@ -11,6 +11,7 @@ from crescendo.experiments.runtime.errors import UserError
 from crescendo.optim.refinement import refine
 
 
+@pytest.mark.slow
 def test_the_second_run_follows_the_schedule_refined_from_the_first(small_bindings, tmp_path):
     settings = [binding for binding in small_bindings if not binding.startswith("schedules.linear.peak")]
     results = refine_schedule(tmp_path, bindings=settings, learning_rate=1e-2, smoothing=0.2)

@@ -60,6 +60,7 @@ def test_probed_parameters_will_do(task):
     np.testing.assert_allclose(loss(with_probes(parameters, norm_probes(parameters, 4))), loss(parameters), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_reference_has_second_derivatives(task):
     """A Hessian-vector product against the difference of gradients."""
     rows, parameters = read(task.train, range(2)), fresh(task)

@@ -1,4 +1,4 @@
-"""The file tree of `docs/design.md`, a sentence a file: the first of its docstring. `python docs/tree.py` writes it."""
+"""The file tree of `docs/design.md`, a sentence a file: the first of its docstring. `python docs/file_tree.py` writes it."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "design.md"
 TOPS = ("models", "optim", "parallel", "pallas_kernels", "experiments")
-BEGIN, END = "<!-- the tree: written by docs/tree.py -->\n", "<!-- the end of the tree -->\n"
+BEGIN, END = "<!-- the tree: written by docs/file_tree.py -->\n", "<!-- the end of the tree -->\n"
 SENTENCE = 110  # characters; what is longer is cut at a word
 
 
