@@ -1,4 +1,7 @@
-"""The file tree of `docs/design.md`, a sentence a file: the first of its docstring. `python docs/file_tree.py` writes it."""
+"""The file tree of `docs/design.md`, a sentence a file: the first of its docstring.
+
+`python docs/file_tree.py` writes it.
+"""
 
 import ast
 import re
@@ -8,15 +11,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "design.md"
 TOPS = ("models", "optim", "parallel", "pallas_kernels", "experiments")
 BEGIN, END = "<!-- the tree: written by docs/file_tree.py -->\n", "<!-- the end of the tree -->\n"
-SENTENCE = 110  # characters; what is longer is cut at a word
 
 
 def sentence(path: Path) -> str:
     """The first sentence of a module's docstring, without a command at its end."""
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
     text = " ".join(text.split("\n\n")[0].split())
-    text = re.split(r": `(?:python -m|crescendo) |(?<=[^.]\.)\s", text)[0].rstrip(".")
-    return text if len(text) <= SENTENCE else text[:SENTENCE].rsplit(" ", 1)[0] + " ..."
+    return re.split(r": `(?:python -m|crescendo) |(?<=[^.]\.)\s", text)[0].rstrip(".")
 
 
 def lines(folder: Path, depth: int = 0) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a person runs; the rooms below hold everything else (docs/design.md has the map).
+"""What a person runs; the rooms below hold everything else.
 
 A paper's experiment is a module here too: `python -m crescendo.experiments.batch_warmup` finds it in `papers/`.
 """

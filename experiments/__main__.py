@@ -5,14 +5,15 @@ import ast
 import functools
 import importlib
 import importlib.util
-import pkgutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import shtab
 
 from crescendo import experiments
+from crescendo.experiments import papers
 from crescendo.experiments.runtime.cli import run_command
 
 # Commands of the other packages, by module.
@@ -44,17 +45,22 @@ class Command(NamedTuple):
 @functools.cache
 def commands() -> dict[str, Command]:
     """Every command by name, the experiments of papers among them; none is imported for this."""
-    names = [module.name for module in pkgutil.iter_modules(experiments.__path__) if module.name != "__main__"]
-    modules = {name: f"{experiments.__name__}.{name}" for name in names} | ELSEWHERE
-    candidates = {name: _command(module) for name, module in modules.items()}
+    here = Path(__file__).parent
+    modules = [f"{experiments.__name__}.{path.stem}" for path in sorted(here.glob("[!_]*.py"))]
+    modules += [f"{papers.__name__}.{name}" for name in papers.names()]
+    named = {module.rpartition(".")[2]: module for module in modules} | ELSEWHERE
+    candidates = {name: _command(module) for name, module in named.items()}
     return {name: command for name, command in candidates.items() if command is not None}
 
 
 def _command(module: str) -> Command | None:
     """The command that a module is; None where it has no `parser` and `main`."""
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    source = ast.parse(spec.loader.get_source(module))  # type: ignore[union-attr]
+    package, *inner = module.removeprefix("crescendo.").split(".")
+    specification = importlib.util.find_spec(f"crescendo.{package}")  # which imports no module of the package
+    assert specification is not None
+    assert specification.origin is not None
+    path = Path(specification.origin).parent.joinpath(*inner)
+    source = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
     functions = {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
     if not {"parser", "main"} <= functions:
         return None

@@ -364,20 +364,6 @@ def group_noise_scales(
     return {name: NoiseScale(*(x[i] for x in read)) for i, name in enumerate(names)}
 
 
-def current_noise_scales(opt_state: optax.OptState) -> dict[str, NoiseScale]:
-    """Every noise scale that the state keeps over all parameters, by its source; none where there is no transform.
-
-    >>> list(current_noise_scales(gradient_noise_scale(norm_layers=True).init(jnp.ones(2))))
-    ['gradient', 'norm_layers']
-    """
-    return {
-        source: read_averages(averages)
-        for state in _states(opt_state)
-        for source, averages in (("gradient", state.total), ("norm_layers", state.norm_layers))
-        if averages is not None
-    }
-
-
 def required_statistics(opt_state: optax.OptState) -> set[str]:
     """The members of `batch_size.STATISTICS` that the transforms of a state, or of its shapes, will ask the loop for.
 

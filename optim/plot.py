@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         curves = {name: parse(name, options.peak, options.total, options.warmup) for name in names}
     except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     draw(curves, options.total).savefig(options.output, dpi=150)
     print(options.output)
 

@@ -1,4 +1,4 @@
-"""The console that every command prints its tables on: here, because this is the lowest package that has a command."""
+"""A console for tables that a pipe doesn't break."""
 
 import os
 import sys

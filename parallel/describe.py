@@ -1,4 +1,4 @@
-"""The command `python -m crescendo.parallel.describe`: `crescendo.experiments.describe`."""
+"""Another name of the command `crescendo describe`, which needs more than meshes."""
 
 if __name__ == "__main__":
     import runpy

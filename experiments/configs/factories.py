@@ -45,7 +45,8 @@ def namesakes(room: ModuleType) -> dict[str, Callable]:
     """
     names = [module.name for module in pkgutil.iter_modules(room.__path__)]
     modules = {name: importlib.import_module(f"{room.__name__}.{name}") for name in names}
-    return {name: getattr(module, name) for name, module in modules.items() if hasattr(module, name)}
+    functions = {name: getattr(module, name, None) for name, module in modules.items()}
+    return {name: function for name, function in functions.items() if inspect.isfunction(function)}
 
 
 def optax_factories() -> dict[str, dict[str, Callable]]:

@@ -181,7 +181,7 @@ def image_data(
 
 
 def _outside_tfds(data_directory: str | os.PathLike | None) -> bool:
-    """Whether Fashion-MNIST is to be looked for where `fashion_mnist` does, which falls back on Debian's package."""
+    """Whether Fashion-MNIST is to be looked for as `read_fashion_mnist` does, which falls back on Debian's package."""
     return data_directory is None or any(Path(data_directory).glob("*-idx3-ubyte.gz"))
 
 

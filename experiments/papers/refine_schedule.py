@@ -6,6 +6,7 @@ run will do as the first one: its norms are in its `metrics.jsonl`.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -88,8 +89,8 @@ def refine_schedule(
       The last validation record of each run, by arm.
     """
     for name, value in {"learning-rate": learning_rate, "peak-factor": peak_factor}.items():
-        if not value > 0:
-            raise UserError(f"--{name} {value} must be above 0")
+        if not 0 < value < math.inf:
+            raise UserError(f"--{name} {value} must be above 0 and finite")
 
     def refined(trial: Trial) -> str:
         path = trial.folder.with_name(f"{trial.folder.name}.json")

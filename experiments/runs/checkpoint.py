@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access
 from crescendo.parallel.hosts import is_leader
 
 
@@ -146,7 +147,8 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        with file_access("read" if read_only else "write", folder):
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self.folder = folder
 
     def __enter__(self) -> "Checkpoints":

@@ -66,8 +66,9 @@ def write_info(folder: Path, info: Mapping[str, Any], config: str) -> None:
     """Writes `run.json` and `config.gin`, each whole or not at all; of several processes the first does."""
     if not is_leader():
         return
-    replace_file(folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
-    replace_file(folder / "config.gin", config.encode())
+    with file_access("write", folder):
+        replace_file(folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
+        replace_file(folder / "config.gin", config.encode())
 
 
 def check_resumable(folder: Path, before: Mapping[str, Any], version: int, fixed: Mapping[str, Any]) -> None:

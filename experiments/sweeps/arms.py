@@ -18,7 +18,7 @@ from crescendo.experiments.reports.compare import compare, comparison_table
 from crescendo.experiments.reports.equal_loss import equal_loss_table, reached
 from crescendo.experiments.reports.write import write_report
 from crescendo.experiments.runs.run import is_complete, last_validation, read_run
-from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.files import file_access, replace_file
 from crescendo.experiments.runtime.interruption import deadline, interrupted_at
 from crescendo.experiments.trainer.training import train
@@ -125,7 +125,8 @@ def compare_arms(
         trial = Trial(name, rate, seed, path, before)
         of_arm = {key: value(trial) if callable(value) else value for key, value in arms[name].items()}
         swept = {} if rate is None else {LEARNING_RATE: rate}
-        every = [*statements({**common, "train.seed": seed}), *statements(of_arm), *bindings, *statements(swept)]
+        with user_values():
+            every = [*statements({**common, "train.seed": seed}), *statements(of_arm), *bindings, *statements(swept)]
         bound = configurables.bind(train, configs, every)
         _check_read(command, {**common, **of_arm, **swept}, options)
         with interrupted_at(stop):

@@ -22,7 +22,7 @@ DROPOUT, MASKS = 0, 1
 
 
 class Text(Protocol):
-    """What a task needs of its data; `crescendo.experiments.data.rows.TextData` has it."""
+    """What a task needs of its data; `crescendo.experiments.data.text_data.TextData` has it."""
 
     @property
     def train(self) -> Source: ...

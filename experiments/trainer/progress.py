@@ -1,4 +1,4 @@
-"""The line that shows how a run goes, and the running means and short numbers in it."""
+"""The line that shows how a run goes."""
 
 import math
 import time

@@ -64,6 +64,7 @@ class RunFiles:
       session: what trains.
       checkpoints: in the folder.
       recorder: writes its records.
+      evaluate: gives the metrics of a state on held-out rows.
       best_loss: the lowest validation loss so far.
       keep_best: whether the checkpoint of the lowest validation loss is kept.
       validation: the latest validation record.
@@ -252,7 +253,7 @@ def _opened(folder: Path, session: Session, name: str, fixed: dict[str, Any]) ->
     Raises:
       UserError: a folder in use, of another run, or that can't be written.
     """
-    with file_access("write", folder), run_folder.locked(folder):
+    with run_folder.locked(folder):
         before = run_folder.read_info(folder)
         if before is not None:
             run_folder.check_resumable(folder, before, FORMAT, fixed)
@@ -326,7 +327,8 @@ def _write_tokenizer(folder: Path, data: Any) -> None:
     """That of the data, where they are text, so that the folder alone can generate and export."""
     tokenizer = getattr(data, "tokenizer", None)
     if hosts.is_leader() and tokenizer is not None:
-        replace_file(folder / "tokenizer.json", tokenizer.to_json().encode())
+        with file_access("write", folder):
+            replace_file(folder / "tokenizer.json", tokenizer.to_json().encode())
 
 
 def _describe(session: Session, name: str, fixed: dict[str, Any]) -> dict[str, Any]:

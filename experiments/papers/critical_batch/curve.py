@@ -139,7 +139,7 @@ def draw(curve: Mapping[str, Any], runs: Sequence[Any]) -> bytes:
 
     Args:
       curve: as `make_curve` makes it.
-      runs: the base runs (`runs.records.Run`).
+      runs: the base runs (`runs.run.Run`).
     """
     settings = curve["settings"]
     picture = io.BytesIO()
