@@ -1,8 +1,8 @@
 """Tables of what configs can name here: optimizers, transforms, combinators, schedules and policies.
 
-A function enters one where it is defined, as a decoration. `crescendo.optim` imports every module of its folder, so a new
-file with a decorated function is all that a new one takes: configs, the common tests and the documentation read these
-tables.
+A function enters one where it is defined, as a decoration. `crescendo.optim` imports every module of its folder, so a
+new file with a decorated function is all that a new one takes: configs, the common tests and the documentation read
+these tables.
 """
 
 from collections.abc import Callable
