@@ -39,7 +39,7 @@ demo: $(VENV)/.installed  ## train a small model with constant batches and with 
 	@$(VENV)/bin/python -m crescendo.experiments.papers.batch_warmup
 
 test: $(VENV)/.installed-dev check  ## format, lint, types, and every quick test
-	@$(VENV)/bin/pytest -n 2 -m "not slow and not chaos and not gpu and not aot"
+	@$(VENV)/bin/pytest -n 2 --dist loadfile -m "not slow and not chaos and not gpu and not aot"
 
 # Triton's interpreter changes Triton for the rest of a process, so what it runs comes last and apart.
 test-aot: $(AOT_VENV)/.installed  ## compile the presets' training steps for H100 and TPU, with no device

@@ -23,8 +23,11 @@ def packed_segments(batch: int, length: int, mean_tokens: int, seed: int = 0) ->
 
 
 def visible_pairs(length: int, keys: int, *, causal: bool, window: int | None, segments) -> float:
-    """How many pairs of a query and a key a row of the batch has, in the mean."""
-    q, k = np.arange(length)[:, None], np.arange(keys)[None]
+    """How many pairs of a query and a key a row of the batch has, in the mean.
+
+    >>> visible_pairs(4, 4, causal=True, window=2, segments=None)
+    7.0
+    """
     if segments is not None:
         total = 0.0
         for row in segments:
@@ -33,10 +36,10 @@ def visible_pairs(length: int, keys: int, *, causal: bool, window: int | None, s
         return total / len(segments)
     if not causal and window is None:
         return float(length * keys)
-    if causal and window is None and length == keys:
-        return length * (length + 1) / 2
-    near = q - k >= 0 if causal else k - q < (window or 0)
-    return float((near if window is None else near & (q - k < window)).sum())
+    q = np.arange(length)
+    end = np.minimum(keys, q + (1 if causal else window))
+    begin = 0 if window is None else np.maximum(0, q - window + 1)
+    return float(np.maximum(0, end - begin).sum())
 
 
 def zig_zag(batch: int, length: int) -> np.ndarray:

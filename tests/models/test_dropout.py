@@ -52,7 +52,7 @@ def test_elements_are_dropped_at_the_rate_and_the_rest_scaled():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"scan_layers": False},
+        pytest.param({"scan_layers": False}, marks=pytest.mark.slow),
         pytest.param({"remat": "full"}, marks=pytest.mark.slow),
         {"remat": "dots", "scan_layers": False},
     ],

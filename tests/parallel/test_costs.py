@@ -48,10 +48,8 @@ def compiled_and_closed(kv_heads: int, axes: dict[str, int]) -> tuple[dict[str, 
     return {kind: t.sent_bytes for kind, t in found.items()}, expected
 
 
-@pytest.mark.parametrize(
-    ("axes", "kv_heads"),
-    [({"tensor": 8}, 2), pytest.param({"fsdp": 2, "tensor": 4}, 2, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("axes", "kv_heads"), [({"tensor": 8}, 2), ({"fsdp": 2, "tensor": 4}, 2)])
 def test_copies_of_key_heads_send_what_the_closed_form_says(quick_compilation, axes, kv_heads):
     # All else is as where each device has a key head of its own, so the difference is that of the copies.
     copied, closed_copied = compiled_and_closed(kv_heads, axes)

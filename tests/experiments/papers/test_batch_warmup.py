@@ -84,6 +84,7 @@ def test_the_help_names_every_arm():
     assert all(re.search(rf"\b{arm}\b", parser().format_help()) for arm in ARMS)
 
 
+@pytest.mark.slow
 def test_the_comparison_trains_every_arm_on_the_same_examples_and_reports(small_bindings, tmp_path, capsys):
     settings = [binding for binding in small_bindings if not binding.startswith(("TOTAL", "train.batch_size"))]
     results = batch_warmup(tmp_path, bindings=settings, batch_size=8, double_at=[0.4, 0.7], total_examples=512)

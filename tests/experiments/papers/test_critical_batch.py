@@ -110,6 +110,7 @@ def measured(bindings, tmp_path_factory):
     return folder, first, critical_batch(folder, bindings=bindings, **options), options
 
 
+@pytest.mark.slow
 def test_it_goes_on_branch_by_branch_and_ends_with_a_curve(measured):
     folder, first, curve, _ = measured
     assert list(first) == [Branch(0, 128, 1)]
@@ -121,6 +122,7 @@ def test_it_goes_on_branch_by_branch_and_ends_with_a_curve(measured):
     assert all(low >= 16 for low, _ in curve["interval"])
 
 
+@pytest.mark.slow
 def test_the_branch_with_the_same_batch_is_the_base_run_itself(measured):
     """128 examples from 128 on: the branch's last evaluation is the base run's at 256."""
     folder, first, _, _ = measured
@@ -129,6 +131,7 @@ def test_the_branch_with_the_same_batch_is_the_base_run_itself(measured):
     assert [first[Branch(0, 128, 1)]["losses"][-1]] == pytest.approx(at_256.tolist(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_base_runs_record_both_noise_scales(measured):
     train = read_run(measured[0] / "base-seed0").train
     assert np.isfinite(train["noise_scale_error"][2:]).any()
@@ -163,6 +166,7 @@ def test_a_run_can_follow_its_curve_and_no_other_ones(measured, train_small, tmp
         )
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_and_nothing_is_lost(measured, bindings, tmp_path):
     folder, _, _, options = measured
     copy = shutil.copytree(folder, tmp_path / "copy")

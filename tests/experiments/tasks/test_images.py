@@ -59,6 +59,7 @@ def test_networks_have_fingerprints_of_their_own(data):
 
 
 @pytest.mark.parametrize("mesh", meshes(quick="data 2, fsdp 2"))
+@pytest.mark.parametrize("make", [pytest.param("resnet", marks=pytest.mark.slow), "vit"], indirect=True)
 def test_any_mesh_will_do(make, mesh):
     task = make(label_smoothing=0.1)
     if isinstance(task.config, ResNetConfig) and {"tensor", "sequence"} & set(MESHES[mesh]):

@@ -36,6 +36,7 @@ def test_a_full_vocabulary_gets_rows_for_the_mask_token(text, small_model):
 
 
 @pytest.mark.parametrize("mesh", meshes(quick="tensor 2, data 2"))
+@pytest.mark.parametrize("make", [pytest.param("masked_lm", marks=pytest.mark.slow), "masked_diffusion"], indirect=True)
 def test_any_mesh_will_do(make, mesh):
     task = make(dropout=0.2, z_loss=1e-3)
     # Diffusion weighs its terms by 1 / t: they round by their own size, and cancel in part (1.7e-5 was seen on a CPU).

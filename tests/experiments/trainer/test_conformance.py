@@ -110,9 +110,8 @@ def steps_of(session: Session) -> dict:
 QUICK = {
     ("schedule_free", "one device"),  # evaluates elsewhere
     ("muon", "fsdp 2, data 2"),  # two rules in one state
-    ("sophia", "tensor 2, data 2"),  # second derivatives
-    ("noise_scale_following", "one device"),  # wants several microbatches
-    ("norm_test", "one device"),  # wants per-coordinate statistics
+    ("sophia", "one device"),  # second derivatives
+    ("norm_test", "one device"),  # wants several microbatches, and statistics of them
 }
 
 

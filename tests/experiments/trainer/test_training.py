@@ -213,6 +213,7 @@ def test_a_schedule_that_ends_elsewhere_is_said_aloud_and_one_that_does_not_fit_
         _ = small_session(optimizer=optim.adamw(optim.schedules.linear(1e-2, warmup=64))).plan
 
 
+@pytest.mark.slow
 def test_the_power_schedule_is_capped_behind_the_batch():
     power = optim.schedules.power(0.02, tokens_per_count=16)
     policy = optim.staged([8, 32], starts_examples=[0, 8])
@@ -234,6 +235,7 @@ def test_the_loss_of_each_row_is_that_of_its_own_batch():
         assert loss == pytest.approx(float(total / weight), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_schedule_free_is_evaluated_where_it_says():
     session = small_session(optimizer=optim.schedule_free(1e-2))
     state, _ = run(session)
