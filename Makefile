@@ -14,7 +14,7 @@ else
 install = $(1)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt $(2)
 endif
 
-.PHONY: help demo test test-aot test-slow test-gpu docs check format clean
+.PHONY: help demo test test-aot test-aot-all test-slow test-gpu docs check format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,9 +42,13 @@ test: $(VENV)/.installed-dev check  ## format, lint, types, and every quick test
 	@$(VENV)/bin/pytest -n 2 --dist loadfile -m "not slow and not chaos and not gpu and not aot"
 
 # Triton's interpreter changes Triton for the rest of a process, so what it runs comes last and apart.
-test-aot: $(AOT_VENV)/.installed  ## compile the presets' training steps for H100 and TPU, with no device
+test-aot: $(AOT_VENV)/.installed  ## compile training steps and kernels for H100 and TPU, with no device
 	@$(AOT_VENV)/bin/pytest -n 2 --dist loadfile -m "aot and not slow" -k "not interpreted and not fit_on_chip"
 	@$(AOT_VENV)/bin/pytest -n 2 --dist loadfile -m "aot and not slow" -k "interpreted or fit_on_chip"
+
+test-aot-all: $(AOT_VENV)/.installed  ## the same for every preset, mesh, kernel and kind of device: an hour
+	@$(AOT_VENV)/bin/pytest -n 2 --dist loadfile -m aot -k "not interpreted and not fit_on_chip"
+	@$(AOT_VENV)/bin/pytest -n 2 --dist loadfile -m aot -k "interpreted or fit_on_chip"
 
 test-slow: $(VENV)/.installed-dev  ## the tests that take minutes, kills at random moments among them
 	@$(VENV)/bin/pytest -m "(slow or chaos) and not aot" -s

@@ -80,7 +80,13 @@ def compiled_for_h100s(name: str):
     return step.compile().as_text(), config, layout, microbatches
 
 
-@pytest.mark.parametrize("name", STEPS)
+# A step compiles for half a minute to two: every day those that compile fast, one of each kind of parallelism.
+EVERY_DAY = ("data", "zero1", "fsdp", "tensor", "ulysses")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in EVERY_DAY else pytest.mark.slow) for name in STEPS]
+)
 def test_eight_h100s_send_what_the_closed_form_says(name):
     text, config, layout, microbatches = compiled_for_h100s(name)
     found, expected = traffic(text, microbatches=microbatches), closed_form(config, layout, microbatches, 1024)
@@ -92,6 +98,7 @@ def test_eight_h100s_send_what_the_closed_form_says(name):
         assert found[kind].sent_bytes == pytest.approx(size, rel=0.01, abs=0.01 * total), kind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
 def test_three_kinds_together_send_no_more_than_the_closed_form(strategy):
     devices = topology_devices("h100:1x1x8", H100)
@@ -140,6 +147,7 @@ def test_fsdp_gathers_one_layer_at_a_time():
     assert not any(len(dims) > 2 and dims[0] == config.layers for c in gathers for _, dims in c.shapes)
 
 
+@pytest.mark.slow
 def test_the_ring_sends_while_it_computes():
     text, _, _, _ = compiled_for_h100s("ring")
     lines = text.splitlines()

@@ -58,8 +58,12 @@ def compiled(target: str, preset: str):
     return session.lower(plan, implementation="xla").compile()
 
 
-# Half a minute each: of each preset one kind of TPU will do every day.
-SLOW = {("v5p:8x8x16", "30m"), ("v5e:2x2", "124m"), ("v5p:8x8x16", "1b")}
+# Half a minute each and more: of each preset one kind of device will do every day.
+SLOW = {
+    *((target, "30m") for target in BUDGETS_MIB),
+    ("v5e:2x2", "124m"),
+    *((target, "1b") for target in BUDGETS_MIB if target != "h100"),
+}
 CASES = [
     pytest.param(target, preset, marks=pytest.mark.slow if (target, preset) in SLOW else ())
     for target, budgets in BUDGETS_MIB.items()
