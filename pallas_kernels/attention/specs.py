@@ -37,7 +37,7 @@ def visible_pairs(length: int, keys: int, *, causal: bool, window: int | None, s
     if not causal and window is None:
         return float(length * keys)
     q = np.arange(length)
-    end = np.minimum(keys, q + (1 if causal else window))
+    end = np.minimum(keys, q + (1 if causal or window is None else window))
     begin = 0 if window is None else np.maximum(0, q - window + 1)
     return float(np.maximum(0, end - begin).sum())
 
