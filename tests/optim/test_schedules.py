@@ -239,6 +239,8 @@ def test_plot_draws_every_schedule(tmp_path, capsys):
         ("refined:path=nowhere.json", "nowhere.json"),
     ],
 )
-def test_plot_bad_input(name, message):
-    with pytest.raises(SystemExit, match=message):
+def test_plot_bad_input(name, message, capsys):
+    with pytest.raises(SystemExit) as ended:
         plot.main([name])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

@@ -55,9 +55,8 @@ def hopper_of_two_cores(monkeypatch):
     monkeypatch.setattr(hopper, "require_gpu", lambda *args, **kwargs: None)
 
 
-@pytest.mark.parametrize(
-    "spread", [pytest.param(1.0, id="usual rows", marks=SLOW), pytest.param(40.0, id="a loss that overflows")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [1.0, 40.0], ids=["usual rows", "a loss that overflows"])
 def test_linear_cross_entropy_for_hopper(hopper_of_two_cores, spread, monkeypatch):
     monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 256)
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 0)

@@ -88,6 +88,7 @@ def test_padding_weighs_nothing(make):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, measured)
 
 
+@pytest.mark.parametrize("make", ["resnet", pytest.param("vit", marks=pytest.mark.slow)], indirect=True)
 def test_label_smoothing_is_of_the_training_loss_alone(make):
     plain, smooth = make(), make(label_smoothing=0.2)
     parameters, rows = fresh(plain), read(plain.train, range(4))

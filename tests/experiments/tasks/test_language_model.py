@@ -78,6 +78,7 @@ def test_any_mesh_will_do(task, mesh):
     assert_same_on(task, MESHES[mesh], read(task.train, range(4)))
 
 
+@pytest.mark.slow
 def test_dropout_follows_examples_and_not_the_cut(text, small_model):
     task = language_model(text, small_model(dropout=0.3))
     rows, parameters = read(task.train, range(5)), fresh(task)

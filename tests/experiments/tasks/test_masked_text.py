@@ -44,6 +44,7 @@ def test_any_mesh_will_do(make, mesh):
     assert_same_on(task, MESHES[mesh], read(task.train, range(4)), tolerance=tolerance)
 
 
+@pytest.mark.parametrize("make", [pytest.param("masked_lm", marks=pytest.mark.slow), "masked_diffusion"], indirect=True)
 def test_draws_are_functions_of_seed_and_example(make):
     task = make()
     rows, parameters = read(task.train, range(5)), fresh(task)
