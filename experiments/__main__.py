@@ -60,7 +60,7 @@ def _command(module: str) -> Command | None:
     assert specification is not None
     assert specification.origin is not None
     path = Path(specification.origin).parent.joinpath(*inner)
-    source = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+    source = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_bytes())
     functions = {node.name for node in source.body if isinstance(node, ast.FunctionDef)}
     if not {"parser", "main"} <= functions:
         return None

@@ -5,7 +5,10 @@ import contextlib
 import difflib
 import functools
 import inspect
+import io
+import os.path
 import re
+import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,10 +19,13 @@ import typeguard
 from gin import config_parser, selector_map
 
 from crescendo.experiments.configs.factories import FACTORIES, optax_factories
+from crescendo.experiments.runtime.encoding import check_typed, decoded, read_text
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.interruption import Interrupted
 
 CONFIGS = resources.files("crescendo.experiments.configs")
+# The files that gin's `include` names are decoded as the others are.
+gin.config._FILE_READERS.insert(0, (lambda path: io.StringIO(read_text(Path(path))), os.path.isfile))
 
 
 def _checked(factory: Callable, called: str | None = None) -> Callable:
@@ -199,7 +205,7 @@ def names_bound(statements: str) -> list[str]:
     ['schedules.linear.total', 'LEARNING_RATE']
     """
     names = []
-    with contextlib.suppress(SyntaxError):
+    with contextlib.suppress(SyntaxError, tokenize.TokenError):
         for statement in config_parser.ConfigParser(statements, _Names()):
             if not isinstance(statement, config_parser.BindingStatement):
                 continue
@@ -218,23 +224,26 @@ def macros_read() -> set[str]:
 def _read(config: str) -> str:
     path = Path(config)
     if path.is_file():
-        return path.read_text()
+        return read_text(path)
     if (CONFIGS / path.name).is_file() and path.name == config.removesuffix(".gin") + ".gin":
-        return (CONFIGS / path.name).read_text()
+        return decoded((CONFIGS / path.name).read_bytes(), config)
     raise UserError(f"--config {config}: no such file; Crescendo ships {', '.join(shipped())}")
 
 
 def _parse(text: str, origin: str) -> None:
     try:
-        gin.parse_config(text)
-    except SyntaxError as error:
+        gin.parse_config(check_typed(text, origin))
+    except (SyntaxError, tokenize.TokenError) as error:
         raise UserError(f"{origin}: not gin: {_one_line(error)}; write NAME.PARAMETER = VALUE") from None
-    except (ValueError, TypeError) as error:
+    except RecursionError:
+        raise UserError(f"{origin}: it includes itself, or nests more deeply than can be read") from None
+    except (ValueError, TypeError, OSError, ImportError, UserError) as error:
         raise UserError(f"{origin}: {_explain(_one_line(error))}") from None
 
 
 def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    told = error.args[0] if isinstance(error, tokenize.TokenError) else error  # whose text is a tuple's
+    return str(told).strip().splitlines()[0]
 
 
 def _explain(message: str) -> str:

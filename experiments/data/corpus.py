@@ -77,7 +77,7 @@ def tokenize(
         "pairs": {"train": train.pairs, "validation": validation.pairs},
         "digest": f"{tokenizer.vocab_size} {train.digest} {validation.digest}",
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
 
 
 def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:

@@ -1,11 +1,26 @@
 """Documents as `text_data` takes them, and what their sources share."""
 
+import contextlib
+import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from rich.console import Console
+
+from crescendo.experiments.data.preparation import progress
+from crescendo.experiments.runtime import cache
+from crescendo.experiments.runtime.encoding import check_utf8
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import replace_file
+
+REPLACEMENT = "\ufffd"
+SETTLED_SECONDS = 2.0  # a file changed more lately may change again within a tick of its file system's clock
 
 
 @dataclass(frozen=True)
@@ -25,19 +40,102 @@ class Documents:
     total_bytes: int | None = None
 
 
-def files_identity(paths: Iterable[Path]) -> str:
-    """A hash of paths, sizes and times of change: changes with the contents, without reading them."""
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return hashlib.blake2b(repr(stats).encode(), digest_size=16).hexdigest()
+def file_digests(paths: Sequence[Path]) -> list[str]:
+    """A hash of each file's content, wherever the file lies.
+
+    To read a large corpus at every start would take minutes, so hashes are kept in the project's cache for as long as
+    the file system says the same of all these files: which they are, their sizes, and their times, of which that of the
+    inode (ctime) can't be set back.
+
+    Raises:
+      OSError: for a file that can't be read.
+    """
+    stats = [(os.path.realpath(path), path.stat()) for path in paths]
+    facts = [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
+    known = cache.folder() / "digests" / f"{digest(facts)}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(known.read_bytes())
+    digests = []
+    now = time.time()
+    with progress(f"hashing {len(paths)} files", sum(s.st_size for _, s in stats)) as advance:
+        for path, (_, stat) in zip(paths, stats, strict=True):
+            with open(path, "rb") as file:
+                digests.append(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
+            advance(stat.st_size)
+    if all(s.st_ctime < now - SETTLED_SECONDS for _, s in stats):
+        with contextlib.suppress(OSError):  # a cache that can't be written only costs time
+            known.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(known, json.dumps(digests).encode())
+    return digests
 
 
-def check_utf8(text: bytes, where: str, offset: int = 0) -> bytes:
-    """`text` if it is UTF-8, else a UserError that says where it isn't."""
-    try:
-        text.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: byte 0x{text[error.start]:02x} at offset {offset + error.start} is not UTF-8; convert the text, "
-            "for example with iconv -t UTF-8"
-        ) from error
-    return text
+def digest(content: object) -> str:
+    """A hash of what JSON can hold."""
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+class Utf8:
+    """Holds documents to UTF-8: what isn't is an error that says where, or is replaced and counted.
+
+    Args:
+      source: the function that configs name, such as "text_files".
+      errors: "strict" or "replace"; of the latter U+FFFD stands for what isn't UTF-8.
+
+    Attributes:
+      replaced: how often something was.
+
+    >>> utf8 = Utf8("text_files", "replace")
+    >>> utf8(b"to \\xff be", "a.txt").decode(), utf8.replaced
+    ('to \ufffd be', 1)
+    """
+
+    def __init__(self, source: str, errors: Literal["strict", "replace"]):
+        if errors not in ("strict", "replace"):
+            raise UserError(f"{source}.errors = {errors!r} must be 'strict' or 'replace'")
+        self._strict, self._way_on = errors == "strict", f", or set {source}.errors = 'replace'"
+        self.replaced = 0
+        self._first = ""
+
+    def __call__(self, content: bytes, where: str, offset: int = 0) -> bytes:
+        """The document.
+
+        Args:
+          content: its bytes.
+          where: names what holds it.
+          offset: of the content there.
+
+        Raises:
+          UserError: what isn't UTF-8, where errors are strict.
+        """
+        if self._strict:
+            return check_utf8(content, where, offset=offset, way_on=self._way_on)
+        text = content.decode(errors="replace").encode()
+        self._count(text.count(REPLACEMENT.encode()) - content.count(REPLACEMENT.encode()), where)
+        return text
+
+    def encoded(self, text: str, where: str) -> bytes:
+        """A text that is decoded already, such as JSON's, in which there may be half of a surrogate pair."""
+        try:
+            return text.encode()
+        except UnicodeEncodeError as error:
+            if self._strict:
+                raise UserError(f"{where} has half of a surrogate pair, which is no text{self._way_on}") from error
+        mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        self._count(mended.count(REPLACEMENT) - text.count(REPLACEMENT), where)
+        return mended.encode()
+
+    def report(self, source: str) -> None:
+        """Says how much was replaced, once for each source."""
+        if self.replaced:
+            times = f"{self.replaced:,} time{'s' * (self.replaced > 1)}"
+            _say_once(f"note: {source}: U+FFFD stands {times} for what is not UTF-8, first in {self._first}")
+
+    def _count(self, number: int, where: str) -> None:
+        self.replaced += number
+        if number and not self._first:
+            self._first = where
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    Console(stderr=True).print(message, highlight=False, soft_wrap=True, markup=False)

@@ -3,7 +3,6 @@
 documents -> held-out split by document hash -> tokens on disk -> packed rows -> a shuffled endless stream.
 """
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from crescendo.experiments.data.corpus import SPLITS, tokenize
-from crescendo.experiments.data.documents import Documents
+from crescendo.experiments.data.documents import Documents, digest
 from crescendo.experiments.data.packing import Packing, pack
 from crescendo.experiments.data.preparation import cache_root, prepared
 from crescendo.experiments.data.rows import Rows
 from crescendo.experiments.data.stdlib_text import stdlib_text
 from crescendo.experiments.data.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, parse_tokenizer
+from crescendo.experiments.runtime.encoding import read_text
 from crescendo.experiments.runtime.errors import UserError
 
 FORMAT = 1  # of the files on disk and of the packing: part of every identity, to be raised when either changes
@@ -113,9 +113,9 @@ def text_data(
     documents = documents or stdlib_text(cache_directory=cache_directory)
 
     root = cache_root(cache_directory)
-    key = _hash([FORMAT, documents.identity, spec.identity, validation_fraction])
+    key = digest([FORMAT, documents.identity, spec.identity, validation_fraction])
     corpus = prepared(root / "tokens" / key, lambda folder: tokenize(documents, spec.make, validation_fraction, folder))
-    summary = json.loads((corpus / "summary.json").read_text())
+    summary = json.loads(read_text(corpus / "summary.json"))
     pairs = summary["pairs"]
     for split in SPLITS:
         if pairs[split] < sequence_length:
@@ -140,12 +140,8 @@ def text_data(
         tokenizer=SubwordTokenizer.load(tokenizer_file) if tokenizer_file.exists() else ByteTokenizer(),
         documents=summary["documents"],
         tokens=sum(pairs.values()),
-        fingerprint=_hash([FORMAT, summary["digest"], sequence_length]),
+        fingerprint=digest([FORMAT, summary["digest"], sequence_length]),
     )
-
-
-def _hash(content: list) -> str:
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def _open_rows(corpus: Path, packed: Path, split: str, sequence_length: int) -> Rows:

@@ -3,8 +3,9 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
-from crescendo.experiments.data.documents import Documents, check_utf8, files_identity
+from crescendo.experiments.data.documents import Documents, Utf8, digest, file_digests
 from crescendo.experiments.data.tfds import open_source
 from crescendo.experiments.runtime.errors import UserError
 
@@ -18,6 +19,7 @@ def tfds_text(
     feature: str = "text",
     data_directory: str | os.PathLike | None = None,
     download: bool = False,
+    errors: Literal["strict", "replace"] = "strict",
 ) -> Documents:
     """The texts of a TFDS data set, an example a document.
 
@@ -27,6 +29,7 @@ def tfds_text(
       feature: the text feature to take.
       data_directory: where TFDS keeps prepared data; None for $TFDS_DATA_DIR or ~/tensorflow_datasets.
       download: whether to download and prepare the data set if it is not there; else the network is never tried.
+      errors: "strict" refuses bytes that are not UTF-8; with "replace" U+FFFD stands for them, and how often is said.
 
     Raises:
       UserError: if there is no such data set, split or feature, it is not prepared for random access, or the feature is
@@ -35,17 +38,20 @@ def tfds_text(
     References:
       https://www.tensorflow.org/datasets/catalog/overview
     """
+    Utf8("tfds_text", errors)  # refuses what it doesn't know
     source, full_name, files = open_source(name, split, data_directory, download, [feature])
 
     def read() -> Iterator[bytes]:
+        utf8 = Utf8("tfds_text", errors)
         for begin in range(0, len(source), TFDS_READ_EXAMPLES):
             numbers = range(begin, min(begin + TFDS_READ_EXAMPLES, len(source)))
             for number, example in zip(numbers, source.__getitems__(numbers), strict=True):
                 text = example[feature]
                 if not isinstance(text, bytes):
                     raise UserError(f'TFDS data set "{name}": feature "{feature}" is {type(text).__name__}, not text')
-                yield check_utf8(text, f"{full_name} {split}[{number}]")
+                yield utf8(text, f"{full_name} {split}[{number}]")
+        utf8.report(f"{full_name} {split}")
 
     paths = [Path(file) for file in files]
-    identity = f"tfds {full_name} {split} {feature} {files_identity(paths)}"
+    identity = f"tfds {digest([full_name, split, feature, errors, file_digests(paths)])}"
     return Documents(f"{full_name} {split}", identity, read, sum(path.stat().st_size for path in paths))

@@ -15,6 +15,7 @@ from crescendo.experiments.runs.records import (
     Record,
     read_records,
 )
+from crescendo.experiments.runtime.encoding import read_text
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access
 
@@ -69,7 +70,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder} is not a run folder: it has no run.json; name a folder that a training run wrote")
     try:
         with file_access("read", folder):
-            info = json.loads(path.read_bytes())
+            info = json.loads(read_text(path))
             config_text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else ""
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); restore it or leave this run out") from None

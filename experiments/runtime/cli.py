@@ -1,5 +1,6 @@
 """What every command shares: one-line errors with exit code 2."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ def run_command(main: Callable[[], object]) -> None:
     if not (sys.stdout.isatty() or sys.stderr.isatty()):
         # A notebook's kernel sets FORCE_COLOR, which makes rich redraw lines in what is no terminal.
         os.environ.setdefault("TTY_COMPATIBLE", "0")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that the locale lacks stops no run
     try:
         main()
         sys.stdout.flush()

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
+from crescendo.experiments.runtime.encoding import read_text
 from crescendo.experiments.runtime.errors import UserError
 
 # Dense bfloat16 FLOP/s by a piece of `device_kind`, from the vendors' datasheets.
@@ -56,9 +57,7 @@ def topology_devices(name: str, target: Path | None) -> list:
                     f"--topology {name} needs --target FILE, XLA's description of the GPU (GpuTargetConfig as text; "
                     "tests/aot/h100.txtpb in the source tree)"
                 )
-            return topologies.get_topology_desc(
-                "h100", "cuda", target_config=target.read_text(), topology=shape
-            ).devices
+            return topologies.get_topology_desc("h100", "cuda", target_config=read_text(target), topology=shape).devices
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise UserError(

@@ -86,3 +86,39 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path):
     config.write_text("probe.numbr = 1\n")
     with pytest.raises(UserError, match=r"mine.gin: probe has no parameter 'numbr'"):
         configurables.bind(probe, [str(config)])
+
+
+def test_files_are_read_as_utf8_with_or_without_a_mark_included_ones_too(tmp_path):
+    (tmp_path / "inner.gin").write_bytes("probe.name = 'é'\r\n".encode("utf-8-sig"))
+    outer = tmp_path / "outer.gin"
+    outer.write_bytes(f"include '{tmp_path}/inner.gin'\nprobe.number = 3\n".encode("utf-8-sig"))
+    assert configurables.bind(probe, [str(outer)])() == (3, "é", None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("probe.number = 3".encode("utf-16"), r"mine\.gin is in UTF-16, not in UTF-8; convert it"),
+        ("probe.number = 3".encode("utf-16-le"), r"mine\.gin: not gin: .*null bytes"),
+        (b"probe.name = 'na\xefve'", r"mine\.gin: byte 0xef at offset 16 is not UTF-8"),
+        (b"probe.name = '''open", r"mine\.gin: not gin: EOF in multi-line string"),
+        (b"probe.number = " + b"[" * 300, r"mine\.gin: not gin: too many nested parentheses"),
+        (b"import nowhere_at_all", r"mine\.gin: No module named 'nowhere_at_all'"),
+        (b"include 'nowhere.gin'", r"mine\.gin: Unable to open file: nowhere\.gin"),
+        (b"include 'mine.gin'", r"mine\.gin: it includes itself"),
+        (b"include 'utf16.gin'", r"mine\.gin: utf16\.gin is in UTF-16"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.gin").write_bytes(content)
+    (tmp_path / "utf16.gin").write_bytes("probe.number = 3".encode("utf-16"))
+    with pytest.raises(UserError, match=message) as refused:
+        configurables.bind(probe, ["mine.gin"])
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_typed_is_utf8():
+    with pytest.raises(UserError, match=r"--set: .*udcef.* is not UTF-8"):
+        configurables.bind(probe, [], ["probe.name = 'na\udcefve'"])
+    assert configurables.names_bound("probe.name = '''open") == []

@@ -1,5 +1,6 @@
 """Documents from files and from TFDS, and prepared folders that are there whole or not at all."""
 
+import glob
 import io
 import json
 import os
@@ -17,10 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from crescendo.experiments.data import documents
 from crescendo.experiments.data.corpus import held_out
 from crescendo.experiments.data.preparation import prepared
 from crescendo.experiments.data.stdlib_text import stdlib_files, stdlib_identity, stdlib_text
-from crescendo.experiments.data.text_files import text_files
+from crescendo.experiments.data.text_data import text_data
+from crescendo.experiments.data.text_files import _matches, text_files
 from crescendo.experiments.data.tfds import tfds_images
 from crescendo.experiments.data.tfds_text import tfds_text
 from crescendo.experiments.runtime.errors import UserError
@@ -60,12 +63,162 @@ def test_the_text_may_have_another_name(tmp_path):
 def test_identity_follows_contents_and_settings(tmp_path):
     path = write(tmp_path / "a.txt", "before")
     identities = [text_files(path).identity, text_files(path, document_bytes=999).identity]
-    os.utime(path, ns=(0, 0))
-    identities.append(text_files(path).identity)
+    identities.append(text_files(path, errors="replace").identity)
     write(tmp_path / "a.txt", "longer than before")
     identities.append(text_files(path).identity)
     assert len(set(identities)) == 4
     assert text_files(path).identity == identities[-1]
+    os.utime(path, ns=(0, 0))
+    assert text_files(path).identity == identities[-1]
+
+
+def test_a_file_replaced_by_one_of_equal_size_and_time_is_another_corpus(tmp_path):
+    path = write(tmp_path / "a.txt", "".join(f"old {i:03}\n" for i in range(200)))
+    options = {"sequence_length": 8, "validation_fraction": 0.5, "cache_directory": tmp_path / "cache"}
+    os.utime(path, (1e9, 1e9))
+    old = text_data(text_files(path, document_bytes=256), **options)
+    write(tmp_path / "a.txt", "".join(f"new {i:03}\n" for i in range(200)))
+    os.utime(path, (1e9, 1e9))
+    new = text_data(text_files(path, document_bytes=256), **options)
+    assert "old" in old.tokenizer.decode(old.train[0]["tokens"])
+    assert "new" in new.tokenizer.decode(new.train[0]["tokens"])
+    assert new.fingerprint != old.fingerprint
+
+
+def test_files_are_hashed_once_and_anew_when_they_change(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    paths = [Path(write(tmp_path / f"{name}.txt", name)) for name in "ab"]
+    first = documents.file_digests(paths)
+    assert not (tmp_path / "cache").exists()  # they were changed just now, and may be again within a tick
+    monkeypatch.setattr(documents, "SETTLED_SECONDS", -1.0)
+    assert documents.file_digests(paths) == first
+    with monkeypatch.context() as unreadable:
+        unreadable.setattr("builtins.open", None)
+        assert documents.file_digests(paths) == first
+    write(tmp_path / "new", "c")
+    os.replace(tmp_path / "new", paths[1])
+    again = documents.file_digests(paths)
+    assert again[0] == first[0]
+    assert again[1] != first[1]
+
+
+def test_a_corpus_in_another_folder_is_the_same_corpus(tmp_path):
+    for folder, names in {"one": "ac", "two": "bd"}.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            write(tmp_path / folder / f"{name}.txt", f"{name} text\n" * 100)
+    write(tmp_path / "two" / "a.txt", "another a\n" * 100)  # of one name: by content
+    options = {"tokenizer": "bpe:300", "sequence_length": 8, "validation_fraction": 0.5}
+
+    def prepare(cache, *patterns):
+        corpus = text_files([f"{tmp_path}/{pattern}" for pattern in patterns], document_bytes=256)
+        return corpus.identity, text_data(corpus, **options, cache_directory=tmp_path / cache).fingerprint
+
+    before = prepare("before", "one/*.txt", "two/*.txt")
+    (tmp_path / "one").rename(tmp_path / "zzz")
+    assert prepare("after", "zzz/*.txt", "two/*.txt") == before
+    assert prepare("after", "**/?.txt") == before
+
+
+@pytest.mark.parametrize(
+    "links", [{"loop": "."}, {"deep/loop": ".."}, {"deep/one": "../other", "other/two": "../deep"}]
+)
+def test_a_link_to_its_own_folder_multiplies_nothing(tmp_path, links):
+    for folder in ("deep", "other"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / f"{folder}.txt", folder)
+    write(tmp_path / "a.txt", "a")
+    for place, target in links.items():
+        (tmp_path / place).symlink_to(target)
+    assert list(text_files(f"{tmp_path}/**/*.txt").read()) == [b"a", b"deep", b"other"]
+    assert list(text_files(f"{tmp_path}/**").read()) == [b"a", b"deep", b"other"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    files=st.lists(st.lists(st.sampled_from(["a", "b", ".a"]), min_size=1, max_size=3), max_size=5),
+    parts=st.lists(st.sampled_from(["**", "*", "a", "b*", "?x"]), min_size=1, max_size=3),
+)
+def test_where_nothing_goes_in_circles_globs_are_pythons(tmp_path_factory, files, parts):
+    root = tmp_path_factory.mktemp("globs")
+    for file in files:
+        path = root.joinpath("folder", *file[:-1], f"{file[-1]}x")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (root / "folder").mkdir(exist_ok=True)
+    (root / "link").symlink_to("folder")
+    pattern = str(root / Path(*parts))
+    wanted = {Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
+    assert {path for path in _matches(Path(pattern)) if path.is_file()} == wanted
+
+
+def test_links_lead_to_files_and_links_to_nothing_are_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "here").mkdir()
+    write(tmp_path / "elsewhere" / "blob", "linked")
+    (tmp_path / "here" / "a.txt").symlink_to("../elsewhere/blob")
+    (tmp_path / "here" / "b.txt").symlink_to("a.txt")
+    assert list(text_files(f"{tmp_path}/here/*.txt").read()) == [b"linked"]
+    (tmp_path / "elsewhere" / "blob").unlink()
+    with pytest.raises(UserError, match=r"[ab]\.txt is a link to nothing"):
+        text_files(f"{tmp_path}/here/*.txt")
+
+
+MARK = "\ufeff".encode()
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    write(tmp_path / "a.txt", MARK + "é plain\n".encode())
+    write(tmp_path / "b.jsonl", MARK + b'{"text": "one"}\r\n' + MARK + b'{"text": "two"}\n' + MARK)
+    assert list(text_files(f"{tmp_path}/*").read()) == ["é plain\n".encode(), b"one", b"two"]
+    write(tmp_path / "a.txt", MARK + b"x" * 300 + b"\xff")
+    with pytest.raises(UserError, match=r"a\.txt: byte 0xff at offset 303 "):
+        list(text_files(f"{tmp_path}/a.txt", document_bytes=256).read())
+
+
+@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-32"])
+@pytest.mark.parametrize("errors", ["strict", "replace"])
+def test_another_encodings_mark_is_named(tmp_path, encoding, errors):
+    for name in ("a.txt", "b.jsonl"):
+        path = write(tmp_path / name, '{"text": "one"}'.encode(encoding))
+        with pytest.raises(UserError, match=rf"{name}.* is in {encoding}, not in UTF-8; .*iconv -f {encoding}"):
+            list(text_files(path, errors=errors).read())
+
+
+def test_null_is_no_document(tmp_path):
+    write(tmp_path / "a.jsonl", '{"text": null}\n{"text": "x"}\n{"text": null, "id": 1}\n')
+    pq.write_table(pa.table({"text": pa.array([None, "x", None], pa.string())}), tmp_path / "a.parquet")
+    assert list(text_files(f"{tmp_path}/a.jsonl").read()) == [b"x"]
+    assert list(text_files(f"{tmp_path}/a.parquet").read()) == [b"x"]
+
+
+def test_what_is_not_utf8_can_be_replaced_and_is_counted(tmp_path, capsys):
+    write(tmp_path / "a.txt", b"\xef\xbf\xbd to \xff be\n" + b"x" * 300 + b"\xe2\x82")
+    write(tmp_path / "b.jsonl", b'{"text": "\\ud800 \xff"}\n')
+    pq.write_table(pa.table({"text": [b"ok", b"\xff!"]}), tmp_path / "c.parquet")
+    documents = text_files(f"{tmp_path}/*", document_bytes=256, errors="replace")
+    read = list(documents.read())
+    assert "".join(document.decode() for document in read) == (
+        "\ufffd to \ufffd be\n" + "x" * 300 + "\ufffd" + "\ufffd \ufffd" + "ok" + "\ufffd!"
+    )
+    assert list(documents.read()) == read
+    said = capsys.readouterr().err
+    assert said.count("note: ") == 1
+    assert "U+FFFD stands 5 times for what is not UTF-8, first in" in said
+    with pytest.raises(UserError, match=r"offset 7 is not UTF-8; .*set text_files\.errors = 'replace'"):
+        list(text_files(f"{tmp_path}/*").read())
+    with pytest.raises(UserError, match=r"text_files\.errors = 'ignore' must be 'strict' or 'replace'"):
+        text_files(f"{tmp_path}/*", errors="ignore")
+
+
+def test_files_that_change_while_they_are_read_are_refused(tmp_path):
+    documents = text_files(write(tmp_path / "a.jsonl", '{"text": "x"}\n' * 3))
+    reading = documents.read()
+    next(reading)
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write('{"text": "y"}\n')
+    with pytest.raises(UserError, match=r"files changed while they were read; start again"):
+        list(reading)
 
 
 @settings(max_examples=50)
@@ -97,6 +250,13 @@ BAD_FILES = {
         r'line 1 has no field "text" \(it has body, id\).*text_files\.field',
     ),
     "no text": ("a.jsonl", b'{"text": 5}', r'line 1: field "text" is int, not text'),
+    "NULs": ("a.jsonl", b'{"text": "x"}\n\0\0\0\0\n', r"a\.jsonl, line 2 is not JSON: .* at column 1"),
+    "a number too long": (
+        "a.jsonl",
+        b'{"text": "x", "id": %s}' % (b"1" * 5000),
+        r"line 1 can't be read as JSON: .*4300",
+    ),
+    "too deep": ("a.jsonl", b"[" * 200_000, r"line 1 can't be read as JSON: .*recursion"),
     "half a surrogate pair": ("a.jsonl", b'{"text": "\\ud800"}', r"line 1: .*surrogate"),
     "no parquet": ("a.parquet", b"PAR1 not really", r"a\.parquet"),
 }

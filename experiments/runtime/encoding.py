@@ -1,0 +1,87 @@
+"""Bytes as text: UTF-8, whatever the machine's locale, decoded in one place."""
+
+import codecs
+from pathlib import Path
+
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access
+
+# What files in other encodings begin with; UTF-32's little-endian mark begins with UTF-16's.
+OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def without_mark(content: bytes, where: str) -> bytes:
+    """A file's content, or its begin, without the byte order mark that some programs put before UTF-8.
+
+    Raises:
+      UserError: for the mark of another encoding.
+
+    >>> without_mark(b"\\xef\\xbb\\xbfto be", "a.txt")
+    b'to be'
+    """
+    for mark, encoding in OTHER_MARKS.items():
+        if content.startswith(mark):
+            raise UserError(
+                f"{where} is in {encoding}, not in UTF-8; convert it, for example with iconv -f {encoding} -t UTF-8"
+            )
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def check_utf8(content: bytes, where: str, *, offset: int = 0, way_on: str = "") -> bytes:
+    """`content` if it is UTF-8, else a UserError that says where it isn't.
+
+    Args:
+      content: bytes of a text.
+      where: names the text.
+      offset: of the content in it.
+      way_on: what else can be done, for the message's end.
+    """
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: byte 0x{content[error.start]:02x} at offset {offset + error.start} is not UTF-8; convert the "
+            f"text, for example with iconv -t UTF-8{way_on}"
+        ) from error
+    return content
+
+
+def decoded(content: bytes, where: str) -> str:
+    """The text of a file's content, each line's end as a newline.
+
+    Raises:
+      UserError: for what is not UTF-8.
+
+    >>> decoded(b"\\xef\\xbb\\xbfto be\\r\\nor not", "a.txt")
+    'to be\\nor not'
+    """
+    text = check_utf8(without_mark(content, where), where).decode()
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def check_typed(text: str, where: str) -> str:
+    """An argument of a command, in which Python leaves halves of surrogate pairs for bytes that are not UTF-8.
+
+    Raises:
+      UserError: if there are any.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {text!r} is not UTF-8") from None
+    return text
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; see `decoded`.
+
+    Raises:
+      UserError: for a file that can't be read or is not UTF-8.
+    """
+    with file_access("read", path):
+        return decoded(path.read_bytes(), str(path))

@@ -1,0 +1,44 @@
+"""Bytes as text: UTF-8 with or without its mark, the same under every locale."""
+
+import codecs
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crescendo.experiments.runtime.encoding import check_typed, decoded, read_text
+from crescendo.experiments.runtime.errors import UserError
+
+
+@given(st.text(), st.sampled_from(["utf-8", "utf-8-sig"]))
+def test_text_comes_back_without_its_mark(text, encoding):
+    text = text.lstrip("\ufeff")
+    assert decoded(text.encode(encoding), "a.txt") == text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@given(text=st.text(min_size=1))
+def test_another_encoding_is_refused(encoding, text):
+    with pytest.raises(UserError, match=rf"a\.txt is in {encoding.upper()}, not in UTF-8; convert it, .* -f UTF-"):
+        decoded(text.encode(encoding), "a.txt")
+
+
+@given(st.binary())
+def test_bytes_are_text_or_one_line_that_says_where_they_are_not(content):
+    text = content.removeprefix(codecs.BOM_UTF8).decode(errors="replace")
+    if "\ufffd" in text:
+        with pytest.raises(UserError, match=r"^a\.txt[^\n]* UTF-8[^\n]*$"):
+            decoded(content, "a.txt")
+    else:
+        assert decoded(content, "a.txt") == text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def test_files_and_arguments_are_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"na\xefve")
+    with pytest.raises(UserError, match=r"a\.txt: byte 0xef at offset 2 is not UTF-8; convert the text"):
+        read_text(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=r"cannot read .*/b\.txt: No such file"):
+        read_text(tmp_path / "b.txt")
+    assert check_typed("é", "--prompt") == "é"
+    with pytest.raises(UserError, match=r"--prompt: 'na\\udcefve' is not UTF-8"):
+        check_typed("na\udcefve", "--prompt")
