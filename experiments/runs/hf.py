@@ -12,13 +12,37 @@ from typing import Any
 
 import numpy as np
 
+from crescendo.experiments.runtime.encoding import read_text
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access
 from crescendo.models import ModelConfig
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # What a folder may ask for that the decoder here doesn't do, by the value that means nothing is asked for.
-PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "use_sliding_window": False}
+WRITTEN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "use_sliding_window": False}
+PLAIN = WRITTEN | {
+    "attention_dropout": 0.0,
+    "layer_types": None,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+    "rope_interleaved": False,
+    "rope_type": "default",
+}
+# What the decoder is made of.
+READ = {
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "tie_word_embeddings"),
+}
+# What says nothing of its function: where it comes from, how it is loaded, initialised and generated with. A width of
+# sliding windows is one, since they aren't used.
+NO_FUNCTION = {
+    *("_name_or_path", "architectures", "transformers_version", "transformers.js_config", "torch_dtype", "dtype"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "max_position_embeddings", "initializer_range"),
+    *("use_cache", "pretraining_tp", "sliding_window", "max_window_layers", "is_llama_config", "unsloth_version"),
+    *("attn_implementation", "_attn_implementation_autoset", "return_dict", "output_attentions"),
+    *("output_hidden_states", "torchscript", "auto_map"),
+}
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 
 
 def hf_config(config: ModelConfig, *, end_of_text: int, max_length: int) -> dict[str, Any]:
@@ -59,7 +83,7 @@ def hf_config(config: ModelConfig, *, end_of_text: int, max_length: int) -> dict
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "torch_dtype": "float32",
-        **PLAIN,
+        **WRITTEN,
     }
 
 
@@ -67,7 +91,8 @@ def model_config(content: Mapping[str, Any], origin: str) -> ModelConfig:
     """The decoder that a `config.json` describes.
 
     Raises:
-      UserError: for another architecture, or a feature that the decoder here lacks; the message names it.
+      UserError: for another architecture, a feature that the decoder here lacks, or a setting that it doesn't know;
+        the message names it.
 
     >>> model_config(hf_config(ModelConfig(), end_of_text=256, max_length=128), "config.json") == ModelConfig(
     ...     head_width=32
@@ -77,16 +102,10 @@ def model_config(content: Mapping[str, Any], origin: str) -> ModelConfig:
     kind = content.get("model_type")
     if kind not in ARCHITECTURES:
         raise UserError(f"{origin}: model_type = {kind!r} can't be imported; {' and '.join(ARCHITECTURES)} can")
-    # Newer files keep the rotary settings together.
-    rope = content.get("rope_parameters") or {"rope_theta": content.get("rope_theta", 10_000.0)}
-    scaling = content.get("rope_scaling") or {}
-    asked = {name: content.get(name, plain) for name, plain in PLAIN.items()}
-    asked["rope_type"] = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    for name, plain in (PLAIN | {"rope_type": "default"}).items():
-        if asked[name] != plain:
-            raise UserError(f"{origin}: {name} = {asked[name]!r} can't be imported; the decoder here has {plain!r}")
+    content = _settings(content, origin)
+    _check_used(content, origin)
     heads: Any = content.get("num_attention_heads")
-    # What is null is as if it weren't there; Qwen3's heads are 128 wide unless the file says otherwise.
+    # Qwen3's heads are 128 wide unless the file says otherwise.
     head_width = content.get("head_dim") or (128 if kind == "qwen3" else None)
     try:
         return ModelConfig(
@@ -94,18 +113,46 @@ def model_config(content: Mapping[str, Any], origin: str) -> ModelConfig:
             width=content["hidden_size"],
             layers=content["num_hidden_layers"],
             heads=content["num_attention_heads"],
-            kv_heads=content.get("num_key_value_heads") or heads,
+            kv_heads=content.get("num_key_value_heads", heads),
             mlp_width=content["intermediate_size"],
             head_width=head_width or content["hidden_size"] // heads,
             qk_norm=kind == "qwen3",
             tied_head=content.get("tie_word_embeddings", False),
-            rope_theta=float(rope["rope_theta"]),
+            rope_theta=float(content.get("rope_theta", 10_000.0)),
             norm_epsilon=content["rms_norm_eps"],
         )
     except KeyError as missing:
         raise UserError(f"{origin} has no {missing}: is it the config.json of a {kind} model?") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{origin}: {error}") from None
+
+
+def _settings(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """What a file asks for, without what is null; the rotary settings of all places where files have them, together."""
+    settings = {name: value for name, value in content.items() if value is not None}
+    if set(settings.get("layer_types", ["full_attention"])) == {"full_attention"}:
+        settings.pop("layer_types", None)
+    for place in ("rope_parameters", "rope_scaling"):
+        rotary = settings.pop(place, {})
+        if not isinstance(rotary, Mapping):
+            raise UserError(f"{origin}: {place} = {rotary!r} is no object")
+        for name, value in rotary.items():
+            name = "rope_type" if name == "type" else name
+            if value is not None and settings.setdefault(name, value) != value:
+                raise UserError(f"{origin}: {name} is both {settings[name]!r} and {value!r}: leave the right one")
+    return settings
+
+
+def _check_used(settings: Mapping[str, Any], origin: str) -> None:
+    """That every setting is one that the decoder has, or one that changes nothing."""
+    for name, value in settings.items():
+        if name in PLAIN and value != PLAIN[name]:
+            raise UserError(f"{origin}: {name} = {value!r:.99} can't be imported; the decoder here has {PLAIN[name]!r}")
+        if name not in PLAIN.keys() | READ | NO_FUNCTION:
+            raise UserError(
+                f"{origin}: {name} = {value!r:.99} is not known to the decoder here: remove it from the file if the "
+                "model is the same without it"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,15 +219,17 @@ def model_parameters(config: ModelConfig, tensors: Mapping[str, np.ndarray], ori
     """A model's parameters, float32 in nested dicts, from the tensors of a folder.
 
     Raises:
-      UserError: for a tensor that is missing, or of another shape than the configuration makes it.
+      UserError: for a tensor that is missing, of another shape than the configuration makes it, or not used. The head
+        of a model that reads and writes with one table may be there.
     """
+    unused = dict(tensors)
 
     def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name not in tensors:
             raise UserError(f"{origin} has no tensor {name}")
         if tensors[name].shape != shape:
             raise UserError(f"{origin}: {name} has the shape {tensors[name].shape}, its config.json says {shape}")
-        return np.asarray(tensors[name], np.float32)
+        return np.asarray(unused.pop(name), np.float32)
 
     parameters: dict = {}
     for path, name in _rest(config).items():
@@ -193,7 +242,17 @@ def model_parameters(config: ModelConfig, tensors: Mapping[str, np.ndarray], ori
         layers = [tensor(f"model.layers.{i}.{matrix.theirs}.weight", shape) for i in range(config.layers)]
         stacked = [x.T.reshape(matrix.inputs + matrix.outputs) if matrix.outputs else x for x in layers]
         _set(blocks, matrix.ours, np.stack(stacked))
+    for name, array in unused.items():
+        if not (name == "lm_head.weight" and config.tied_head) and not _is_rotary(config, name, array):
+            raise UserError(f"{origin} has a tensor {name} of {array.shape}, which the decoder here has no use for")
     return parameters | {"blocks": blocks}
+
+
+def _is_rotary(config: ModelConfig, name: str, array: np.ndarray) -> bool:
+    """Whether a tensor holds the decoder's own rotary frequencies, which older folders have."""
+    frequencies = config.rope_theta ** -(np.arange(0, config.head_size, 2) / config.head_size)
+    ours = array.shape == frequencies.shape and np.allclose(array, frequencies, rtol=1e-2)  # they may be in 16 bits
+    return name.endswith("rotary_emb.inv_freq") and ours
 
 
 def write_folder(folder: Path, config: ModelConfig, parameters: Mapping, tokenizer, *, max_length: int) -> None:
@@ -212,7 +271,7 @@ def write_folder(folder: Path, config: ModelConfig, parameters: Mapping, tokeniz
     with file_access("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, value in files.items():
-            (folder / name).write_text(json.dumps(value, indent=2) + "\n")
+            (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         save_file(hf_tensors(config, parameters), folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -228,9 +287,11 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{folder} has no config.json: name a folder in Hugging Face's format")
     with file_access("read", path):
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(read_text(path))
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no object: is it the config.json of a model?")
     return model_config(content, str(path))
 
 
@@ -238,7 +299,7 @@ def read_parameters(folder: Path, config: ModelConfig) -> dict:
     """The parameters of a folder, of one safetensors file or several.
 
     Raises:
-      UserError: if there are none, or they don't fit the configuration.
+      UserError: if there are none, they are no floating-point numbers, or they don't fit the configuration.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -249,8 +310,16 @@ def read_parameters(folder: Path, config: ModelConfig) -> dict:
     for path in files:
         try:
             with file_access("read", path), safe_open(path, framework="flax") as file:
-                # JAX's arrays: NumPy has no bfloat16 of its own.
-                tensors |= {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}  # noqa: SIM118
+                for name in file.keys():  # noqa: SIM118
+                    if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
+                        raise UserError(
+                            f"{path}: {name} is in {kind}: quantized weights can't be imported; save them in one of "
+                            f"{', '.join(FLOATS)}"
+                        )
+                    if name in tensors:
+                        raise UserError(f"{path}: {name} is in another file too: leave one of them in {folder}")
+                    # JAX's array: NumPy has no bfloat16 of its own.
+                    tensors[name] = np.asarray(file.get_tensor(name), np.float32)
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error})") from None
     return model_parameters(config, tensors, str(folder))

@@ -72,6 +72,19 @@ def test_a_model_comes_back_from_the_format_as_it_was(config):
         ({"model_type": "gpt2"}, "model_type = 'gpt2' can't be imported; llama and qwen3 can"),
         ({"attention_bias": True}, "attention_bias = True can't be imported; the decoder here has False"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type = 'yarn' can't be imported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear' can't be imported"),
+        ({"rope_scaling": {"factor": 2.0}}, "factor = 2.0 is not known to the decoder here: remove it"),
+        ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "factor = 2.0 is not known"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn"}}, "rope_type is both"),
+        ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta is both 10000.0 and 500000.0"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 can't be imported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 can't be imported; the decoder here has 1.0"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention = .* is not known"),
+        ({"rope_parameters": "default"}, "rope_parameters = 'default' is no object"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config = {'quant_method': 'fp8'} can't be"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .* can't be imported"),
+        ({"attention_dropout": 0.1}, "attention_dropout = 0.1 can't be imported"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier = 12.0 is not known to the decoder here: remove it"),
         ({"num_attention_heads": "four"}, "config.json: "),
         ({"num_key_value_heads": 3}, "heads = 4 must be a multiple of kv_heads = 3"),
     ],
@@ -87,6 +100,87 @@ def test_what_a_file_leaves_out_is_as_the_format_says():
     assert hf.model_config(content | {"num_key_value_heads": None}, "config.json").kv_heads == 4
     assert hf.model_config(content | {"head_dim": None}, "config.json").head_size == 128
     assert hf.model_config(content | {"head_dim": None, "model_type": "llama"}, "config.json").head_size == 32
+
+
+def test_settings_that_change_nothing_are_taken():
+    config = ModelConfig(head_width=32)
+    content = hf.hf_config(config, end_of_text=256, max_length=64)
+    more = {
+        **{"layer_types": ["full_attention"] * 3, "sliding_window": 4096, "quantization_config": None},
+        **{"attention_dropout": 0.0, "use_cache": True, "dtype": "bfloat16", "pretraining_tp": 1},
+    }
+    assert hf.model_config(content | more, "config.json") == config
+    together = {"rope_theta": 5e5, "rope_type": "default", "partial_rotary_factor": 1.0, "factor": None}
+    newer = {name: value for name, value in content.items() if not name.startswith("rope")} | {
+        "rope_parameters": together
+    }
+    assert hf.model_config(newer, "config.json").rope_theta == 5e5
+    # As some files have it: in two places, alike.
+    assert hf.model_config(newer | {"rope_scaling": together, "rope_theta": 5e5}, "config.json").rope_theta == 5e5
+
+
+def tensors_of_ones(config):
+    """As a folder has them; nothing is compiled."""
+    shapes = jax.eval_shape(lambda: models.initialize(config.for_platform("cpu"), jax.random.key(0)))
+    return hf.hf_tensors(config, jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes))
+
+
+def test_every_tensor_is_used():
+    config = SHAPES[0]
+    tensors = tensors_of_ones(config)
+    frequencies = (config.rope_theta ** -(np.arange(0, config.head_size, 2) / config.head_size)).astype(np.float16)
+    spared = {"lm_head.weight": np.ones((4, 4)), "model.layers.0.self_attn.rotary_emb.inv_freq": frequencies}
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        hf.model_parameters(config, tensors | spared, "here"),
+        hf.model_parameters(config, tensors, "here"),
+    )
+    for name, array in {
+        "model.layers.1.self_attn.q_proj.bias": np.zeros(32),
+        "model.layers.2.input_layernorm.weight": np.ones(32),  # of a layer more than there are
+        "model.layers.0.mlp.up_proj.weight_scale": np.ones(1),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": frequencies / 4,
+    }.items():
+        with pytest.raises(UserError, match=rf"here has a tensor {name} of \(.*\), which the decoder .* no use for"):
+            hf.model_parameters(config, tensors | {name: array}, "here")
+    untied = dataclasses.replace(config, tied_head=False)
+    with pytest.raises(UserError, match=r"here has no tensor lm_head\.weight"):
+        hf.model_parameters(untied, tensors, "here")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "taken"),
+    [
+        ("float64", True),
+        ("float16", True),
+        ("bfloat16", True),
+        ("int8", False),
+        ("uint8", False),
+        ("float8_e4m3fn", False),
+    ],
+)
+def test_weights_are_floats_of_16_bits_or_more(tmp_path, dtype, taken):
+    from safetensors.flax import save_file
+
+    config = dataclasses.replace(SHAPES[0], layers=1)
+    tensors = tensors_of_ones(config)
+    name = "model.layers.0.mlp.up_proj.weight"
+    with jax.enable_x64(dtype == "float64"):
+        save_file(tensors | {name: jnp.ones(tensors[name].shape, dtype)}, tmp_path / "model.safetensors")
+    if taken:
+        np.testing.assert_array_equal(hf.read_parameters(tmp_path, config)["blocks"]["mlp"]["up"]["kernel"], 1.0)
+    else:
+        with pytest.raises(UserError, match=rf"{name} is in \w+: quantized weights can't be imported"):
+            hf.read_parameters(tmp_path, config)
+
+
+def test_a_tensor_of_two_files_is_refused(tmp_path):
+    from safetensors.numpy import save_file
+
+    for file in ("model", "model-00001-of-00001"):
+        save_file({"model.norm.weight": np.ones(32, np.float32)}, tmp_path / f"{file}.safetensors")
+    with pytest.raises(UserError, match=r"model\.norm\.weight is in another file too"):
+        hf.read_parameters(tmp_path, SHAPES[0])
 
 
 def test_what_the_format_lacks_is_named():
