@@ -15,6 +15,7 @@ from crescendo.experiments.runs import trained
 from crescendo.experiments.runs.trained import Trained
 from crescendo.experiments.runtime.cache import use_compilation_cache
 from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.encoding import check_typed, decoded
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.models import ModelConfig
 from crescendo.models.decode import Cache, decode, empty_cache, sample
@@ -96,18 +97,27 @@ def generate(
         yield token
 
 
-def stream(model: Trained, tokens: Iterator[int]) -> Iterator[str]:
-    """The text of tokens as it becomes known: a character that is not complete yet waits for its other bytes."""
-    seen: list[int] = []
-    shown = 0
+def stream(model: Trained, prompt: str, tokens: Iterator[int]) -> Iterator[str]:
+    """The text that tokens add to a prompt, as it becomes known.
+
+    Some tokenizers write a token by those before it: the first one of a text without its space, say. So all are decoded
+    together. What the next token can still change waits for it: a character that lacks bytes, a space before a stop.
+    """
+    seen = model.tokenizer.encode(prompt).tolist()
+    before = model.tokenizer.decode(seen)
+    shown = len(before)
     for token in tokens:
         seen.append(token)
         text = model.tokenizer.decode(seen)
-        complete = text.rstrip("\ufffd")
-        if len(complete) > shown:
-            yield complete[shown:]
-            shown = len(complete)
-    yield model.tokenizer.decode(seen)[shown:]
+        same = next(
+            (i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), min(len(before), len(text))
+        )
+        settled = text[:same].rstrip("\ufffd")
+        if len(settled) > shown:
+            yield settled[shown:]
+            shown = len(settled)
+        before = text
+    yield before[shown:]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -132,13 +142,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     arguments = vars(parser().parse_args(argv))
     run, prompt = arguments.pop("run"), arguments.pop("prompt")
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    piped = prompt == "-"
+    prompt = decoded(sys.stdin.buffer.read(), "standard input") if piped else check_typed(prompt, "--prompt")
     use_compilation_cache()
     model = trained.load(run)
     longest = len(model.tokenizer.encode(prompt)) + arguments["tokens"]
     if model.max_length is not None and longest > model.max_length:
         print(f"note: trained on rows of {model.max_length} tokens, this may go to {longest}", file=sys.stderr)
-    text = stream(model, generate(model, prompt, **arguments))
+    text = stream(model, prompt, generate(model, prompt, **arguments))
     sys.stdout.write(prompt)
     for piece in text:
         sys.stdout.write(piece)

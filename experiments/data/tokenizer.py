@@ -12,15 +12,20 @@ import tokenizers
 from numpy.typing import ArrayLike
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from crescendo.experiments.runtime.encoding import read_text
 from crescendo.experiments.runtime.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+FILE_FORMAT = 2  # of what is made of a tokenizer.json: part of its identity, to be raised when that changes
 SMALLEST_BPE = 257  # every byte, and the end of text
 
 
 class Tokenizer(Protocol):
-    """Text to token numbers in [0, vocab_size) and back. No text, whatever it says, encodes to `end_of_text`."""
+    """Text to token numbers in [0, vocab_size) and back: a function, with nothing random in it.
+
+    No text, whatever it says, encodes to `end_of_text`.
+    """
 
     vocab_size: int
     end_of_text: int
@@ -81,6 +86,10 @@ def _byte_characters() -> list[str]:
 class SubwordTokenizer:
     """A tokenizer of the `tokenizers` library, such as `train_bpe` makes.
 
+    What makes it no function of the text alone is switched off: truncation, padding, dropout. Where a text spells the
+    end-of-text token, as HTML may spell "</s>", and the library would take it for that, it becomes the tokens of the
+    characters.
+
     Args:
       model: the library's tokenizer; it must know one of the tokens in KNOWN_END_OF_TEXT.
 
@@ -92,6 +101,8 @@ class SubwordTokenizer:
         model.no_truncation()
         model.no_padding()
         model.encode_special_tokens = True  # "<|endoftext|>" inside a document is plain text, not a document's end
+        if getattr(model.model, "dropout", None):
+            model.model.dropout = None
         vocabulary = model.get_vocab()
         known = [token for token in KNOWN_END_OF_TEXT if token in vocabulary]
         if not known:
@@ -99,6 +110,7 @@ class SubwordTokenizer:
         self._model = model
         self.end_of_text = vocabulary[known[0]]
         self.vocab_size = max(vocabulary.values()) + 1  # token numbers may have gaps
+        self._spelled = self._characters(known[0])
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "SubwordTokenizer":
@@ -107,24 +119,26 @@ class SubwordTokenizer:
         Raises:
           UserError: if the file does not exist, is no tokenizer, or has no end-of-text token.
         """
+        content = read_text(Path(path))
         try:
-            return cls(tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8")))
+            return cls(tokenizers.Tokenizer.from_str(content))
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except Exception as error:  # the library raises nothing more specific
             raise UserError(f"{path} is not a tokenizer.json file ({error})") from error
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+        return self._without_end(self._model.encode(text, add_special_tokens=False).ids).astype(np.int32)
 
     def encode_batch(self, documents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         texts = [document.decode() for document in documents]
-        encoded = [np.array(e.ids, np.uint32) for e in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+        encoded = [self._without_end(e.ids) for e in self._model.encode_batch_fast(texts, add_special_tokens=False)]
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return np.concatenate([np.empty(0, np.uint32), *encoded]), lengths
 
     def decode(self, tokens: ArrayLike) -> str:
-        return self._model.decode(np.asarray(tokens).tolist(), skip_special_tokens=True)
+        tokens = np.asarray(tokens)  # not all files call their end-of-text token special
+        return self._model.decode(tokens[tokens != self.end_of_text].tolist(), skip_special_tokens=True)
 
     def to_json(self) -> str:
         return self._model.to_str()
@@ -132,6 +146,34 @@ class SubwordTokenizer:
     def spelling(self, token: int) -> str:
         """What the vocabulary calls a token, special ones too."""
         return self._model.id_to_token(token) or ""
+
+    def _characters(self, spelling: str) -> list[int]:
+        """The tokens of a spelling's characters, one by one; empty where the vocabulary has none for one of them."""
+        try:
+            characters = [[token.id for token in self._model.model.tokenize(character)] for character in spelling]
+        except Exception:  # the library's own word for a character that it doesn't know
+            return []
+        return [token for tokens in characters for token in tokens] if all(characters) else []
+
+    def _without_end(self, ids: list[int]) -> np.ndarray:
+        """uint32 [tokens] of a text, in which what was taken for an end of text is spelled out.
+
+        Raises:
+          UserError: if the vocabulary has no tokens for that.
+        """
+        tokens = np.array(ids, np.uint32)
+        places = np.flatnonzero(tokens == self.end_of_text)
+        if not len(places):
+            return tokens
+        spelling = self.spelling(self.end_of_text)
+        if not self._spelled:
+            raise UserError(
+                f"the tokenizer takes the text {spelling!r} for a document's end, and has no other tokens for it: "
+                "remove that from the documents, or use another tokenizer"
+            )
+        parts = np.split(tokens, places)
+        spelled = np.array(self._spelled, np.uint32)
+        return np.concatenate([parts[0], *(part for rest in parts[1:] for part in (spelled, rest[1:]))])
 
 
 def train_bpe(documents: Iterable[bytes], vocab_size: int) -> SubwordTokenizer:
@@ -199,4 +241,4 @@ def parse_tokenizer(spec: str) -> TokenizerSpec:
         )
     tokenizer = SubwordTokenizer.load(spec)
     digest = hashlib.blake2b(Path(spec).read_bytes(), digest_size=16).hexdigest()
-    return TokenizerSpec(f"json:{digest}", lambda documents: tokenizer)
+    return TokenizerSpec(f"json:{FILE_FORMAT}:{digest}", lambda documents: tokenizer)

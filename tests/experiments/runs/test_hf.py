@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -301,9 +302,49 @@ def test_a_run_goes_on_with_a_text(run):
 def test_characters_are_shown_when_they_are_whole():
     model = trained.Trained(ModelConfig(), {}, ByteTokenizer(), None, None)  # type: ignore[arg-type]
     text = "né → 字"
-    pieces = list(stream(model, iter(ByteTokenizer().encode(text).tolist())))
+    pieces = list(stream(model, "", iter(ByteTokenizer().encode(text).tolist())))
     assert "".join(pieces) == text
-    assert "\ufffd" not in "".join(pieces)
+    assert len(pieces) > 3
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def sentence_piece() -> tokenizers.Tokenizer:
+    """Words with the space before them in their token, which the first one of a text loses."""
+    words = [(f"▁{word}", -1.0) for word in ("the", "value", "of", "su", "then")] + [("s", -1.0), ("▁", -2.0)]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *words], unk_id=0))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    made.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")
+    return made
+
+
+def word_piece() -> tokenizers.Tokenizer:
+    """Spaces between words, but none before "##" and stops, though these are tokens of their own."""
+    words = ["the", "value", "##s", "of", ".", "[UNK]", "</s>"]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    parts = [tokenizers.decoders.WordPiece(cleanup=False), tokenizers.decoders.Fuse()]
+    made.decoder = tokenizers.decoders.Sequence([*parts, tokenizers.decoders.Replace(" .", ".")])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("make", "prompt", "words", "text"),
+    [
+        (sentence_piece, "the value of the", ["▁su", "▁then"], " su then"),
+        (sentence_piece, "the value", ["s", "▁of"], "s of"),
+        (sentence_piece, "", ["▁the", "▁value"], "the value"),
+        (word_piece, "the", ["value", "##s", "of", ".", "the"], " values of. the"),
+    ],
+)
+def test_what_is_shown_is_what_the_tokens_add_to_the_prompt(make, prompt, words, text):
+    tokenizer = trained.SubwordTokenizer(make())
+    model = trained.Trained(ModelConfig(), {}, tokenizer, None, None)
+    tokens = [make().token_to_id(word) for word in words]
+    pieces = list(stream(model, prompt, iter(tokens)))
+    assert "".join(pieces) == text
+    assert len(pieces) > 1
 
 
 CHECK = """
