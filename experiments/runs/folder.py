@@ -13,10 +13,16 @@ from typing import Any
 
 import jax
 
+from crescendo.experiments.runtime.encoding import read_text
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access, replace_file
 from crescendo.parallel.hosts import is_leader
 
+# What run.json holds as a hash, with what the hash is of.
+HASHED = {
+    "data": "what is read: documents, the names of their files, the tokenizer, the length of rows, the held-out part",
+    "fingerprint": "the model and its data",
+}
 PACKAGES = ("crescendo", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -57,7 +63,7 @@ def read_info(folder: Path) -> dict | None:
         return None
     with file_access("read", path):
         try:
-            return json.loads(path.read_text())
+            return json.loads(read_text(path))
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is damaged ({error}): move the folder away to start anew") from None
 
@@ -96,9 +102,12 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
     """That what fixes the shape and the order of a run is the same as when it was begun.
 
     Raises:
-      UserError: names each field that differs, with both values.
+      UserError: names each field that differs, with both values, and what stands behind those that are hashes.
     """
-    differing = [f"{name} was {old} and is now {new}" for name, old, new in _differences(before, now)]
+    differing = [
+        f"{name} was {old} and is now {new}" + (f", a hash of {HASHED[name]}" if name in HASHED else "")
+        for name, old, new in _differences(before, now)
+    ]
     if differing:
         shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
         raise UserError(f"the run in {folder} can't go on: {shown}: undo that, or give another folder with --run")

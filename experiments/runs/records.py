@@ -3,10 +3,11 @@
 A record is a flat dict with at least `kind` and `examples_seen`. Kinds: `train` (one a step), `validation`, `probe`
 (what a probe saw), `batch_size` (a change: `from`, `to`, `reason`) and `warning` (`message`). Losses are in nats a
 token, or whatever the task's unit is; `examples_seen`, `tokens_seen` (`images_seen`, ...) and `step` are counted after
-the step.
+the step. Null stands for what isn't known, and for a number that isn't finite, which JSON doesn't have.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ VALIDATION_COLUMNS = ("step", "examples_seen", "units_seen", "loss", "seconds")
 
 
 class JsonlWriter:
-    """Appends each record to a file as one line of JSON; floats read back bit-identically.
+    """Appends each record to a file as one line of JSON; finite floats read back bit-identically.
 
     Opening drops the records past `resume_at_examples` and a torn last line, so that a killed and resumed run holds
     each record once. For that the loop hands over all records up to N before it starts the checkpoint of N. Resuming
@@ -72,10 +73,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         elif damaged:
             raise UserError(f"{path} is damaged at line {damaged}: remove that line to go on without its record")
         else:
-            records.append(record)
+            records.append(_read_back(record))
     return records
+
+
+def _read_back(record: dict[str, Any]) -> dict[str, Any]:
+    """Of a validation everything is a number: null is one that isn't finite."""
+    if record["kind"] != "validation":
+        return record
+    return {name: math.nan if value is None else value for name, value in record.items()}
 
 
 def _line(record: Record) -> bytes:
     """One line of JSON; a float is written with the digits that identify it, numpy's scalars as Python's."""
-    return json.dumps(record, default=lambda scalar: scalar.item()).encode() + b"\n"
+    values = {name: value.item() if hasattr(value, "item") else value for name, value in record.items()}
+    known = {n: None if isinstance(x, float) and not math.isfinite(x) else x for n, x in values.items()}
+    return json.dumps(known, allow_nan=False).encode() + b"\n"

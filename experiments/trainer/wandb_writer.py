@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from crescendo.experiments.runs.records import Record
+from crescendo.experiments.runtime.encoding import read_text
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access
 from crescendo.experiments.trainer.observers import Thinned
@@ -17,7 +18,9 @@ class WandbWriter:
 
     Training records are thinned to one in half a second, and the last one always gets in. A run that is resumed goes
     on under its own id, kept in the folder; what it records a second time after a kill is there twice, since the
-    service forgets nothing. `WANDB_MODE=offline` keeps everything in the folder, for `wandb sync`.
+    service forgets nothing. `WANDB_MODE=offline` keeps everything in the folder, for `wandb sync`: there each part of a
+    run that is resumed is a run of its own in the group of that id, since of two parts with one id the later one synced
+    replaces the other.
 
     Args:
       folder: the run's; gets a folder `wandb`.
@@ -37,12 +40,13 @@ class WandbWriter:
         place = folder / "wandb_id"
         with file_access("write", folder):
             if not place.exists():
-                place.write_text(uuid.uuid4().hex[:12])
-            name = place.read_text().strip()
+                place.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        name = read_text(place).strip()
         try:
-            self._run = wandb.init(
-                dir=str(folder), id=name, name=label, resume="allow", settings=wandb.Settings(silent=True)
-            )
+            offline = wandb.setup().settings.mode in ("offline", "dryrun")
+            identity = {"id": f"{name}-{uuid.uuid4().hex[:6]}", "group": name} if offline else {"id": name}
+            settings = wandb.Settings(silent=True)
+            self._run = wandb.init(dir=str(folder), name=label, resume="allow", settings=settings, **identity)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from crescendo.experiments.runs.records import TRAIN_COLUMNS, VALIDATION_COLUMNS, JsonlWriter, read_records
-from crescendo.experiments.runs.run import read_run
+from crescendo.experiments.runs.run import last_validation, read_run
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.text import RunningMean, compact
 from crescendo.experiments.trainer.observers import Observers, TensorBoardWriter, run_observers
@@ -77,16 +78,32 @@ def test_a_line_is_one_json_object_with_the_record(tmp_path: Path):
 
 @unhurried
 @given(st.lists(st.floats(width=64)), st.floats(width=32))
-def test_floats_read_back_bit_identically(tmp_path_factory: pytest.TempPathFactory, values: list[float], single: float):
+def test_finite_floats_read_back_bit_identically_and_others_are_null(
+    tmp_path_factory: pytest.TempPathFactory, values: list[float], single: float
+):
     path = tmp_path_factory.mktemp("floats") / "metrics.jsonl"
     record = {"kind": "train", "examples_seen": 1} | {f"x{i}": value for i, value in enumerate(values)}
     write(path, [record | {"float32": np.float32(single), "int32": np.int32(-7)}])
     (read,) = read_records(path)
+    assert json.loads(path.read_bytes(), parse_constant=pytest.fail) == read
     for i, value in enumerate(values):
-        assert math.isnan(value) == math.isnan(read[f"x{i}"])
-        assert math.isnan(value) or struct.pack("d", read[f"x{i}"]) == struct.pack("d", value)
-    np.testing.assert_array_equal(np.float32(read["float32"]), np.float32(single))
+        assert math.isfinite(value) == (read[f"x{i}"] is not None)
+        assert not math.isfinite(value) or struct.pack("d", read[f"x{i}"]) == struct.pack("d", value)
+    assert np.float32(read["float32"]) == np.float32(single) if np.isfinite(single) else read["float32"] is None
     assert read["int32"] == -7
+
+
+def test_a_run_that_diverged_is_json_and_reads_back_as_numbers(run_folder: Path):
+    path = run_folder / "metrics.jsonl"
+    diverged = train_record(1, loss=math.nan) | {"gradient_norm": np.float32("inf")}
+    at = {"step": 1, "examples_seen": 8, "tokens_seen": 1024, "seconds": 0.1}
+    records = [diverged, {"kind": "validation", **at, "loss": -math.inf}]
+    path.write_text("".join(json.dumps(r, default=float) + "\n" for r in records))  # as Python writes it, no JSON
+    for content in (write(path, [], resume_at_examples=8), write(path, records)):
+        assert [json.loads(line, parse_constant=pytest.fail)["loss"] for line in content.splitlines()] == [None, None]
+        run = read_run(run_folder)
+        assert np.isnan([run.train["loss"][0], run.train["gradient_norm"][0], run.validation["loss"][0]]).all()
+        assert math.isnan(last_validation(run_folder)["loss"])
 
 
 RECORDS = all_records(12)
@@ -162,7 +179,7 @@ def full_disk():
 def test_a_full_disk_is_one_clear_error(tmp_path: Path, kind: str):
     writer = JsonlWriter(tmp_path / kind, 0) if kind == "metrics.jsonl" else TensorBoardWriter(tmp_path, 0)
     message = rf"cannot write {tmp_path}/\S+: File too large; mend that or choose another path"
-    records = [{**train_record(step), "kind": "validation"} for step in range(1, 100)]
+    records = [{**train_record(step, mfu=0.5), "kind": "validation"} for step in range(1, 100)]
     accepted: list[None] = []
     with full_disk(), pytest.raises(UserError, match=message):
         accepted.extend(map(writer, records))
@@ -409,17 +426,44 @@ def test_a_writer_that_is_not_known_is_refused(tmp_path):
         run_observers(tmp_path, resume_at_examples=0, total_examples=8, label="a run", writers=["mlflow"])
 
 
+@pytest.mark.parametrize(("mode", "ids"), [("online", 1), ("offline", 3), ("dryrun", 3)])
+def test_parts_of_a_resumed_run_share_an_id_only_with_the_service_itself(tmp_path, monkeypatch, mode, ids):
+    begun = []
+
+    class Sent:
+        define_metric = finish = log = lambda *values, **named: None
+
+    class Client:
+        Settings = dict
+
+        def init(self, **arguments):
+            begun.append(arguments)
+            return Sent()
+
+        def setup(self):
+            return SimpleNamespace(settings=SimpleNamespace(mode=mode))
+
+    monkeypatch.setitem(sys.modules, "wandb", Client())
+    for _ in range(3):
+        run_observers(tmp_path, resume_at_examples=0, total_examples=80, label="run", writers=["wandb"]).close()
+    name = (tmp_path / "wandb_id").read_text()
+    assert len({part["id"] for part in begun}) == ids
+    assert all(part["id"] == name or part["group"] == name for part in begun)
+
+
 def test_weights_and_biases_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="needs the extra wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     records = all_records(8)
-    for _ in range(2):  # the second goes on under the same id
+    for _ in range(2):  # each a part of its own, in one group: the later one synced would replace the other
         observers = run_observers(tmp_path, resume_at_examples=0, total_examples=80, label="a run", writers=["wandb"])
         for record in records:
             observers(record)
         observers.close()
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert {file.stem for file in files} == {f"run-{(tmp_path / 'wandb_id').read_text()}"}
+    name = (tmp_path / "wandb_id").read_text()
+    assert len({file.stem for file in files}) == 2
+    assert all(file.stem.startswith(f"run-{name}-") and name.encode() in file.read_bytes() for file in files)
     content = files[0].read_bytes()  # records one after the other, their keys and JSON values as they are
     losses = [r["loss"] for r in records if r["kind"] == "validation"]
     assert all(re.search(rb"validation/loss.{0,8}" + json.dumps(x).encode(), content, re.DOTALL) for x in losses)

@@ -1,6 +1,8 @@
 """Bytes as text: UTF-8 with or without its mark, the same under every locale."""
 
+import ast
 import codecs
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,6 +10,8 @@ from hypothesis import strategies as st
 
 from crescendo.experiments.runtime.encoding import check_typed, decoded, read_text
 from crescendo.experiments.runtime.errors import UserError
+
+EXPERIMENTS = Path(__file__).resolve().parents[3] / "experiments"
 
 
 @given(st.text(), st.sampled_from(["utf-8", "utf-8-sig"]))
@@ -42,3 +46,11 @@ def test_files_and_arguments_are_named(tmp_path):
     assert check_typed("é", "--prompt") == "é"
     with pytest.raises(UserError, match=r"--prompt: 'na\\udcefve' is not UTF-8"):
         check_typed("na\udcefve", "--prompt")
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.rglob("*.py")), ids=lambda path: str(path.relative_to(EXPERIMENTS)))
+def test_no_text_depends_on_the_locale(path):
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("read_text", "write_text"):
+            named = {keyword.arg for keyword in node.keywords}
+            assert named & {"encoding", "errors"}, f"{path}:{node.lineno} decodes as the locale says"
