@@ -93,6 +93,17 @@ def test_every_command_is_understood(module, words, monkeypatch, capsys):
     assert "error:" not in complaint or "arguments are required" in complaint, complaint
 
 
+DESCRIBED = {" ".join(words): words for module, words in commands() if module.endswith(".describe")}
+
+
+@pytest.mark.parametrize("words", DESCRIBED.values(), ids=DESCRIBED.keys())
+def test_every_plan_that_a_page_shows_can_be_made(words, capsys):
+    if "--topology" in words:
+        pytest.skip("compiled for a machine by test-aot")
+    importlib.import_module("crescendo.experiments.describe").main(words)
+    assert "GiB" in capsys.readouterr().out
+
+
 def test_every_test_that_a_page_names_is_there():
     for page in LIVING:
         for test in re.findall(r"`(tests/[a-z0-9_/]+\.py)`", page.read_text()):
