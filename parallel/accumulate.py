@@ -52,7 +52,7 @@ class Accumulated(NamedTuple):
 
     Attributes:
       loss_sum: float32.
-      weight: float32, what `loss_sum` and `gradients` are divided by to get means.
+      weight: float32, what `loss_sum` and `gradients` are divided by to get means (`over_weight`).
       extra: float32 scalars by name, what else `loss_fn` sums up.
       gradients: of `loss_sum`, float32, the parameters' tree.
       squared_norms: float32 `[k_max * parts, ...]`, what was measured of part i's mean gradient `g_i / w_i`, by default
@@ -69,6 +69,16 @@ class Accumulated(NamedTuple):
 def squared_norm(tree: Tree) -> jax.Array:
     """The sum of squares of all entries, in float32."""
     return sum((jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)), jnp.float32(0))
+
+
+def over_weight(sums: Tree, weight: jax.Array) -> Tree:
+    """The means `sums / weight`, at any weight: of what weighs nothing they are 0.
+
+    >>> print(over_weight(jnp.array([0.5, 1.0]), jnp.float32(0.25)), over_weight(jnp.zeros(2), jnp.float32(0)))
+    [2. 4.] [0. 0.]
+    """
+    divisor = jnp.where(weight == 0, 1, weight)
+    return jax.tree.map(lambda x: x / divisor, sums)
 
 
 def accumulate(
@@ -100,7 +110,7 @@ def accumulate(
     """
 
     def one(index, k_max, loss_sum, weight, extra, gradients) -> Accumulated:
-        squares = jax.tree.map(lambda x: x / jnp.square(jnp.maximum(weight, 1.0)), measure(gradients))
+        squares = over_weight(measure(gradients), jnp.square(weight))
         rows = jax.tree.map(lambda x: jnp.zeros((k_max, *x.shape)).at[index].set(x), squares)
         return Accumulated(loss_sum, weight, extra, gradients, rows)
 
@@ -199,7 +209,7 @@ def deviations(
     """
 
     def one(index, k_max, loss_sum, weight, extra, gradients, mean_gradients) -> Deviations:
-        means = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), gradients)
+        means = over_weight(gradients, weight)
         dot_product = sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), means, mean_gradients)))
         squares = jax.tree.map(lambda a, b: jnp.square(a - b), means, mean_gradients)
         return Deviations(jnp.zeros(k_max).at[index].set(dot_product), squares)

@@ -13,6 +13,7 @@ from crescendo.experiments.runs.state import TrainState
 from crescendo.experiments.tasks.base import Context, Source, Task, padded_rows
 from crescendo.experiments.trainer.feed import put_rows
 from crescendo.experiments.trainer.frozen import Trainable
+from crescendo.parallel.accumulate import over_weight
 
 
 def evaluation_parameters(state: TrainState, trainable: Trainable | None = None):
@@ -98,7 +99,7 @@ def make_row_losses(
 
         def one(row):
             total, weight = task.evaluate(parameters, jax.tree.map(lambda x: x[None], row), context)["loss"]
-            return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), 0)
+            return over_weight(total, weight)
 
         # Every row is a batch of its own, as on one device; the partitioner spreads them.
         return jax.vmap(one)(jax.tree.map(lambda x: x[0], batch))

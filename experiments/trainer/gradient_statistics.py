@@ -15,7 +15,7 @@ from crescendo.experiments.tasks.base import EXAMPLE
 from crescendo.models.norm_probes import example_squared_norms, norm_probes, norm_scales, with_probes
 from crescendo.optim.batch_size import BatchStats
 from crescendo.optim.noise_scale import layer_squared_norms
-from crescendo.parallel.accumulate import NOT_SPREAD, squared_norm
+from crescendo.parallel.accumulate import NOT_SPREAD, over_weight, squared_norm
 
 Tree = Any
 
@@ -146,13 +146,12 @@ def measured_gradients(
             others=(spread.others, jax.tree.map(lambda _: jax.P(), probes)),
         ),
     )
-    weight = jnp.maximum(total.weight, 1.0)
-    gradients = jax.tree.map(lambda g: g / weight, total.gradients[0])
+    gradients = over_weight(total.gradients[0], total.weight)
     squares = total.squared_norms
     stats = BatchStats(
         examples_seen=batch["examples_seen"],
         batch_size=parts * examples,
-        loss=total.loss_sum / weight,
+        loss=over_weight(total.loss_sum, total.weight),
         squared_norm=squared_norm(gradients),
         microbatch_squared_norms=squares["all"],
         microbatches=parts,
@@ -163,4 +162,4 @@ def measured_gradients(
     for name, statistic in chosen.items():
         measured = Measured(gradients, squares.get(name), deviations, parts, examples)
         stats = stats._replace(**statistic.finish(measured))
-    return gradients, stats, {name: x / weight for name, x in total.extra.items()}
+    return gradients, stats, over_weight(total.extra, total.weight)

@@ -14,7 +14,7 @@ from crescendo.experiments.tasks.base import Context, Task
 from crescendo.experiments.trainer.frozen import Trainable
 from crescendo.experiments.trainer.gradient_statistics import chosen_statistics, measured_gradients
 from crescendo.models.layout import ONE_DEVICE
-from crescendo.parallel.accumulate import NOT_SPREAD, squared_norm
+from crescendo.parallel.accumulate import NOT_SPREAD, over_weight, squared_norm
 
 Tree = Any
 
@@ -75,7 +75,7 @@ def make_step(
             plain = ONE_DEVICE if layout is None else layout.for_second_derivatives()
             twice = dataclasses.replace(context, layout=plain, implementation="reference")
             loss = task.loss(trainable.put(trained, state.parameters), rows, twice)
-            return loss.sum / jnp.maximum(loss.weight, 1.0)
+            return over_weight(loss.sum, loss.weight)
 
         trained = trainable.take(state.parameters)
         gradients, stats, extra = measured_gradients(loss_fn, trained, batch, statistics, spread)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from crescendo.parallel import Layout, accumulate, deviations, make_mesh
+from crescendo.parallel.accumulate import over_weight
 
 
 def loss_fn(parameters, rows):
@@ -68,6 +69,28 @@ def test_deviations_are_those_of_each_mean_gradient_from_the_whole(problem):
     means = [jax.grad(mean_loss)(parameters, jax.tree.map(lambda x, i=i: x[i], rows))["w"] for i in range(3)]
     np.testing.assert_allclose(found.dot_products, [*(g @ mean["w"] for g in means), 0], rtol=1e-5)
     np.testing.assert_allclose(found.squares["w"], sum((g - mean["w"]) ** 2 for g in means), rtol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [2.0**-10, 0.25, 8.0])
+def test_the_unit_of_the_weights_does_not_matter(problem, compiled, factor):
+    """Means and what is measured of them are those of the same rows at any scale of the weights, below 1 too."""
+    parameters, rows = problem
+    scaled = rows | {"weight": rows["weight"] * factor}
+    expected, total = (compiled(parameters, r, jnp.int32(3)) for r in (rows, scaled))
+    np.testing.assert_array_equal(total.squared_norms, expected.squared_norms)
+    mean = over_weight(expected.gradients, expected.weight)
+    np.testing.assert_array_equal(over_weight(total.gradients, total.weight)["w"], mean["w"])
+    for a, b in zip(*(deviations(loss_fn, parameters, r, jnp.int32(3), mean) for r in (rows, scaled)), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_microbatch_without_weight_has_a_gradient_of_zero(problem, compiled):
+    parameters, rows = problem
+    rows = rows | {"weight": rows["weight"] * np.array([[1.0], [0.0], [1.0], [1.0]], np.float32)}
+    total = compiled(parameters, rows, jnp.int32(3))
+    assert total.squared_norms[1] == 0
+    assert total.squared_norms[0] > 0
+    assert np.isfinite(over_weight(total.gradients, total.weight)["w"]).all()
 
 
 def test_another_count_compiles_nothing(problem, compiled):

@@ -72,6 +72,25 @@ def test_what_is_not_asked_for_is_not_there_and_changes_nothing_else(measured):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, plain_gradients)
 
 
+def test_the_unit_of_the_weights_does_not_matter():
+    """A loss whose weights are a quarter of others means the same: gradients, statistics, means of extra sums."""
+
+    def of_unit(unit):
+        def loss(parameters, rows):
+            outputs = rows["x"] * parameters["w"]
+            return Loss(
+                unit * jnp.sum(jnp.sin(outputs)), unit * jnp.float32(outputs.size), {"x": unit * rows["x"].sum()}
+            )
+
+        return loss
+
+    rows = {"x": jnp.arange(24.0).reshape(4, 2, 3), EXAMPLE: jnp.arange(8).reshape(4, 2)}
+    batch = {"rows": rows, "microbatches": jnp.int32(3), "examples_seen": jnp.int32(0), "seed": jnp.uint32(0)}
+    every = [name for name, statistic in STATISTICS.items() if not statistic.probes]
+    expected, quarter = (measured_gradients(of_unit(unit), {"w": jnp.ones(3)}, batch, every) for unit in (1.0, 2.0**-8))
+    jax.tree.map(np.testing.assert_array_equal, quarter, expected)
+
+
 def test_layers(measured, alone):
     stats = measured[0][1]
     means = jax.tree.map(lambda x: x.mean(axis=1), alone)
