@@ -59,7 +59,7 @@ def scale_by_adagrad_norm(initial_accumulator: float = 0.1) -> optax.GradientTra
         del params, extra_args
         wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates)
         total = (state.sum_of_squares + optax.tree.norm(wide, squared=True)).astype(jnp.float32)
-        scale = jnp.where(total > 0, jax.lax.rsqrt(total), 0)
+        scale = jnp.where(total > 0, jax.lax.rsqrt(jnp.where(total > 0, total, 1)), 0)
         return jax.tree.map(lambda w, g: (scale * w).astype(g.dtype), wide, updates), ScaleByAdagradNormState(total)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -36,7 +36,7 @@ Number = jax.Array | float
 
 
 class NoiseScale(NamedTuple):
-    """An estimate of the noise scale; float32 scalars, NaN where nothing is known yet.
+    """An estimate of the noise scale; float32 scalars. Before the first estimate the averages are 0, the rest infinite.
 
     Attributes:
       value: tr(Sigma) / ||G||^2, in examples; infinite while the average of ||G||^2 isn't positive.
@@ -75,7 +75,7 @@ def no_averages(shape: tuple[int, ...] = ()) -> Averages:
 def estimate(
     large: jax.Array, small: jax.Array, large_examples: Number, small_examples: Number
 ) -> tuple[jax.Array, jax.Array]:
-    """The unbiased estimates (||G||^2, tr(Sigma)) from squared norms at two sizes; 0 / 0 where the sizes are equal.
+    """The unbiased estimates (||G||^2, tr(Sigma)) from squared norms at two sizes; 0 where the sizes are equal.
 
     Args:
       large: ||g_B||^2, float32[...].
@@ -87,8 +87,10 @@ def estimate(
     >>> print(squared_gradient, trace)
     2.0 12.0
     """
-    gradient = (large_examples * large - small_examples * small) / (large_examples - small_examples)
-    return gradient, (small - large) / (1 / small_examples - 1 / large_examples)
+    differ = jnp.asarray(large_examples != small_examples)
+    gradient = (large_examples * large - small_examples * small) / jnp.where(differ, large_examples - small_examples, 1)
+    trace = (small - large) / jnp.where(differ, 1 / small_examples - 1 / large_examples, 1)
+    return jnp.where(differ, gradient, 0), jnp.where(differ, trace, 0)
 
 
 def add_estimate(
@@ -117,27 +119,36 @@ def excess(averages: Averages, scale: Number) -> tuple[jax.Array, jax.Array]:
 
     The variance of one step's value comes from the averaged products. That of a weighted mean is q times it, with
     q = sum w_i^2 / (sum w_i)^2, and q / (1 - q) because the mean is estimated too. Steps count as independent; a drift
-    from step to step widens the error. Both are NaN of nothing, and the error of a single estimate is infinite.
+    from step to step widens the error. Of nothing the first is 0; of nothing and of a single estimate the error is
+    infinite.
     """
-    w = jnp.where(averages.weights[0] > 0, averages.weights[0], jnp.nan)
-    trace, gradient, tt, tg, gg = averages.moments / w
+    trace, gradient, tt, tg, gg = _means(averages)
     mean = trace - scale * gradient
     variance = jnp.maximum(tt - 2 * scale * tg + scale**2 * gg - mean**2, 0)
-    q = averages.weights[1] / w**2
+    q = averages.weights[1] / _weight(averages) ** 2
     # Of one estimate alone q is 1, but for rounding.
-    return mean, jnp.where(q > 1 - 1e-5, jnp.inf, jnp.sqrt(variance * q / (1 - q)))
+    several = (averages.weights[0] > 0) & (q <= 1 - 1e-5)
+    return mean, jnp.where(several, jnp.sqrt(variance * q / jnp.where(several, 1 - q, 1)), jnp.inf)
 
 
 def read_averages(averages: Averages) -> NoiseScale:
     """The noise scale r = S / G, and its standard error by the delta method: that of s - r g, over G."""
-    w = jnp.where(averages.weights[0] > 0, averages.weights[0], jnp.nan)
-    trace, gradient = averages.moments[:2] / w
-    ratio = jnp.maximum(trace, 0) / gradient
+    trace, gradient = _means(averages)[:2]
+    bounded = gradient > 0
+    divisor = jnp.where(bounded, gradient, 1)
+    ratio = jnp.maximum(trace, 0) / divisor
     _, error = excess(averages, ratio)
-    unbounded = gradient <= 0
-    return NoiseScale(
-        jnp.where(unbounded, jnp.inf, ratio), jnp.where(unbounded, jnp.inf, error / gradient), gradient, trace
-    )
+    return NoiseScale(jnp.where(bounded, ratio, jnp.inf), jnp.where(bounded, error / divisor, jnp.inf), gradient, trace)
+
+
+def _weight(averages: Averages) -> jax.Array:
+    """What the moments are divided by to get means; 1 where there are none."""
+    return jnp.where(averages.weights[0] > 0, averages.weights[0], 1)
+
+
+def _means(averages: Averages) -> jax.Array:
+    """The moments, corrected for the zeros before the first estimate; 0 of nothing."""
+    return averages.moments / _weight(averages)
 
 
 Groups = str | Callable[[Path], str] | None
@@ -321,7 +332,7 @@ def noise_scale(opt_state: optax.OptState, source: str = "gradient") -> NoiseSca
       ValueError: an unknown source, or a state that doesn't keep it.
 
     >>> print(noise_scale(gradient_noise_scale().init(jnp.ones(2))).value)
-    nan
+    inf
     """
     if source not in ("gradient", "norm_layers"):
         raise ValueError(f"source = {source!r} must be 'gradient' or 'norm_layers'")

@@ -240,6 +240,10 @@ def noise_scale_following(
     add = add_microbatches if source == "gradient" else add_norm_layers
     table, last = np.array(sizes, np.int32), len(sizes) - 1
 
+    def past_doubt(value: jax.Array, error: jax.Array) -> jax.Array:
+        certain = jnp.isfinite(error)
+        return certain & (value >= confidence * jnp.where(certain, error, 0))
+
     def init() -> NoiseScaleFollowingState:
         return NoiseScaleFollowingState(no_averages(), jnp.int32(0))
 
@@ -249,8 +253,8 @@ def noise_scale_following(
         above, above_error = excess(averages, 2 * size * (1 + hysteresis) / ratio)
         below, below_error = excess(averages, size / (1 + hysteresis) / ratio)
         known = averages.updates >= min_updates
-        grow = known & (above >= confidence * above_error)
-        fall = known & (-below >= confidence * below_error) & shrink
+        grow = known & past_doubt(above, above_error)
+        fall = known & past_doubt(-below, below_error) & shrink
         rung = jnp.clip(state.rung + grow - fall, 0, last)
         return jnp.asarray(table)[rung], NoiseScaleFollowingState(averages, rung)
 
@@ -331,15 +335,15 @@ def norm_test(start: int, cap: int, *, eta: float = 0.25, variant: str = "norm",
     def terms(stats: BatchStats) -> tuple[jax.Array, jax.Array]:
         """Numerator and denominator of what B must reach times eta^2."""
         k = stats.microbatches
-        examples = stats.batch_size / k
+        examples, others = stats.batch_size / k, jnp.maximum(k - 1, 1)  # a single microbatch decides nothing
         if variant == "norm":
             deviations = jnp.sum(stats.microbatch_squared_norms) - k * stats.squared_norm
-            return examples * deviations / (k - 1), stats.squared_norm
+            return examples * deviations / others, stats.squared_norm
         if variant == "inner_product":
             dots = _required(stats.microbatch_dot_products, statistics)
             used = jnp.arange(dots.shape[0]) < k
             deviations = jnp.sum(jnp.where(used, jnp.square(dots - stats.squared_norm), 0))
-            return examples * deviations / (k - 1), jnp.square(stats.squared_norm)
+            return examples * deviations / others, jnp.square(stats.squared_norm)
         # Infinite where an entry is 0: a number beyond every cap keeps the averages finite.
         return jnp.minimum(_required(stats.coordinate_variance_ratio, statistics), 1e30), jnp.float32(1)
 
@@ -355,8 +359,9 @@ def norm_test(start: int, cap: int, *, eta: float = 0.25, variant: str = "norm",
 
         # Both averages start from 0, which cancels in their ratio.
         averages = average(state.numerator, numerator), average(state.denominator, denominator)
-        required = averages[0] / (eta**2 * averages[1])
-        # Of no rung high enough the last; 0 / 0, of no gradient and no noise, asks for nothing.
+        # No gradient and no noise ask for nothing, noise alone for the last rung, as what no rung is high enough for.
+        denominator = jnp.where(averages[0] > 0, eta**2 * averages[1], 1)
+        required = averages[0] / denominator
         wanted = jnp.sum(jnp.asarray(table)[:-1] < jnp.where(usable, required, 0), dtype=jnp.int32)
         rung = jnp.maximum(state.rung, wanted)
         return jnp.asarray(table)[rung], NormTestState(*averages, rung)

@@ -27,7 +27,8 @@ def with_warmup(schedule: optax.Schedule, warmup: float) -> optax.Schedule:
     def warmed(count: jax.typing.ArrayLike) -> jax.Array:
         t = jnp.asarray(count, float)
         end = jnp.asarray(warmup, t.dtype)
-        return jnp.asarray(schedule(jnp.maximum(t, end)), t.dtype) * jnp.where(t < end, t / end, 1.0)
+        risen = jnp.where(t < end, t / jnp.where(end > 0, end, 1), 1.0)
+        return jnp.asarray(schedule(jnp.maximum(t, end)), t.dtype) * risen
 
     return warmed
 

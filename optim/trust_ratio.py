@@ -22,13 +22,20 @@ class TrustRatioState(NamedTuple):
     """The last ratios, one per layer and parameter in the order of the leaves, 1 where excluded; float32[ratios]."""
 
     def report(self) -> dict[str, jax.Array]:
-        """The least, the median and the largest ratio, without those of exactly 1: excluded, or of a layer still 0."""
-        ratios = jnp.where(self.trust_ratio == 1, jnp.nan, self.trust_ratio)
-        return {
-            "trust_ratio_min": jnp.nanmin(ratios),
-            "trust_ratio_median": jnp.nanmedian(ratios),
-            "trust_ratio_max": jnp.nanmax(ratios),
+        """The least, the median and the largest ratio, without those of exactly 1 (excluded, or of a layer still 0).
+
+        Where all are 1, so are these.
+        """
+        moved = self.trust_ratio != 1
+        count = jnp.sum(moved)
+        ordered = jnp.sort(jnp.where(moved, self.trust_ratio, jnp.inf))
+        last = jnp.maximum(count - 1, 0)
+        values = {
+            "min": ordered[0],
+            "median": (ordered[last // 2] + ordered[(last + 1) // 2]) / 2,
+            "max": ordered[last],
         }
+        return {f"trust_ratio_{name}": jnp.where(count > 0, value, 1) for name, value in values.items()}
 
 
 @TRANSFORMS
@@ -161,7 +168,9 @@ def trust_ratios(
 def layer_norm(x: jax.Array, axis: int | None) -> jax.Array:
     """The l2 norm over all axes but `axis`, which stay as axes of size 1; at least float32."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jnp.sqrt(jnp.sum(x * x, axis=tuple(i for i in range(x.ndim) if i != axis), keepdims=True))
+    squares = jnp.sum(x * x, axis=tuple(i for i in range(x.ndim) if i != axis), keepdims=True)
+    # The root has no derivative at 0: there the norm counts as constant.
+    return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
 
 
 def safe_ratio(w: jax.Array, g: jax.Array, numerator: jax.Array, denominator: jax.Array) -> jax.Array:

@@ -77,8 +77,12 @@ def _dot_products(of: Measured) -> dict[str, jax.Array]:
 def _coordinates(of: Measured) -> dict[str, jax.Array]:
     assert of.deviations is not None
     variance = jax.tree.map(lambda x: x * of.examples / jnp.maximum(of.parts - 1, 1), of.deviations.squares)
-    # An entry without noise passes at any size, also where it is 0.
-    ratios = jax.tree.map(lambda v, g: jnp.max(jnp.where(v > 0, v / jnp.square(g), 0)), variance, of.mean_gradients)
+
+    def largest(v: jax.Array, g: jax.Array) -> jax.Array:
+        # An entry without noise passes at any size, also where it is 0.
+        return jnp.max(jnp.where(v > 0, v / jnp.where(v > 0, jnp.square(g), 1), 0))
+
+    ratios = jax.tree.map(largest, variance, of.mean_gradients)
     return {"coordinate_variance_ratio": jnp.max(jnp.stack(jax.tree.leaves(ratios)))}
 
 

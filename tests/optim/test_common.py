@@ -102,6 +102,44 @@ def test_extra_arguments_and_no_recompilation(name):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, params, state)))
 
 
+@pytest.mark.parametrize("name", EXPORTED)
+def test_nothing_is_nan_where_everything_is_zero(name):
+    """Parameters and gradients of 0: the state, an update and the reports; what runs eagerly, at any point of it."""
+    zeros = jax.tree.map(jnp.zeros_like, random_tree(0))
+    _, step = jitted(name)
+    with jax.debug_nans(True):
+        state = make(name).init(zeros)
+        optim.reported(state)
+        updates, params, state = step(zeros, state, zeros, jnp.int32(0))
+        optim.reported(state)
+    assert not any(np.isnan(x).any() for x in jax.tree.leaves((updates, params, state)))
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb", "scale_by_layer_trust_ratio", "scale_by_adagrad_norm"])
+@pytest.mark.parametrize("still", ["parameters", "gradients"])
+def test_the_derivative_of_a_step_is_finite_where_a_norm_is_zero(name, still):
+    """By parameters and gradients both, such as a learned optimizer or a hypergradient takes it."""
+    zeros = jax.tree.map(jnp.zeros_like, random_tree(0))
+    params, grads = (zeros, random_tree(1)) if still == "parameters" else (random_tree(0), zeros)
+    transform = make(name, **({"initial_accumulator": 0.0} if name == "scale_by_adagrad_norm" else {}))
+
+    def total(params, grads):
+        return half_square(transform.update(grads, transform.init(zeros), params, examples_seen=0)[0])
+
+    by = (0,) if name == "lamb" else (0, 1)  # Adam's root has no derivative at a gradient of 0, in optax either
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.jit(jax.grad(total, by))(params, grads)))
+
+
+def test_the_derivative_of_a_lars_step_at_zero_is_that_of_its_decay():
+    """There the trust ratio is 1: w - 0.1 (g + w)."""
+    optimizer = optim.lars(0.1, weight_decay=1.0, momentum=0.0, mask=True, trust_mask=True)
+
+    def moved(w):
+        return optax.apply_updates(w, optimizer.update(jnp.ones(()), optimizer.init(w), w)[0])
+
+    np.testing.assert_allclose(jax.grad(moved)(jnp.zeros(())), 0.9, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_the_rate_follows_examples_seen_and_is_in_the_state(name):
     """The second of two steps was at 64 of 640 examples."""

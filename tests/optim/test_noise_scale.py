@@ -165,7 +165,21 @@ def test_a_step_that_tells_nothing_changes_nothing(stats):
         updates, after = PLAIN.update(PARAMS, before, batch_stats=stats)
         assert updates is PARAMS
         jax.tree.map(np.testing.assert_array_equal, after, before)
-    assert np.isnan(optim.noise_scale(PLAIN.init(PARAMS))[:2]).all()
+
+
+def test_before_the_first_estimate_anything_is_possible():
+    """And nothing on the way is NaN, which `JAX_DEBUG_NANS` would stop at; nor is a step with a single microbatch."""
+    one = exact(count=1)
+    one = one._replace(
+        layer_squared_norms=jnp.ones(3), microbatch_layer_squared_norms=jnp.eye(K_MAX, 3),
+        norm_squared_norm=jnp.float32(1), norm_example_squared_norm=jnp.float32(2), batch_size=jnp.int32(1),
+    )  # fmt: skip
+    with jax.debug_nans(True):
+        begin = TRANSFORM.init(PARAMS)
+        for state in (begin, TRANSFORM.update(PARAMS, begin, batch_stats=one)[1]):
+            for found in (*optim.group_noise_scales(state, PARAMS, "layer").values(), optim.noise_scale(state)):
+                np.testing.assert_array_equal(found, [np.inf, np.inf, 0, 0])
+            assert np.isinf(list(state.report().values())).all()
 
 
 def test_a_gradient_lost_in_noise_has_an_infinite_noise_scale():

@@ -235,6 +235,16 @@ def test_a_noisy_quadratic_in_the_loop_that_lags():
     assert used == sorted(used)
 
 
+@pytest.mark.parametrize("confidence", [0.0, 2.0])
+def test_noise_scale_following_decides_nothing_before_it_knows_an_error(confidence):
+    policy = policies.noise_scale_following(8, 64, confidence=confidence, min_updates=2)
+    with jax.debug_nans(True):
+        state = policy.init()
+        for told in (stats(100.0, MICROBATCH), stats(100.0, 8)):
+            size, state = policy.update(state, told)
+            assert int(size) == 8
+
+
 def closed_form(variant):
     """Statistics of a batch of 8 in 2 microbatches for which the test asks for 12 / eta^2 examples."""
     found = stats(size=8)._replace(squared_norm=jnp.float32(2))
@@ -290,8 +300,12 @@ def test_a_broken_step_and_one_without_noise_ask_for_nothing(variant):
     still = stats(
         0.0, 8, microbatch_dot_products=jnp.zeros(K_MAX).at[:2].set(1), coordinate_variance_ratio=jnp.float32(0)
     )
-    for told in (broken, still):
-        size, state = policy.update(policy.init(), told)
+    zeros = {"microbatch_dot_products": jnp.zeros(K_MAX), "coordinate_variance_ratio": jnp.float32(0)}
+    nothing, alone = (stats(0.0, size, squared_gradient=0.0, **zeros) for size in (2 * MICROBATCH, MICROBATCH))
+    for told in (broken, still, nothing, alone):
+        # Looks at every operation; of what is broken already there is nothing to look for.
+        with jax.debug_nans(told is not broken):
+            size, state = policy.update(policy.init(), told)
         assert int(size) == 8
         assert all(np.isfinite(x) for x in state)
 

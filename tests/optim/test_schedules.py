@@ -65,6 +65,16 @@ def make(name, refined_file, *, peak=PEAK, total=TOTAL, **options):
     return optim.SCHEDULES[name](peak, total, **required.get(name, {}) | options)
 
 
+@pytest.mark.parametrize("name", optim.SCHEDULES)
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_no_step_of_a_schedule_is_nan(name, warmup, refined_file):
+    """`JAX_DEBUG_NANS` looks at every operation, also at those whose result isn't taken."""
+    with jax.debug_nans(True):
+        schedule = make(name, refined_file, warmup=warmup)
+        rates = [schedule(count) for count in (0, 5, TOTAL // 2, TOTAL, 2 * TOTAL)]
+    assert np.isfinite(rates).all()
+
+
 @pytest.mark.parametrize("name", MATHS)
 def test_maths(name):
     options, multiple = MATHS[name]
