@@ -104,6 +104,22 @@ def check_learning_rate(rate: object, name: str = "learning_rate") -> None:
         raise ValueError(f"{name} must be at least 0 and finite, got {rate}")
 
 
+def check_real(params: Any, name: str) -> None:
+    """Raises ValueError for parameters that are complex, which `name` can't train.
+
+    >>> check_real({"w": jnp.ones(2, jnp.complex64)}, "sophia")
+    Traceback (most recent call last):
+      ...
+    ValueError: sophia takes real parameters and w is complex64: train its real and imaginary parts
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.iscomplexobj(leaf):
+            where = jax.tree_util.keystr(path, simple=True, separator="/") or "one"
+            raise ValueError(
+                f"{name} takes real parameters and {where} is {leaf.dtype}: train its real and imaginary parts"
+            )
+
+
 def check_moment_dtype(dtype: jax.typing.DTypeLike | None) -> None:
     """Raises ValueError for a dtype that isn't floating, or too narrow for moments that have no scales of their own.
 

@@ -30,6 +30,7 @@ import optax
 from crescendo.optim.batch_size import BatchStats
 from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Path, layer_axes, leaves_with_paths
+from crescendo.optim.precision import squares
 from crescendo.optim.registry import TRANSFORMS
 
 Number = jax.Array | float
@@ -164,8 +165,8 @@ def layer_squared_norms(tree: optax.Updates, layer_axis: LayerAxis = None) -> ja
     """
     norms = [jnp.zeros(0, jnp.float32)]
     for leaf, axis in zip(jax.tree.leaves(tree), layer_axes(tree, layer_axis), strict=True):
-        squares = jnp.square(leaf.astype(jnp.float32))
-        norms.append(jnp.sum(squares, axis=tuple(i for i in range(leaf.ndim) if i != axis)).reshape(-1))
+        norm = jnp.sum(squares(leaf), axis=tuple(i for i in range(leaf.ndim) if i != axis))
+        norms.append(norm.reshape(-1).astype(jnp.float32))
     return jnp.concatenate(norms)
 
 

@@ -4,11 +4,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from crescendo.optim.checks import check_moment_dtype
+from crescendo.optim.checks import check_moment_dtype, check_real
 
 
 def in_float32(
-    inner: optax.GradientTransformation, *, moment_dtype: jax.typing.DTypeLike | None = None
+    inner: optax.GradientTransformation,
+    *,
+    moment_dtype: jax.typing.DTypeLike | None = None,
+    real: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`inner` computed in float32 (float64 where the input is), its moments stored in `moment_dtype`.
 
@@ -17,13 +20,17 @@ def in_float32(
     of the same fused loop, so low-precision moments are read and written at their own size. optax's `mu_dtype` casts
     the first moment alone, and computes in the parameters' dtype.
 
+    Parameters may be complex: squares are `|g|^2`, and gradients are to be conjugated before they come here, as optax
+    wants them (`jax.grad` of a real loss gives the conjugate of the direction of ascent).
+
     Args:
       inner: any transformation.
-      moment_dtype: None: the parameters' dtype. bfloat16 halves the memory, but a second moment with b2 near 1 then
-        moves by less than its rounding and sticks: keep b2 at 0.95 or below.
+      moment_dtype: None: the parameters' dtype, as it is of complex ones in any case. bfloat16 halves the memory, but a
+        second moment with b2 near 1 then moves by less than its rounding and sticks: keep b2 at 0.95 or below.
+      real: the name of an optimizer that can't train complex parameters, to refuse them by.
 
     Raises:
-      ValueError: a dtype that isn't floating, or of 8 bits or fewer.
+      ValueError: a dtype that isn't floating, or of 8 bits or fewer; at `init`, complex parameters under `real`.
 
     >>> transform = in_float32(optax.scale_by_adam(b2=0.95), moment_dtype="bfloat16")
     >>> transform.init(jnp.ones(2)).nu.dtype
@@ -32,9 +39,14 @@ def in_float32(
     check_moment_dtype(moment_dtype)
     inner = optax.with_extra_args_support(inner)
 
+    def stored(param: jax.Array) -> jax.Array:
+        return param if moment_dtype is None or jnp.iscomplexobj(param) else param.astype(moment_dtype)
+
     def init(params: optax.Params) -> optax.OptState:
+        if real is not None:
+            check_real(params, real)
         state = inner.init(jax.tree.map(_widen, params))
-        narrow = jax.eval_shape(inner.init, jax.tree.map(lambda p: p.astype(moment_dtype or p.dtype), params))
+        narrow = jax.eval_shape(inner.init, jax.tree.map(stored, params))
         mirrors = optax.tree_map_params(inner, lambda _: True, state, transform_non_params=lambda _: False)
         return jax.tree.map(lambda mirror, x, n: x.astype(n.dtype) if mirror else x, mirrors, state, narrow)
 
@@ -48,6 +60,16 @@ def in_float32(
         return jax.tree.map(lambda u, g: u.astype(g.dtype), wide, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def squares(x: jax.Array) -> jax.Array:
+    """`|x|^2` entry by entry, of complex numbers too, in float32 at least.
+
+    >>> print(squares(jnp.array([3 + 4j])), squares(jnp.array([3.0], jnp.bfloat16)))
+    [25.] [9.]
+    """
+    wide = _widen(x)
+    return jnp.real(jnp.conj(wide) * wide)
 
 
 def _widen(x: jax.Array) -> jax.Array:

@@ -41,7 +41,7 @@ def prodigy(
       moment_dtype: dtype in which the moments are stored; None: the parameters'.
 
     Raises:
-      ValueError: a negative or NaN learning rate, a constant out of its range.
+      ValueError: a negative or NaN learning rate, a constant out of its range; at `init`, complex parameters.
 
     References:
       Mishchenko and Defazio, 2023, `Prodigy: An Expeditiously Adaptive Parameter-Free Learner
@@ -81,4 +81,5 @@ def prodigy(
 
         return optax.GradientTransformationExtraArgs(rule.init, update)
 
-    return in_float32(with_learning_rate(make, learning_rate), moment_dtype=moment_dtype)
+    # optax squares gradients without a conjugate.
+    return in_float32(with_learning_rate(make, learning_rate), moment_dtype=moment_dtype, real="prodigy")

@@ -46,7 +46,8 @@ def sophia(
       moment_dtype: dtype in which the moments are stored; None: the parameters'.
 
     Raises:
-      ValueError: a negative or NaN learning rate, a constant out of its range; at `init`, a mask that matches nothing.
+      ValueError: a negative or NaN learning rate, a constant out of its range; at `init`, a mask that matches nothing,
+        or complex parameters.
 
     References:
       Liu et al., 2023, `Sophia: A Scalable Stochastic Second-order Optimizer for Language Model Pre-training
@@ -83,4 +84,5 @@ def sophia(
             learning_rate,
         ),
         moment_dtype=moment_dtype,
+        real="sophia",  # entries are clipped, and complex numbers have no order
     )

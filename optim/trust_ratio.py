@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from crescendo.optim.masks import LayerAxis, Mask, as_mask, layer_axes
+from crescendo.optim.precision import squares
 from crescendo.optim.registry import TRANSFORMS
 from crescendo.optim.states import spread
 
@@ -167,10 +168,9 @@ def trust_ratios(
 
 def layer_norm(x: jax.Array, axis: int | None) -> jax.Array:
     """The l2 norm over all axes but `axis`, which stay as axes of size 1; at least float32."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    squares = jnp.sum(x * x, axis=tuple(i for i in range(x.ndim) if i != axis), keepdims=True)
+    total = jnp.sum(squares(x), axis=tuple(i for i in range(x.ndim) if i != axis), keepdims=True)
     # The root has no derivative at 0: there the norm counts as constant.
-    return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
+    return jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
 
 
 def safe_ratio(w: jax.Array, g: jax.Array, numerator: jax.Array, denominator: jax.Array) -> jax.Array:

@@ -54,7 +54,7 @@ class Accumulated(NamedTuple):
       loss_sum: float32.
       weight: float32, what `loss_sum` and `gradients` are divided by to get means (`over_weight`).
       extra: float32 scalars by name, what else `loss_fn` sums up.
-      gradients: of `loss_sum`, float32, the parameters' tree.
+      gradients: of `loss_sum`, the parameters' tree, float32 (complex64 of complex parameters).
       squared_norms: float32 `[k_max * parts, ...]`, what was measured of part i's mean gradient `g_i / w_i`, by default
         `||g_i / w_i||^2`; 0 from `count * parts` on. A part is a microbatch, or a shard of one (`Spread`).
     """
@@ -66,9 +66,23 @@ class Accumulated(NamedTuple):
     squared_norms: Tree
 
 
+def in_single(x: jax.Array) -> jax.Array:
+    """In float32, or complex64 where it is complex."""
+    return x.astype(jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32)
+
+
+def inner_products(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`Re(conj(a) b)` entry by entry, float32: the product of real numbers, `|a|^2` of a with itself.
+
+    >>> print(inner_products(jnp.array([3 + 4j]), jnp.array([3 + 4j])))
+    [25.]
+    """
+    return jnp.real(jnp.conj(in_single(a)) * in_single(b))
+
+
 def squared_norm(tree: Tree) -> jax.Array:
     """The sum of squares of all entries, in float32."""
-    return sum((jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)), jnp.float32(0))
+    return sum((jnp.sum(inner_products(x, x)) for x in jax.tree.leaves(tree)), jnp.float32(0))
 
 
 def over_weight(sums: Tree, weight: jax.Array) -> Tree:
@@ -180,7 +194,7 @@ class Deviations(NamedTuple):
 
     Attributes:
       dot_products: float32 `[k_max * parts]`, `<g_i, g>`; 0 from `count * parts` on.
-      squares: float32, `sum_i (g_i - g)^2`, entry by entry, the parameters' tree.
+      squares: float32, `sum_i |g_i - g|^2`, entry by entry, the parameters' tree.
     """
 
     dot_products: jax.Array
@@ -210,8 +224,10 @@ def deviations(
 
     def one(index, k_max, loss_sum, weight, extra, gradients, mean_gradients) -> Deviations:
         means = over_weight(gradients, weight)
-        dot_product = sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), means, mean_gradients)))
-        squares = jax.tree.map(lambda a, b: jnp.square(a - b), means, mean_gradients)
+        dot_product = sum(
+            jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(inner_products(a, b)), means, mean_gradients))
+        )
+        squares = jax.tree.map(lambda a, b: inner_products(a - b, a - b), means, mean_gradients)
         return Deviations(jnp.zeros(k_max).at[index].set(dot_product), squares)
 
     def local(parameters, microbatches, count, mean_gradients):
@@ -245,7 +261,7 @@ def _sum_over_microbatches(
     def term(index):
         microbatch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), microbatches)
         (loss_sum, (weight, extra)), gradients = value_and_grad(parameters, microbatch)
-        gradients = keep(jax.tree.map(lambda g: g.astype(jnp.float32), gradients))
+        gradients = keep(jax.tree.map(in_single, gradients))
         return one(index, k_max, loss_sum, weight, extra, gradients)
 
     if k_max == 1:

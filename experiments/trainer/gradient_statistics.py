@@ -15,7 +15,7 @@ from crescendo.experiments.tasks.base import EXAMPLE
 from crescendo.models.norm_probes import example_squared_norms, norm_probes, norm_scales, with_probes
 from crescendo.optim.batch_size import BatchStats
 from crescendo.optim.noise_scale import layer_squared_norms
-from crescendo.parallel.accumulate import NOT_SPREAD, over_weight, squared_norm
+from crescendo.parallel.accumulate import NOT_SPREAD, inner_products, over_weight, squared_norm
 
 Tree = Any
 
@@ -80,7 +80,7 @@ def _coordinates(of: Measured) -> dict[str, jax.Array]:
 
     def largest(v: jax.Array, g: jax.Array) -> jax.Array:
         # An entry without noise passes at any size, also where it is 0.
-        return jnp.max(jnp.where(v > 0, v / jnp.where(v > 0, jnp.square(g), 1), 0))
+        return jnp.max(jnp.where(v > 0, v / jnp.where(v > 0, inner_products(g, g), 1), 0))
 
     ratios = jax.tree.map(largest, variance, of.mean_gradients)
     return {"coordinate_variance_ratio": jnp.max(jnp.stack(jax.tree.leaves(ratios)))}

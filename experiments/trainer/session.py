@@ -30,6 +30,7 @@ from crescendo.experiments.trainer.shapes import abstract_batch, abstract_state,
 from crescendo.experiments.trainer.step import make_step
 from crescendo.models.norm_probes import norm_scales
 from crescendo.optim.batch_size import BatchSizePolicy, constant
+from crescendo.optim.checks import check_real
 from crescendo.optim.groups import ParameterGroup
 from crescendo.optim.noise_scale import required_statistics
 from crescendo.optim.run_length import LengthError, LengthWarning
@@ -141,6 +142,8 @@ class Session:
         logical_axes = self.task.logical_axes()
         self.parameters = jax.eval_shape(self.task.initialize, jax.random.key(0))
         with user_values():
+            # The gradient of a complex parameter is conjugated: a step along it would climb.
+            check_real(self.parameters, "a training step")
             self.layout.parameters(logical_axes, self.parameters)
             self.layout.optimizer(logical_axes, self.parameters)
             frozen = optim.frozen_mask(groups, self.parameters, logical_axes)

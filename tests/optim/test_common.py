@@ -20,6 +20,7 @@ RATES = {
     **{"adagrad": 1.0, "adagrad_norm": 6.0},
 }
 ADAM_RATE = 0.05
+ONLY_REAL = {"prodigy", "sophia"}
 
 
 def rate(name):
@@ -82,7 +83,7 @@ def assert_close(actual, expected, tolerance):
     """The error of every leaf is at most `tolerance` times the leaf, in the l2 norm."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        a, b = (np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64) for x in (a, b))
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), f"{jax.tree_util.keystr(path)}: {a} {b}"
 
 
@@ -138,6 +139,37 @@ def test_the_derivative_of_a_lars_step_at_zero_is_that_of_its_decay():
         return optax.apply_updates(w, optimizer.update(jnp.ones(()), optimizer.init(w), w)[0])
 
     np.testing.assert_allclose(jax.grad(moved)(jnp.zeros(())), 0.9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(EXPORTED.keys() - ONLY_REAL))
+def test_complex_numbers_are_taken_by_their_size(name):
+    """Rows of parameters and gradients turned by a phase each have the same updates, turned alike.
+
+    A square without a conjugate would know the phase. So would a matrix product, hence one phase for a matrix's row.
+    """
+    params, grads = random_tree(0), random_tree(1)
+    phases = jax.tree.map(lambda x: jnp.resize(jnp.array([1, 1j, -1j]), x.shape[:-1])[..., None], params)
+    phases["blocks"]["mlp"]["bias"] = jnp.complex64(1j)
+    transform = make(name)
+
+    @jax.jit
+    def two_updates(params, grads):
+        state, moved = transform.init(params), params
+        for i in range(2):
+            updates, state = transform.update(grads, state, moved, examples_seen=32 * i)
+            moved = optax.apply_updates(moved, updates)
+        return updates, optim.reported(state)
+
+    turned = [jax.tree.map(jnp.multiply, phases, tree) for tree in (params, grads)]
+    (updates, report), (found, same_report) = two_updates(params, grads), two_updates(*turned)
+    assert_close(found, jax.tree.map(jnp.multiply, phases, updates), 1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), same_report, report)
+
+
+@pytest.mark.parametrize("name", sorted(ONLY_REAL))
+def test_who_can_not_take_complex_numbers_refuses_them(name):
+    with pytest.raises(ValueError, match=f"{name} takes real parameters and w is complex64"):
+        make(name).init({"w": jnp.ones(2, jnp.complex64)})
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)

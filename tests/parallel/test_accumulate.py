@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from crescendo.parallel import Layout, accumulate, deviations, make_mesh
-from crescendo.parallel.accumulate import over_weight
+from crescendo.parallel.accumulate import over_weight, squared_norm
 
 
 def loss_fn(parameters, rows):
@@ -91,6 +91,28 @@ def test_a_microbatch_without_weight_has_a_gradient_of_zero(problem, compiled):
     assert total.squared_norms[1] == 0
     assert total.squared_norms[0] > 0
     assert np.isfinite(over_weight(total.gradients, total.weight)["w"]).all()
+
+
+def test_complex_gradients_have_the_norms_of_their_parts():
+    """Of complex numbers `|g|^2`, as of the real and imaginary parts side by side."""
+    random = np.random.default_rng(1)
+    a, b = (random.normal(size=(3, 2, 5)).astype(np.float32) for _ in range(2))
+
+    def whole(z, rows):
+        return jnp.sum(jnp.tanh(rows["a"] * z.real) + jnp.sin(rows["b"] * z.imag)), jnp.float32(2), {}
+
+    def parts(xy, rows):
+        return whole(xy[0] + 1j * xy[1], rows)
+
+    x, rows, count = random.normal(size=(2, 5)).astype(np.float32), {"a": a, "b": b}, jnp.int32(2)
+    expected, total = accumulate(parts, x, rows, count), accumulate(whole, x[0] + 1j * x[1], rows, count)
+    np.testing.assert_allclose(total.gradients, expected.gradients[0] - 1j * expected.gradients[1], rtol=1e-6)
+    np.testing.assert_allclose(total.squared_norms, expected.squared_norms, rtol=1e-6)
+    np.testing.assert_allclose(squared_norm(total.gradients), squared_norm(expected.gradients), rtol=1e-6)
+    found = deviations(whole, x[0] + 1j * x[1], rows, count, total.gradients)
+    right = deviations(parts, x, rows, count, expected.gradients)
+    np.testing.assert_allclose(found.dot_products, right.dot_products, rtol=1e-6)
+    np.testing.assert_allclose(found.squares, right.squares.sum(axis=0), rtol=1e-6)
 
 
 def test_another_count_compiles_nothing(problem, compiled):
