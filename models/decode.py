@@ -1,5 +1,6 @@
 """Decoding with a cache of keys and values: each token is computed once."""
 
+import math
 from typing import Any
 
 import jax
@@ -87,22 +88,36 @@ def sample(logits_BV, key, *, temperature: float = 1.0, top_k: int | None = None
       logits_BV: float32.
       key: a random key.
       temperature: divides the logits; 0 takes the greatest.
-      top_k: only the k greatest can be taken.
-      top_p: only the fewest tokens whose probabilities reach this sum (Holtzman et al. 2020).
+      top_k: only the k greatest can be taken; of equal ones the first.
+      top_p: only the fewest tokens whose probabilities reach this sum (Holtzman et al. 2020), likewise.
+
+    Raises:
+      ValueError: an option out of its range.
 
     >>> print(sample(jnp.array([[0.0, 2.0, 1.0]]), jax.random.key(0), temperature=0.0))
     [1]
     """
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature = {temperature} must be at least 0 and finite")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k = {top_k} must be at least 1")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p = {top_p} must be above 0 and at most 1: for the likeliest token use temperature 0")
     if temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits = logits_BV / temperature
+
+    def only(tokens, values):
+        """The logits of these tokens alone."""
+        return jnp.put_along_axis(jnp.full_like(logits, -jnp.inf), tokens, values, axis=-1, inplace=False)
+
     if top_k is not None and top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        values, tokens = jax.lax.top_k(logits, top_k)
+        logits = only(tokens, values)
     if top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
+        order = jnp.argsort(logits, axis=-1, stable=True, descending=True)
+        ordered = jnp.take_along_axis(logits, order, axis=-1)
         shares = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(shares, axis=-1) - shares  # of all that are likelier; 0 for the likeliest, which stays
-        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        logits = only(order, jnp.where(before < top_p, ordered, -jnp.inf))
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)

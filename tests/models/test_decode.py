@@ -1,0 +1,58 @@
+"""Which tokens a sampler may take, against their definition in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crescendo.models.decode import sample
+
+TOKENS, DRAWS = 6, 400
+
+
+def allowed(logits, top_k, top_p):
+    """The tokens that may be drawn: likelier ones first, of equal ones the first."""
+    order = np.argsort(-logits, kind="stable")[:top_k]
+    shares = np.exp(logits[order] - logits.max(), dtype=np.float64)
+    before = np.cumsum(shares / shares.sum()) - shares / shares.sum()
+    return {int(token) for token, sum_before in zip(order, before, strict=True) if sum_before < top_p - 1e-6}
+
+
+def drawn(logits, **options):
+    keys = jax.random.split(jax.random.key(0), DRAWS)
+    return set(np.unique(jax.vmap(lambda key: sample(logits[None], key, **options)[0])(keys)).tolist())
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    # Few values, so that many are equal, and near enough to one another that 400 draws see every token.
+    logits=st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=TOKENS, max_size=TOKENS),
+    top_k=st.integers(1, TOKENS),
+    top_p=st.sampled_from([1e-6, 0.23, 0.45, 0.7, 1.0]),
+)
+def test_exactly_the_allowed_tokens_are_drawn(logits, top_k, top_p):
+    logits = np.array(logits, np.float32)
+    assert drawn(jnp.asarray(logits), top_k=top_k, top_p=top_p) == allowed(logits, top_k, max(top_p, 1e-5))
+
+
+def test_equal_logits_leave_one_token_to_the_greediest():
+    logits = jnp.array([1.0, 3.0, 3.0, 3.0, 0.0])
+    for options in ({"top_k": 1}, {"top_p": 1e-3}, {"temperature": 0.0}):
+        assert drawn(logits, **options) == {1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_p": 0.0}, "top_p = 0.0 must be above 0"),
+        ({"top_p": float("nan")}, "top_p = nan must be above 0"),
+        ({"top_k": 0}, "top_k = 0 must be at least 1"),
+        ({"temperature": -1.0}, "temperature = -1.0 must be at least 0"),
+        ({"temperature": float("inf")}, "temperature = inf must be at least 0 and finite"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(jnp.zeros((1, 3)), jax.random.key(0), **options)
