@@ -8,7 +8,7 @@ import optax
 
 from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Mask
-from crescendo.optim.precision import in_float32
+from crescendo.optim.precision import in_float32, widen
 from crescendo.optim.registry import OPTIMIZERS, TRANSFORMS
 from crescendo.optim.scaling import scale_by_learning_rate
 from crescendo.optim.weight_decay import add_decayed_weights
@@ -57,10 +57,12 @@ def scale_by_adagrad_norm(initial_accumulator: float = 0.1) -> optax.GradientTra
         **extra_args: object,
     ) -> tuple[optax.Updates, ScaleByAdagradNormState]:
         del params, extra_args
-        wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates)
+        wide = jax.tree.map(widen, updates)
         total = (state.sum_of_squares + optax.tree.norm(wide, squared=True)).astype(jnp.float32)
         scale = jnp.where(total > 0, jax.lax.rsqrt(jnp.where(total > 0, total, 1)), 0)
-        return jax.tree.map(lambda w, g: (scale * w).astype(g.dtype), wide, updates), ScaleByAdagradNormState(total)
+        return jax.tree.map(
+            lambda w, g: (scale * w).astype(jnp.result_type(g)), wide, updates
+        ), ScaleByAdagradNormState(total)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

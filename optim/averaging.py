@@ -8,6 +8,7 @@ import optax
 from optax import contrib
 
 from crescendo.optim.checks import check_constants
+from crescendo.optim.precision import widen
 from crescendo.optim.registry import COMBINATORS
 from crescendo.optim.scaling import update_with_factor
 from crescendo.optim.states import find_states
@@ -69,7 +70,7 @@ def average_weights(optimizer: optax.GradientTransformation, examples: float) ->
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: optax.Params) -> AverageWeightsState:
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(widen(p)), params)
         return AverageWeightsState(inner.init(params), zeros, jnp.zeros((), jnp.float32))
 
     def update(
@@ -117,13 +118,14 @@ def evaluation_params(opt_state: optax.OptState, params: optax.Params) -> optax.
         def point(average: Any, param: jax.Array, before: jax.Array, state: Any = state) -> jax.Array:
             if isinstance(average, optax.MaskedNode):
                 return before
-            dtype = jnp.promote_types(param.dtype, jnp.float32)
+            own = jnp.result_type(param)
+            dtype = jnp.promote_types(own, jnp.float32)
             if isinstance(state, AverageWeightsState):
                 started = state.weight > 0
                 corrected = average / jnp.where(started, state.weight, 1).astype(average.dtype)
-                return jnp.where(started, corrected, before).astype(param.dtype)
+                return jnp.where(started, corrected, before).astype(own)
             b1 = jnp.asarray(state.b1, dtype)
-            return ((param.astype(dtype) - (1 - b1) * average.astype(dtype)) / b1).astype(param.dtype)
+            return ((jnp.asarray(param, dtype) - (1 - b1) * average.astype(dtype)) / b1).astype(own)
 
         averages = state.weighted_sum if isinstance(state, AverageWeightsState) else state.z
         result = jax.tree.map(point, averages, params, result, is_leaf=lambda x: isinstance(x, optax.MaskedNode))

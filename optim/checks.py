@@ -114,10 +114,8 @@ def check_real(params: Any, name: str) -> None:
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if jnp.iscomplexobj(leaf):
-            where = jax.tree_util.keystr(path, simple=True, separator="/") or "one"
-            raise ValueError(
-                f"{name} takes real parameters and {where} is {leaf.dtype}: train its real and imaginary parts"
-            )
+            which = f"{jax.tree_util.keystr(path, simple=True, separator='/') or 'one'} is {jnp.result_type(leaf)}"
+            raise ValueError(f"{name} takes real parameters and {which}: train its real and imaginary parts")
 
 
 def check_moment_dtype(dtype: jax.typing.DTypeLike | None) -> None:

@@ -5,10 +5,11 @@ A transformer that scans over its layers stores them stacked: a norm scale has s
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 Path = tuple[str, ...]
@@ -57,10 +58,10 @@ def layer_axes(params: optax.Params, layer_axis: LayerAxis = None) -> list[int |
         )
         axes = jax.tree.leaves(spread, is_leaf=lambda x: x is None)
     for (path, leaf), axis in zip(leaves, axes, strict=True):
-        if axis is not None and not 0 <= axis < leaf.ndim:
+        if axis is not None and not 0 <= axis < np.ndim(leaf):
             raise ValueError(
-                f"layer_axis {axis} of {'/'.join(path)} is not an axis of its shape {leaf.shape}: "
-                f"give an axis from 0 to {leaf.ndim - 1}, or None where no layers are stacked"
+                f"layer_axis {axis} of {'/'.join(path)} is not an axis of its shape {np.shape(leaf)}: "
+                f"give an axis from 0 to {np.ndim(leaf) - 1}, or None where no layers are stacked"
             )
     return axes
 
@@ -77,7 +78,7 @@ def is_matrix(params: optax.Params, layer_axis: LayerAxis = None) -> Any:
     {'blocks': {'mlp': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}}
     """
     marks = [
-        leaf.ndim - (axis is not None) >= 2 and path[-1] not in _VECTOR_NAMES and not any("norm" in n for n in path)
+        np.ndim(leaf) - (axis is not None) >= 2 and path[-1] not in _VECTOR_NAMES and not any("norm" in n for n in path)
         for (path, leaf), axis in zip(leaves_with_paths(params), layer_axes(params, layer_axis), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(params), marks)
@@ -116,8 +117,30 @@ def as_mask(mask: Mask, layer_axis: LayerAxis = None, *, name: str = "mask") -> 
 
 
 def leaves_with_paths(tree: Any) -> list[tuple[Path, Any]]:
-    """The leaves, each with its path as plain names."""
-    return [
-        (tuple(jax.tree_util.keystr((key,), simple=True) for key in path) or ("",), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
+    """The leaves, each with its path as plain names: the same in nested dicts, dataclasses and an `nnx.State`.
+
+    What only holds an array, in its one field `value`, has no name of its own: variables of `nnx`, boxes of `linen`.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> leaves_with_paths(nnx.State({"head": {"bias": nnx.Param(jnp.zeros(()))}}))
+    [(('head', 'bias'), Array(0., dtype=float32))]
+    """
+    return [(path or ("",), leaf) for path, leaf in _leaves_with_paths(tree)]
+
+
+def _leaves_with_paths(tree: Any) -> Iterator[tuple[Path, Any]]:
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: _boxed(node) is not None):
+        names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+        box = _boxed(node)
+        if box is None:
+            yield names, node
+        else:
+            yield from ((names + below, leaf) for below, leaf in _leaves_with_paths(box[0]))
+
+
+def _boxed(node: Any) -> list[Any] | None:
+    """What a node holds in `value`, its one field; None for any other node."""
+    children = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda x: x is not node)
+    keys = [path for path, _ in children]
+    return [child for _, child in children] if keys == [(jax.tree_util.GetAttrKey("value"),)] else None

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from optax import contrib
 
@@ -109,7 +110,7 @@ def matrix_dimensions(params: optax.Params, layer_axis: LayerAxis = None) -> Any
         jax.tree.leaves(is_matrix(params, layer_axis)),
         strict=True,
     ):
-        axes = tuple(i for i in range(leaf.ndim) if i != axis)
+        axes = tuple(i for i in range(np.ndim(leaf)) if i != axis)
         if not matrix or {"embedding", "head", "table"} & set(path):
             dimensions.append(None)
         elif {"query", "key", "value"} & set(path):

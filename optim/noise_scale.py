@@ -165,7 +165,7 @@ def layer_squared_norms(tree: optax.Updates, layer_axis: LayerAxis = None) -> ja
     """
     norms = [jnp.zeros(0, jnp.float32)]
     for leaf, axis in zip(jax.tree.leaves(tree), layer_axes(tree, layer_axis), strict=True):
-        norm = jnp.sum(squares(leaf), axis=tuple(i for i in range(leaf.ndim) if i != axis))
+        norm = jnp.sum(squares(leaf), axis=tuple(i for i in range(jnp.ndim(leaf)) if i != axis))
         norms.append(norm.reshape(-1).astype(jnp.float32))
     return jnp.concatenate(norms)
 
@@ -190,7 +190,7 @@ def group_indices(tree: Any, groups: Groups, layer_axis: LayerAxis = None) -> di
     indices: dict[str, list[int]] = {}
     entry = 0
     for (path, leaf), axis in zip(leaves_with_paths(tree), layer_axes(tree, layer_axis), strict=True):
-        for layer in range(1 if axis is None else leaf.shape[axis]):
+        for layer in range(1 if axis is None else np.shape(leaf)[axis]):
             if callable(groups):
                 name = groups(path)
             elif groups == "parameter":

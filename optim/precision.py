@@ -39,13 +39,13 @@ def in_float32(
     check_moment_dtype(moment_dtype)
     inner = optax.with_extra_args_support(inner)
 
-    def stored(param: jax.Array) -> jax.Array:
-        return param if moment_dtype is None or jnp.iscomplexobj(param) else param.astype(moment_dtype)
+    def stored(param: jax.typing.ArrayLike) -> jax.Array:
+        return jnp.asarray(param, None if jnp.iscomplexobj(param) else moment_dtype)
 
     def init(params: optax.Params) -> optax.OptState:
         if real is not None:
             check_real(params, real)
-        state = inner.init(jax.tree.map(_widen, params))
+        state = inner.init(jax.tree.map(widen, params))
         narrow = jax.eval_shape(inner.init, jax.tree.map(stored, params))
         mirrors = optax.tree_map_params(inner, lambda _: True, state, transform_non_params=lambda _: False)
         return jax.tree.map(lambda mirror, x, n: x.astype(n.dtype) if mirror else x, mirrors, state, narrow)
@@ -53,25 +53,25 @@ def in_float32(
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: object
     ) -> tuple[optax.Updates, optax.OptState]:
-        wide_params = None if params is None else jax.tree.map(_widen, params)
-        wide_state = optax.tree_map_params(inner, _widen, state)
-        wide, new_state = inner.update(jax.tree.map(_widen, updates), wide_state, wide_params, **extra_args)
+        wide_params = None if params is None else jax.tree.map(widen, params)
+        wide_state = optax.tree_map_params(inner, widen, state)
+        wide, new_state = inner.update(jax.tree.map(widen, updates), wide_state, wide_params, **extra_args)
         new_state = jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state)
-        return jax.tree.map(lambda u, g: u.astype(g.dtype), wide, updates), new_state
+        return jax.tree.map(lambda u, g: u.astype(jnp.result_type(g)), wide, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def squares(x: jax.Array) -> jax.Array:
+def squares(x: jax.typing.ArrayLike) -> jax.Array:
     """`|x|^2` entry by entry, of complex numbers too, in float32 at least.
 
     >>> print(squares(jnp.array([3 + 4j])), squares(jnp.array([3.0], jnp.bfloat16)))
     [25.] [9.]
     """
-    wide = _widen(x)
+    wide = widen(x)
     return jnp.real(jnp.conj(wide) * wide)
 
 
-def _widen(x: jax.Array) -> jax.Array:
+def widen(x: jax.typing.ArrayLike) -> jax.Array:
     """At least float32."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import scipy.ndimage
 
+from crescendo.optim.precision import widen
 from crescendo.optim.registry import SCHEDULES, TRANSFORMS
 from crescendo.optim.run_length import OfRun, ends_with_the_run
 from crescendo.optim.schedule_parts import check, with_warmup
@@ -75,7 +76,7 @@ def record_gradient_norms(slots: int = 512) -> optax.GradientTransformationExtra
         **extra_args: object,
     ) -> tuple[optax.Updates, RecordGradientNormsState]:
         del params, extra_args
-        wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates)
+        wide = jax.tree.map(widen, updates)
         l1, l2 = optax.tree.norm(wide, ord=1), optax.tree.norm(wide)
         finite = jnp.isfinite(l1) & jnp.isfinite(l2)
         clock = state.count if examples_seen is None else examples_seen

@@ -91,7 +91,7 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
             batch_size=None if batch_stats is None else batch_stats.batch_size,
             factor=learning_rate_factor,
         )
-        updates = jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates)
+        updates = jax.tree.map(lambda u: (-rate * u).astype(jnp.result_type(u)), updates)
         return updates, ScaleByLearningRateState(optax.safe_increment(state.count), rate)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -200,7 +200,7 @@ def update_with_factor(
             extra_args[name] = left.pop(name)
     updates, state = optimizer.update(updates, state, params, **extra_args)
     if "learning_rate_factor" in left:
-        updates = jax.tree.map(lambda u: (u * learning_rate_factor).astype(u.dtype), updates)
+        updates = jax.tree.map(lambda u: (u * learning_rate_factor).astype(jnp.result_type(u)), updates)
     if "rate_multipliers" in left:
         updates = _multiplied(updates, rate_multipliers)
     return updates, state
@@ -242,7 +242,7 @@ def scale_by_parameter(scale: jax.typing.ArrayLike) -> optax.GradientTransformat
 
 def _multiplied(updates: optax.Updates, multipliers: Any) -> optax.Updates:
     """Each update times its multiplier; multipliers may stand where a mask left nothing."""
-    return jax.tree.map(lambda u, m: (u * m).astype(u.dtype), updates, spread(multipliers, updates))
+    return jax.tree.map(lambda u, m: (u * m).astype(jnp.result_type(u)), updates, spread(multipliers, updates))
 
 
 class RateAt:

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from crescendo.optim.masks import LayerAxis, Mask, as_mask, layer_axes
+from crescendo.optim.masks import LayerAxis, Mask, as_mask, layer_axes, leaves_with_paths
 from crescendo.optim.precision import squares
 from crescendo.optim.registry import TRANSFORMS
 from crescendo.optim.states import spread
@@ -98,7 +99,7 @@ def layerwise(
         for mask in (trusted, decayed):
             mask(params)  # one that matches nothing raises
         leaves, axes = jax.tree.leaves(params), layer_axes(params, layer_axis)
-        sizes = [1 if axis is None else leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True)]
+        sizes = [1 if axis is None else jnp.shape(leaf)[axis] for leaf, axis in zip(leaves, axes, strict=True)]
         return state_type(jnp.ones(sum(sizes)))
 
     def update(
@@ -126,7 +127,7 @@ def layerwise(
         ):
             u, ratio = rule(g, w, axis, multiplier if decays else None)
             ratio = ratio if trust else jnp.ones_like(ratio)
-            scaled.append((u * ratio).astype(g.dtype))
+            scaled.append((u * ratio).astype(jnp.result_type(g)))
             ratios.append(ratio.reshape(-1))
         state = state_type(jnp.concatenate(ratios).astype(state.trust_ratio.dtype))
         return jax.tree.unflatten(treedef, scaled), state
@@ -155,11 +156,10 @@ def trust_ratios(
     if vector is None:
         raise ValueError("the optimizer state holds no trust ratio: use lamb, lars or scale_by_layer_trust_ratio")
     ratios, start = {}, 0
-    paths_and_leaves = jax.tree_util.tree_leaves_with_path(params)
-    for (path, leaf), axis in zip(paths_and_leaves, layer_axes(params, layer_axis), strict=True):
-        shape = () if axis is None else (leaf.shape[axis],)
+    for (path, leaf), axis in zip(leaves_with_paths(params), layer_axes(params, layer_axis), strict=True):
+        shape = () if axis is None else (np.shape(leaf)[axis],)
         stop = start + math.prod(shape)
-        ratios[jax.tree_util.keystr(path, simple=True, separator="/")] = vector[start:stop].reshape(shape)
+        ratios["/".join(path)] = vector[start:stop].reshape(shape)
         start = stop
     if start != vector.size:
         raise ValueError(f"the state holds {vector.size} trust ratios but the parameters have {start} layers")
@@ -168,7 +168,7 @@ def trust_ratios(
 
 def layer_norm(x: jax.Array, axis: int | None) -> jax.Array:
     """The l2 norm over all axes but `axis`, which stay as axes of size 1; at least float32."""
-    total = jnp.sum(squares(x), axis=tuple(i for i in range(x.ndim) if i != axis), keepdims=True)
+    total = jnp.sum(squares(x), axis=tuple(i for i in range(jnp.ndim(x)) if i != axis), keepdims=True)
     # The root has no derivative at 0: there the norm counts as constant.
     return jnp.where(total == 0, 0, jnp.sqrt(jnp.where(total == 0, 1, total)))
 

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from crescendo.optim.masks import LayerAxis, Mask, as_mask
@@ -60,6 +61,6 @@ def add_decayed_weights(
         if decay_multipliers is None:
             return jax.tree.map(lambda u, w: u + weight_decay * w, updates, params), state
         strengths = jax.tree.map(lambda m: weight_decay * m, spread(decay_multipliers, updates))
-        return jax.tree.map(lambda u, w, s: (u + s * w).astype(u.dtype), updates, params, strengths), state
+        return jax.tree.map(lambda u, w, s: (u + s * w).astype(jnp.result_type(u)), updates, params, strengths), state
 
     return optax.masked(optax.GradientTransformationExtraArgs(init, update), as_mask(mask, layer_axis))

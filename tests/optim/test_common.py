@@ -46,7 +46,7 @@ def random_tree(seed, dtype=jnp.float32):
 
 def half_square(params):
     """A loss, for optimizers which ask for one."""
-    return sum(jnp.sum(x.astype(jnp.float32) ** 2) / 2 for x in jax.tree.leaves(params))
+    return sum(jnp.sum(jnp.asarray(x, jnp.float32) ** 2) / 2 for x in jax.tree.leaves(params))
 
 
 @functools.cache
@@ -139,6 +139,22 @@ def test_the_derivative_of_a_lars_step_at_zero_is_that_of_its_decay():
         return optax.apply_updates(w, optimizer.update(jnp.ones(()), optimizer.init(w), w)[0])
 
     np.testing.assert_allclose(jax.grad(moved)(jnp.zeros(())), 0.9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*EXPORTED, "average_weights"])
+def test_parameters_may_be_python_numbers(name):
+    """As in optax: an update is that of arrays, and so are the state and its types."""
+    plain = {"head": {"kernel": [[3.0, -4.0]], "bias": 2.0}}
+    arrays = jax.tree.map(jnp.asarray, plain, is_leaf=lambda x: isinstance(x, list))
+    plain["head"]["kernel"] = np.array(plain["head"]["kernel"], np.float32)
+    transform = optim.average_weights(optim.sgd(0.1), 10) if name == "average_weights" else make(name)
+    results = []
+    for params in (plain, arrays):
+        state = transform.init(params)
+        updates, after = transform.update(params, state, params, examples_seen=0, obj_fn=half_square)
+        assert types(after) == types(state)
+        results.append((updates, after, optim.evaluation_params(after, params)))
+    assert_close(*results, 1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(EXPORTED.keys() - ONLY_REAL))

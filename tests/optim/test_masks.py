@@ -1,15 +1,20 @@
 """Layers in a stack are told apart: by masks, by trust ratios, by Muon; and dtypes are kept."""
 
 import inspect
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 
 from crescendo import optim
 from crescendo.optim import masks
+from crescendo.optim.muon import matrix_dimensions
+from crescendo.optim.noise_scale import group_indices
 
 
 def ones(*shape):
@@ -40,6 +45,53 @@ def test_default_mask():
     """Names and the rank per layer decide."""
     marked = [path for path, mark in by_path(masks.is_matrix(PARAMS)).items() if mark]
     assert marked == ["blocks/attention/query/kernel", "blocks/mlp/kernel", "embedding/table"]
+
+
+STATE = nnx.State(jax.tree.map(nnx.Param, PARAMS))
+BOXED = jax.tree.map(lambda x: nn.Partitioned(x, (None,) * x.ndim), PARAMS)
+
+
+def leaves(tree):
+    return jax.tree.leaves(tree, is_leaf=lambda x: x is None)
+
+
+RULES = {
+    "is_matrix": lambda tree: leaves(masks.is_matrix(tree)),
+    "layer_axes": masks.layer_axes,
+    "muon": lambda tree: leaves(matrix_dimensions(tree)),
+    "groups of the noise scale": lambda tree: [group_indices(tree, by) for by in ("parameter", "layer")],
+    "trust ratios": lambda tree: list(optim.trust_ratios(optim.scale_by_layer_trust_ratio().init(tree), tree)),
+    "parameter groups": lambda tree: leaves(optim.frozen_mask([optim.group("*/query/bias", frozen=True)], tree)),
+}
+
+
+@pytest.mark.parametrize("tree", [STATE, BOXED], ids=["nnx.State", "linen boxes"])
+@pytest.mark.parametrize("rule", RULES)
+def test_what_holds_an_array_has_no_name_of_its_own(rule, tree):
+    """Names decide alike in dicts and in the trees of flax, whose paths end in `value`."""
+    assert RULES[rule](tree) == RULES[rule](PARAMS)
+
+
+def test_a_field_named_value_beside_others_is_a_name():
+    class Projections(NamedTuple):
+        key: jax.Array
+        value: jax.Array
+
+    assert [path for path, _ in masks.leaves_with_paths(Projections(ones(), ones()))] == [("key",), ("value",)]
+
+
+@pytest.mark.parametrize("make", [optim.muon, optim.adamw, optim.lamb], ids=["muon", "adamw", "lamb"])
+def test_an_nnx_optimizer_moves_a_model_like_its_parameters(make):
+    """It passes a State to `init` and to `update`; biases of shape [heads, size] don't decay."""
+    model = nnx.LinearGeneral(4, (2, 3), bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+    plain = jax.tree.map(jnp.array, nnx.to_pure_dict(nnx.state(model)))
+    grads = jax.tree.map(lambda x: x.at[0].multiply(2.0), plain)
+    updates, _ = make(0.1).update(grads, make(0.1).init(plain), plain)
+    state = nnx.state(model)
+    nnx.replace_by_pure_dict(state, grads)
+    nnx.Optimizer(model, make(0.1), wrt=nnx.Param).update(model, state)
+    moved = nnx.to_pure_dict(nnx.state(model))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), moved, optax.apply_updates(plain, updates))
 
 
 @pytest.mark.parametrize("names", ["0", "layer_0"])
