@@ -29,8 +29,9 @@ def meeting(rows: int, parts: int, numbers: int, first: int) -> tuple[list[jax.S
 
 @triton.jit
 def capped(x, SCALE: tl.constexpr, CAP: tl.constexpr):
-    """`c tanh(s x / c)`, -inf where s x is."""
+    """`c tanh(s x / c)`, -inf where x is; of positive s."""
     x = x.to(tl.float32)
+    nothing = x == -float("inf")
     if SCALE != 1.0:
         x = x * SCALE
     if CAP > 0:
@@ -40,7 +41,7 @@ def capped(x, SCALE: tl.constexpr, CAP: tl.constexpr):
         # Near 0 the quotient cancels: the series is exact to float32 below 0.05.
         t = tl.where(u < 0.05, u * (1 - u * u * (1 / 3 - u * u * (2 / 15))), (1 - e) / (1 + e))
         capped = tl.where(x < 0, -CAP * t, CAP * t)
-        x = tl.where(x == -float("inf"), x, capped)
+        x = tl.where(nothing, -float("inf"), capped)
     return x
 
 

@@ -21,8 +21,8 @@ def softmax(x, axis=-1, *, scale=None, soft_cap=None, mask=None):
       l = c \tanh(s x / c), \qquad y_i = e^{l_i - \max l} / \sum_j e^{l_j - \max l}
 
     Args:
-      x: of any shape; float32, bfloat16, float16 or float64. Entries of -inf count nothing; where all of a row are
-        -inf or masked the result and the gradient are 0.
+      x: of any shape; float32, bfloat16, float16 or float64. Entries of -inf count nothing, whatever scale and cap
+        would make of them; where all of a row are -inf or masked the result and the gradient are 0.
       axis: along which the results add up to 1.
       scale: s, multiplies x; None: 1.
       soft_cap: c, above 0; None: the logits as they are.
@@ -77,6 +77,10 @@ def _checked(x, axis, scale, soft_cap, mask) -> dict:
         if not fits:
             raise ValueError(f"mask {list(mask.shape)} must broadcast to x {list(x.shape)}")
     scale = 1.0 if scale is None else float(scale)
+    if scale <= 0:
+        # What is -inf counts nothing, though times a negative number it would be the largest, and NaN times 0.
+        counts = x != -jnp.inf
+        x, mask = jnp.where(counts, x, 0), counts if mask is None else counts & mask
     return {
         "x": x,
         "axis": axis % x.ndim,

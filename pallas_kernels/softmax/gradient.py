@@ -51,9 +51,10 @@ differentiable.defvjp(_forward, _backward)
 
 
 def logits(x, scale: float, soft_cap: float | None):
-    """`c tanh(s x / c)` in at least float32, and where an entry counts: everywhere but at -inf."""
-    scaled = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * scale
-    return (scaled if soft_cap is None else soft_cap * jnp.tanh(scaled / soft_cap)), scaled != -jnp.inf
+    """`c tanh(s x / c)` in at least float32, and where an entry counts: everywhere but where x is -inf."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    scaled = x * scale
+    return (scaled if soft_cap is None else soft_cap * jnp.tanh(scaled / soft_cap)), x != -jnp.inf
 
 
 def weighted_mean(terms, weights):

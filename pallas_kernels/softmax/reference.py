@@ -16,9 +16,9 @@ def log_softmax(x, *, axis, scale, soft_cap, mask):
 
 
 def _parts(x, axis, scale, soft_cap, mask):
-    """`exp(logits - max)` and its sum; `logits - max`, 0 where the logit is -inf, and where it is not."""
+    """`exp(logits - max)` and its sum; `logits - max`, 0 where x is -inf, and where it is not."""
     logits = x.astype(jnp.promote_types(x.dtype, jnp.float32)) * scale
-    seen = logits != -jnp.inf if mask is None else mask & (logits != -jnp.inf)
+    seen = x != -jnp.inf if mask is None else mask & (x != -jnp.inf)
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     # The gradient must not meet inf - inf, which where() alone would let through.

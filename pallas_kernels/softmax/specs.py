@@ -39,5 +39,6 @@ SPECS = (
     _spec("17 x 4099", (17, 4099), "small awkward", holes=True),
     _spec("three axes", (3, 5, 40), "small awkward", jnp.float32, masked=True, axis=1),
     _spec("capped", (6, 257), "small awkward", jnp.float32, holes=True, scale=0.5, soft_cap=3.0),
+    _spec("turned over", (6, 257), "small awkward", jnp.float32, holes=True, scale=-0.5, soft_cap=3.0),
     _spec("no axis to split", (77,), "small awkward", jnp.float16),
 )

@@ -108,6 +108,30 @@ def test_extremes_give_no_nan(implementation):
     np.testing.assert_allclose(dx, [[-2, 2, 0], [0, 0, 0], [-1, 0, 1]], atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 2.0])
+def test_an_entry_of_minus_infinity_counts_nothing_at_any_scale(op, implementation, soft_cap, scale):
+    """The other entries' results and gradients are those of a row without it."""
+    x = jnp.array([[1.0, -jnp.inf, 3.0, -jnp.inf], [-20.0, -jnp.inf, 0.5, 0.0], [-jnp.inf] * 4])
+    cotangent = jnp.arange(12.0).reshape(3, 4)
+    options = {"scale": scale, "soft_cap": soft_cap}
+    results = value_and_gradient(op, implementation, options, x, cotangent)
+    for row in range(3):
+        counts = np.isfinite(x[row])
+        expected = exact(op, options, x[row, counts], cotangent[row, counts])
+        for found, right, nothing in zip(results, expected, (0 if op is softmax else -np.inf, 0), strict=True):
+            np.testing.assert_array_equal(found[row, ~counts], nothing)
+            np.testing.assert_allclose(found[row, counts], right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_finite_entry_counts_however_far_the_scale_takes_it(implementation):
+    y = softmax(jnp.array([-1e30, 0.0, -jnp.inf]), scale=1e10, soft_cap=5.0, implementation=implementation)
+    np.testing.assert_allclose(y, np.array([np.exp(-5), 1, 0]) / (1 + np.exp(-5)), rtol=1e-5)
+
+
 def test_vmap_and_empty_rows():
     x = jnp.asarray(np.random.default_rng().normal(size=(3, 4, 5)), jnp.float32)
     mapped = jax.vmap(lambda x: softmax(x, implementation="xla"))(x)
