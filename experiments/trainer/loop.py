@@ -58,8 +58,8 @@ def run(
     Args:
       session: the compiled step and the rows.
       state: at the clock; its memory is given to the step.
-      clock: where the run stands.
-      end: where it ends.
+      clock: where the run stands; a batch size that is another plan's gives way to one that the session serves.
+      end: where it ends, whole microbatches from there (`Session.end_from`).
       recorder: reads the metrics of finished steps.
       feed: gives the batches; None: the session's.
       batch_sizes: which batch comes next; None: what the policy in the state decides.
@@ -73,7 +73,8 @@ def run(
     Raises:
       UserError: too many bad steps in a row.
     """
-    batch_sizes = DecidedBatchSizes.of(state) if batch_sizes is None else batch_sizes
+    batch_sizes = DecidedBatchSizes.of(session, state) if batch_sizes is None else batch_sizes
+    clock = dataclasses.replace(clock, batch_size=session.fitting(clock.batch_size))
     feed, plan = session.feed() if feed is None else feed, session.plan
     pending: tuple[Clock, int, int, dict] | None = None
 

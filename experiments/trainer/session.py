@@ -318,6 +318,14 @@ class Session:
         """The size where the step serves it, else the policy's first: another plan's state may hold any."""
         return batch_size if batch_size in self.sizes else self.policy.sizes[0]
 
+    def end_from(self, examples_seen: int) -> int:
+        """Where a run that goes on from there ends: whole microbatches later, and not past `total_examples`.
+
+        Another batch size may have left over what fills none of this plan's microbatches.
+        """
+        left = max(0, self.total_examples - examples_seen)
+        return examples_seen + left - left % self.plan.microbatch_examples
+
     def is_finite(self, state: TrainState) -> bool:
         """Whether the parameters, and what the optimizer keeps of their shapes, are finite."""
         return bool(jax.device_get(self._is_finite(state)))

@@ -70,10 +70,11 @@ def state_of(start_from: str, session: Session) -> tuple[TrainState, Clock]:
             f"{differing[0]}: use its model, optimizer and batch-size policy, or train.initialize_from for its "
             "parameters alone"
         )
-    if int(examples) >= session.total_examples:
+    if session.end_from(int(examples)) <= int(examples):
         raise UserError(
-            f"train.start_from = {start_from!r} lies at or past the end of this run, train.total_examples = "
-            f"{session.total_examples}: raise that, since the clock goes on"
+            f"train.start_from = {start_from!r} lies at or past the end of this run, or less than a microbatch of "
+            f"{session.plan.microbatch_examples} before it: train.total_examples = {session.total_examples}; raise "
+            "that, since the clock goes on"
         )
     if not (Path(folder) / "checkpoints").is_dir():
         raise UserError(f"train.start_from = {start_from!r}: {folder} has no checkpoint yet")

@@ -23,7 +23,6 @@ from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access, replace_file
 from crescendo.experiments.runtime.interruption import Interrupted, Interruption
 from crescendo.experiments.trainer import loop
-from crescendo.experiments.trainer.batch_sizes import DecidedBatchSizes
 from crescendo.experiments.trainer.observers import run_observers
 from crescendo.experiments.trainer.probes import Probe
 from crescendo.experiments.trainer.recorder import Recorder
@@ -193,11 +192,9 @@ def train(
             )
         )
         state, clock = _begin(session, checkpoints, initialize_from, start_from, say)
-        batch_sizes = DecidedBatchSizes(session.fitting(DecidedBatchSizes.of(state).decided))
-        clock = dataclasses.replace(clock, batch_size=session.fitting(clock.batch_size))
-        # What another batch size has left over doesn't fill a microbatch.
-        left_over = (session.total_examples - clock.examples_seen) % session.plan.microbatch_examples
-        info["total_examples"] = total_examples = session.total_examples - left_over
+        info["total_examples"] = total_examples = session.end_from(clock.examples_seen)
+        if total_examples < session.total_examples:
+            say(f"note: the run ends at {total_examples:,} examples: what is left after them fills no microbatch")
         run_folder.write_info(folder, info, operative_config())
         _write_tokenizer(folder, options["data"])
         observers = run_observers(
@@ -209,7 +206,8 @@ def train(
             writers=writers,
         )
         stack.callback(observers.close)
-        if clock.examples_seen >= total_examples:
+        finished = clock.examples_seen >= total_examples
+        if finished and _validated_at(folder, clock.examples_seen):
             say(f"{folder} is complete; to train anew, give another folder with --run")
             return last_validation(folder)
         recorder = make_recorder(session, observers, clock.seconds)
@@ -223,13 +221,14 @@ def train(
             loop.Event(files.validate, evaluate_every_examples or max(1, total_examples // 5)),
             loop.Event(files.save, save_every, tuple(keep_checkpoints_at_examples)),
         ]
+        if finished:  # only now, as under this batch size no step is left
+            files.validate(clock, state)
         state, clock = loop.run(
             session,
             state,
             clock,
             end=total_examples,
             recorder=recorder,
-            batch_sizes=batch_sizes,
             events=events,
             stop=lambda: interruption.requested,
             max_bad_steps=max_bad_steps,
@@ -308,6 +307,14 @@ def _check_enough_rows(session: Session) -> None:
             f"the data have {rows} rows, fewer than one batch of {largest}: use a smaller train.batch_size, or more "
             "data (of text, a shorter text_data.sequence_length gives more rows)"
         )
+
+
+def _validated_at(folder: Path, examples_seen: int) -> bool:
+    """Whether a validation was recorded there."""
+    at = {
+        record["examples_seen"] for record in read_records(folder / "metrics.jsonl") if record["kind"] == "validation"
+    }
+    return examples_seen in at
 
 
 def _fixed(session: Session, initialize_from: str | None, start_from: str | None) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """What a run can be asked for besides: probes, groups, averages, the best checkpoint, another run's state."""
 
+import dataclasses
+import functools
 import json
 
 import jax
@@ -14,7 +16,7 @@ from crescendo.experiments.data.random_text import RandomText
 from crescendo.experiments.runs import trained
 from crescendo.experiments.runs.checkpoint import Checkpoints
 from crescendo.experiments.runs.records import read_records
-from crescendo.experiments.runs.run import read_run
+from crescendo.experiments.runs.run import is_complete, read_run
 from crescendo.experiments.runs.state import Clock
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.tasks.base import Context
@@ -172,6 +174,52 @@ def test_a_state_that_is_not_finite_is_never_saved(train_small, tmp_path):
         train_small(run_folder, *poison, *factor, "train.max_bad_steps = 3", "train.checkpoint_every_examples = 16")
     kept = trained.load(run_folder).parameters
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept))
+
+
+@functools.cache
+def session_of(batch_size: int) -> Session:
+    options = {"optimizer": optim.sgd(1e-2), "base_batch_size": 4, "max_microbatch_examples": 16}
+    return small_session(batch_size=batch_size, total_examples=72, **options)
+
+
+@pytest.mark.parametrize("skipped", [False, True], ids=["", "steps skipped"])
+@pytest.mark.parametrize(
+    ("before", "after", "seen", "steps"), [(16, 4, 32, 10), (4, 16, 12, 3), (4, 16, 60, 0), (16, 4, 72, 0)]
+)
+def test_what_was_pending_fits_another_batch_size(before, after, seen, steps, skipped):
+    """Clock and state of a run in batches of `before`: from the first step on the batch is `after`, to the end.
+
+    Steps that are skipped decide nothing, so that the state goes on holding the other size.
+    """
+    session, state, records = session_of(after), session_of(before).fresh_state(), []
+    if skipped:
+        state = dataclasses.replace(state, parameters=jax.tree.map(lambda x: x * jnp.nan, state.parameters))
+    clock, end = Clock(examples_seen=seen, batch_size=before), session.end_from(seen)
+    recorder = make_recorder(session, records.append)
+    _, clock = loop.run(session, state, clock, end=end, recorder=recorder, max_bad_steps=100)
+    trained = [record for record in records if record["kind"] == "train"]
+    assert [record["batch_size"] for record in trained] == [after] * steps
+    assert [record["microbatches"] for record in trained] == [after // session.plan.microbatch_examples] * steps
+    assert clock.examples_seen == end == seen + steps * after
+    if not skipped:
+        assert [record["learning_rate"] for record in trained] == pytest.approx([1e-2 * (after / 4) ** 0.5] * steps)
+
+
+@pytest.mark.slow
+def test_a_run_that_another_batch_size_ends_is_validated_and_complete(train_small, tmp_path, capsys):
+    """No step is left where the run was stopped, short of its end."""
+    folder, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    short = ("train.total_examples = 24", "schedules.linear.warmup = 8")
+    train_small(folder, "train.batch_size = 8", *short)
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if '"validation"' not in line))
+    longer = ("train.batch_size = 16", "train.max_microbatch_examples = 16", "train.total_examples = 36", *short[1:])
+    validation = train_small(folder, *longer)
+    assert "ends at 24 examples" in capsys.readouterr().out
+    assert validation["examples_seen"] == 24
+    assert is_complete(folder)
+    assert train_small(folder, *longer)["loss"] == validation["loss"]
+    assert "is complete" in capsys.readouterr().out
 
 
 @pytest.mark.slow
