@@ -15,6 +15,7 @@ from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access
+from crescendo.experiments.sweeps.finished import check_points
 from crescendo.experiments.sweeps.launchers import Local, Ray
 from crescendo.experiments.sweeps.points import axis, enumerate_points, zipped
 from crescendo.experiments.sweeps.runner import Outcomes, finish_sweep, run_points, slurm_script
@@ -28,7 +29,8 @@ EXAMPLES = """examples:
   RAY_ADDRESS=HOST:6379 python -m crescendo.experiments.sweep --search 'LEARNING_RATE = log(1e-4, 1e-2)' \\
     --trials 64 --jobs 16 --launcher ray
 
-The same command goes on where it was interrupted: a finished point is never run again, a failed one is tried anew."""
+The same command goes on where it was interrupted: a finished point is never run again, a failed one is tried anew.
+Another configuration needs another --run."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.parts and not all(links):
         raise UserError("--chain stands between two groups of --grid and --zip; one side has none")
     points = enumerate_points(links) if arguments.parts else []
+    check_points(folder, points, configs, arguments.set)
     if arguments.launcher == "slurm":
         if not points:
             raise UserError("--launcher slurm needs --grid or --zip: a search draws its points one after the other")

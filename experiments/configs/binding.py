@@ -6,10 +6,11 @@ import difflib
 import functools
 import inspect
 import io
+import itertools
 import os.path
 import re
 import tokenize
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,100 @@ def names_bound(statements: str) -> list[str]:
             of_macro = selector in ("macro", "gin.macro") and parameter == "value"
             names.append(scope if of_macro else f"{selector}.{parameter}" if parameter else selector)
     return names
+
+
+class _Text(str):
+    """A reference or a macro as gin writes it: shown without quotes."""
+
+    __repr__ = str.__str__
+
+
+class _Macro(_Text):
+    pass
+
+
+class _Values(config_parser.ParserDelegate):
+    """For reading what is bound to what: nothing is called."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Text:
+        scope, slash, selector = scoped_configurable_name.rpartition("/")
+        return _Text(f"@{scope}{slash}{_complete(selector)}{'()' if evaluate else ''}")
+
+    def macro(self, macro_name: str) -> _Macro:
+        return _Macro(macro_name)
+
+
+def differences(operative: str, *, but_for: Collection[str] = ()) -> tuple[dict[str, str], dict[str, str]]:
+    """The settings of an earlier run to which the latest `bind` gives other values: `(before, now)`, text by name.
+
+    However they are written: a macro is its value, a default that is written out is one that is left out. What the
+    earlier run never called doesn't count.
+
+    Args:
+      operative: what `operative_config` gave in the earlier run.
+      but_for: settings that may differ.
+
+    >>> def fit(*, rate: float, steps: int = 10): ...
+    >>> _ = bind(fit, [], ["RATE = 0.5", "fit.rate = %RATE"])
+    >>> differences("fit.rate = 0.5\\nfit.steps = 10")
+    ({}, {})
+    >>> differences("fit.rate = 0.25\\nfit.steps = 20", but_for=["fit.rate"])
+    ({'fit.steps': '20'}, {'fit.steps': '10'})
+    """
+    earlier, bound = _settings(operative), _settings(gin.config_str())
+    before, now = {}, {}
+    for (scope, selector), old in earlier.items():
+        known = gin.config._REGISTRY.get_match(selector)
+        parameters = inspect.signature(known.wrapped).parameters.values() if known else ()
+        defaults = {p.name: _as_text(p.default) for p in parameters if p.default is not p.empty}
+        # The text has all defaults but those that are functions.
+        old = {name: value for name, value in defaults.items() if isinstance(value, _Text)} | old
+        defaults = {name: value for name, value in defaults.items() if name in old}
+        outer = ["", *itertools.accumulate(scope.split("/"), "{}/{}".format)] if scope else [""]
+        new = functools.reduce(dict.__or__, (bound.get((each, selector), {}) for each in outer), defaults)
+        shown = f"{scope}{'/' if scope else ''}{gin.config._REGISTRY.minimal_selector(selector) if known else selector}"
+        for parameter in dict.fromkeys([*old, *new]):
+            name, pair = f"{shown}.{parameter}", [values.get(parameter, _Text("not set")) for values in (old, new)]
+            if pair[0] != pair[1] and name not in but_for:
+                before[name], now[name] = map(repr, pair)
+    return before, now
+
+
+def _as_text(default: Any) -> Any:
+    """A default; a function as the reference that gives it."""
+    return _Text(f"@{_complete(default.__name__)}") if inspect.isfunction(default) else default
+
+
+def _settings(text: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """What gin text binds, by scope and complete name: the parameters' values, without macros."""
+    settings: dict[tuple[str, str], dict[str, Any]] = {}
+    macros: dict[str, Any] = {}
+    for statement in config_parser.ConfigParser(text, _Values()):
+        if not isinstance(statement, config_parser.BindingStatement):
+            continue
+        if statement.arg_name:
+            key = statement.scope, _complete(statement.selector)
+            settings.setdefault(key, {})[statement.arg_name] = statement.value
+        else:
+            macros[statement.selector] = statement.value
+
+    def resolved(value: Any) -> Any:
+        match value:
+            case _Macro():
+                return resolved(macros[value]) if value in macros else value
+            case list() | tuple():
+                return type(value)(map(resolved, value))
+            case dict():
+                return {key: resolved(item) for key, item in value.items()}
+        return value
+
+    return {key: resolved(values) for key, values in settings.items()}
+
+
+def _complete(selector: str) -> str:
+    """The one name that a part of it stands for; the part, where there is none."""
+    matches = gin.config._REGISTRY.matching_selectors(selector)
+    return matches[0] if len(matches) == 1 else selector
 
 
 def macros_read() -> set[str]:

@@ -6,20 +6,23 @@ run will do as the first one: its norms are in its `metrics.jsonl`.
 """
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.configs.statements import Call, Macro
 from crescendo.experiments.papers import Paper
+from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime import command
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError, user_values
+from crescendo.experiments.runtime.files import file_access
 from crescendo.experiments.sweeps.arms import LEARNING_RATE, Trial, compare_arms
 from crescendo.optim.refinement import GradientNorms, save_refined
 
@@ -94,6 +97,9 @@ def refine_schedule(
 
     def refined(trial: Trial) -> str:
         path = trial.folder.with_name(f"{trial.folder.name}.json")
+        if path.is_file() and (trial.folder / "run.json").is_file():
+            # The run's configuration names the file, and not what made it.
+            run_folder.check_same(trial.folder, _options(path), {"norm": norm, "smoothing": smoothing})
         with user_values():
             save_refined(path, recorded_norms(trial.before["linear"]), norm=norm, smoothing=smoothing)
         return str(path)
@@ -118,6 +124,16 @@ def refine_schedule(
         seeds=seeds,
     )
     return {name: outcome.records for name, outcome in outcomes.items()}
+
+
+def _options(path: Path) -> dict[str, Any]:
+    """With which a refined schedule was written."""
+    with file_access("read", path):
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}): give another folder with --run") from None
+    return {name: content.get(name) for name in ("norm", "smoothing")}
 
 
 def parser() -> argparse.ArgumentParser:

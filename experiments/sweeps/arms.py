@@ -1,7 +1,7 @@
 """Arms compared: each tries every learning rate with seed 0 and goes on with its own best, over all seeds.
 
 An arm is a name and a mapping from gin names to Python values. Every run is a folder of its own, and a finished one is
-never run again, so that the same command goes on where it was interrupted.
+never run again, so that the same command goes on where it was interrupted; one of another configuration is refused.
 """
 
 import json
@@ -17,10 +17,11 @@ from crescendo.experiments.configs.statements import Bindings, Value, check_not_
 from crescendo.experiments.reports.compare import compare, comparison_table
 from crescendo.experiments.reports.equal_loss import equal_loss_table, reached
 from crescendo.experiments.reports.write import write_report
-from crescendo.experiments.runs.run import is_complete, last_validation, read_run
+from crescendo.experiments.runs.run import last_validation, read_run
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.files import file_access, replace_file
 from crescendo.experiments.runtime.interruption import deadline, interrupted_at
+from crescendo.experiments.sweeps.finished import is_finished
 from crescendo.experiments.trainer.training import train
 
 # The macro that a swept learning rate binds.
@@ -98,7 +99,8 @@ def compare_arms(
       What came of each arm, by its name.
 
     Raises:
-      UserError: for a value out of its range, or a user's binding of what the comparison binds itself.
+      UserError: for a value out of its range, a user's binding of what the comparison binds itself, or a folder with a
+        run of another configuration.
       Interrupted: when `minutes` are over or the process is asked to stop, with trials left.
     """
     stop, console = deadline(minutes), Console()
@@ -118,9 +120,6 @@ def compare_arms(
     def run(name: str, rate: float | None, seed: int) -> tuple[Path, dict[str, Any]]:
         suffix = "" if rate is None else f"-lr{rate:g}"
         path = folder / (name + suffix + (f"-seed{seed}" if suffix or seeds > 1 else ""))
-        if is_complete(path):
-            return path, last_validation(path)
-        console.rule(path.name)
         before = {earlier: outcome.runs[seed] for earlier, outcome in outcomes.items()}
         trial = Trial(name, rate, seed, path, before)
         of_arm = {key: value(trial) if callable(value) else value for key, value in arms[name].items()}
@@ -129,6 +128,9 @@ def compare_arms(
             every = [*statements({**common, "train.seed": seed}), *statements(of_arm), *bindings, *statements(swept)]
         bound = configurables.bind(train, configs, every)
         _check_read(command, {**common, **of_arm, **swept}, options)
+        if is_finished(path):
+            return path, last_validation(path)
+        console.rule(path.name)
         with interrupted_at(stop):
             return path, bound(run=str(path), label=path.name)
 

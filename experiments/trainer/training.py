@@ -195,7 +195,9 @@ def train(
         info["total_examples"] = total_examples = session.end_from(clock.examples_seen)
         if total_examples < session.total_examples:
             say(f"note: the run ends at {total_examples:,} examples: what is left after them fills no microbatch")
-        run_folder.write_info(folder, info, operative_config())
+        finished = clock.examples_seen >= total_examples
+        if not finished:  # else the folder says how it was trained
+            run_folder.write_info(folder, info, operative_config())
         _write_tokenizer(folder, options["data"])
         observers = run_observers(
             folder,
@@ -206,7 +208,6 @@ def train(
             writers=writers,
         )
         stack.callback(observers.close)
-        finished = clock.examples_seen >= total_examples
         if finished and _validated_at(folder, clock.examples_seen):
             say(f"{folder} is complete; to train anew, give another folder with --run")
             return last_validation(folder)

@@ -26,7 +26,7 @@ from crescendo.experiments.papers import Paper
 from crescendo.experiments.papers.critical_batch.curve import draw, make_curve, smoothed_loss
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs.checkpoint import Checkpoints
-from crescendo.experiments.runs.run import Run, is_complete, read_run
+from crescendo.experiments.runs.run import Run, read_run
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime import command
 from crescendo.experiments.runtime.cache import use_compilation_cache
@@ -35,6 +35,7 @@ from crescendo.experiments.runtime.files import file_access, replace_file
 from crescendo.experiments.runtime.interruption import deadline, interrupted_at
 from crescendo.experiments.runtime.text import duration
 from crescendo.experiments.sweeps.cells import Cells
+from crescendo.experiments.sweeps.finished import is_finished
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.batch_sizes import FixedBatchSizes
 from crescendo.experiments.trainer.session import Session, session_options
@@ -151,12 +152,13 @@ def critical_batch(
     every = [Branch(seed, start, factor) for seed in numbers for start in starts for factor in factors]
     with run_folder.locked(run):
         branches = Cells(run, "branches.jsonl", every, fixed)
-        for seed in dict.fromkeys(branch.seed for branch in branches.left):
+        for seed in numbers:
             name = f"base-seed{seed}"
-            if not is_complete(run / name):
+            of_seed = statements({"train.seed": seed, "train.keep_checkpoints_at_examples": starts})
+            bound = configurables.bind(train, configs, [*bindings, *statements(base), *of_seed])
+            finished = is_finished(run / name, but_for=["train.keep_checkpoints_at_examples"])
+            if not finished and any(branch.seed == seed for branch in branches.left):
                 console.rule(name)
-                of_seed = statements({"train.seed": seed, "train.keep_checkpoints_at_examples": starts})
-                bound = configurables.bind(train, configs, [*bindings, *statements(base), *of_seed])
                 with interrupted_at(stop):
                     bound(run=str(run / name), label=name)
         rows = arguments["evaluation_examples"]

@@ -1,8 +1,12 @@
 """Configs: what they bind, and what they refuse."""
 
 import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.runtime.errors import UserError
@@ -122,3 +126,59 @@ def test_what_is_typed_is_utf8():
     with pytest.raises(UserError, match=r"--set: .*udcef.* is not UTF-8"):
         configurables.bind(probe, [], ["probe.name = 'na\udcefve'"])
     assert configurables.names_bound("probe.name = '''open") == []
+
+
+def fit(*, rate: float = 0.5, inner: Any = None, names: Sequence[str] = ("a",)): ...
+
+
+DEFAULTS = {"fit.rate": "0.5", "fit.inner": "None", "fit.names": "('a',)"}
+CONFIGS = st.fixed_dictionaries(
+    {"RATE": st.sampled_from(["0.5", "0.25"])},
+    optional={
+        "fit.rate": st.sampled_from(["0.5", "5e-1", "0.25", "%RATE"]),
+        "fit.inner": st.sampled_from(
+            ["@linear()", "@schedules.linear()", "@adamw", "[%RATE]", "[0.5]", "{'a': %RATE}"]
+        ),
+        "fit.names": st.sampled_from(["('a',)", "('b',)"]),
+        "staged.sizes": st.sampled_from(["[1]", "[2]"]),  # which nothing calls
+    },
+)
+
+
+def canonical(value: str, rate: str) -> str:
+    return value.replace("%RATE", rate).replace("5e-1", "0.5").replace("schedules.", "")
+
+
+@settings(deadline=None, max_examples=100)
+@given(CONFIGS, CONFIGS)
+def test_configurations_differ_where_a_run_is_given_something_else(earlier, later):
+    operative = {name: earlier.get(name, default) for name, default in DEFAULTS.items()}
+    text = [f"{name} = {value}" for name, value in {"RATE": earlier["RATE"], **operative}.items()]
+    configurables.bind(fit, [], [f"{name} = {value}" for name, value in later.items()])
+    before, now = configurables.differences("\n".join(text))
+    expected = {
+        name
+        for name, value in operative.items()
+        if canonical(value, earlier["RATE"]) != canonical(later.get(name, DEFAULTS[name]), later["RATE"])
+    }
+    assert set(before) == set(now) == expected
+
+
+@pytest.mark.parametrize("earlier", [[], ["train.task = @language_model"]])
+@pytest.mark.parametrize("later", [[], ["train.task = @tasks.language_model"]])
+def test_a_function_that_is_a_default_may_be_written_out(earlier, later):
+    configurables.bind(train, ["debug.gin"], earlier)
+    text = configurables.gin.config_str()
+    configurables.bind(train, ["debug.gin"], later)
+    assert configurables.differences(text) == ({}, {})
+    configurables.bind(train, ["debug.gin"], ["train.task = @masked_lm"])
+    differing = {"train.task": "@tasks.language_model"}, {"train.task": "@tasks.masked_lm"}
+    assert configurables.differences(text) == differing
+
+
+def test_a_setting_that_is_new_or_gone_or_of_a_scope_differs():
+    configurables.bind(train, ["debug.gin"], ["model.width = 8", "peak/staged.sizes = [1]"])
+    assert configurables.differences("model.preset = 'debug'\npeak/staged.sizes = [1]\npeak/staged.ratio = 2") == (
+        {"model.width": "not set", "peak/staged.ratio": "2"},
+        {"model.width": "8", "peak/staged.ratio": "not set"},
+    )

@@ -200,6 +200,16 @@ def test_a_last_point_without_room_for_a_branch_is_refused(bindings, tmp_path):
         critical_batch(tmp_path, bindings=bindings, batch_size=16, factors=[2], points=[0.5, 0.9], branch_examples=256)
 
 
+def test_a_base_run_that_was_trained_otherwise_is_refused(bindings, make_run, tmp_path):
+    options = {"batch_size": 16, "factors": [2], "points": [0.25], "branch_examples": 128}
+    folder = tmp_path / "critical"
+    folder.mkdir()
+    config = "adamw.weight_decay = 0.1"
+    make_run("base", config=config).rename(folder / "base-seed0")
+    with pytest.raises(UserError, match=r"base-seed0 can't go on: .*adamw.weight_decay was 0.1 and is now 0.2"):
+        critical_batch(folder, bindings=[*bindings, "adamw.weight_decay = 0.2"], **options)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_measured_curve_saves_steps_at_no_loss(run_experiment, tmp_path):

@@ -36,6 +36,20 @@ def test_a_run_without_two_good_steps_is_refused(tmp_path):
         recorded_norms(tmp_path)
 
 
+def test_a_schedule_refined_otherwise_is_refused(make_run, tmp_path):
+    folder = tmp_path / "refined"
+    folder.mkdir()
+    for name in ("linear", "refined"):
+        make_run(name, config="").rename(folder / name)
+    text = json.dumps({"fractions": [0, 1], "multipliers": [1, 0], "norm": "l1", "smoothing": 0.1})
+    (folder / "refined.json").write_text(text)
+    with pytest.raises(
+        UserError, match=r"refined can't go on: norm was l1 and is now l2; smoothing was 0.1 and is now"
+    ):
+        refine_schedule(folder, norm="l2", smoothing=0.2)
+    assert (folder / "refined.json").read_text() == text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

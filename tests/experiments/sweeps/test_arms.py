@@ -23,6 +23,7 @@ class Trained(list):
     """The labels that were trained, in order, and the statements of each; `stop_at` a label, before it."""
 
     stop_at: str | None = None
+    config = staticmethod(configurables.gin.config_str)  # what a run says that it was trained with
 
     def __init__(self) -> None:
         self.statements: dict[str, list[str]] = {}
@@ -44,7 +45,7 @@ def trained(make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> T
             arm, rate = re.match(r"(\w)(?:-lr([\d.e-]+?))?(?:-seed\d)?$", label).groups()
             loss = LOSSES[arm, 1e-3 if rate is None else float(rate)]
             Path(run).parent.mkdir(exist_ok=True)
-            make_run(label, loss=loss).rename(run)
+            make_run(label, loss=loss, config=result.config()).rename(run)
             return module.last_validation(Path(run))
 
         return run
@@ -93,6 +94,30 @@ def test_a_finished_run_is_never_run_again(trained, tmp_path):
     again = compare(tmp_path / "runs", **options)
     assert [outcome.runs for outcome in again.values()] == [outcome.runs for outcome in outcomes.values()]
     assert len(trained) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"bindings": ["model.layers = 2"]}, "model.layers was 1 and is now 2"),
+        ({"common": {"train.total_examples": 128}}, "train.total_examples was 64 and is now 128"),
+        ({"configs": ["lm_30m.gin"]}, "model.preset was 'debug' and is now '30m'"),
+        ({"arms": {"a": {"model.width": 24}}}, "model.width was 16 and is now 24"),
+    ],
+)
+def test_a_run_of_another_configuration_is_refused(trained, tmp_path, change, name):
+    same = {
+        "arms": {"a": {"model.width": 16}},
+        "bindings": ["model.layers = 1"],
+        "common": {"train.total_examples": 64},
+        "configs": ["debug.gin"],
+    }
+    compare(tmp_path / "runs", **same)
+    with pytest.raises(UserError, match=f"runs/a can't go on: .*{name}"):
+        compare(tmp_path / "runs", **same | change)
+    assert trained == ["a"]
+    compare(tmp_path / "runs", **same)
+    assert trained == ["a"]
 
 
 def test_statements_stand_in_order_and_the_users_pass(trained, tmp_path):

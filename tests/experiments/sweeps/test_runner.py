@@ -13,12 +13,14 @@ import pytest
 from rich.console import Console
 
 from crescendo.experiments import sweep
+from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.sweeps import launchers as sweep_launchers
 from crescendo.experiments.sweeps import plots as sweep_plots
 from crescendo.experiments.sweeps import runner
 from crescendo.experiments.sweeps.points import Point, axis, enumerate_points, spaces, zipped
 from crescendo.experiments.sweeps.search import search
+from crescendo.experiments.trainer.training import train
 
 
 def test_grids_multiply_zips_move_together_and_chains_follow():
@@ -113,6 +115,24 @@ def test_a_search_keeps_its_study_and_takes_up_what_was_left_running(stand_in, t
     assert all(trial.value == trial.params["x"] for trial in study.trials)
     assert all((tmp_path / f"trial-000{i}" / "starts").read_text() == "x" for i in range(4))
     assert len(outcomes.ranked()) == 4
+
+
+def test_a_point_that_was_trained_otherwise_is_refused(make_run, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(sweep, "run_points", lambda *a, **k: None)
+    monkeypatch.setattr(sweep, "finish_sweep", lambda *a, **k: None)
+    folder = tmp_path / "sweep"
+    command = ["--grid", "train.batch_size = [8, 16]", "--run", str(folder), "--set", "TOTAL_EXAMPLES = 64"]
+    sweep.main(command)
+    configurables.bind(train, ["debug.gin"], ["TOTAL_EXAMPLES = 64", "train.batch_size = 16"])
+    point = enumerate_points([[axis("train.batch_size = [16]")]])[0]
+    make_run("earlier", config=configurables.gin.config_str()).rename(folder / point.name)
+    sweep.main(command)
+    for statement, message in (
+        ("train.seed = 1", "train.seed was not set and is now 1"),
+        ("TOTAL_EXAMPLES = 128", "train.total_examples was 64 and is now 128"),
+    ):
+        with pytest.raises(UserError, match=f"{re.escape(point.name)} can't go on: {message}"):
+            sweep.main([*command, "--set", statement])
 
 
 def test_the_slurm_script_has_a_task_for_each_point(tmp_path: Path, capsys):
