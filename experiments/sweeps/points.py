@@ -135,3 +135,19 @@ def spaces(texts: Sequence[str]) -> dict[str, optuna.distributions.BaseDistribut
                 "choice(VALUE, ...)"
             ) from None
     return distributions
+
+
+def space_text(space: optuna.distributions.BaseDistribution) -> str:
+    """A space as it is written.
+
+    >>> space_text(spaces(["train.peak = log(1e-4, 1e-2)"])["train.peak"])
+    'log(0.0001, 0.01)'
+    """
+    match space:
+        case optuna.distributions.CategoricalDistribution(choices=choices):
+            return f"choice({', '.join(map(str, choices))})"
+        case optuna.distributions.IntDistribution(low=low, high=high):
+            return f"int({low}, {high})"
+        case optuna.distributions.FloatDistribution(low=low, high=high, log=log):
+            return f"{'log' if log else 'uniform'}({low}, {high})"
+    return str(space)

@@ -1,15 +1,17 @@
 """Searches: Optuna studies whose trials are runs of the training command."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access
-from crescendo.experiments.sweeps.points import Point, spaces
+from crescendo.experiments.sweeps.finished import check_points
+from crescendo.experiments.sweeps.points import Point, space_text, spaces
 from crescendo.experiments.sweeps.runner import Outcomes, losses, run_points
 
 
@@ -17,35 +19,47 @@ def search(folder: Path, texts: Sequence[str], trials: int, outcomes: Outcomes, 
     """Runs an Optuna study until it has so many trials that ended, pruned ones included.
 
     The study is `study.db` (SQLite) in the folder. A trial that was running when a sweep was interrupted goes on first.
+    What trial n draws depends on the seed, on n and on the trials before it, so a search that goes on draws what it
+    would have drawn.
+
+    Raises:
+      UserError: a study with trials outside of the spaces, or whose runs had another configuration.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    distributions = spaces(texts)
+    distributions, states = spaces(texts), optuna.trial.TrialState
     with file_access("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         storage=f"sqlite:///{(folder / 'study.db').resolve()}",
         study_name="sweep",
         load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=seed),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
     )
     ended = 0
     left, trial_of = [], {}
     reported: dict[str, int] = {}
     for frozen in study.get_trials(deepcopy=False):
-        if frozen.params and set(frozen.params) != set(distributions):
-            raise UserError(
-                f"{folder} searched {sorted(frozen.params)}, not {sorted(distributions)}: give another --run"
-            )
-        if frozen.state == optuna.trial.TrialState.RUNNING:
+        if frozen.state == states.FAIL:
+            continue
+        if frozen.state == states.RUNNING and len(frozen.params) < len(distributions):
+            study.tell(frozen.number, state=states.FAIL)  # ended while it was drawn
+            continue
+        _check_drawn(folder, frozen, distributions)
+        check_points(folder, [_trial_point(frozen)], options["configs"], options["bindings"])
+        if frozen.state == states.RUNNING:
             left.append(frozen)
             reported[_trial_point(frozen).name] = len(frozen.intermediate_values)
-        elif frozen.state != optuna.trial.TrialState.FAIL:
+        else:
             ended += 1
-            status = "done" if frozen.state == optuna.trial.TrialState.COMPLETE else "pruned"
+            status = "done" if frozen.state == states.COMPLETE else "pruned"
             outcomes.put(_trial_point(frozen), status)
             outcomes.ended += 1
     budget = max(0, trials - ended)
+
+    def ask() -> optuna.trial.Trial:
+        of_trial = np.random.SeedSequence([seed, len(study.get_trials(deepcopy=False))])
+        study.sampler = optuna.samplers.TPESampler(seed=int(of_trial.generate_state(1)[0]))
+        return study.ask(distributions)
 
     def draw() -> Point | None:
         nonlocal budget
@@ -53,7 +67,7 @@ def search(folder: Path, texts: Sequence[str], trials: int, outcomes: Outcomes, 
             return None
         budget -= 1
         # Optuna has no public way to take up a trial that another process left running.
-        trial = optuna.trial.Trial(study, left.pop(0)._trial_id) if left else study.ask(distributions)
+        trial = optuna.trial.Trial(study, left.pop(0)._trial_id) if left else ask()
         point = _trial_point(trial)
         trial_of[point.name] = trial
         return point
@@ -71,7 +85,6 @@ def search(folder: Path, texts: Sequence[str], trials: int, outcomes: Outcomes, 
 
     def finish(point: Point, status: str, loss: float) -> None:
         report(point)  # the pruner compares others with those of a run that ended between two looks too
-        states = optuna.trial.TrialState
         if status == "done" and math.isfinite(loss):
             study.tell(trial_of[point.name], loss)
         elif status == "pruned":
@@ -80,6 +93,32 @@ def search(folder: Path, texts: Sequence[str], trials: int, outcomes: Outcomes, 
             study.tell(trial_of[point.name], state=states.FAIL)
 
     run_points(folder, draw, finish, prune, outcomes, **options)
+
+
+def _check_drawn(
+    folder: Path,
+    trial: optuna.trial.FrozenTrial,
+    distributions: Mapping[str, optuna.distributions.BaseDistribution],
+) -> None:
+    """That a trial could have been drawn from these spaces; they may have become wider.
+
+    Raises:
+      UserError: says what differs.
+    """
+    if set(trial.params) != set(distributions):
+        raise UserError(f"{folder} searched {sorted(trial.params)}, not {sorted(distributions)}: give another --run")
+    for name, space in distributions.items():
+        earlier, value = trial.distributions[name], trial.params[name]
+        try:
+            optuna.distributions.check_distribution_compatibility(earlier, space)
+            drawn = space._contains(space.to_internal_repr(value))
+        except ValueError:
+            drawn = False
+        if not drawn:
+            raise UserError(
+                f"{folder} searched {name} = {space_text(earlier)}, and {_trial_point(trial).name} at {value} is no "
+                f"draw of {space_text(space)}: give the same, a wider range of its kind, or another --run"
+            )
 
 
 def _trial_point(trial: optuna.trial.Trial | optuna.trial.FrozenTrial) -> Point:

@@ -135,6 +135,43 @@ def test_a_point_that_was_trained_otherwise_is_refused(make_run, tmp_path: Path,
             sweep.main([*command, "--set", statement])
 
 
+def test_a_search_that_goes_on_draws_what_it_would_have_drawn(stand_in, tmp_path: Path):
+    def values(folder: str, trials: int) -> list[str]:
+        outcomes = runner.Outcomes(tmp_path / folder)
+        search(tmp_path / folder, ["x = uniform(1, 2)"], trials, outcomes, **options(1))
+        return [row["values"]["x"] for row in outcomes.rows.values()]
+
+    first = values("parts", 2)
+    assert values("parts", 4)[:2] == first
+    assert values("parts", 4) == values("at_once", 4)
+    assert len(set(values("parts", 4))) == 4
+
+
+def test_a_search_in_other_spaces_is_refused_and_leaves_no_trial(stand_in, tmp_path: Path):
+    search(tmp_path, ["x = uniform(1, 2)"], 1, runner.Outcomes(tmp_path), **options(1))
+    others = ["x = log(1, 2)", "x = choice(1.5, 1.75)", "x = int(1, 2)", "x = uniform(0, 1)", "y = uniform(1, 2)"]
+    for text in others:
+        with pytest.raises(UserError, match=r"searched .*another --run"):
+            search(tmp_path, [text], 2, runner.Outcomes(tmp_path), **options(1))
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"]
+    study.ask()  # as an end between a trial's beginning and its draw leaves it
+    outcomes = runner.Outcomes(tmp_path)
+    search(tmp_path, ["x = uniform(0, 3)"], 2, outcomes, **options(1))
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert [row["values"].keys() for row in outcomes.rows.values()] == [{"x"}, {"x"}]
+
+
+def test_a_search_of_other_settings_is_refused(stand_in, make_run, tmp_path: Path):
+    search(tmp_path, ["x = uniform(1, 2)"], 1, runner.Outcomes(tmp_path), **options(1))
+    (tmp_path / "trial-0000" / "config.gin").write_text("train.seed = 0")
+    with pytest.raises(UserError, match=r"trial-0000 can't go on: train\.seed was 0 and is now 1"):
+        search(
+            *(tmp_path, ["x = uniform(1, 2)"], 2, runner.Outcomes(tmp_path)),
+            **options(1) | {"bindings": ["train.seed = 1"]},
+        )
+
+
 def test_the_slurm_script_has_a_task_for_each_point(tmp_path: Path, capsys):
     sweep.main(["--launcher", "slurm", "--grid", "train.seed = [1, 2, 3]", "--run", str(tmp_path / "s")])
     script = capsys.readouterr().out
