@@ -42,7 +42,7 @@ class Layout(Protocol):
         ...
 
     def look_up(self, table_VD, tokens_BT, dtype) -> jax.Array:
-        """`table[tokens]` in `dtype`."""
+        """`table[tokens]` in `dtype`; zeros for tokens outside of the table."""
         ...
 
     def cross_entropy(self, loss: Callable, hidden_BTD, table_VD, labels_BT, weights_BT) -> tuple[jax.Array, jax.Array]:
@@ -79,7 +79,8 @@ class OneDevice:
 
     def look_up(self, table_VD, tokens_BT, dtype) -> jax.Array:
         """`table[tokens]`: before the cast, so that the gradient adds up the uses of a token in float32."""
-        return table_VD[tokens_BT].astype(dtype)
+        rows = table_VD.at[tokens_BT].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        return rows.astype(dtype)
 
     def cross_entropy(self, loss: Callable, hidden_BTD, table_VD, labels_BT, weights_BT) -> tuple[jax.Array, jax.Array]:
         """`loss(hidden, table, labels, weights)`."""

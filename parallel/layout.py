@@ -251,7 +251,7 @@ class Layout:
         return local(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT)
 
     def look_up(self, table_VD, tokens_BT, dtype) -> jax.Array:
-        """`table[tokens]` in `dtype`, of a table whose rows are split over `tensor`."""
+        """`table[tokens]` in `dtype`, zeros outside of the table, whose rows are split over `tensor`."""
         ways = self.sizes["tensor"]
         local = self._by_device(
             lambda table, tokens: vocab.look_up(table, tokens, dtype, ways=ways),

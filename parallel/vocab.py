@@ -6,7 +6,6 @@ Both run inside `shard_map`, manual over `AXIS`.
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 AXIS = "tensor"
 
@@ -14,19 +13,21 @@ AXIS = "tensor"
 def look_up(table_VD, tokens_BT, dtype, *, ways: int):
     """`table[tokens]` `[B, T / ways, D]`: of the device's share of the tokens, whosever rows they are.
 
+    Tokens outside of the table have zeros, as in every layout.
+
     Args:
       table_VD: this device's rows of the table.
       tokens_BT: int32, the same on all the devices.
       dtype: of the result; gradients are added up in the table's own.
       ways: how many devices split the table.
     """
+    if ways > 1:
+        tokens_BT = tokens_BT - jax.lax.axis_index(AXIS) * table_VD.shape[0]
+    rows_BTD = table_VD.at[tokens_BT].get(mode="fill", fill_value=0, wrap_negative_indices=False).astype(dtype)
     if ways == 1:
-        return table_VD[tokens_BT].astype(dtype)
-    local_BT = tokens_BT - jax.lax.axis_index(AXIS) * table_VD.shape[0]
-    ours_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
-    found_BTD = jnp.where(ours_BT[..., None], table_VD[jnp.where(ours_BT, local_BT, 0)], 0).astype(dtype)
-    # Of the addends one is not 0, so the sum is exact in any dtype.
-    return jax.lax.psum_scatter(found_BTD, AXIS, scatter_dimension=1, tiled=True)
+        return rows_BTD
+    # Of the addends at most one is not 0, so the sum is exact in any dtype.
+    return jax.lax.psum_scatter(rows_BTD, AXIS, scatter_dimension=1, tiled=True)
 
 
 def cross_entropy(loss: Callable, hidden_BTD, table_VD, labels_BT, weights_BT, *, ways: int, rows: tuple[str, ...]):

@@ -8,6 +8,8 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
+import numpy as np
+from numpy.typing import ArrayLike
 
 from crescendo import models
 from crescendo.experiments.runtime.errors import UserError
@@ -36,6 +38,38 @@ class Text(Protocol):
     def fingerprint(self) -> str: ...
 
 
+class InVocabulary:
+    """A source of packed rows that refuses tokens that a vocabulary doesn't have: a model has no vector for them.
+
+    Args:
+      source: of the rows.
+      vocab_size: tokens and labels must be below, but for padding.
+    """
+
+    def __init__(self, source: Source, vocab_size: int):
+        self._source, self._vocab_size = source, vocab_size
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def take(self, row_numbers: ArrayLike) -> dict[str, np.ndarray]:
+        """The rows of these numbers, stacked.
+
+        Raises:
+          UserError: names the first token that isn't in the vocabulary.
+        """
+        rows = self._source.take(row_numbers)
+        for name in ("tokens", "labels"):
+            outside = (rows["segment_ids"] > 0) & ((rows[name] < 0) | (rows[name] >= self._vocab_size))
+            if outside.any():
+                row, place = np.argwhere(outside)[0]
+                raise UserError(
+                    f"train.data: {name}[{place}] of row {np.asarray(row_numbers)[row]} is {rows[name][row, place]},"
+                    f" and of vocab_size = {self._vocab_size} it must lie in 0..{self._vocab_size - 1}"
+                )
+        return rows
+
+
 class TextTask:
     """A transformer over packed rows; a task adds its name, `loss` and `evaluate`.
 
@@ -51,7 +85,7 @@ class TextTask:
       config: the model with its vocabulary.
 
     Raises:
-      UserError: for data that are no text.
+      UserError: for data that are no text, and later for rows with tokens outside of its vocabulary.
     """
 
     name: str
@@ -93,7 +127,8 @@ class TextTask:
         self.row = dict.fromkeys(
             ("tokens", "labels", "segment_ids", "positions"), RowArray((length,), "int32", (axes.LENGTH,))
         )
-        self.train, self.held_out = data.train, {"validation": data.validation}
+        self.train = InVocabulary(data.train, data.vocab_size)
+        self.held_out = {"validation": InVocabulary(data.validation, data.vocab_size)}
         self.identity = {**self.config.identity, **options}
         self.data_fingerprint = data.fingerprint
         self.fingerprint = fingerprint(self.identity, data.fingerprint)

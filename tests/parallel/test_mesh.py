@@ -5,6 +5,7 @@ import re
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -139,6 +140,27 @@ def test_what_is_drawn_for_tokens_follows_them_into_the_order_of_rows(sizes, uly
         check_vma=False,
     )
     np.testing.assert_array_equal(jax.jit(manual)(natural), expected)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "tensor": 4}, {"data": 4, "tensor": 2}])
+def test_tokens_outside_of_the_table_have_zeros_on_every_layout(sizes):
+    random = np.random.default_rng(0)
+    table = jnp.float32(random.normal(size=(16, 4)))
+    tokens = jnp.asarray(random.integers(0, 16, (8, 8)), jnp.int32).at[0, :4].set(jnp.array([16, -1, 1000, -100]))
+    inside = (tokens >= 0) & (tokens < 16)
+    cotangent = jnp.float32(random.normal(size=(8, 8, 4)))
+
+    def run(layout):
+        rows, pull = jax.vjp(jax.jit(lambda table: layout.look_up(table, tokens, jnp.float32)), table)
+        return rows, pull(cotangent)[0]
+
+    rows, gradient = run(Layout(make_mesh(**sizes)))
+    np.testing.assert_array_equal(rows, np.where(inside[..., None], table[np.where(inside, tokens, 0)], 0))
+    expected = np.zeros((16, 4))
+    np.add.at(expected, tokens[inside], np.float64(cotangent[inside]))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+    for result, array in zip(run(ONE_DEVICE), (rows, gradient), strict=True):
+        np.testing.assert_allclose(result, array, rtol=1e-5, atol=1e-5)
 
 
 def test_an_expert_axis_is_refused_for_a_model_without_experts():

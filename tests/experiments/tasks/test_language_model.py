@@ -1,6 +1,7 @@
 """The decoder's task: its arithmetic is `next_token_loss`'s, it has second derivatives, and any mesh will do."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from crescendo import parallel
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.tasks.base import Context
 from crescendo.experiments.tasks.language_model import language_model
 from crescendo.models import ModelConfig
@@ -31,8 +33,21 @@ def test_it_says_what_it_is(task, text):
         name: array[:2] for name, array in task.row.items()
     }
     assert list(task.held_out) == ["validation"]
-    assert task.held_out["validation"] is text.validation
+    assert len(task.held_out["validation"]) == len(text.validation)
     assert not {"scan_layers", "remat", "dtype", "dropout"} & set(task.identity)
+
+
+@pytest.mark.parametrize("token", [-1, 60])
+def test_tokens_outside_of_the_vocabulary_are_refused_where_they_come_in(text, small_model, token):
+    rows = text.train.take([0, 1])
+    place = int(np.argmax(rows["segment_ids"][1] > 0)) + 1
+    rows["tokens"][1, place] = token
+    source = SimpleNamespace(take=lambda numbers: rows)
+    changed = type(text)(**{**vars(text), "train": source})
+    with pytest.raises(UserError, match=rf"tokens\[{place}\] of row 7 is {token}, and of vocab_size = 60"):
+        language_model(changed, small_model()).train.take([3, 7])
+    rows["tokens"][1, place], rows["segment_ids"][1, place] = token, 0
+    language_model(changed, small_model()).train.take([3, 7])  # padding holds anything
 
 
 def test_the_fingerprint_is_that_of_model_and_rows(text):
