@@ -17,13 +17,17 @@ def classification_loss(logits_BC, labels_B, weights_B=None, *, label_smoothing:
     Args:
       logits_BC: float32.
       labels_B: int32 in `[0, C)`.
-      weights_B: a, float32; None: 1.
+      weights_B: a, float32; None: 1. Where it is 0, logits and labels may hold anything.
       label_smoothing: epsilon in [0, 1).
 
     >>> loss, weight = classification_loss(jnp.zeros((2, 8)), jnp.array([1, 7]), jnp.array([1.0, 0.0]))
     >>> print(f"{loss:.4f} {weight}")
     2.0794 1.0
     """
+    if weights_B is not None:
+        # What weighs nothing may hold anything: 0 times NaN is NaN.
+        logits_BC = jnp.where((weights_B == 0)[:, None], 0, logits_BC)
+        labels_B = jnp.where(weights_B == 0, 0, labels_B)
     log_probabilities = jax.nn.log_softmax(logits_BC)
     losses = -jnp.take_along_axis(log_probabilities, labels_B[:, None], axis=-1)[:, 0]
     if label_smoothing:

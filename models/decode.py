@@ -31,7 +31,7 @@ def decode(config: ModelConfig, parameters: dict, tokens_BT, begin, cache: Cache
     """Logits after each of some tokens, which go behind the `begin` ones that the cache has seen.
 
     What the cache holds past `begin` is overwritten or not looked at, so a prompt may be padded at its end and
-    decoding may go on from its true length.
+    decoding may go on from its true length. (Kernels for GPUs and TPUs multiply it by 0: there it must be finite.)
 
     Args:
       config: `dtype` and `scan_layers` decided.

@@ -87,6 +87,32 @@ def visible(config: Config, q_segments, k_segments, q_positions, k_positions):
     return mask
 
 
+def seen_pairs(bias, mask):
+    """Which pairs count, bool, broadcasting to `[B, H, T, S]`; None where all do.
+
+    Args:
+      bias: of the scores, or None.
+      mask: as `visible` gives it, or None.
+    """
+    seen = None if mask is None else mask[:, None]
+    if bias is not None:
+        allowed = bias != -jnp.inf
+        seen = allowed if seen is None else seen & allowed
+    return seen
+
+
+# A pair that isn't seen has weight 0, but 0 times NaN or infinity is NaN. So in matmuls such entries are 0; the weights
+# of their rows are NaN instead, and those of pairs that aren't seen are selected away.
+def only_finite(array):
+    """The array, 0 where it isn't finite."""
+    return jnp.where(jnp.isfinite(array), array, 0)
+
+
+def taint(rows, dtype):
+    """Of each row `[..., D]`: 0 if it is finite, else NaN."""
+    return jnp.where(jnp.isfinite(rows).all(-1), 0, jnp.nan).astype(dtype)
+
+
 class Ranges(NamedTuple):
     """The key blocks that a query block needs: from `lo` to `hi`, those from `full_lo` to `full_hi` without a mask."""
 

@@ -38,6 +38,8 @@ def attention(
     """`softmax(scale q k^T + bias) v`, without the matrix of scores in memory.
 
     Query head h attends with key head `h // (H // K)`. A query that sees no key gives 0, and its gradients are 0.
+    What a query doesn't see adds nothing to it, forward or backward, and may hold anything, NaN and infinities too;
+    kernels for GPUs and TPUs multiply it by 0, so for them it must be finite.
 
     Args:
       q: `[B, T, H, D]`.

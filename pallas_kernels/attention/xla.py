@@ -3,7 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, positions, visible
+from crescendo.pallas_kernels.attention.contract import (
+    Config,
+    Kernels,
+    Operands,
+    only_finite,
+    positions,
+    seen_pairs,
+    taint,
+    visible,
+)
 
 CHUNK_KEYS = 512
 
@@ -48,7 +57,10 @@ def _rows(array, count, chunk):
 
 
 def _scores(config: Config, operands: Operands, grouped, part, exact):
-    """Scores of one chunk, float `[B, K, G, T, chunk]`, -inf where unseen, and the capped part's derivative or None."""
+    """Scores of one chunk, float `[B, K, G, T, chunk]`, -inf where unseen, and the capped part's derivative or None.
+
+    The third result is which pairs are seen, broadcasting to the scores, or None where all are.
+    """
     _, _, keys, heads, kv_heads, _ = operands.dims
     scores = config.scale * jnp.einsum("btkgd,bskd->bkgts", grouped, part["k"], preferred_element_type=exact)
     slope = None
@@ -59,10 +71,13 @@ def _scores(config: Config, operands: Operands, grouped, part, exact):
     if bias is not None:
         scores = scores + _grouped_bias(bias.astype(exact), kv_heads, heads // kv_heads)
     chunk = part["k"].shape[1]
-    mask = (part["first"] + jnp.arange(chunk) < keys)[None, None, :]
-    seen = visible(config, operands.q_segments, part["segments"], positions(operands)[0], part["positions"])
-    mask = mask if seen is None else mask & seen
-    return jnp.where(mask[:, None, None], scores, -jnp.inf), slope
+    mask = part["first"] + jnp.arange(chunk) < keys
+    near = visible(config, operands.q_segments, part["segments"], positions(operands)[0], part["positions"])
+    seen = seen_pairs(bias, near)
+    if seen is not None:
+        seen = _grouped_bias(seen, kv_heads, heads // kv_heads)
+        mask = mask & seen
+    return jnp.where(mask, scores, -jnp.inf), slope, seen
 
 
 def _grouped_bias(bias, kv_heads, groups):
@@ -91,13 +106,18 @@ def forward(config: Config, operands: Operands):
 
     def step(carry, part):
         maximum, total, out = carry
-        scores, _ = _scores(config, operands, grouped, part, exact)
+        scores, _, seen = _scores(config, operands, grouped, part, exact)
         new = jnp.maximum(maximum, scores.max(-1))
         safe = jnp.where(jnp.isfinite(new), new, 0)
         weights = jnp.exp(scores - safe[..., None])
         shrink = jnp.exp(maximum - safe)
-        mixed = jnp.einsum("bkgts,bskd->bkgtd", weights.astype(v.dtype), part["v"], preferred_element_type=exact)
-        return (new, total * shrink + weights.sum(-1), out * shrink[..., None] + mixed), None
+        total = total * shrink + weights.sum(-1)
+        values = part["v"]
+        if seen is not None:
+            weights = jnp.where(seen, weights + taint(values, exact).mT[:, :, None, None], 0)
+            values = only_finite(values)
+        mixed = jnp.einsum("bkgts,bskd->bkgtd", weights.astype(v.dtype), values, preferred_element_type=exact)
+        return (new, total, out * shrink[..., None] + mixed), None
 
     # Made from the queries, so that it has their sharding.
     out = jnp.zeros_like(jnp.moveaxis(grouped, 1, 3), dtype=exact)
@@ -119,21 +139,29 @@ def backward(config: Config, operands: Operands, lse, dout, delta):
     lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf).reshape(batch, kv_heads, groups, length, 1)
     delta = delta.reshape(batch, kv_heads, groups, length, 1)
     parts = _chunks(operands)
+    of_v, of_q, of_dout = only_finite(dout), only_finite(grouped), jnp.moveaxis(taint(dout, exact), 1, 3)[..., None]
+
+    def product(letters, left, right):
+        return jnp.einsum(letters, left.astype(q.dtype), right, preferred_element_type=exact)
 
     def step(dq, part):
-        scores, slope = _scores(config, operands, grouped, part, exact)
+        scores, slope, seen = _scores(config, operands, grouped, part, exact)
         weights = jnp.exp(scores - lse)
-        dv = jnp.einsum("bkgts,btkgd->bskd", weights.astype(v.dtype), dout, preferred_element_type=exact)
         dweights = jnp.einsum("btkgd,bskd->bkgts", dout, part["v"], preferred_element_type=exact)
         dscores = weights * (dweights - delta)
+        weights = weights + of_dout
+        if seen is not None:
+            weights, dscores = jnp.where(seen, weights, 0), jnp.where(seen, dscores, 0)
+            slope = None if slope is None else jnp.where(seen, slope, 0)
+        dv = product("bkgts,btkgd->bskd", weights, of_v)
         dbias = None
         if bias is not None:
             dbias = dscores.reshape(batch, heads, length, -1)
             axes = tuple(axis for axis in range(3) if bias.shape[axis] == 1)
             dbias = dbias.sum(axes, keepdims=True)
         dscores = config.scale * (dscores if slope is None else dscores * slope)
-        dk = jnp.einsum("bkgts,btkgd->bskd", dscores.astype(q.dtype), grouped, preferred_element_type=exact)
-        dq = dq + jnp.einsum("bkgts,bskd->btkgd", dscores.astype(k.dtype), part["k"], preferred_element_type=exact)
+        dk = product("bkgts,btkgd->bskd", dscores, of_q)
+        dq = dq + product("bkgts,bskd->btkgd", dscores, only_finite(part["k"]))
         return dq, (dk, dv, dbias)
 
     dq, (dk, dv, dbias) = jax.lax.scan(step, _varying(jnp.zeros_like(grouped, dtype=exact), operands), parts)

@@ -52,7 +52,8 @@ def linear_cross_entropy(
       z_loss: zeta, keeps `log Z` near 0 (PaLM, section 5).
       soft_cap: c, above 0; None: the logits as they are.
       label_smoothing: epsilon in `[0, 1)`.
-      ignore_id: the label of rows that count nothing, such as -100.
+      ignore_id: the label of rows that count nothing, such as -100. They and those of weight 0 may hold anything, NaN
+        and infinities too; not with `return_lse`, which shows them.
       vocab_axis: inside `jax.shard_map`, the mesh axis that splits w by its rows; a maximum and sums of rows cross
         the devices, never logits. x and the labels are the same on all of them. Under `jit` with a sharded w none is
         needed.
@@ -99,7 +100,7 @@ def linear_cross_entropy(
     if vocab_axis is not None and vocab_axis not in jax.typeof(w).manual_axis_type.varying:
         raise ValueError(f"vocab_axis = {vocab_axis!r} must split w inside jax.shard_map, with its check_vma left on")
     vocab_size = w.shape[0] * (1 if vocab_axis is None else jax.lax.axis_size(vocab_axis))
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide, counts_all = jnp.promote_types(x.dtype, jnp.float32), weights is None and ignore_id is None
     weights = jnp.ones(labels.shape, wide) if weights is None else jnp.asarray(weights, wide)
     if ignore_id is not None:
         weights = jnp.where(labels == ignore_id, 0, weights)
@@ -107,6 +108,9 @@ def linear_cross_entropy(
     if checked:
         _report(labels, in_range | (weights == 0), vocab_size)
     weights = jnp.where(in_range | (weights == 0), weights, jnp.nan)
+    if not (counts_all or return_lse):
+        # Selected away, since 0 times NaN or infinity is NaN: in the gradient of w that would be everywhere.
+        x = jnp.where((weights == 0)[..., None], 0, x)
     return {
         "x": x,
         "w": w,

@@ -1,4 +1,6 @@
-"""Which tokens a sampler may take, against their definition in NumPy."""
+"""Decoding with a cache, and which tokens a sampler may take, against their definition in NumPy."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crescendo.models.decode import sample
+from crescendo.models import ModelConfig, initialize
+from crescendo.models.decode import decode, empty_cache, sample
 
 TOKENS, DRAWS = 6, 400
+CONFIG = ModelConfig.preset("debug", layers=2, width=32, heads=2, kv_heads=1, mlp_width=32).for_platform("cpu")
 
 
 def allowed(logits, top_k, top_p):
@@ -56,3 +60,20 @@ def test_equal_logits_leave_one_token_to_the_greediest():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         sample(jnp.zeros((1, 3)), jax.random.key(0), **options)
+
+
+def test_what_the_cache_holds_past_its_tokens_does_not_matter(quick_compilation):
+    parameters = initialize(CONFIG, jax.random.key(0))
+    tokens = jnp.array([[3, 1, 4, 1, 5, 9]])
+    run = jax.jit(functools.partial(decode, CONFIG))
+
+    def logits(value: float) -> list[np.ndarray]:
+        cache = jax.tree.map(lambda x: jnp.full_like(x, value), empty_cache(CONFIG, 1, 8))
+        first, cache = run(parameters, tokens[:, :3], 0, cache)
+        second, _ = run(parameters, tokens[:, 3:], 3, cache)
+        return [np.asarray(first), np.asarray(second)]
+
+    expected = logits(0.0)
+    for value in (np.nan, np.inf):
+        for result, array in zip(logits(value), expected, strict=True):
+            np.testing.assert_array_equal(result, array)

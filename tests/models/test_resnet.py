@@ -84,6 +84,19 @@ def test_loss_and_accuracy(parameters, batch):
     assert (correct, count) == ((scores.argmax(-1) == labels).sum(), 16)
 
 
+def test_what_weighs_nothing_may_hold_anything():
+    scores, weights = jnp.arange(6.0).reshape(2, 3), jnp.array([0.5, 0.0])
+
+    def run(scores, label):
+        loss = lambda scores: classification_loss(scores, jnp.array([2, label]), weights, label_smoothing=0.1)[0]  # noqa: E731
+        return jax.value_and_grad(loss)(scores)
+
+    expected = run(scores, 0)
+    for value, label in ((jnp.nan, -1), (jnp.inf, 3), (-jnp.inf, 1000)):
+        for result, array in zip(run(scores.at[1].set(value), label), expected, strict=True):
+            np.testing.assert_array_equal(result, array)
+
+
 def test_sharded_examples_give_the_same_gradients(parameters, batch):
     """With statistics per example nothing couples the shards but the sum."""
 

@@ -65,6 +65,72 @@ def test_more_keys_than_a_chunk(quick_compilation, monkeypatch):
         compare("xla", BY_NAME[name], jnp.float32, 2e-5, seed=1)
 
 
+HIDING = {
+    "segments": {},
+    "causal": {"causal": True},
+    "window": {"window": 3},
+    "soft cap": {"causal": True, "soft_cap": 2.0},
+    "bias": {"bias": True},
+}
+
+
+def hidden_case(name: str, implementation: str):
+    """Outputs and gradients of the tokens of segment 1, where those of segment 2 hold a value, their cotangents too."""
+    options = {**HIDING[name]}
+    random = np.random.default_rng(0)
+    batch, length, width = 2, 7, 8
+    segments = jnp.asarray(random.integers(1, 3, (batch, length)), jnp.int32)
+    hidden = (segments == 2)[..., None, None]
+    q, k, v, cotangent = (jnp.float32(random.normal(size=(batch, length, heads, width))) for heads in (4, 2, 2, 4))
+    if "bias" in options:
+        same = segments[:, None, :, None] == segments[:, None, None, :]
+        options["bias"] = jnp.where(same, jnp.float32(random.normal(size=same.shape)), -jnp.inf)
+    else:
+        options["segment_ids"] = segments
+
+    @jax.jit
+    def run(value, of_cotangent):
+        call = functools.partial(attention, implementation=implementation, **options)
+        out, pull = jax.vjp(call, *(jnp.where(hidden, value, x) for x in (q, k, v)))
+        results = out, *pull(jnp.where(hidden, of_cotangent, cotangent))
+        return [jnp.where(hidden, 0, result) for result in results]
+
+    return run
+
+
+@pytest.mark.parametrize("name", HIDING)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_what_a_mask_hides_does_not_matter(name, implementation, quick_compilation, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("crescendo.pallas_kernels.attention.xla"), "CHUNK_KEYS", 4)
+    run = hidden_case(name, implementation)
+    expected = run(0.0, 0.0)
+    assert all(np.isfinite(array).all() and np.any(array) for array in expected)
+    for value in (np.nan, np.inf, -np.inf, 1e38):
+        # The reference's derivative is JAX's, which multiplies a cotangent by 0 too.
+        for of_cotangent in (0.0, value) if implementation == "xla" else (0.0,):
+            for result, array in zip(run(value, of_cotangent), expected, strict=True):
+                np.testing.assert_array_equal(result, array)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_what_is_seen_and_not_finite_shows(implementation):
+    q = jnp.ones((1, 2, 1, 2))
+    v = jnp.array([[1.0, 1.0], [jnp.nan, 0.0]]).reshape(q.shape)
+    run = functools.partial(attention, implementation=implementation)
+    ids, order = (jnp.array([[1, 1]]), jnp.array([[1, 2]])), (jnp.array([[0, 0]]), jnp.array([[0, 1]]))
+    for hides in (
+        {"causal": True, "positions": order},
+        {"segment_ids": ids},
+        {"bias": jnp.array([0.0, -jnp.inf]).reshape(1, 1, 1, 2)},
+    ):
+        np.testing.assert_array_equal(run(q, 0 * q, v, **hides), jnp.ones_like(q))
+    causal = run(q, 0 * q, v, causal=True)
+    np.testing.assert_array_equal(causal[0, 0], 1)
+    assert jnp.isnan(causal[0, 1, 0, 0])
+    for operands in ((q, v, q), (v, q, q)):
+        assert jnp.isnan(run(*operands, causal=True)[0, 1]).all()
+
+
 def test_a_row_that_sees_nothing_gives_zero():
     q, k = jnp.ones((1, 3, 2, 8)), jnp.ones((1, 2, 1, 8))
     segments = jnp.array([[1, 7, 2]]), jnp.array([[1, 2]])

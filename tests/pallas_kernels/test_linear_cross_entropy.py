@@ -160,6 +160,29 @@ def test_any_shape_and_any_ignored_rows(n, d, v, options, seed):
     assert found[0][1][1] == jnp.sum(labels != -100)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("by", ["ignore_id", "weights"])
+def test_rows_that_count_nothing_may_hold_anything(implementation, by, small_chunks):
+    random = np.random.default_rng(0)
+    x, w = (jnp.float32(random.normal(size=shape)) for shape in ((9, 4), (11, 4)))
+    ignored = jnp.asarray(random.random(9) < 0.4)
+    labels = jnp.where(ignored, -100, jnp.asarray(random.integers(0, 11, 9)))
+    options = {"ignore_id": -100} if by == "ignore_id" else {"weights": jnp.where(ignored, 0.0, 0.5)}
+
+    @jax.jit
+    def run(value):
+        loss = lambda x, w: linear_cross_entropy(  # noqa: E731
+            x, w, labels, **options, **EVERY_OPTION, implementation=implementation
+        )[0]
+        return jax.value_and_grad(loss, (0, 1))(jnp.where(ignored[:, None], value, x), w)
+
+    expected = jax.tree.leaves(run(0.0))
+    assert not np.any(expected[1][ignored])
+    for value in (np.nan, np.inf, -np.inf, 3e38):
+        for result, array in zip(jax.tree.leaves(run(value)), expected, strict=True):
+            np.testing.assert_array_equal(result, array)
+
+
 def test_results_do_not_depend_on_the_chunks(small_chunks, monkeypatch):
     labels, options, arrays = unpacked(SPECS[-1], 3)
     many = value_and_gradients("xla", labels, options, *arrays)
