@@ -127,6 +127,17 @@ def require_gpu(minimum: float, below: float = float("inf")) -> Device:
     return device
 
 
+def gradient_dtype(dtype: Any) -> Any:
+    """In which gradients are multiplied by arrays of a dtype: its own, but for float16, whose range is too small.
+
+    A gradient of a softmax over thousands, of a mean over thousands, is below float16's least number, 6e-8.
+
+    >>> [str(gradient_dtype(np.dtype(name))) for name in ("float16", "float32")]
+    ['float32', 'float32']
+    """
+    return np.dtype(np.float32) if dtype == np.float16 else np.dtype(dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """A named call of an op.

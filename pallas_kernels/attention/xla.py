@@ -13,6 +13,7 @@ from crescendo.pallas_kernels.attention.contract import (
     taint,
     visible,
 )
+from crescendo.pallas_kernels.op import gradient_dtype
 
 CHUNK_KEYS = 512
 
@@ -138,11 +139,11 @@ def backward(config: Config, operands: Operands, lse, dout, delta):
     grouped, dout = _grouped(q, kv_heads), _grouped(dout, kv_heads)
     lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf).reshape(batch, kv_heads, groups, length, 1)
     delta = delta.reshape(batch, kv_heads, groups, length, 1)
-    parts = _chunks(operands)
+    parts, narrow = _chunks(operands), gradient_dtype(q.dtype)
     of_v, of_q, of_dout = only_finite(dout), only_finite(grouped), jnp.moveaxis(taint(dout, exact), 1, 3)[..., None]
 
     def product(letters, left, right):
-        return jnp.einsum(letters, left.astype(q.dtype), right, preferred_element_type=exact)
+        return jnp.einsum(letters, left.astype(narrow), right.astype(narrow), preferred_element_type=exact)
 
     def step(dq, part):
         scores, slope, seen = _scores(config, operands, grouped, part, exact)

@@ -44,7 +44,8 @@ def linear_cross_entropy(
     last bits vary from call to call.
 
     Args:
-      x: `[..., D]`, float32, bfloat16 or float16; the matmuls are in this dtype and sum in float32.
+      x: `[..., D]`, float32, bfloat16 or float16; the matmuls are in this dtype and sum in float32. For float16, whose
+        least number is 6e-8, those of gradients are in float32; not by the kernels for GPUs, which want a scaled loss.
       w: `[V, D]`, in any such dtype, which is that of its gradient: a float32 w loses nothing beside a bfloat16 x.
       labels: int `[...]` in `[0, V)`, or `ignore_id`. Where the weight is 0 any value will do; elsewhere one out of
         range makes the loss and its gradients NaN (see `checked`).

@@ -43,7 +43,7 @@ class Rows(NamedTuple):
     Attributes:
       lse: `[C]`; +inf if a quick pass couldn't tell.
       target_logit: the mean logit under the target distribution, `[C]`.
-      gradient: `[C, V]` in the inputs' dtype, or None.
+      gradient: `[C, V]` in the inputs' dtype or float32, as which it is multiplied, or None.
       scale: that each row of the gradient still has to be multiplied by, `[C]`, or None for 1.
       of_label: with a scale, the gradient of the label's logit, `[C]`, which is 0 in `gradient`. As large as all others
         together, it is not rounded to the inputs' dtype.
@@ -85,6 +85,7 @@ def _unpacked(packed):
 def _add_product(dw, gradient, x):
     """`dw + gradient^T x`, in the memory of dw, or the product alone."""
     rows = tuple(range(x.ndim - 1))
+    x = x.astype(gradient.dtype)
     product = jax.lax.dot_general(gradient, x, ((rows, rows), ((), ())), preferred_element_type=_wide(x.dtype))
     return product if dw is None else dw + product
 
@@ -327,7 +328,7 @@ def _by_pass(
         of_label = None if of_logits.scale is None else of_logits.of_label
         dx = None
         if needs_dx:
-            dx = jnp.dot(of_logits.gradient, w, preferred_element_type=wide)
+            dx = jnp.dot(of_logits.gradient, w.astype(of_logits.gradient.dtype), preferred_element_type=wide)
             if of_label is not None:
                 dx = of_logits.scale[:, None] * dx + of_label[:, None] * w[rows["labels"]]
             if options.vocab_axis is not None:

@@ -11,7 +11,11 @@ def linear_cross_entropy(x, w, labels, weights, *, z_loss, soft_cap, label_smoot
     if vocab_axis is not None:
         w = jax.lax.all_gather(w, vocab_axis, tiled=True)
         vocab_size = w.shape[0]
-    logits = jnp.dot(x.astype(wide), w.astype(x.dtype).astype(wide).T, precision="highest")
+    if w.dtype != x.dtype:
+        # Rounded to x's dtype, but its gradient isn't.
+        rounding = jnp.where(jnp.isfinite(w), w.astype(x.dtype).astype(wide) - w.astype(wide), 0)
+        w = w.astype(wide) + jax.lax.stop_gradient(rounding)
+    logits = jnp.dot(x.astype(wide), w.astype(wide).T, precision="highest")
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     lse = jax.nn.logsumexp(logits, axis=-1)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from crescendo.pallas_kernels.linear_cross_entropy import chunked
+from crescendo.pallas_kernels.op import gradient_dtype
 
 
 def linear_cross_entropy(x, w, labels, weights, **options):
@@ -36,10 +37,13 @@ def logit_pass(x, w, labels, coefficients, options: chunked.Options) -> chunked.
     gradient = factor * jnp.exp(logits - lse[..., None]) - coefficients.target[..., None] * target
     if cap is not None:
         gradient *= 1 - jnp.square(logits / cap)
-    return chunked.Rows(lse, target_logit, gradient.astype(x.dtype))
+    return chunked.Rows(lse, target_logit, gradient.astype(gradient_dtype(x.dtype)))
 
 
-KERNELS = chunked.Kernels(logit_pass)
+KERNELS = chunked.Kernels(
+    logit_pass,
+    bytes_per_logit=lambda dtype: jnp.promote_types(dtype, jnp.float32).itemsize + gradient_dtype(dtype).itemsize,
+)
 
 
 def _all(reduce, value, axis):

@@ -131,6 +131,20 @@ def test_what_is_seen_and_not_finite_shows(implementation):
         assert jnp.isnan(run(*operands, causal=True)[0, 1]).all()
 
 
+def test_float16_loses_no_gradients_of_scores():
+    """Over 4,096 keys, a mean over as many rows: the scores' gradients are below float16's least number."""
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.normal(size=(1, length, 1, 16)), jnp.float16) for length in (8, 4096, 4096))
+
+    def gradient(implementation, *arrays):
+        loss = lambda *x: attention(*x, implementation=implementation).astype(jnp.float32).sum() / 4096  # noqa: E731
+        return jax.jit(jax.grad(loss))(*arrays).astype(jnp.float32)
+
+    exact = gradient("reference", *(x.astype(jnp.float32) for x in (q, k, v)))
+    assert jnp.abs(gradient("xla", q, k, v) - exact).max() < 1e-7  # float16's numbers are 6e-8 apart there
+    assert jnp.abs(exact).max() > 3e-6
+
+
 def test_a_row_that_sees_nothing_gives_zero():
     q, k = jnp.ones((1, 3, 2, 8)), jnp.ones((1, 2, 1, 8))
     segments = jnp.array([[1, 7, 2]]), jnp.array([[1, 2]])
