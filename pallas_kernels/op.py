@@ -21,6 +21,9 @@ asked for by name, or several, fail loudly. Any other error is a mistake, and is
 `jax.set_mesh` and inside `target(device)`, which is how a program is traced for a device that is not there), else the
 default device. It is part of JAX's own trace context, so cached traces for different devices never mix.
 
+**Derivatives.** Every op has the reverse-mode one. Second and forward-mode ones (`jax.jvp`) are sure to be there with
+`implementation="reference"` only; what hasn't them says so. (A `jax.jit` in between says it in JAX's words.)
+
 **Specs.** `OP/specs.py` holds `SPECS`, named calls of real and awkward shapes (`Spec`): the same ones drive the tests,
 the benchmark (`crescendo.pallas_kernels.bench`) and the tuning.
 
@@ -138,6 +141,24 @@ def gradient_dtype(dtype: Any) -> Any:
     return np.dtype(np.float32) if dtype == np.float16 else np.dtype(dtype)
 
 
+def once_differentiable(function: Callable[..., Any], called: str) -> Callable[..., Any]:
+    """A function of arrays inside of an op's derivative rule, which refuses to be differentiated by name.
+
+    >>> square = once_differentiable(lambda x: x * x, "square")
+    >>> jax.grad(square)(2.0)
+    Traceback (most recent call last):
+    ...
+    NotImplementedError: square has no second derivatives: pass implementation='reference', which has all
+    """
+    call = jax.custom_jvp(function)
+
+    @call.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(f"{called} has no second derivatives: pass implementation='reference', which has all")
+
+    return call
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """A named call of an op.
@@ -235,6 +256,13 @@ def op(
                     return _load(call, candidate)(**arguments)
                 except Unsupported as reason:
                     refusals.append(Answer(candidate, str(reason)))
+                except TypeError as error:
+                    if "forward-mode" not in str(error):
+                        raise
+                    raise TypeError(
+                        f"{name} by {candidate} has no forward-mode derivative (jax.jvp, jax.jacfwd): "
+                        "pass implementation='reference', which has all"
+                    ) from None
                 finally:
                     _asked_by_name.reset(token)
             answers = _ask(call, args, kwargs)

@@ -13,7 +13,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from crescendo.pallas_kernels.op import target, target_device
+from crescendo.pallas_kernels.op import once_differentiable, target, target_device
 
 
 def sharded(
@@ -116,7 +116,7 @@ def _partitioned(function, in_letters, out_letters, batch):
             )(*arrays)
         if device.platform == "tpu":
             return tuple(function(*arrays))
-        return _automatic(part, arrays, in_letters, out_letters, batch)(*arrays)
+        return once_differentiable(_automatic(part, arrays, in_letters, out_letters, batch), "a kernel")(*arrays)
 
     return call
 

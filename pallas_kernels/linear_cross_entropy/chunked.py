@@ -20,7 +20,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from crescendo.pallas_kernels.op import target, target_device
+from crescendo.pallas_kernels.op import once_differentiable, target, target_device
 
 
 class RowCoefficients(NamedTuple):
@@ -251,7 +251,8 @@ def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weight
         sharding_rule=f"{letters} d, v d{f', {letters}' * (2 + len(of_lse))} -> {results}",
         need_replication_factors=("d",),
     )
-    return {"dx": None, "dw": None, **sequential_vmap(split)(*arrays)}
+    results = once_differentiable(sequential_vmap(split), "linear_cross_entropy")(*arrays)
+    return {"dx": None, "dw": None, **results}
 
 
 def _given(results: dict[str, Any]) -> dict[str, Any]:

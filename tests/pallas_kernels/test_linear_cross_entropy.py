@@ -200,6 +200,19 @@ def test_float16_loses_no_gradients(implementation):
     assert distance(dw[4:], exact_dw[4:]) < 1e-3
 
 
+def test_derivatives_that_are_not_there_are_refused_by_name():
+    x, w, labels = jnp.ones((2, 3)), jnp.ones((5, 3)), jnp.array([1, 4])
+    loss = lambda x, implementation: linear_cross_entropy(x, w, labels, implementation=implementation)[0]  # noqa: E731
+    second = lambda x, implementation: jnp.sum(jax.grad(loss)(x, implementation) ** 2)  # noqa: E731
+    for differentiate in (jax.grad(second), jax.jit(jax.grad(second), static_argnums=1)):
+        with pytest.raises(NotImplementedError, match="linear_cross_entropy has no second derivatives: pass implement"):
+            differentiate(x, "xla")
+        assert jnp.isfinite(differentiate(x, "reference")).all()
+    with pytest.raises(TypeError, match=r"linear_cross_entropy by xla has no forward-mode derivative .*'reference'"):
+        jax.jvp(lambda x: loss(x, "xla"), (x,), (x,))
+    assert jnp.isfinite(jax.jvp(lambda x: loss(x, "reference"), (x,), (x,))[1])
+
+
 def test_results_do_not_depend_on_the_chunks(small_chunks, monkeypatch):
     labels, options, arrays = unpacked(SPECS[-1], 3)
     many = value_and_gradients("xla", labels, options, *arrays)

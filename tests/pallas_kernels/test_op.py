@@ -148,6 +148,13 @@ def test_under_vmap_and_shard_map_too():
     np.testing.assert_allclose(jax.jit(spread)(q[0], k), expected[0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_kernel_s_derivative_is_refused_by_name():
+    q = jnp.ones((1, 2, 1, 3))
+    for differentiate in (jax.grad, lambda loss: jax.jit(jax.grad(loss))):
+        with pytest.raises(NotImplementedError, match="a kernel has no second derivatives: pass implementation='ref"):
+            differentiate(lambda q: GRAM(q, q)[0].sum())(q)
+
+
 def test_results_without_the_first_array_s_batch_letter_are_refused():
     for inputs, outputs in ((["b t h e", "b s h e"], ["t b s h"]), (["t h e", "b s h e"], ["t s h"])):
         with pytest.raises(ValueError, match="start with the first array's batch-like letter"):
