@@ -196,9 +196,7 @@ def train(
         if total_examples < session.total_examples:
             say(f"note: the run ends at {total_examples:,} examples: what is left after them fills no microbatch")
         finished = clock.examples_seen >= total_examples
-        if not finished:  # else the folder says how it was trained
-            run_folder.write_info(folder, info, operative_config())
-        _write_tokenizer(folder, options["data"])
+        _write_begun(folder, None if finished else info, operative_config(), options["data"])
         observers = run_observers(
             folder,
             resume_at_examples=clock.examples_seen,
@@ -331,8 +329,14 @@ def _fixed(session: Session, initialize_from: str | None, start_from: str | None
     }
 
 
-def _write_tokenizer(folder: Path, data: Any) -> None:
-    """That of the data, where they are text, so that the folder alone can generate and export."""
+def _write_begun(folder: Path, info: dict[str, Any] | None, config: str, data: Any) -> None:
+    """What the folder says of a run from its beginning: `info`, the configuration, the tokenizer of text.
+
+    With the last the folder alone can generate and export. The others stay as they are where `info` is None: a finished
+    run's say how it was trained.
+    """
+    if info is not None:
+        run_folder.write_info(folder, info, config)
     tokenizer = getattr(data, "tokenizer", None)
     if hosts.is_leader() and tokenizer is not None:
         with file_access("write", folder):
