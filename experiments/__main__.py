@@ -15,6 +15,7 @@ import shtab
 from crescendo import experiments
 from crescendo.experiments import papers
 from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.command import plain_parser
 
 # Commands of the other packages, by module.
 ELSEWHERE = {
@@ -70,12 +71,8 @@ def _command(module: str) -> Command | None:
 
 def parser(complete: bool = False) -> argparse.ArgumentParser:
     """The parser of `crescendo`; with every command's own options, for which each is imported, where `complete`."""
-    result = argparse.ArgumentParser(
-        prog="crescendo",
-        description="Train at the right batch size, on the right schedule, over the right mesh.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    says = "Train at the right batch size, on the right schedule, over the right mesh."
+    result = plain_parser(says, EXAMPLES, prog="crescendo")
     subcommands = result.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, does) in commands().items():
         parents = [importlib.import_module(module).parser()] if complete else []

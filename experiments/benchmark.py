@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from crescendo.experiments.benchmarks.optimizers import PEERS, optimizer_table
 from crescendo.experiments.benchmarks.steps import noise_scale_table, training_table
 from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.models import ModelConfig
 from crescendo.models.config import PRESETS
@@ -21,11 +22,7 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        description="Speed of training steps and of optimizers on the devices at hand.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = plain_parser("Speed of training steps and of optimizers on the devices at hand.", EXAMPLES)
     commands = result.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="the presets' training steps, AdamW included")
     train.add_argument("presets", nargs="+", choices=list(PRESETS), metavar="PRESET", help=", ".join(PRESETS))

@@ -13,6 +13,7 @@ from crescendo import parallel
 from crescendo.experiments.planning.mesh import describe_mesh
 from crescendo.experiments.planning.model import describe_model
 from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.hardware import topology_devices
 from crescendo.models import ModelConfig
@@ -30,12 +31,11 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        prog="python -m crescendo.experiments.describe",
-        description="Describe a preset by itself (parameters, FLOPs a token, memory) or a model over a mesh (every "
+    result = plain_parser(
+        "Describe a preset by itself (parameters, FLOPs a token, memory) or a model over a mesh (every "
         "array's place, memory a device, traffic a step).",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EXAMPLES,
+        prog="python -m crescendo.experiments.describe",
     )
     result.add_argument("preset", nargs="?", choices=list(PRESETS), help="describe this one by itself, over no mesh")
     result.add_argument(

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from crescendo.experiments.runtime import cache, hardware
 from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.command import plain_parser
 from crescendo.pallas_kernels import OPS
 from crescendo.pallas_kernels.bench import specs
 from crescendo.pallas_kernels.console import output_console
@@ -74,12 +75,8 @@ def storage() -> Iterator[Line]:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options: none."""
-    return argparse.ArgumentParser(
-        prog="python -m crescendo.experiments.doctor",
-        description="Report devices, versions, usable kernels, caches and disk.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    says = "Report devices, versions, usable kernels, caches and disk."
+    return plain_parser(says, EXAMPLES, prog="python -m crescendo.experiments.doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

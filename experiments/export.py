@@ -9,6 +9,7 @@ from rich.console import Console
 
 from crescendo.experiments.runs import hf, trained
 from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.errors import UserError
 
 EXAMPLES = """examples:
@@ -35,11 +36,7 @@ def export(run: Path, out: Path) -> hf.ModelConfig:
 
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
-    result = argparse.ArgumentParser(
-        description="Write a trained model in another library's format.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = plain_parser("Write a trained model in another library's format.", EXAMPLES)
     result.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     result.add_argument("--to", required=True, choices=["hf"], help="hf: Hugging Face's transformers")
     result.add_argument("--out", type=Path, help="the folder to write (default: hf in the run's)")

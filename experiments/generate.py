@@ -15,6 +15,7 @@ from crescendo.experiments.runs import trained
 from crescendo.experiments.runs.trained import Trained
 from crescendo.experiments.runtime.cache import use_compilation_cache
 from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.encoding import check_typed, decoded
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.models import ModelConfig
@@ -122,11 +123,7 @@ def stream(model: Trained, prompt: str, tokens: Iterator[int]) -> Iterator[str]:
 
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
-    result = argparse.ArgumentParser(
-        description="Continue a text with a trained model.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    result = plain_parser("Continue a text with a trained model.", EXAMPLES)
     add = result.add_argument
     add("run", type=Path, metavar="RUN", help="a run's folder, or one in Hugging Face's format")
     add("--prompt", default="", help="the text to go on from; - reads it from standard input (default: none)")

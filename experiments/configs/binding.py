@@ -20,6 +20,7 @@ import typeguard
 from gin import config_parser, selector_map
 
 from crescendo.experiments.configs.factories import FACTORIES, optax_factories
+from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.encoding import check_typed, decoded, read_text
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.interruption import Interrupted
@@ -104,9 +105,7 @@ def _register(experiment: Callable) -> Callable:
 
 def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
     """An argument parser with `--config` and `--set`."""
-    result = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result = plain_parser(description, epilog)
     result.add_argument(
         "--config",
         action="append",

@@ -20,6 +20,27 @@ from crescendo.parallel.costs import Work, step_traffic
 from crescendo.parallel.tables import describe_sharding, device_bytes, memory_table, traffic_table
 
 
+def step_work(config: ModelConfig, plan: parallel.BatchPlan, sequence_length: int) -> Work:
+    """What a step of a decoder, decided for its platform, works on when the plan's largest batch is cut.
+
+    >>> config = ModelConfig.preset("debug").for_platform("cpu")
+    >>> step_work(config, parallel.BatchPlan(8, 2), 64).compute_bytes
+    4
+    """
+    return Work(
+        microbatches=plan.max_microbatches,
+        examples=plan.microbatch_examples,
+        sequence_length=sequence_length,
+        layers=config.layers,
+        width=config.width,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_width=config.head_size,
+        compute_bytes=jnp.dtype(config.dtype).itemsize,
+        full_remat=config.remat == "full",
+    )
+
+
 def planned_session(
     model: ModelConfig,
     layout: parallel.Layout,
@@ -54,20 +75,7 @@ def planned_session(
         strategy=layout.strategy,
         platform=platform,
     )
-    config = model.for_platform(session.platform)
-    work = Work(
-        microbatches=plan.max_microbatches,
-        examples=plan.microbatch_examples,
-        sequence_length=sequence_length,
-        layers=config.layers,
-        width=config.width,
-        heads=config.heads,
-        kv_heads=config.kv_heads,
-        head_width=config.head_size,
-        compute_bytes=jnp.dtype(config.dtype).itemsize,
-        full_remat=config.remat == "full",
-    )
-    return session, plan, work
+    return session, plan, step_work(model.for_platform(session.platform), plan, sequence_length)
 
 
 def session_memory_table(session: Session, work: Work) -> Table:

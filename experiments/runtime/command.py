@@ -13,10 +13,10 @@ _PARAMETERS = {"config": "configs", "set": "bindings"}
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 
 
-def plain_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """A parser without options."""
+def plain_parser(description: str, epilog: str = "", *, prog: str | None = None) -> argparse.ArgumentParser:
+    """A parser without options, whose epilog is shown line by line."""
     return argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 

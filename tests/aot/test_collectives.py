@@ -9,11 +9,12 @@ import pytest
 
 from crescendo import models, optim, parallel
 from crescendo.experiments.data.random_text import RandomText
+from crescendo.experiments.planning.mesh import step_work
 from crescendo.experiments.runtime.hardware import topology_devices
 from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
 from crescendo.parallel.collectives import Traffic, collectives, traffic
-from crescendo.parallel.costs import Work, step_traffic
+from crescendo.parallel.costs import step_traffic
 from crescendo.parallel.tables import device_bytes
 
 pytestmark = [pytest.mark.aot, pytest.mark.timeout(1200)]
@@ -51,17 +52,7 @@ def lowered(config: ModelConfig, layout: parallel.Layout, microbatches: int, seq
 
 def closed_form(config: ModelConfig, layout: parallel.Layout, microbatches: int, sequence_length: int):
     arrays = jax.eval_shape(functools.partial(models.initialize, config), jax.random.key(0))
-    work = Work(
-        microbatches=microbatches,
-        examples=layout.batch_shards,
-        sequence_length=sequence_length,
-        layers=config.layers,
-        width=config.width,
-        heads=config.heads,
-        kv_heads=config.kv_heads,
-        head_width=config.head_size,
-        full_remat=config.remat == "full",
-    )
+    work = step_work(config, parallel.BatchPlan(layout.batch_shards, microbatches), sequence_length)
     return step_traffic(layout, arrays, models.logical_axes(config), work)
 
 

@@ -7,10 +7,11 @@ import pytest
 
 from crescendo import models, optim, parallel
 from crescendo.experiments.data.random_text import RandomText
+from crescendo.experiments.planning.mesh import step_work
 from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
 from crescendo.parallel.collectives import traffic
-from crescendo.parallel.costs import Work, step_traffic
+from crescendo.parallel.costs import step_traffic
 
 LENGTH = 64
 
@@ -31,18 +32,9 @@ def compiled_and_closed(kv_heads: int, axes: dict[str, int]) -> tuple[dict[str, 
         mesh=mesh,
     )
     layout = session.layout
-    found = traffic(session.lower(parallel.BatchPlan(shards, 1)).compile().as_text())
-    work = Work(
-        microbatches=1,
-        examples=layout.batch_shards,
-        sequence_length=LENGTH,
-        layers=config.layers,
-        width=config.width,
-        heads=config.heads,
-        kv_heads=kv_heads,
-        head_width=config.head_size,
-        compute_bytes=4,
-    )
+    plan = parallel.BatchPlan(shards, 1)
+    found = traffic(session.lower(plan).compile().as_text())
+    work = step_work(config, plan, LENGTH)
     arrays = jax.eval_shape(functools.partial(models.initialize, config), jax.random.key(0))
     expected = step_traffic(layout, arrays, models.logical_axes(config), work)
     return {kind: t.sent_bytes for kind, t in found.items()}, expected
