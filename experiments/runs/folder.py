@@ -15,7 +15,7 @@ import jax
 
 from crescendo.experiments.runtime.encoding import read_text
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import file_access, replace_file
+from crescendo.experiments.runtime.files import file_access, replace_file, replace_json
 from crescendo.parallel.hosts import is_leader
 
 # What run.json holds as a hash, with what the hash is of.
@@ -72,8 +72,8 @@ def write_info(folder: Path, info: Mapping[str, Any], config: str) -> None:
     """Writes `run.json` and `config.gin`, each whole or not at all; of several processes the first does."""
     if not is_leader():
         return
+    replace_json(folder / "run.json", info)
     with file_access("write", folder):
-        replace_file(folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
         replace_file(folder / "config.gin", config.encode())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import file_access, replace_file
+from crescendo.experiments.runtime.files import file_access, replace_json
 
 
 class Results[Key: tuple]:
@@ -48,8 +48,7 @@ class Results[Key: tuple]:
             run_folder.check_same(self.folder, before["fixed"], fixed)
             return
         info = run_folder.provenance() | {"fixed": fixed}
-        with file_access("write", self.folder):
-            replace_file(self.folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
+        replace_json(self.folder / "run.json", info)
 
     def add(self, record: dict[str, Any]) -> Key:
         """Keeps a finished part and returns its key; numbers that JSON doesn't know must be None."""

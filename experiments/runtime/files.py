@@ -1,5 +1,6 @@
 """Files: disks that are full, files that are half written, said and handled in one place."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,3 +53,13 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_json(path: Path, content: object) -> None:
+    """Writes a file of indented JSON in full, or leaves the old one.
+
+    Raises:
+      UserError: if its folder can't be written.
+    """
+    with file_access("write", path.parent):
+        replace_file(path, (json.dumps(content, indent=2) + "\n").encode())

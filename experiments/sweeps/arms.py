@@ -4,7 +4,6 @@ An arm is a name and a mapping from gin names to Python values. Every run is a f
 never run again, so that the same command goes on where it was interrupted; one of another configuration is refused.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +18,10 @@ from crescendo.experiments.reports.equal_loss import equal_loss_table, reached
 from crescendo.experiments.reports.write import write_report
 from crescendo.experiments.runs.run import last_validation, read_run
 from crescendo.experiments.runtime.errors import UserError, user_values
-from crescendo.experiments.runtime.files import file_access, replace_file
+from crescendo.experiments.runtime.files import replace_json
 from crescendo.experiments.runtime.interruption import deadline, interrupted_at
 from crescendo.experiments.sweeps.finished import is_finished
+from crescendo.experiments.sweeps.runner import finite_loss
 from crescendo.experiments.trainer.training import train
 
 # The macro that a swept learning rate binds.
@@ -138,7 +138,7 @@ def compare_arms(
         tried: list[float | None] = [*rates] or [None]
         first = {rate: run(name, rate, 0) for rate in tried}
         losses = {rate: record["loss"] for rate, (_, record) in first.items()}
-        best = min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+        best = min(losses, key=lambda rate: finite_loss(losses[rate]))
         of_best = [first[best], *(run(name, best, seed) for seed in range(1, seeds))]
         sweep = {rate: loss for rate, loss in losses.items() if rate is not None}
         outcomes[name] = Outcome(best, sweep, [path for path, _ in of_best], [record for _, record in of_best])
@@ -174,8 +174,7 @@ def _report(folder: Path, outcomes: Mapping[str, Outcome], title: str, console: 
         }
         for (name, outcome), arm in zip(outcomes.items(), compared, strict=True)
     ]
-    with file_access("write", folder):
-        replace_file(folder / "comparison.json", (json.dumps(summary, indent=2) + "\n").encode())
+    replace_json(folder / "comparison.json", summary)
     console.print(comparison_table(runs))
     console.print(equal_loss_table(compared))
     console.print(f"report: {page}", highlight=False, soft_wrap=True)

@@ -3,7 +3,6 @@
 Each is a run of the training command, in a process and a folder of its own: one that fails takes nothing with it.
 """
 
-import json
 import math
 import shlex
 import sys
@@ -21,7 +20,7 @@ from crescendo.experiments.reports.write import Points, write_report
 from crescendo.experiments.runs.records import read_records
 from crescendo.experiments.runs.run import is_complete
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import file_access, replace_file
+from crescendo.experiments.runtime.files import replace_json
 from crescendo.experiments.runtime.interruption import Interrupted, Interruption
 from crescendo.experiments.runtime.text import duration
 from crescendo.experiments.sweeps import plots as sweep_plots
@@ -79,8 +78,7 @@ class Outcomes:
 
     def save(self) -> None:
         """Writes the file."""
-        with file_access("write", self.folder):
-            replace_file(self.folder / "sweep.json", (json.dumps(self.rows, indent=2) + "\n").encode())
+        replace_json(self.folder / "sweep.json", self.rows)
 
     def ranked(self) -> list[tuple[str, dict[str, Any]]]:
         """The finished points with a finite loss, best first."""

@@ -8,7 +8,6 @@ Revisited", https://arxiv.org/abs/2505.23971). The curve is what `critical_batch
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -31,7 +30,7 @@ from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime import command
 from crescendo.experiments.runtime.cache import use_compilation_cache
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import file_access, replace_file
+from crescendo.experiments.runtime.files import file_access, replace_file, replace_json
 from crescendo.experiments.runtime.interruption import deadline, interrupted_at
 from crescendo.experiments.runtime.text import duration
 from crescendo.experiments.sweeps.cells import Cells
@@ -183,8 +182,8 @@ def _starts(points: Sequence[float], total_examples: int, batch_size: int, branc
 
 def _show(folder: Path, curve: dict[str, Any], runs: Sequence[Run], console: Console) -> None:
     """Writes the curve and its picture, and prints a line for each point."""
+    replace_json(folder / "critical_batch.json", curve)
     with file_access("write", folder):
-        replace_file(folder / "critical_batch.json", (json.dumps(curve, indent=2) + "\n").encode())
         replace_file(folder / "critical_batch.png", draw(curve, runs))
     columns = (curve[key] for key in ("tokens", "critical_batch_size", "interval"))
     for tokens, value, (low, high) in zip(*columns, strict=True):

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import statistics
@@ -42,7 +41,7 @@ from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runtime import command
 from crescendo.experiments.runtime.cache import use_compilation_cache
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import file_access, replace_file
+from crescendo.experiments.runtime.files import file_access, replace_file, replace_json
 from crescendo.experiments.runtime.interruption import deadline
 from crescendo.experiments.runtime.text import duration
 from crescendo.experiments.sweeps.batched import make_sweep
@@ -165,8 +164,8 @@ def large_batch(
             with contextlib.closing(run_cells(programs, cells, _count(held_out[0]), console)) as records:
                 cells.run(records, stop)
         summary = summarize(cells.finished, chosen, fixed)
+        replace_json(folder / "results.json", summary)
         with file_access("write", folder):
-            replace_file(folder / "results.json", (json.dumps(summary, indent=2) + "\n").encode())
             replace_file(folder / "large_batch.png", draw(summary))
         console.print(table(summary))
         console.print(f"{folder / 'results.json'}, {folder / 'large_batch.png'}", highlight=False, soft_wrap=True)
