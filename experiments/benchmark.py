@@ -3,7 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
+import jax
+
 from crescendo.experiments.benchmarks.optimizers import PEERS, optimizer_table
+from crescendo.experiments.benchmarks.scaling import KINDS, scaling_table
 from crescendo.experiments.benchmarks.steps import noise_scale_table, training_table
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.command import plain_parser
@@ -17,6 +20,7 @@ EXAMPLES = """examples:
   python -m crescendo.experiments.benchmark train 124m --sequence-length 1024 --batch-size 32
   python -m crescendo.experiments.benchmark train 1b --sequence-length 2048 --batch-size 4 --remat dots
   python -m crescendo.experiments.benchmark noise-scale 30m --batch-size 32
+  python -m crescendo.experiments.benchmark scaling 124m data fsdp tensor --batch-size 32 --profile
   python -m crescendo.experiments.benchmark optim adamw lion lamb --preset 1b"""
 
 
@@ -36,6 +40,13 @@ def parser() -> argparse.ArgumentParser:
     noise.add_argument("preset", choices=list(PRESETS), metavar="PRESET", help=", ".join(PRESETS))
     noise.add_argument("--sequence-length", type=int, default=512, help="tokens in a row (default 512)")
     noise.add_argument("--batch-size", type=int, default=32, help="global, in examples (default 32)")
+    scaling = commands.add_parser("scaling", help="several devices, each way of using them, beside one")
+    scaling.add_argument("preset", choices=list(PRESETS), metavar="PRESET", help=", ".join(PRESETS))
+    scaling.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(KINDS)} (default: all)")
+    scaling.add_argument("--sequence-length", type=int, default=1024, help="tokens in a row (default 1024)")
+    scaling.add_argument("--batch-size", type=int, default=32, help="of one device, in examples (default 32)")
+    scaling.add_argument("--steps", type=int, default=20, help="timed steps (default 20)")
+    scaling.add_argument("--profile", action="store_true", help="the time in collectives, and what hides none of it")
     optimizers = commands.add_parser("optim", help="one update, beside optax's own and the bandwidth bound")
     optimizers.add_argument("names", nargs="+", choices=list(PEERS), metavar="OPTIMIZER", help=", ".join(PEERS))
     optimizers.add_argument("--preset", default="1b", choices=list(PRESETS), help="whose parameters (default 1b)")
@@ -55,6 +66,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = {"sequence_length": arguments.sequence_length, "batch_size": arguments.batch_size}
     if arguments.command == "noise-scale":
         console.print(noise_scale_table(arguments.preset, **rows))
+        return
+    if arguments.command == "scaling":
+        for kind in arguments.kinds:
+            if kind not in KINDS:
+                raise UserError(f"no way to use several devices is called {kind!r}: there are {', '.join(KINDS)}")
+        if len(jax.devices()) == 1:
+            raise UserError("scaling compares several devices with one, and here is one")
+        kinds, model = arguments.kinds or list(KINDS), ModelConfig.preset(arguments.preset)
+        console.print(scaling_table(model, kinds, **rows, steps=arguments.steps, profile=arguments.profile))
         return
     changes = {"remat": arguments.remat, "scan_layers": arguments.scan_layers or None}
     with user_values():

@@ -8,7 +8,7 @@ import jax
 import optax
 from rich.table import Table
 
-from crescendo import optim
+from crescendo import optim, parallel
 from crescendo.experiments.data.random_text import RandomText
 from crescendo.experiments.runs.state import TrainState
 from crescendo.experiments.runtime import hardware
@@ -65,6 +65,7 @@ def prepare(
     policy: BatchSizePolicy | None = None,
     noise_scale: optax.GradientTransformation | None = None,
     max_microbatch_examples: int | None = None,
+    layout: parallel.Layout | None = None,
 ) -> Loop:
     """Compiles the loop's step, AdamW included, and fills a batch with random tokens, as skewed as a text's.
 
@@ -76,6 +77,7 @@ def prepare(
       policy: of the batch size, whose first size is the batch's; None: constant.
       noise_scale: as `train` takes it.
       max_microbatch_examples: a bound below the one that memory sets.
+      layout: mesh and strategy; None: all devices along `data`.
     """
     start = time.perf_counter()
     session = Session(
@@ -86,6 +88,8 @@ def prepare(
         total_examples=2**31 - batch_size,
         noise_scale=noise_scale,
         max_microbatch_examples=max_microbatch_examples,
+        mesh=layout.mesh if layout else None,
+        strategy=layout.strategy if layout else "fsdp",
     )
     _ = session.step  # compiles it
     seconds = time.perf_counter() - start

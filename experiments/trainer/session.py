@@ -283,7 +283,7 @@ class Session:
             )
 
     @property
-    def step(self) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    def step(self) -> jax.stages.Compiled:
         """The compiled step, `(state, batch) -> (state, metrics)`; it gives the state's memory back."""
         return self._compiled[2]
 

@@ -21,7 +21,7 @@ def test_text_comes_back_without_its_mark(text, encoding):
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
-@given(text=st.text(min_size=1))
+@given(text=st.text(min_size=1).filter(lambda text: text[0] != "\0"))  # UTF-16's mark and a NUL are UTF-32's mark
 def test_another_encoding_is_refused(encoding, text):
     with pytest.raises(UserError, match=rf"a\.txt is in {encoding.upper()}, not in UTF-8; convert it, .* -f UTF-"):
         decoded(text.encode(encoding), "a.txt")

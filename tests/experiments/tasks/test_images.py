@@ -85,7 +85,8 @@ def test_padding_weighs_nothing(make):
     measured, found = (task.evaluate(parameters, x, Context(seed=3)) for x in (rows, padded))
     assert measured.keys() == {"loss", "accuracy"}
     assert {float(weight) for _, weight in measured.values()} == {5}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, measured)
+    # A product of another number of rows may add up in another order: some units in float32's last place.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, measured)
 
 
 @pytest.mark.parametrize("make", ["resnet", pytest.param("vit", marks=pytest.mark.slow)], indirect=True)

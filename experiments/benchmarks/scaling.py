@@ -1,0 +1,156 @@
+"""What several devices give, beside one of them in the same session: `crescendo benchmark scaling`."""
+
+import glob
+import re
+import statistics
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from rich.table import Table
+
+from crescendo import parallel
+from crescendo.experiments.benchmarks.steps import Loop, prepare
+from crescendo.experiments.runtime.errors import user_values
+from crescendo.models import ModelConfig
+from crescendo.parallel.collectives import traffic
+
+
+class Kind(NamedTuple):
+    """One way to use several devices: the mesh's axis that takes all of them, and the strategy.
+
+    Attributes:
+      axis: of the mesh.
+      strategy: a key of `crescendo.parallel.STRATEGIES`.
+      ulysses: whether heads are split along `sequence`, where the axis is that one.
+    """
+
+    axis: str
+    strategy: str
+    ulysses: bool = False
+
+
+KINDS = {
+    "data": Kind("data", "data"),
+    "zero1": Kind("fsdp", "zero1"),
+    "zero2": Kind("fsdp", "zero2"),
+    "fsdp": Kind("fsdp", "fsdp"),
+    "tensor": Kind("tensor", "fsdp"),
+    "ring": Kind("sequence", "fsdp"),
+    "ulysses": Kind("sequence", "fsdp", ulysses=True),
+}
+
+
+def layout_of(kind: Kind, devices: Sequence[jax.Device]) -> parallel.Layout:
+    """All the devices along the kind's axis."""
+    spec = parallel.MeshSpec(**({"data": 1} | {kind.axis: len(devices)}))
+    ulysses = len(devices) if kind.ulysses else 1
+    return parallel.Layout(spec.make(devices), parallel.strategy(kind.strategy, ulysses=ulysses))
+
+
+class Communication(NamedTuple):
+    """What a profile says of the collectives of a step, on the first device.
+
+    Attributes:
+      seconds: while a collective ran.
+      exposed_seconds: while one ran and nothing else did.
+    """
+
+    seconds: float
+    exposed_seconds: float
+
+
+def overlap(collectives: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The length of the union of the first intervals, and of the part of it that the second ones don't cover.
+
+    Args:
+      collectives, others: pairs of begin and end, in any order.
+
+    >>> overlap([(0, 10), (5, 12)], [(2, 4), (11, 20)])
+    (12, 9)
+    """
+    events = [(t, change, 0) for begin, end in others for t, change in ((begin, 1), (end, -1))]
+    events += [(t, change, 1) for begin, end in collectives for t, change in ((begin, 1), (end, -1))]
+    running = [0, 0]
+    total = exposed = previous = 0
+    for t, change, which in sorted(events):
+        if running[1]:
+            total += t - previous
+            exposed += 0 if running[0] else t - previous
+        running[which] += change
+        previous = t
+    return total, exposed
+
+
+def communication(loop: Loop, steps: int = 4) -> Communication | None:
+    """Profiles a few steps; None where the profile has no streams of a GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            loop.timed(steps)
+        files = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+        planes = jax.profiler.ProfileData.from_serialized_xspace(Path(files[0]).read_bytes()).planes if files else ()
+        for plane in planes:
+            if not re.fullmatch(r"/device:GPU:\d+", plane.name):
+                continue
+            streams = [line for line in plane.lines if line.name.startswith("Stream")]
+            events = [
+                (e.name, int(e.start_ns), int(e.start_ns + e.duration_ns)) for line in streams for e in line.events
+            ]
+            is_collective = ["nccl" in name.lower() for name, _, _ in events]
+            spans = {
+                wanted: [event[1:] for event, is_one in zip(events, is_collective, strict=True) if is_one == wanted]
+                for wanted in (True, False)
+            }
+            total, exposed = overlap(spans[True], spans[False])
+            return Communication(1e-9 * total / steps, 1e-9 * exposed / steps)
+    return None
+
+
+def scaling_table(
+    model: ModelConfig, kinds: Sequence[str], *, sequence_length: int, batch_size: int, steps: int, profile: bool
+) -> Table:
+    """Each kind over all devices, beside one device: the same examples for every part of the batch (weak scaling).
+
+    `tensor`, `ring` and `ulysses` split no examples, so they take the batch of one device.
+
+    Args:
+      model: the decoder's shape.
+      kinds: keys of `KINDS`.
+      sequence_length: tokens in a row.
+      batch_size: of one device, in examples.
+      steps: timed steps.
+      profile: whether to measure the time in collectives, and its part that nothing hides.
+    """
+    devices = jax.devices()
+    layouts = {"one device": layout_of(KINDS["data"], devices[:1])} | {
+        kind: layout_of(KINDS[kind], devices) for kind in kinds
+    }
+    title = f"{len(devices)} x {devices[0].device_kind}, rows of {sequence_length}, {batch_size} a part of the batch"
+    columns = ["kind", "batch", "ms a step", "tokens/s", f"of {len(devices)} x one", "sent, MB", "collectives, ms"]
+    table = Table(*columns, "not hidden, ms", "GiB", "microbatch", title=title)
+    alone = None
+    for name, layout in layouts.items():
+        examples = batch_size * layout.batch_shards
+        with user_values():
+            loop = prepare(model, sequence_length=sequence_length, batch_size=examples, layout=layout)
+        loop, seconds = loop.timed(steps + 3)
+        step_seconds = statistics.median(seconds[3:])
+        tokens_per_second = examples * sequence_length / step_seconds
+        alone = alone or tokens_per_second
+        sent = traffic(loop.session.step.as_text() or "", microbatches=loop.session.plan.microbatches(examples))
+        seen = communication(loop) if profile else None
+        table.add_row(
+            name,
+            str(examples),
+            f"{1e3 * step_seconds:,.1f}",
+            f"{tokens_per_second:,.0f}",
+            "-" if name == "one device" else f"{tokens_per_second / alone / len(devices):.1%}",
+            f"{sum(kind.sent_bytes for kind in sent.values()) / 1e6:,.0f}",
+            f"{1e3 * seen.seconds:.1f}" if seen else "-",
+            f"{1e3 * seen.exposed_seconds:.1f}" if seen else "-",
+            f"{loop.session.peak_bytes / 2**30:.1f}",
+            str(loop.session.plan.microbatch_examples),
+        )
+    return table
