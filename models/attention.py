@@ -1,5 +1,7 @@
 """Grouped-query attention over packed rows."""
 
+import functools
+
 from flax import nnx
 
 from crescendo.models import axes
@@ -18,7 +20,7 @@ class Attention(nnx.Module):
     """`softmax(q k^T / sqrt(E)) v` with H query heads over K key and value heads (Ainslie et al. 2023).
 
     It is called with cosines and sines of the rotary angles, `[B, T, E / 2]`; `implementation` is that of the norms
-    with rotation, None for the first that serves arrays as they lie.
+    with rotation, None for the first that serves.
     """
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
@@ -46,10 +48,15 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD, attend, cosine, sine, layout: Layout, *, implementation: str | None = None):
         q_BTHE, k_BTKE, v_BTKE = (project(x_BTD, layout) for project in (self.query, self.key, self.value))
         if self.qk_norm:
-            scales, epsilon = (self.query_norm.scale[...], self.key_norm.scale[...]), self.query_norm.epsilon
-            implementation = implementation or layout.implementation
-            q_BTHE, k_BTKE = qk_norm_rotary(
-                q_BTHE, k_BTKE, *scales, cosine, sine, eps=epsilon, implementation=implementation
+            norm = functools.partial(qk_norm_rotary, eps=self.query_norm.epsilon, implementation=implementation)
+            scales = self.query_norm.scale[...], self.key_norm.scale[...]
+            of_scales = [("batch", None) if scale.ndim == 2 else (None,) for scale in scales]  # each example's, or one
+            heads, angles = ("batch", "length", "heads", None), ("batch" if len(cosine) > 1 else None, "length", None)
+            q_BTHE, k_BTKE = layout.on_parts(
+                norm,
+                (q_BTHE, k_BTKE, *scales, cosine, sine),
+                (heads, heads, *of_scales, angles, angles),
+                (heads, heads),
             )
         else:
             q_BTHE, k_BTKE = rotate(q_BTHE, cosine, sine), rotate(k_BTKE, cosine, sine)

@@ -1,22 +1,17 @@
 """How a model's arrays lie over devices; here for one device, `crescendo.parallel.Layout` is the same for a mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 
+Names = tuple[str | None, ...]
+
 
 class Layout(Protocol):
-    """What a model asks of a mesh, in logical axis names; it calls these and knows nothing of the rest.
+    """What a model asks of a mesh, in logical axis names; it calls these and knows nothing of the rest."""
 
-    Attributes:
-      implementation: of ops (`crescendo.pallas_kernels`) that are called on arrays as they lie, outside of `attend` and
-        the like: None, the first that serves, where every array is on one device.
-    """
-
-    implementation: str | None
-
-    def constrain(self, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    def constrain(self, array: jax.Array, names: Names) -> jax.Array:
         """The same array, laid out by the logical names of its axes; None is an axis that isn't split."""
         ...
 
@@ -29,6 +24,17 @@ class Layout(Protocol):
 
     def in_row_order(self, array: jax.Array, axis: int = 1) -> jax.Array:
         """An array made in the natural order of a row's tokens, in the order in which rows lie on the devices."""
+        ...
+
+    def on_parts(self, function: Callable, arrays: Sequence[jax.Array], inputs: Sequence[Names], outputs: Names) -> Any:
+        """`function(*arrays)`, on every device's own parts: kernels see plain arrays there.
+
+        Args:
+          function: what one part of the result takes is in the same part of the arrays.
+          arrays: its arguments.
+          inputs: the logical names of their axes; an axis that isn't split is None.
+          outputs: those of the result, or of each if there are several.
+        """
         ...
 
     def attend(
@@ -53,9 +59,7 @@ class Layout(Protocol):
 class OneDevice:
     """Everything in one place."""
 
-    implementation: str | None = None
-
-    def constrain(self, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    def constrain(self, array: jax.Array, names: Names) -> jax.Array:
         """The array."""
         del names
         return array
@@ -69,6 +73,11 @@ class OneDevice:
         """The array."""
         del axis
         return array
+
+    def on_parts(self, function: Callable, arrays: Sequence[jax.Array], inputs: Sequence[Names], outputs: Names) -> Any:
+        """`function(*arrays)`."""
+        del inputs, outputs
+        return function(*arrays)
 
     def attend(
         self, attention: Callable, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool, blocks: Any

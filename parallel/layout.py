@@ -3,7 +3,7 @@
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,8 +32,9 @@ class Layout:
     Attributes:
       parts: how many parts of a microbatch keep their gradients apart until the end of a step.
       batch_shards: how many parts a microbatch is split in, by examples.
-      implementation: of ops that are called on arrays as they lie: "reference" over several devices, as the partitioner
-        can split only what XLA compiled; None, the first that serves, on one.
+      implementation: of ops that are called on arrays as they lie, outside of `on_parts`, `attend` and the like:
+        "reference" over several devices, as the partitioner can split only what XLA compiled; None, the first that
+        serves, on one.
       key_copies: on how many devices along `tensor` each key head is; see `with_heads`.
 
     Raises:
@@ -227,6 +228,12 @@ class Layout:
         manual = frozenset(context.manual_axes)  # inside a shard_map these axes are spoken for
         spec = PartitionSpec(*spec_entries(table, names, manual))
         return jax.lax.with_sharding_constraint(array, NamedSharding(context if manual else self.mesh, spec))
+
+    def on_parts(self, function: Callable, arrays: Sequence[jax.Array], inputs: Sequence[tuple], outputs: tuple) -> Any:
+        """`function(*arrays)` on every device's own parts, by the logical names of the axes, see `models.layout`."""
+        if self.mesh.size == 1:
+            return function(*arrays)
+        return self._by_device(function, tuple(inputs), outputs)(*arrays)
 
     def attend(
         self, attention: Callable, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool, blocks: Any
