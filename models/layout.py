@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import jax
 
 Names = tuple[str | None, ...]
+SeveralNames = tuple[Names, ...]
 
 
 class Layout(Protocol):
@@ -26,7 +27,9 @@ class Layout(Protocol):
         """An array made in the natural order of a row's tokens, in the order in which rows lie on the devices."""
         ...
 
-    def on_parts(self, function: Callable, arrays: Sequence[jax.Array], inputs: Sequence[Names], outputs: Names) -> Any:
+    def on_parts(
+        self, function: Callable, arrays: Sequence[jax.Array], inputs: SeveralNames, outputs: Names | SeveralNames
+    ) -> Any:
         """`function(*arrays)`, on every device's own parts: kernels see plain arrays there.
 
         Args:
@@ -74,7 +77,9 @@ class OneDevice:
         del axis
         return array
 
-    def on_parts(self, function: Callable, arrays: Sequence[jax.Array], inputs: Sequence[Names], outputs: Names) -> Any:
+    def on_parts(
+        self, function: Callable, arrays: Sequence[jax.Array], inputs: SeveralNames, outputs: Names | SeveralNames
+    ) -> Any:
         """`function(*arrays)`."""
         del inputs, outputs
         return function(*arrays)

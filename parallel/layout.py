@@ -229,11 +229,11 @@ class Layout:
         spec = PartitionSpec(*spec_entries(table, names, manual))
         return jax.lax.with_sharding_constraint(array, NamedSharding(context if manual else self.mesh, spec))
 
-    def on_parts(self, function: Callable, arrays: Sequence[jax.Array], inputs: Sequence[tuple], outputs: tuple) -> Any:
+    def on_parts(self, function: Callable, arrays: Sequence[jax.Array], inputs: tuple, outputs: tuple) -> Any:
         """`function(*arrays)` on every device's own parts, by the logical names of the axes, see `models.layout`."""
         if self.mesh.size == 1:
             return function(*arrays)
-        return self._by_device(function, tuple(inputs), outputs)(*arrays)
+        return self._by_device(function, inputs, outputs)(*arrays)
 
     def attend(
         self, attention: Callable, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, *, causal: bool, blocks: Any
