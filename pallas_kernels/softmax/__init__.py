@@ -26,7 +26,8 @@ def softmax(x, axis=-1, *, scale=None, soft_cap=None, mask=None):
       axis: along which the results add up to 1.
       scale: s, multiplies x; None: 1.
       soft_cap: c, above 0; None: the logits as they are.
-      mask: bool, broadcastable to x, False where an entry counts nothing.
+      mask: bool, broadcastable to x, False where an entry counts nothing. It may hold anything there, NaN too, and so
+        may its cotangent.
 
     Returns:
       In the shape and dtype of x.

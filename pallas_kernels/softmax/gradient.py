@@ -3,6 +3,8 @@
 `dx = y (dy - m)`, where m is the mean of dy weighted by y: `sum(y dy) / sum(y)`. The results as stored are rounded, and
 add up to 1 only nearly: without the division, m would be off by as much, and drown the gradient of a row where one
 entry has nearly all of the weight (bfloat16, 300 logits of standard deviation 4: errors above 5% in one row of 100).
+
+An entry without weight has no gradient and gives none, whatever its x and dy are: what a mask hides may be NaN.
 """
 
 import dataclasses
@@ -55,6 +57,19 @@ def logits(x, scale: float, soft_cap: float | None):
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     scaled = x * scale
     return (scaled if soft_cap is None else soft_cap * jnp.tanh(scaled / soft_cap)), x != -jnp.inf
+
+
+def of_rows(y, dy, x, options: Options, axis: int):
+    """The gradient of x along an axis of results y, in at least float32; x is None where there is no soft cap."""
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    y, total = y.astype(wide), functools.partial(jnp.sum, axis=axis, keepdims=True)
+    hidden = y == (-jnp.inf if options.log else 0)
+    dy = jnp.where(hidden, 0, dy.astype(wide))
+    dx = dy - jnp.exp(y) * total(dy) if options.log else y * (dy - weighted_mean(total(y * dy), total(y)))
+    if options.soft_cap is not None:
+        value, _ = logits(x, options.scale, options.soft_cap)
+        dx *= 1 - jnp.square(value / options.soft_cap)
+    return jnp.where(hidden, 0, dx * options.scale)
 
 
 def weighted_mean(terms, weights):

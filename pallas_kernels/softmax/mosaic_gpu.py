@@ -168,11 +168,15 @@ class _Backward(_Passes):
         for i, (y_ref, dy_ref) in enumerate(zip(*map(_pieces, refs), strict=True)):
             y, dy = self._terms(y_ref, dy_ref) if held is None else held[i]()
             dx = dy - jnp.exp2(y * LOG2E) * total if self.options.log else y * (dy - total)
-            dy_ref[...] = (dx * self.options.scale).astype(dy_ref.dtype)
+            dx = jnp.where(self._hidden(y), 0.0, dx * self.options.scale)
+            dy_ref[...] = dx.astype(dy_ref.dtype)
 
     def _terms(self, y_ref, dy_ref):
         y, dy = hopper_rows.load(y_ref, y_ref.dtype), hopper_rows.load(dy_ref, y_ref.dtype)
-        return (y, jnp.where(y == -jnp.inf, 0.0, dy)) if self.options.log else (y, dy)
+        return y, jnp.where(self._hidden(y), 0.0, dy)
+
+    def _hidden(self, y):
+        return y == (-jnp.inf if self.options.log else 0.0)
 
 
 def _pieces(ref):

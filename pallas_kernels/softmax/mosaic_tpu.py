@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from crescendo.pallas_kernels.op import Unsupported
 from crescendo.pallas_kernels.sharded import sharded
-from crescendo.pallas_kernels.softmax.gradient import Options, differentiable, logits, weighted_mean
+from crescendo.pallas_kernels.softmax.gradient import Options, differentiable, logits, of_rows
 from crescendo.pallas_kernels.tpu_rows import VMEM_BYTES, block_rows, require_full_rows
 
 
@@ -86,14 +86,5 @@ def _forward_kernel(options: Options, x_ref, *refs):
 
 def _backward_kernel(options: Options, y_ref, dy_ref, *refs):
     *x_ref, dx_ref = refs
-    y, dy = y_ref[...].astype(jnp.float32), dy_ref[...].astype(jnp.float32)
-    if options.log:
-        dy = jnp.where(y == -jnp.inf, 0, dy)
-        dx = dy - jnp.exp(y) * jnp.sum(dy, axis=1, keepdims=True)
-    else:
-        total = functools.partial(jnp.sum, axis=1, keepdims=True)
-        dx = y * (dy - weighted_mean(total(y * dy), total(y)))
-    if x_ref:
-        value, _ = logits(x_ref[0][...], options.scale, options.soft_cap)
-        dx *= 1 - jnp.square(value / options.soft_cap)
-    dx_ref[...] = (dx * options.scale).astype(dx_ref.dtype)
+    dx = of_rows(y_ref[...], dy_ref[...], x_ref[0][...] if x_ref else None, options, 1)
+    dx_ref[...] = dx.astype(dx_ref.dtype)

@@ -206,8 +206,8 @@ def _terms(y, dy, LOG: tl.constexpr):
     """The cotangents that count, and what their row adds up: terms and weights, all of them 0 in log space."""
     y = y.to(tl.float32)
     dy = dy.to(tl.float32)
+    dy = tl.where(y == (-float("inf") if LOG else 0.0), 0.0, dy)
     if LOG:
-        dy = tl.where(y == -float("inf"), 0.0, dy)
         return dy, dy, tl.zeros_like(dy)
     return dy, y * dy, y
 
@@ -219,8 +219,8 @@ def _gradient(y, dy, x, total, SCALE: tl.constexpr, CAP: tl.constexpr, LOG: tl.c
     dx = dy - tl.exp2(y * LOG2E) * total if LOG else y * (dy - total)
     if CAP > 0:
         t = capped(x, SCALE, CAP) * (1 / CAP)
-        dx = tl.where(t == -float("inf"), 0.0, dx * (1 - t * t))
-    return dx * SCALE
+        dx = dx * (1 - t * t)
+    return tl.where(y == (-float("inf") if LOG else 0.0), 0.0, dx * SCALE)
 
 
 @triton.jit

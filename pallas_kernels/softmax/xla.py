@@ -1,10 +1,8 @@
 """For any device: XLA's own fusions, with the shared gradient."""
 
-import functools
-
 import jax.numpy as jnp
 
-from crescendo.pallas_kernels.softmax.gradient import Options, differentiable, logits, weighted_mean
+from crescendo.pallas_kernels.softmax.gradient import Options, differentiable, logits, of_rows
 
 
 def softmax(x, *, axis, scale, soft_cap, mask):
@@ -34,15 +32,4 @@ def forward(x, mask, options: Options):
 
 def backward(y, dy, x, options: Options):
     """The gradient of x."""
-    wide = jnp.promote_types(y.dtype, jnp.float32)
-    y, dy = y.astype(wide), dy.astype(wide)
-    if options.log:
-        dy = jnp.where(y == -jnp.inf, 0, dy)
-        dx = dy - jnp.exp(y) * jnp.sum(dy, axis=options.axis, keepdims=True)
-    else:
-        total = functools.partial(jnp.sum, axis=options.axis, keepdims=True)
-        dx = y * (dy - weighted_mean(total(y * dy), total(y)))
-    if options.soft_cap is not None:
-        value, _ = logits(x, options.scale, options.soft_cap)
-        dx *= 1 - jnp.square(value / options.soft_cap)
-    return dx * options.scale
+    return of_rows(y, dy, x, options, options.axis)

@@ -106,6 +106,23 @@ def test_softmax_interpreted_loses_nothing_to_rounded_results(columns, interpret
     assert jnp.max(jnp.abs(back(jnp.ones_like(y))[0])) < 1e-6
 
 
+@pytest.mark.parametrize("columns", [512, 64], ids=["on chip", "longer"])
+@pytest.mark.parametrize("op", [softmax, log_softmax], ids=name)
+def test_softmax_interpreted_does_not_look_at_what_a_mask_hides(op, columns, interpreted):
+    interpreted(columns)
+    random = np.random.default_rng()
+    mask, x, cotangent = random.random((3, 100)) < 0.6, *random.normal(size=(2, 3, 100)).astype(np.float32)
+    mask[1] = False
+
+    def both(value):
+        call = functools.partial(op, mask=jnp.asarray(mask), soft_cap=2.0, implementation="triton")
+        y, back = jax.vjp(call, jnp.where(mask, x, value))
+        return y, back(jnp.where(mask, cotangent, value))[0]
+
+    for found, right in zip(both(np.nan), both(0.0), strict=True):
+        np.testing.assert_array_equal(found, right)
+
+
 @functools.cache
 def h100():
     config = (HERE / "h100.txtpb").read_text()

@@ -132,6 +132,34 @@ def test_a_finite_entry_counts_however_far_the_scale_takes_it(implementation):
     np.testing.assert_allclose(y, np.array([np.exp(-5), 1, 0]) / (1 + np.exp(-5)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+@pytest.mark.parametrize("options", [{}, {"soft_cap": 2.0}, {"scale": -1.0, "soft_cap": 2.0}], ids=str)
+def test_what_a_mask_hides_does_not_matter(op, implementation, options):
+    """Neither the entry nor its cotangent, such as that of weights times values of which some are NaN."""
+    x, cotangent = jnp.array([[1.0, 7, 3], [2, 0, 1], [4, 5, 6]]), jnp.array([[1.0, 2, 3], [5, 4, 6], [7, 8, 9]])
+    mask = jnp.array([[True, False, True], [True, True, False], [False] * 3])
+    both = lambda value, of_cotangent: value_and_gradient(  # noqa: E731
+        op,
+        implementation,
+        options | {"mask": mask},
+        *(jnp.where(mask, *a) for a in ((x, value), (cotangent, of_cotangent))),
+    )
+    expected = both(0.0, 0.0)
+    for value in (np.nan, np.inf, -np.inf, 1e38):
+        for found, right in zip(both(value, value), expected, strict=True):
+            np.testing.assert_array_equal(found, right)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_what_counts_and_is_nan_shows(op, implementation):
+    options = {"mask": jnp.array([True, True, False])}
+    y, dx = value_and_gradient(op, implementation, options, jnp.array([1.0, np.nan, 2.0]), jnp.ones(3))
+    assert np.isnan(y[:2]).all()
+    assert np.isnan(dx[:2]).all()
+
+
 def test_vmap_and_empty_rows():
     x = jnp.asarray(np.random.default_rng().normal(size=(3, 4, 5)), jnp.float32)
     mapped = jax.vmap(lambda x: softmax(x, implementation="xla"))(x)
