@@ -33,7 +33,7 @@ def attention(config, operands: Operands, return_lse: bool):
     maximum = jax.lax.stop_gradient(scores.max(-1, keepdims=True, initial=-jnp.inf))
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(maximum), maximum, 0))
     total = weights.sum(-1, keepdims=True)
-    seen = total > 0
+    seen = total != 0  # NaN shows
     safe = jnp.where(seen, total, 1)
     lse = jnp.where(seen, jnp.log(safe) + jnp.where(seen, maximum, 0), -jnp.inf)[..., 0]
     weights = weights / safe

@@ -124,7 +124,7 @@ def forward(config: Config, operands: Operands):
     out = jnp.zeros_like(jnp.moveaxis(grouped, 1, 3), dtype=exact)
     start = jnp.full_like(out[..., 0], -jnp.inf), out[..., 0], out
     (maximum, total, out), _ = jax.lax.scan(step, _varying(start, operands), parts)
-    seen = total > 0
+    seen = total != 0  # NaN shows
     out = out / jnp.where(seen, total, 1)[..., None]
     lse = jnp.where(seen, jnp.log(jnp.where(seen, total, 1)) + jnp.where(seen, maximum, 0), -jnp.inf)
     out = jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width)
