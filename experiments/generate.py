@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,9 +16,9 @@ from crescendo.experiments.runtime.cache import use_compilation_cache
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.encoding import check_typed, decoded
-from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.models import ModelConfig
-from crescendo.models.decode import Cache, decode, empty_cache, sample
+from crescendo.models.decode import Cache, check_sampling, decode, empty_cache, sample
 
 # Prompts and caches are rounded up to so many tokens, so that texts of like lengths share compiled programs.
 BUCKET = 64
@@ -72,12 +71,8 @@ def generate(
     """
     if tokens < 1:
         raise UserError(f"--tokens {tokens} must be at least 1")
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"--temperature {temperature} must be at least 0 and finite")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"--top-k {top_k} must be at least 1")
-    if not 0 < top_p <= 1:
-        raise UserError(f"--top-p {top_p} must be above 0 and at most 1")
+    with user_values():
+        check_sampling(temperature, top_k, top_p)
     end = model.tokenizer.end_of_text
     read = np.concatenate([[end], model.tokenizer.encode(prompt)]).astype(np.int32)
     room = -(-(len(read) + tokens) // BUCKET) * BUCKET

@@ -31,7 +31,7 @@ def decode(config: ModelConfig, parameters: dict, tokens_BT, begin, cache: Cache
     """Logits after each of some tokens, which go behind the `begin` ones that the cache has seen.
 
     What the cache holds past `begin` is overwritten or not looked at, so a prompt may be padded at its end and
-    decoding may go on from its true length. (Kernels for GPUs and TPUs multiply it by 0: there it must be finite.)
+    decoding may go on from its true length.
 
     Args:
       config: `dtype` and `scan_layers` decided.
@@ -62,7 +62,9 @@ def decode(config: ModelConfig, parameters: dict, tokens_BT, begin, cache: Cache
 
         def attend(q_BTHE, k_BTKE, v_BTKE):
             for name, new in (("keys", k_BTKE), ("values", v_BTKE)):
-                layer_cache[name] = jax.lax.dynamic_update_slice_in_dim(layer_cache[name], new, begin, axis=1)
+                # What is past the tokens becomes 0, since kernels of attention multiply by 0 what they don't see.
+                kept = jnp.where((seen_BS < begin)[..., None, None], layer_cache[name], 0)
+                layer_cache[name] = jax.lax.dynamic_update_slice_in_dim(kept, new, begin, axis=1)
             # Causal by position: what lies in the cache past a token is after it.
             return attention(
                 q_BTHE, layer_cache["keys"], layer_cache["values"], causal=True, positions=(positions_BT, seen_BS)
@@ -87,7 +89,7 @@ def sample(logits_BV, key, *, temperature: float = 1.0, top_k: int | None = None
     Args:
       logits_BV: float32.
       key: a random key.
-      temperature: divides the logits; 0 takes the greatest.
+      temperature: divides the logits; 0 takes the greatest, of equal ones the first.
       top_k: only the k greatest can be taken; of equal ones the first.
       top_p: only the fewest tokens whose probabilities reach this sum (Holtzman et al. 2020), likewise.
 
@@ -97,15 +99,11 @@ def sample(logits_BV, key, *, temperature: float = 1.0, top_k: int | None = None
     >>> print(sample(jnp.array([[0.0, 2.0, 1.0]]), jax.random.key(0), temperature=0.0))
     [1]
     """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature = {temperature} must be at least 0 and finite")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k = {top_k} must be at least 1")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p} must be above 0 and at most 1: for the likeliest token use temperature 0")
-    if temperature == 0:
+    check_sampling(temperature, top_k, top_p)
+    if temperature < jnp.finfo(logits_BV.dtype).tiny:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits = logits_BV / temperature
+    # From the greatest on, so that however low the temperature nothing becomes infinite that isn't lost anyway.
+    logits = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature
 
     def only(tokens, values):
         """The logits of these tokens alone."""
@@ -121,3 +119,13 @@ def sample(logits_BV, key, *, temperature: float = 1.0, top_k: int | None = None
         before = jnp.cumsum(shares, axis=-1) - shares  # of all that are likelier; 0 for the likeliest, which stays
         logits = only(order, jnp.where(before < top_p, ordered, -jnp.inf))
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
+    """Raises ValueError for an option of `sample` out of its range."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature = {temperature} must be at least 0 and finite")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k = {top_k} must be at least 1")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p = {top_p} must be above 0 and at most 1: for the likeliest token use temperature 0")

@@ -47,6 +47,14 @@ def test_equal_logits_leave_one_token_to_the_greediest():
         assert drawn(logits, **options) == {1}
 
 
+@pytest.mark.parametrize("temperature", [1e-50, 1e-39, 1e-30, 1e-10])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.9}], ids=str)
+def test_a_temperature_near_0_takes_the_greatest(temperature, options):
+    """Divided by it, logits would be infinite, and so equal."""
+    for logits in ([1.0, 3.0, 2.0], [-np.inf, 3e38, 1e38], [-np.inf, -4.0, -5.0]):
+        assert drawn(jnp.array(logits), temperature=temperature, **options) == {1}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -70,7 +78,9 @@ def test_what_the_cache_holds_past_its_tokens_does_not_matter(quick_compilation)
     def logits(value: float) -> list[np.ndarray]:
         cache = jax.tree.map(lambda x: jnp.full_like(x, value), empty_cache(CONFIG, 1, 8))
         first, cache = run(parameters, tokens[:, :3], 0, cache)
-        second, _ = run(parameters, tokens[:, 3:], 3, cache)
+        second, cache = run(parameters, tokens[:, 3:], 3, cache)
+        # Nor do kernels of attention meet it, which multiply by 0 what they don't see.
+        assert all(not np.any(array[:, :, 6:]) for array in cache.values())
         return [np.asarray(first), np.asarray(second)]
 
     expected = logits(0.0)

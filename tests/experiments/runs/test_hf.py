@@ -294,7 +294,7 @@ def test_a_run_goes_on_with_a_text(run):
     assert greedy == tokens[0, 7 : 7 + len(greedy)].tolist()
     once, again = (list(generate(model, "batch ", tokens=12, seed=3)) for _ in range(2))
     assert once == again != list(generate(model, "batch ", tokens=12, seed=4))
-    for values, message in [({"tokens": 0}, "--tokens 0"), ({"top_p": 0.0}, "--top-p 0"), ({"top_k": 0}, "--top-k 0")]:
+    for values, message in [({"tokens": 0}, "--tokens 0"), ({"top_p": 0.0}, "top_p = 0"), ({"top_k": 0}, "top_k = 0")]:
         with pytest.raises(UserError, match=message):
             next(generate(model, "", **values))
 
