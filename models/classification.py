@@ -16,7 +16,7 @@ def classification_loss(logits_BC, labels_B, weights_B=None, *, label_smoothing:
 
     Args:
       logits_BC: float32.
-      labels_B: int32 in `[0, C)`.
+      labels_B: int32 in `[0, C)`; others make the loss and its gradients NaN.
       weights_B: a, float32; None: 1. Where it is 0, logits and labels may hold anything.
       label_smoothing: epsilon in [0, 1).
 
@@ -24,16 +24,15 @@ def classification_loss(logits_BC, labels_B, weights_B=None, *, label_smoothing:
     >>> print(f"{loss:.4f} {weight}")
     2.0794 1.0
     """
-    if weights_B is not None:
-        # What weighs nothing may hold anything: 0 times NaN is NaN.
-        logits_BC = jnp.where((weights_B == 0)[:, None], 0, logits_BC)
-        labels_B = jnp.where(weights_B == 0, 0, labels_B)
-    log_probabilities = jax.nn.log_softmax(logits_BC)
+    weights_B = jnp.ones(labels_B.shape, jnp.float32) if weights_B is None else weights_B
+    in_range_B, nothing_B = (labels_B >= 0) & (labels_B < logits_BC.shape[-1]), weights_B == 0
+    weights_B = jnp.where(in_range_B | nothing_B, weights_B, jnp.nan)
+    # Selected away, since 0 times NaN is NaN.
+    log_probabilities = jax.nn.log_softmax(jnp.where(nothing_B[:, None], 0, logits_BC))
+    labels_B = jnp.where(in_range_B, labels_B, 0)
     losses = -jnp.take_along_axis(log_probabilities, labels_B[:, None], axis=-1)[:, 0]
     if label_smoothing:
         losses = (1 - label_smoothing) * losses - label_smoothing * jnp.mean(log_probabilities, axis=-1)
-    if weights_B is None:
-        return jnp.sum(losses), jnp.float32(losses.size)
     return jnp.sum(weights_B * losses), jnp.sum(weights_B)
 
 

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from crescendo.experiments.data.rows import Source
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.models.layout import ONE_DEVICE, Layout
 
 Tree = Any
@@ -146,3 +148,31 @@ def padded_rows(source: Source, examples: np.ndarray, count: int) -> dict[str, n
     """`count` rows: these examples of the source with their numbers (`EXAMPLE`), and zeros behind them."""
     rows = {**source.take(examples), EXAMPLE: examples.astype(np.int32)}
     return {name: np.pad(x, ((0, count - len(examples)), *((0, 0),) * (x.ndim - 1))) for name, x in rows.items()}
+
+
+def refuse_outside(
+    name: str, array: np.ndarray, row_numbers: ArrayLike, of: str, size: int, counts: np.ndarray | bool = True
+) -> None:
+    """Raises UserError for a token or a label that a model has nothing for; it names the first.
+
+    Args:
+      name: of the array.
+      array: int32 `[rows, ...]`, whose entries must lie in 0..size - 1.
+      row_numbers: the rows' numbers in their source.
+      of: what the size is of.
+      size: of the vocabulary, or how many classes there are.
+      counts: where it matters.
+
+    >>> refuse_outside("labels", np.array([3, -1]), [5, 7], "classes", 4)  # doctest: +IGNORE_EXCEPTION_DETAIL
+    Traceback (most recent call last):
+    ...
+    UserError: train.data: labels of row 7 is -1, and of classes = 4 it must lie in 0..3
+    """
+    outside = counts & ((array < 0) | (array >= size))
+    if outside.any():
+        row, *place = np.argwhere(outside)[0]
+        where = name + "".join(f"[{i}]" for i in place)
+        raise UserError(
+            f"train.data: {where} of row {np.asarray(row_numbers)[row]} is {array[(row, *place)]}, "
+            f"and of {of} = {size} it must lie in 0..{size - 1}"
+        )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.tasks.base import Context, Loss, RowArray, Source, Tree
+from crescendo.experiments.tasks.base import Context, Loss, RowArray, Source, Tree, refuse_outside
 from crescendo.experiments.tasks.text import DROPOUT, fingerprint
 from crescendo.models import resnet, vit
 from crescendo.models.classification import classification_accuracy, classification_loss
@@ -40,17 +40,24 @@ class Weighted:
 
     Args:
       source: of rows without it.
+      classes: labels must be below.
     """
 
-    def __init__(self, source: Source):
-        self._source = source
+    def __init__(self, source: Source, classes: int):
+        self._source, self._classes = source, classes
 
     def __len__(self) -> int:
         return len(self._source)
 
     def take(self, row_numbers: ArrayLike) -> dict[str, np.ndarray]:
-        """The rows of these numbers, stacked."""
-        return {**self._source.take(row_numbers), "weights": np.ones(len(np.asarray(row_numbers)), np.float32)}
+        """The rows of these numbers, stacked.
+
+        Raises:
+          UserError: for a label that is no class, such as the -1 of pictures whose class nobody tells.
+        """
+        rows = self._source.take(row_numbers)
+        refuse_outside("labels", rows["labels"], row_numbers, "classes", self._classes)
+        return {**rows, "weights": np.ones(len(np.asarray(row_numbers)), np.float32)}
 
 
 class Images:
@@ -88,8 +95,11 @@ class Images:
             "labels": RowArray((), "int32", ()),
             "weights": RowArray((), "float32", ()),
         }
-        self.train = Weighted(data.train)
-        self.held_out = {"validation": Weighted(data.validation), "test": Weighted(data.test)}
+        self.train = Weighted(data.train, data.classes)
+        self.held_out = {
+            "validation": Weighted(data.validation, data.classes),
+            "test": Weighted(data.test, data.classes),
+        }
         network = "vit" if isinstance(model, ViTConfig) else "resnet"
         options = {"task": self.name, "network": network, "label_smoothing": label_smoothing}
         self.identity = {**self.config.identity, **options}

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from crescendo import models
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.tasks.base import Context, RowArray, Source, Tree
+from crescendo.experiments.tasks.base import Context, RowArray, Source, Tree, refuse_outside
 from crescendo.models import ModelConfig, axes
 
 VOCAB_MULTIPLE = 128
@@ -60,13 +60,7 @@ class InVocabulary:
         """
         rows = self._source.take(row_numbers)
         for name in ("tokens", "labels"):
-            outside = (rows["segment_ids"] > 0) & ((rows[name] < 0) | (rows[name] >= self._vocab_size))
-            if outside.any():
-                row, place = np.argwhere(outside)[0]
-                raise UserError(
-                    f"train.data: {name}[{place}] of row {np.asarray(row_numbers)[row]} is {rows[name][row, place]},"
-                    f" and of vocab_size = {self._vocab_size} it must lie in 0..{self._vocab_size - 1}"
-                )
+            refuse_outside(name, rows[name], row_numbers, "vocab_size", self._vocab_size, rows["segment_ids"] > 0)
         return rows
 
 

@@ -97,6 +97,15 @@ def test_what_weighs_nothing_may_hold_anything():
             np.testing.assert_array_equal(result, array)
 
 
+@pytest.mark.parametrize("label", [-1, 3, 1000])
+@pytest.mark.parametrize("weights", [None, jnp.ones(2)], ids=["unweighted", "weighted"])
+def test_a_label_that_is_no_class_shows(label, weights):
+    loss = lambda scores: classification_loss(scores, jnp.array([2, label]), weights)[0]  # noqa: E731
+    value, gradient = jax.value_and_grad(loss)(jnp.arange(6.0).reshape(2, 3))
+    assert np.isnan(value)
+    assert np.isnan(gradient[1]).all()
+
+
 def test_sharded_examples_give_the_same_gradients(parameters, batch):
     """With statistics per example nothing couples the shards but the sum."""
 

@@ -54,6 +54,16 @@ def test_they_say_what_they_are(make):
     assert task.flops_per_example > 0
 
 
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_that_are_no_class_are_refused_where_they_come_in(data, label):
+    """Such as those of a test split that nobody tells the classes of."""
+    wrong = ImageRows(data.test.images, np.array([0, 1, label, 2, 3]))
+    task = images(SimpleNamespace(**{**vars(data), "test": wrong}), MODELS["resnet"].for_platform("cpu"))
+    task.held_out["test"].take([0, 1])
+    with pytest.raises(UserError, match=rf"labels of row 2 is {label}, and of classes = 4 it must lie in 0\.\.3"):
+        task.held_out["test"].take([4, 2])
+
+
 def test_networks_have_fingerprints_of_their_own(data):
     assert len({images(data, model.for_platform("cpu")).fingerprint for model in MODELS.values()}) == 2
 
