@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from crescendo.optim.masks import leaves_with_paths
+
 
 class Range(NamedTuple):
     """Values from `low` to `high`, each end in or out, and one to try."""
@@ -112,9 +114,9 @@ def check_real(params: Any, name: str) -> None:
       ...
     ValueError: sophia takes real parameters and w is complex64: train its real and imaginary parts
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for path, leaf in leaves_with_paths(params):
         if jnp.iscomplexobj(leaf):
-            which = f"{jax.tree_util.keystr(path, simple=True, separator='/') or 'one'} is {jnp.result_type(leaf)}"
+            which = f"{'/'.join(path) or 'one'} is {jnp.result_type(leaf)}"
             raise ValueError(f"{name} takes real parameters and {which}: train its real and imaginary parts")
 
 

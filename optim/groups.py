@@ -187,8 +187,7 @@ def _indices(groups: Sequence[ParameterGroup], params: optax.Params, logical_axe
 
 def _axes_by_path(logical_axes: Any) -> dict[str, tuple[str | None, ...]]:
     """The logical axes of every parameter by its path."""
-    leaves = jax.tree_util.tree_leaves_with_path(logical_axes, is_leaf=lambda x: isinstance(x, tuple))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): names for path, names in leaves}
+    return {"/".join(path): names for path, names in leaves_with_paths(logical_axes, lambda x: isinstance(x, tuple))}
 
 
 def _refuse_empty(

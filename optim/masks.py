@@ -116,7 +116,7 @@ def as_mask(mask: Mask, layer_axis: LayerAxis = None, *, name: str = "mask") -> 
     return function
 
 
-def leaves_with_paths(tree: Any) -> list[tuple[Path, Any]]:
+def leaves_with_paths(tree: Any, is_leaf: Callable[[Any], bool] = lambda node: False) -> list[tuple[Path, Any]]:
     """The leaves, each with its path as plain names: the same in nested dicts, dataclasses and an `nnx.State`.
 
     What only holds an array, in its one field `value`, has no name of its own: variables of `nnx`, boxes of `linen`.
@@ -126,17 +126,20 @@ def leaves_with_paths(tree: Any) -> list[tuple[Path, Any]]:
     >>> leaves_with_paths(nnx.State({"head": {"bias": nnx.Param(jnp.zeros(()))}}))
     [(('head', 'bias'), Array(0., dtype=float32))]
     """
-    return [(path or ("",), leaf) for path, leaf in _leaves_with_paths(tree)]
+    return [(path or ("",), leaf) for path, leaf in _leaves_with_paths(tree, is_leaf)]
 
 
-def _leaves_with_paths(tree: Any) -> Iterator[tuple[Path, Any]]:
-    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: _boxed(node) is not None):
+def _leaves_with_paths(tree: Any, is_leaf: Callable[[Any], bool]) -> Iterator[tuple[Path, Any]]:
+    def stops(node: Any) -> bool:
+        return is_leaf(node) or _boxed(node) is not None
+
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stops):
         names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-        box = _boxed(node)
+        box = None if is_leaf(node) else _boxed(node)
         if box is None:
             yield names, node
         else:
-            yield from ((names + below, leaf) for below, leaf in _leaves_with_paths(box[0]))
+            yield from ((names + below, leaf) for below, leaf in _leaves_with_paths(box[0], is_leaf))
 
 
 def _boxed(node: Any) -> list[Any] | None:

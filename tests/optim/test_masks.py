@@ -1,5 +1,6 @@
 """Layers in a stack are told apart: by masks, by trust ratios, by Muon; and dtypes are kept."""
 
+import functools
 import inspect
 from typing import NamedTuple
 
@@ -55,6 +56,12 @@ def leaves(tree):
     return jax.tree.leaves(tree, is_leaf=lambda x: x is None)
 
 
+def complaint(tree):
+    with pytest.raises(ValueError, match="is complex64") as refused:
+        optim.sophia(0.1).init(jax.tree.map(lambda x: x.astype(jnp.complex64), tree))
+    return str(refused.value)
+
+
 RULES = {
     "is_matrix": lambda tree: leaves(masks.is_matrix(tree)),
     "layer_axes": masks.layer_axes,
@@ -62,6 +69,12 @@ RULES = {
     "groups of the noise scale": lambda tree: [group_indices(tree, by) for by in ("parameter", "layer")],
     "trust ratios": lambda tree: list(optim.trust_ratios(optim.scale_by_layer_trust_ratio().init(tree), tree)),
     "parameter groups": lambda tree: leaves(optim.frozen_mask([optim.group("*/query/bias", frozen=True)], tree)),
+    "groups by axis": lambda tree: leaves(
+        optim.frozen_mask(
+            [optim.group(axis="2", frozen=True)], tree, jax.tree.map(lambda x: tuple("012"[: x.ndim]), tree)
+        )
+    ),
+    "who is complex": complaint,
 }
 
 
@@ -81,17 +94,19 @@ def test_a_field_named_value_beside_others_is_a_name():
 
 
 @pytest.mark.parametrize("make", [optim.muon, optim.adamw, optim.lamb], ids=["muon", "adamw", "lamb"])
-def test_an_nnx_optimizer_moves_a_model_like_its_parameters(make):
-    """It passes a State to `init` and to `update`; biases of shape [heads, size] don't decay."""
+def test_the_state_of_an_nnx_model_moves_like_its_parameters(make):
+    """By itself, and by `nnx.Optimizer`; biases of shape [heads, size] don't decay."""
     model = nnx.LinearGeneral(4, (2, 3), bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
     plain = jax.tree.map(jnp.array, nnx.to_pure_dict(nnx.state(model)))
     grads = jax.tree.map(lambda x: x.at[0].multiply(2.0), plain)
-    updates, _ = make(0.1).update(grads, make(0.1).init(plain), plain)
-    state = nnx.state(model)
+    optimizer = make(0.1, weight_decay=0.5)
+    updates, _ = optimizer.update(grads, optimizer.init(plain), plain)
+    params, state = nnx.state(model), nnx.state(model)
     nnx.replace_by_pure_dict(state, grads)
-    nnx.Optimizer(model, make(0.1), wrt=nnx.Param).update(model, state)
-    moved = nnx.to_pure_dict(nnx.state(model))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), moved, optax.apply_updates(plain, updates))
+    close = functools.partial(jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=1e-6))
+    close(nnx.to_pure_dict(optimizer.update(state, optimizer.init(params), params)[0]), updates)
+    nnx.Optimizer(model, optimizer, wrt=nnx.Param).update(model, state)
+    close(nnx.to_pure_dict(nnx.state(model)), optax.apply_updates(plain, updates))
 
 
 @pytest.mark.parametrize("names", ["0", "layer_0"])
