@@ -74,7 +74,8 @@ def prodigy(
         def update(
             updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: object
         ) -> tuple[optax.Updates, optax.OptState]:
-            moved, after = rule.update(updates, state, params, **extra_args)
+            with jax.debug_nans(False):  # 0 / 0 where nothing is known, which is selected away
+                moved, after = rule.update(updates, state, params, **extra_args)
             known = optax.tree.norm(after.grad_sum, ord=1) != 0  # the estimate's denominator
             moved = jax.tree.map(lambda u: jnp.where(known, u, 0), moved)
             return moved, jax.tree.map(lambda new, old: jnp.where(known, new, old), after, state)

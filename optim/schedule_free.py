@@ -1,5 +1,7 @@
 """Schedule-Free AdamW: an average of the iterates in place of a decay of the rate."""
 
+from typing import Any
+
 import jax
 import optax
 from optax import contrib
@@ -55,12 +57,18 @@ def schedule_free(
     if not isinstance(b1, jax.core.Tracer) and b1 == 0:
         raise ValueError("b1 = 0 must be above 0: the average is the parameters' share b1, try 0.9")
 
-    def make(rate: jax.Array) -> optax.GradientTransformation:
+    def make(rate: jax.Array) -> optax.GradientTransformationExtraArgs:
         adam_without_momentum = optax.chain(
             optax.scale_by_rms(decay=b2, eps=eps, eps_in_sqrt=False, bias_correction=True),
             add_decayed_weights(weight_decay, mask, layer_axis),
             scale_by_parameter(-rate),
         )
-        return contrib.schedule_free(adam_without_momentum, rate, b1=b1, weight_lr_power=weight_power)
+        rule = contrib.schedule_free(adam_without_momentum, rate, b1=b1, weight_lr_power=weight_power)
+
+        def update(*args: Any, **extra_args: Any) -> tuple[optax.Updates, optax.OptState]:
+            with jax.debug_nans(False):  # optax selects among two values of which one is NaN
+                return rule.update(*args, **extra_args)
+
+        return optax.GradientTransformationExtraArgs(rule.init, update)
 
     return in_float32(with_learning_rate(make, learning_rate), moment_dtype=moment_dtype)

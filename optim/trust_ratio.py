@@ -30,7 +30,7 @@ class TrustRatioState(NamedTuple):
         """
         moved = self.trust_ratio != 1
         count = jnp.sum(moved)
-        ordered = jnp.sort(jnp.where(moved, self.trust_ratio, jnp.inf))
+        ordered = jnp.sort(jnp.append(jnp.where(moved, self.trust_ratio, jnp.inf), jnp.inf))  # of no layers too
         last = jnp.maximum(count - 1, 0)
         values = {
             "min": ordered[0],

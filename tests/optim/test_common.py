@@ -107,10 +107,12 @@ def test_extra_arguments_and_no_recompilation(name):
 def test_nothing_is_nan_where_everything_is_zero(name):
     """Parameters and gradients of 0: the state, an update and the reports; what runs eagerly, at any point of it."""
     zeros = jax.tree.map(jnp.zeros_like, random_tree(0))
-    _, step = jitted(name)
+    transform, (_, step) = make(name), jitted(name)
     with jax.debug_nans(True):
-        state = make(name).init(zeros)
+        state = transform.init(zeros)
         optim.reported(state)
+        one = {"kernel": jnp.zeros((2, 2))}
+        transform.update(one, transform.init(one), one, examples_seen=0, obj_fn=half_square)
         updates, params, state = step(zeros, state, zeros, jnp.int32(0))
         optim.reported(state)
     assert not any(np.isnan(x).any() for x in jax.tree.leaves((updates, params, state)))

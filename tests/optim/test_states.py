@@ -61,7 +61,12 @@ def test_the_normalisation_layers_noise_scale_is_reported_where_it_is_kept():
 def test_ratios_of_exactly_one_are_left_out():
     state = optim.lamb(0.1).init(PARAMS)
     state = find_states(state, optim.trust_ratio.TrustRatioState)[0]
-    for ratios, expected in (([1, 3, 1, 5, 4], [3, 4, 5]), ([2, 1, 1, 7], [2, 4.5, 7]), ([1, 1], [1, 1, 1])):
+    for ratios, expected in (
+        ([1, 3, 1, 5, 4], [3, 4, 5]),
+        ([2, 1, 1, 7], [2, 4.5, 7]),
+        ([1, 1], [1, 1, 1]),
+        ([], [1, 1, 1]),
+    ):
         report = state._replace(trust_ratio=jnp.array(ratios, jnp.float32)).report()
         assert [float(report[f"trust_ratio_{name}"]) for name in ("min", "median", "max")] == expected
 
