@@ -22,7 +22,8 @@ asked for by name, or several, fail loudly. Any other error is a mistake, and is
 default device. It is part of JAX's own trace context, so cached traces for different devices never mix.
 
 **Derivatives.** Every op has the reverse-mode one. Second and forward-mode ones (`jax.jvp`) are sure to be there with
-`implementation="reference"` only; what hasn't them says so. (A `jax.jit` in between says it in JAX's words.)
+`implementation="reference"` only; what hasn't them says so. (Under or around a `jax.jit` the lack of a forward-mode one
+is told by JAX, which doesn't know what to pass.)
 
 **Specs.** `OP/specs.py` holds `SPECS`, named calls of real and awkward shapes (`Spec`): the same ones drive the tests,
 the benchmark (`crescendo.pallas_kernels.bench`) and the tuning.

@@ -38,11 +38,13 @@ def attention(
     """`softmax(scale q k^T + bias) v`, without the matrix of scores in memory.
 
     Query head h attends with key head `h // (H // K)`. A query that sees no key gives 0, and its gradients are 0.
-    What a query doesn't see adds nothing to it, forward or backward, and may hold anything, NaN and infinities too;
-    kernels for GPUs and TPUs multiply it by 0, so for them it must be finite.
+    What a query doesn't see adds nothing to it, forward or backward, and may hold anything, NaN and infinities too, by
+    `xla` and `reference`; by `xla` so may the cotangent of a query, for keys that it doesn't see. The kernels for GPUs
+    and TPUs skip blocks that are hidden altogether and multiply by 0 what is hidden in others: there it must be finite.
 
     Args:
-      q: `[B, T, H, D]`.
+      q: `[B, T, H, D]`. Gradients of float16 are multiplied in float32 by `xla`, where they would be lost; the kernels
+        for GPUs multiply in float16 and want a scaled loss.
       k, v: `[B, S, K, D]`, H a multiple of K, of q's dtype.
       causal: a query sees keys whose position is not greater than its own.
       window: keeps keys at a distance less than this: `i - w < j`, and `j <= i` when causal, `j < i + w` otherwise.
