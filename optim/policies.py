@@ -141,7 +141,7 @@ def _read_curve(
     name = "the curve" if isinstance(curve, Mapping) else str(curve)
     wrong = f"{name} is not a curve of critical batch sizes"
     try:
-        content = curve if isinstance(curve, Mapping) else json.loads(Path(curve).read_text())
+        content = curve if isinstance(curve, Mapping) else json.loads(Path(curve).read_text(encoding="utf-8-sig"))
         tokens = np.array(content["tokens"], np.float64)
         values = np.array(content["interval" if lower_bound else "critical_batch_size"], np.float64)
         measured_on = content.get("fingerprint")
@@ -172,10 +172,10 @@ def _read_curve(
 
 
 class NoiseScaleFollowingState(NamedTuple):
-    """State of `noise_scale_following`: averages and the rung of the ladder."""
+    """State of `noise_scale_following`: averages and the size decided last, in examples."""
 
     averages: Averages
-    rung: jax.Array
+    batch_size: jax.Array
 
 
 @POLICIES
@@ -245,18 +245,19 @@ def noise_scale_following(
         return certain & (value >= confidence * jnp.where(certain, error, 0))
 
     def init() -> NoiseScaleFollowingState:
-        return NoiseScaleFollowingState(no_averages(), jnp.int32(0))
+        return NoiseScaleFollowingState(no_averages(), jnp.int32(start))
 
     def update(state: NoiseScaleFollowingState, stats: BatchStats) -> tuple[jax.Array, NoiseScaleFollowingState]:
         averages = add(state.averages, stats, decay)
-        size = jnp.asarray(table)[state.rung].astype(jnp.float32)
+        rung = _rung(table, state.batch_size)
+        size = jnp.asarray(table)[rung].astype(jnp.float32)
         above, above_error = excess(averages, 2 * size * (1 + hysteresis) / ratio)
         below, below_error = excess(averages, size / (1 + hysteresis) / ratio)
         known = averages.updates >= min_updates
         grow = known & past_doubt(above, above_error)
         fall = known & past_doubt(-below, below_error) & shrink
-        rung = jnp.clip(state.rung + grow - fall, 0, last)
-        return jnp.asarray(table)[rung], NoiseScaleFollowingState(averages, rung)
+        decided = jnp.asarray(table)[jnp.clip(rung + grow - fall, 0, last)]
+        return decided, NoiseScaleFollowingState(averages, decided)
 
     policy = BatchSizePolicy(init, update, sizes, "gradient noise scale")
     if source == "norm_layers":
@@ -264,12 +265,17 @@ def noise_scale_following(
     return policy._replace(min_microbatches=2)
 
 
+def _rung(sizes: np.ndarray, batch_size: jax.Array) -> jax.Array:
+    """The number of a size on the ladder; 0 for one that isn't on it, as a state from another ladder may hold."""
+    return jnp.argmax(jnp.asarray(sizes) == batch_size)
+
+
 class NormTestState(NamedTuple):
-    """State of `norm_test`: averages of the numerator and the denominator, and the rung of the ladder."""
+    """State of `norm_test`: averages of the numerator and the denominator, and the size decided last, in examples."""
 
     numerator: jax.Array
     denominator: jax.Array
-    rung: jax.Array
+    batch_size: jax.Array
 
 
 # By variant: what it reads beyond the microbatches' squared norms, and the reason in the log.
@@ -348,7 +354,7 @@ def norm_test(start: int, cap: int, *, eta: float = 0.25, variant: str = "norm",
         return jnp.minimum(_required(stats.coordinate_variance_ratio, statistics), 1e30), jnp.float32(1)
 
     def init() -> NormTestState:
-        return NormTestState(jnp.float32(0), jnp.float32(0), jnp.int32(0))
+        return NormTestState(jnp.float32(0), jnp.float32(0), jnp.int32(start))
 
     def update(state: NormTestState, stats: BatchStats) -> tuple[jax.Array, NormTestState]:
         numerator, denominator = terms(stats)
@@ -363,8 +369,8 @@ def norm_test(start: int, cap: int, *, eta: float = 0.25, variant: str = "norm",
         denominator = jnp.where(averages[0] > 0, eta**2 * averages[1], 1)
         required = averages[0] / denominator
         wanted = jnp.sum(jnp.asarray(table)[:-1] < jnp.where(usable, required, 0), dtype=jnp.int32)
-        rung = jnp.maximum(state.rung, wanted)
-        return jnp.asarray(table)[rung], NormTestState(*averages, rung)
+        decided = jnp.asarray(table)[jnp.maximum(_rung(table, state.batch_size), wanted)]
+        return decided, NormTestState(*averages, decided)
 
     return BatchSizePolicy(init, update, sizes, reason, statistics, min_microbatches=2)
 

@@ -226,7 +226,7 @@ def save_refined(path: str | Path, norms: Norms, *, norm: str = "l1", smoothing:
     """
     fractions, multipliers = _curve(norms, norm, smoothing)
     content = {"fractions": fractions.tolist(), "multipliers": multipliers.tolist()}
-    Path(path).write_text(json.dumps(content | {"norm": norm, "smoothing": smoothing}) + "\n")
+    Path(path).write_text(json.dumps(content | {"norm": norm, "smoothing": smoothing}) + "\n", encoding="utf-8")
 
 
 @SCHEDULES
@@ -248,7 +248,7 @@ def refined(peak: float, total: float | None = None, *, path: str | Path, warmup
     0.375
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         fractions, multipliers = np.array(content["fractions"]), np.array(content["multipliers"])
         valid = fractions.shape == multipliers.shape and fractions.size >= 2 and np.all(np.diff(fractions) >= 0)
         valid = valid and fractions[0] == 0 and fractions[-1] == 1 and np.all((multipliers >= 0) & (multipliers <= 1))

@@ -148,6 +148,20 @@ def test_noise_scale_following_settles_on_the_rung_below_the_noise_scale(noise_s
     assert all(b <= 2 * a for a, b in itertools.pairwise(sizes))
 
 
+@pytest.mark.parametrize(("start", "decided"), [(4, 16), (8, 16), (16, 16), (32, 32)])
+@pytest.mark.parametrize("make", [policies.noise_scale_following, functools.partial(policies.norm_test, eta=1.0)])
+def test_a_state_goes_on_at_its_size_on_another_ladder(make, start, decided):
+    """From 16 of 8, 16, 32, 64; a single microbatch decides nothing. At a ladder's first size where it lacks the 16."""
+    earlier, policy = make(8, 64), make(start, 64)
+    state, size, steps = earlier.init(), 8, 0
+    while size < 16 and steps < 30:
+        told = closed_form("norm") if isinstance(make, functools.partial) else stats(18.0, size)
+        size, state = earlier.update(state, told)
+        size, steps = int(size), steps + 1
+    assert size == 16
+    assert int(policy.update(state, stats(18.0, MICROBATCH))[0]) == decided
+
+
 def test_the_ratio_scales_the_target():
     policy = policies.noise_scale_following(8, 64, ratio=2.0)
     assert follow(policy, 24, lambda size, _: stats(20.0, size))[-1] == 32
