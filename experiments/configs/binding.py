@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import difflib
 import functools
 import inspect
@@ -159,16 +160,26 @@ def bind(experiment: Callable, configs: Sequence[str], bindings: Sequence[str] =
     return call
 
 
-def arguments(experiment: Callable) -> dict[str, Any]:
+def arguments(experiment: Callable, names: Collection[str] | None = None) -> dict[str, Any]:
     """What the configs of the latest `bind` give the experiment's parameters: factories called, defaults filled in.
+
+    Args:
+      experiment: as it was bound.
+      names: of the parameters; the factories of others aren't called. None: all.
 
     Raises:
       UserError: what a factory says of its arguments.
+
+    >>> def fit(*, rate: float, steps: int = 10): ...
+    >>> _ = bind(fit, [], ["fit.rate = 0.5"])
+    >>> arguments(fit), arguments(fit, ["rate"])
+    ({'steps': 10, 'rate': 0.5}, {'rate': 0.5})
     """
-    with _own_errors():
-        bound = gin.get_bindings(_register(experiment))
+    bound = gin.get_bindings(_register(experiment), resolve_references=False)
     parameters = inspect.signature(experiment).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty} | bound
+    given = {p.name: p.default for p in parameters if p.default is not p.empty} | bound
+    with _own_errors():  # gin calls a factory when its reference is copied
+        return copy.deepcopy({name: value for name, value in given.items() if names is None or name in names})
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -121,11 +122,17 @@ def spaces(texts: Sequence[str]) -> dict[str, optuna.distributions.BaseDistribut
             if match is None:
                 raise ValueError("no such space")
             name, kind, inside = match.groups()
+            if name in distributions:
+                raise ValueError("the name has a space already")
             if kind == "choice":
                 distributions[name] = optuna.distributions.CategoricalDistribution(split(inside))
                 continue
             low, high = (float(part) for part in split(inside))
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError("the bounds must be finite")
             if kind == "int":
+                if not (low.is_integer() and high.is_integer()):
+                    raise ValueError("the bounds must be whole numbers")
                 distributions[name] = optuna.distributions.IntDistribution(int(low), int(high))
             else:
                 distributions[name] = optuna.distributions.FloatDistribution(low, high, log=kind == "log")

@@ -209,7 +209,7 @@ def run_points(
 
 def _last_line(log: Path) -> str:
     """The last line that a process wrote, for the table."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].strip()[:200] if lines else "no output"
 
 

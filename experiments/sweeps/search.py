@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import sqlalchemy
 
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access
@@ -29,16 +30,13 @@ def search(folder: Path, texts: Sequence[str], trials: int, outcomes: Outcomes, 
     distributions, states = spaces(texts), optuna.trial.TrialState
     with file_access("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        storage=f"sqlite:///{(folder / 'study.db').resolve()}",
-        study_name="sweep",
-        load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
-    )
+    study = _open_study(folder / "study.db")
     ended = 0
     left, trial_of = [], {}
     reported: dict[str, int] = {}
-    for frozen in study.get_trials(deepcopy=False):
+    drawn = study.get_trials(deepcopy=False)
+    _check_known(folder, drawn)
+    for frozen in drawn:
         if frozen.state == states.FAIL:
             continue
         if frozen.state == states.RUNNING and len(frozen.params) < len(distributions):
@@ -93,6 +91,38 @@ def search(folder: Path, texts: Sequence[str], trials: int, outcomes: Outcomes, 
             study.tell(trial_of[point.name], state=states.FAIL)
 
     run_points(folder, draw, finish, prune, outcomes, **options)
+
+
+def _open_study(path: Path) -> optuna.Study:
+    """The study of a file, a new one where there is none.
+
+    Raises:
+      UserError: a file that is no study's.
+    """
+    try:
+        return optuna.create_study(
+            storage=f"sqlite:///{path.resolve()}",
+            study_name="sweep",
+            load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
+        )
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} can't be opened ({reason}): restore that file, or give another --run") from None
+
+
+def _check_known(folder: Path, drawn: Sequence[optuna.trial.FrozenTrial]) -> None:
+    """That every trial's run is one of the study's: trials to come would take another's for theirs.
+
+    Raises:
+      UserError: names a run that isn't.
+    """
+    runs = {path.parent.name for path in folder.glob("trial-*/run.json")}
+    if unknown := sorted(runs - {_trial_point(trial).name for trial in drawn}):
+        raise UserError(
+            f"{folder / unknown[0]} is the run of a trial that {folder / 'study.db'} doesn't hold: restore that file, or "
+            "give another --run"
+        )
 
 
 def _check_drawn(

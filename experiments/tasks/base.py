@@ -96,8 +96,7 @@ class Task(Protocol):
       row: every array of an example, by name.
       train: the examples to train on.
       held_out: sets of held-out examples by name; the first one, "validation", decides what is best.
-      data: what it was made of; `str(data)` describes it to a person.
-      data_fingerprint: changes whenever the rows do.
+      data: what it was made of; `str(data)` describes it to a person, `data.fingerprint` changes whenever the rows do.
       identity: what fixes the model, as JSON: a run goes on only as what it was. Nothing that only says how fast.
       fingerprint: of the model and the data together.
       per_example_norms: whether the model takes its normalisation layers' scales one row an example
@@ -112,7 +111,6 @@ class Task(Protocol):
     train: Source
     held_out: Mapping[str, Source]
     data: Any
-    data_fingerprint: str
     identity: Mapping[str, Any]
     fingerprint: str
     per_example_norms: bool

@@ -79,7 +79,7 @@ class Images:
 
     def __init__(self, data: Pictures, model: ResNetConfig | ViTConfig, label_smoothing: float):
         height, width, channels = data.shape
-        self.data, self.data_fingerprint = data, data.fingerprint
+        self.data = data
         self.per_example_norms = True
         self.config = dataclasses.replace(model, classes=data.classes, in_channels=channels)
         self.label_smoothing = label_smoothing

@@ -124,7 +124,6 @@ class TextTask:
         self.train = InVocabulary(data.train, data.vocab_size)
         self.held_out = {"validation": InVocabulary(data.validation, data.vocab_size)}
         self.identity = {**self.config.identity, **options}
-        self.data_fingerprint = data.fingerprint
         self.fingerprint = fingerprint(self.identity, data.fingerprint)
 
     def initialize(self, key: jax.Array) -> Tree:

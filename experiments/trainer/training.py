@@ -324,7 +324,7 @@ def _fixed(session: Session, initialize_from: str | None, start_from: str | None
         "task": session.task.name,
         "model": dict(session.task.identity),
         "arrays": describe_arrays(session.abstract_state),
-        "data": session.task.data_fingerprint,
+        "data": session.task.data.fingerprint,
         "seed": session.seed,
     }
 

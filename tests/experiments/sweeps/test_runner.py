@@ -18,6 +18,7 @@ from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.sweeps import launchers as sweep_launchers
 from crescendo.experiments.sweeps import plots as sweep_plots
 from crescendo.experiments.sweeps import runner
+from crescendo.experiments.sweeps.finished import check_points
 from crescendo.experiments.sweeps.points import Point, axis, enumerate_points, spaces, zipped
 from crescendo.experiments.sweeps.search import search
 from crescendo.experiments.trainer.training import train
@@ -48,6 +49,10 @@ def test_grids_multiply_zips_move_together_and_chains_follow():
         (lambda text: spaces([text]), "a.x = gauss(0, 1)"),
         (lambda text: spaces([text]), "a.x = log(0, 1)"),
         (lambda text: spaces([text]), "a.x = uniform(1)"),
+        (lambda text: spaces([text]), "a.x = uniform(nan, 1)"),
+        (lambda text: spaces([text]), "a.x = uniform(0, inf)"),
+        (lambda text: spaces([text]), "a.x = int(1, 2.5)"),
+        (lambda text: spaces([text, text]), "a.x = int(1, 2)"),
         (lambda text: enumerate_points([[axis(text), axis(text)]]), "a.x = [1]"),
         (lambda text: sweep.main([]), ""),
         (lambda text: sweep.main(["--grid", text, "--chain"]), "a.x = [1]"),
@@ -135,6 +140,27 @@ def test_a_point_that_was_trained_otherwise_is_refused(make_run, tmp_path: Path,
             sweep.main([*command, "--set", statement])
 
 
+def test_a_point_that_was_trained_on_other_text_is_refused(make_run, tmp_path: Path, monkeypatch):
+    """The settings say where the text is, and not what it is."""
+    text = tmp_path / "a.txt"
+    text.write_text("".join(f"line {i} of the text\n" for i in range(4000)))
+    documents = [f"text_files.paths = {str(text)!r}", "text_files.document_bytes = 256"]
+    options = ["text_data.documents = @text_files()", f"text_data.cache_directory = '{tmp_path / 'cache'}'", *documents]
+    bindings = [*options, "SEQUENCE_LENGTH = 8", "train.batch_size = 16"]
+    configurables.bind(train, ["debug.gin"], bindings)
+    point = enumerate_points([[axis("train.batch_size = [16]")]])[0]
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    run = make_run("earlier", config=configurables.gin.config_str()).rename(folder / point.name)
+    fingerprint = configurables.arguments(train, ["data"])["data"].fingerprint
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | {"fixed": {"data": fingerprint}}))
+    check_points(folder, [point], ["debug.gin"], bindings)
+    text.write_text(text.read_text().replace("line", "LINE"))
+    with pytest.raises(UserError, match=rf"can't go on: data was {fingerprint} and is now \w+, a hash of what is read"):
+        check_points(folder, [point], ["debug.gin"], bindings)
+
+
 def test_a_search_that_goes_on_draws_what_it_would_have_drawn(stand_in, tmp_path: Path):
     def values(folder: str, trials: int) -> list[str]:
         outcomes = runner.Outcomes(tmp_path / folder)
@@ -160,6 +186,25 @@ def test_a_search_in_other_spaces_is_refused_and_leaves_no_trial(stand_in, tmp_p
     search(tmp_path, ["x = uniform(0, 3)"], 2, outcomes, **options(1))
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert [row["values"].keys() for row in outcomes.rows.values()] == [{"x"}, {"x"}]
+
+
+def test_a_run_of_a_trial_that_the_study_does_not_hold_is_refused(stand_in, tmp_path: Path):
+    text = ["x = uniform(1, 2)"]
+    search(tmp_path, text, 2, runner.Outcomes(tmp_path), **options(1))
+    (tmp_path / "study.db").rename(tmp_path / "elsewhere.db")
+    with pytest.raises(UserError, match=r"trial-0000 is the run of a trial that .*study\.db doesn't hold"):
+        search(tmp_path, ["x = uniform(3, 4)"], 2, runner.Outcomes(tmp_path), **options(1))
+    (tmp_path / "elsewhere.db").rename(tmp_path / "study.db")
+    search(tmp_path, text, 3, runner.Outcomes(tmp_path), **options(1))
+    assert (tmp_path / "trial-0002").is_dir()
+
+
+@pytest.mark.parametrize("content", [b"no database", b"SQLite format 3\0" + b"\1" * 200])
+def test_a_study_that_cannot_be_read_is_one_line(tmp_path: Path, content: bytes):
+    (tmp_path / "study.db").write_bytes(content)
+    with pytest.raises(UserError, match=r"study\.db can't be opened \(.*\): restore") as refused:
+        search(tmp_path, ["x = uniform(1, 2)"], 1, runner.Outcomes(tmp_path), **options(1))
+    assert "\n" not in str(refused.value)
 
 
 def test_a_search_of_other_settings_is_refused(stand_in, make_run, tmp_path: Path):
