@@ -1,6 +1,7 @@
 """The shape of a decoder, and the presets."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 Remat = Literal["none", "dots", "full"]
@@ -43,7 +44,8 @@ class ModelConfig:
         on accelerators, float32 on the CPU.
 
     Raises:
-      ValueError: for a size below 1, heads that don't divide, or a dropout outside of [0, 1).
+      ValueError: for a size below 1, heads that don't divide, a base or an epsilon that isn't above 0, or a dropout
+        outside of [0, 1).
 
     >>> ModelConfig.preset("debug").head_size
     32
@@ -77,6 +79,9 @@ class ModelConfig:
             raise ValueError(f"width = {self.width} must be a multiple of heads = {self.heads}, or set head_width")
         if self.head_size < 2 or self.head_size % 2:
             raise ValueError(f"a head of width {self.head_size} must be even: rotary positions turn pairs")
+        for name in ("rope_theta", "norm_epsilon"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)} must be above 0 and finite")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
         if self.remat not in ("none", "dots", "full"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import typeguard
 
 from crescendo.experiments.runtime.encoding import read_text
 from crescendo.experiments.runtime.errors import UserError
@@ -43,6 +44,7 @@ NO_FUNCTION = {
     *("output_hidden_states", "torchscript", "auto_map"),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
+INDEX = "model.safetensors.index.json"
 
 
 def hf_config(config: ModelConfig, *, end_of_text: int, max_length: int) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def model_config(content: Mapping[str, Any], origin: str) -> ModelConfig:
     True
     """
     kind = content.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UserError(f"{origin}: model_type = {kind!r} can't be imported; {' and '.join(ARCHITECTURES)} can")
     content = _settings(content, origin)
     _check_used(content, origin)
@@ -108,7 +110,7 @@ def model_config(content: Mapping[str, Any], origin: str) -> ModelConfig:
     # Qwen3's heads are 128 wide unless the file says otherwise.
     head_width = content.get("head_dim") or (128 if kind == "qwen3" else None)
     try:
-        return ModelConfig(
+        config = ModelConfig(
             vocab_size=content["vocab_size"],
             width=content["hidden_size"],
             layers=content["num_hidden_layers"],
@@ -121,17 +123,23 @@ def model_config(content: Mapping[str, Any], origin: str) -> ModelConfig:
             rope_theta=float(content.get("rope_theta", 10_000.0)),
             norm_epsilon=content["rms_norm_eps"],
         )
+        for field in dataclasses.fields(config):
+            typeguard.check_type(getattr(config, field.name), field.type)
     except KeyError as missing:
         raise UserError(f"{origin} has no {missing}: is it the config.json of a {kind} model?") from None
+    except typeguard.TypeCheckError as error:
+        raise UserError(f"{origin}: {field.name} = {getattr(config, field.name)!r:.99}: {error}") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{origin}: {error}") from None
+    return config
 
 
 def _settings(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """What a file asks for, without what is null; the rotary settings of all places where files have them, together."""
     settings = {name: value for name, value in content.items() if value is not None}
-    if set(settings.get("layer_types", ["full_attention"])) == {"full_attention"}:
-        settings.pop("layer_types", None)
+    layers = settings.get("layer_types")
+    if isinstance(layers, list) and all(layer == "full_attention" for layer in layers):
+        del settings["layer_types"]
     for place in ("rope_parameters", "rope_scaling"):
         rotary = settings.pop(place, {})
         if not isinstance(rotary, Mapping):
@@ -219,8 +227,8 @@ def model_parameters(config: ModelConfig, tensors: Mapping[str, np.ndarray], ori
     """A model's parameters, float32 in nested dicts, from the tensors of a folder.
 
     Raises:
-      UserError: for a tensor that is missing, of another shape than the configuration makes it, or not used. The head
-        of a model that reads and writes with one table may be there.
+      UserError: for a tensor that is missing, of another shape than the configuration makes it, or not used. Of a model
+        that reads and writes with one table that table may be there twice.
     """
     unused = dict(tensors)
 
@@ -243,7 +251,13 @@ def model_parameters(config: ModelConfig, tensors: Mapping[str, np.ndarray], ori
         stacked = [x.T.reshape(matrix.inputs + matrix.outputs) if matrix.outputs else x for x in layers]
         _set(blocks, matrix.ours, np.stack(stacked))
     for name, array in unused.items():
-        if not (name == "lm_head.weight" and config.tied_head) and not _is_rotary(config, name, array):
+        if name == "lm_head.weight" and config.tied_head:
+            if not np.array_equal(array, tensors["model.embed_tokens.weight"]):
+                raise UserError(
+                    f"{origin}: its config.json says tie_word_embeddings, but lm_head.weight is not "
+                    "model.embed_tokens.weight: set that to false, or remove the tensor that is not the model's"
+                )
+        elif not _is_rotary(config, name, array):
             raise UserError(f"{origin} has a tensor {name} of {array.shape}, which the decoder here has no use for")
     return parameters | {"blocks": blocks}
 
@@ -276,6 +290,26 @@ def write_folder(folder: Path, config: ModelConfig, parameters: Mapping, tokeniz
         save_file(hf_tensors(config, parameters), folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def _files_of_index(folder: Path) -> set[str]:
+    """The files that hold the weights, where these are several and a list of them is there."""
+    if not (folder / INDEX).is_file():
+        return set()
+    try:
+        return set(_read_object(folder / INDEX)["weight_map"].values())
+    except (KeyError, AttributeError, TypeError):
+        raise UserError(f"{folder / INDEX} has no weight_map of tensors' names to files' names") from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no object: is it that of a model?")
+    return content
+
+
 def read_config(folder: Path) -> ModelConfig:
     """The decoder of a folder.
 
@@ -285,27 +319,23 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json: name a folder in Hugging Face's format")
-    with file_access("read", path):
-        try:
-            content = json.loads(read_text(path))
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no object: is it the config.json of a model?")
-    return model_config(content, str(path))
+    return model_config(_read_object(path), str(path))
 
 
 def read_parameters(folder: Path, config: ModelConfig) -> dict:
     """The parameters of a folder, of one safetensors file or several.
 
     Raises:
-      UserError: if there are none, they are no floating-point numbers, or they don't fit the configuration.
+      UserError: if there are none, one of several is missing, they are no floating-point numbers, or they don't fit the
+        configuration.
     """
     from safetensors import SafetensorError, safe_open
 
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} has no .safetensors file: other formats of weights can't be imported")
+    if missing := sorted(_files_of_index(folder) - {path.name for path in files}):
+        raise UserError(f"{folder} lacks {', '.join(missing[:3])}, which its {INDEX} names: copy all of its files there")
     tensors: dict[str, np.ndarray] = {}
     for path in files:
         try:

@@ -24,7 +24,7 @@ class Trained(NamedTuple):
       config: the decoder, decided for this machine.
       parameters: float32 arrays in nested dicts.
       tokenizer: of the text it was trained on.
-      max_length: the longest row it was trained on, or what its folder says.
+      max_length: the longest row it was trained on; None for a folder that isn't a run's.
       examples_seen: the checkpoint's clock; None for a folder that isn't a run's.
     """
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -86,7 +87,13 @@ def test_a_model_comes_back_from_the_format_as_it_was(config):
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .* can't be imported"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1 can't be imported"),
         ({"embedding_multiplier": 12.0}, "embedding_multiplier = 12.0 is not known to the decoder here: remove it"),
+        ({"model_type": ["llama"]}, r"model_type = \['llama'\] can't be imported"),
+        ({"layer_types": 3}, "layer_types = 3 can't be imported"),
         ({"num_attention_heads": "four"}, "config.json: "),
+        ({"num_hidden_layers": 3.0}, r"config.json: layers = 3\.0: .* is not .*int"),
+        ({"tie_word_embeddings": "false"}, "config.json: tied_head = 'false': .* is not .*bool"),
+        ({"rms_norm_eps": "1e-6"}, "config.json: "),
+        ({"rope_theta": math.nan}, "config.json: rope_theta = nan must be above 0"),
         ({"num_key_value_heads": 3}, "heads = 4 must be a multiple of kv_heads = 3"),
     ],
 )
@@ -130,7 +137,8 @@ def test_every_tensor_is_used():
     config = SHAPES[0]
     tensors = tensors_of_ones(config)
     frequencies = (config.rope_theta ** -(np.arange(0, config.head_size, 2) / config.head_size)).astype(np.float16)
-    spared = {"lm_head.weight": np.ones((4, 4)), "model.layers.0.self_attn.rotary_emb.inv_freq": frequencies}
+    table = tensors["model.embed_tokens.weight"]
+    spared = {"lm_head.weight": table.copy(), "model.layers.0.self_attn.rotary_emb.inv_freq": frequencies}
     jax.tree.map(
         np.testing.assert_array_equal,
         hf.model_parameters(config, tensors | spared, "here"),
@@ -144,6 +152,9 @@ def test_every_tensor_is_used():
     }.items():
         with pytest.raises(UserError, match=rf"here has a tensor {name} of \(.*\), which the decoder .* no use for"):
             hf.model_parameters(config, tensors | {name: array}, "here")
+    for head in (2 * table, table[:4]):
+        with pytest.raises(UserError, match=r"here: its config\.json says tie_word_embeddings, but lm_head\.weight is not"):
+            hf.model_parameters(config, tensors | {"lm_head.weight": head}, "here")
     untied = dataclasses.replace(config, tied_head=False)
     with pytest.raises(UserError, match=r"here has no tensor lm_head\.weight"):
         hf.model_parameters(untied, tensors, "here")
@@ -173,6 +184,24 @@ def test_weights_are_floats_of_16_bits_or_more(tmp_path, dtype, taken):
     else:
         with pytest.raises(UserError, match=rf"{name} is in \w+: quantized weights can't be imported"):
             hf.read_parameters(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}, r"lacks two\.safetensors, which its model\.saf"),
+        ({"weight_map": ["one.safetensors"]}, r"index\.json has no weight_map"),
+        ({}, r"index\.json has no weight_map"),
+        ([], r"index\.json holds no object"),
+    ],
+)
+def test_a_part_that_is_missing_is_named(tmp_path, index, message):
+    from safetensors.numpy import save_file
+
+    save_file({"a": np.ones(2, np.float32)}, tmp_path / "one.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=message):
+        hf.read_parameters(tmp_path, SHAPES[0])
 
 
 def test_a_tensor_of_two_files_is_refused(tmp_path):
@@ -292,6 +321,10 @@ def test_a_run_goes_on_with_a_text(run):
     for place in range(7, 7 + len(greedy)):
         tokens[0, place] = jnp.argmax(whole(tokens)[place - 1])
     assert greedy == tokens[0, 7 : 7 + len(greedy)].tolist()
+    small = model._replace(config=dataclasses.replace(model.config, vocab_size=100))
+    for prompt, what in [("batch", "the tokenizer's end of text is number 256, and"), ("né", "the tokenizer's end")]:
+        with pytest.raises(UserError, match=what):
+            next(generate(small, prompt))
     once, again = (list(generate(model, "batch ", tokens=12, seed=3)) for _ in range(2))
     assert once == again != list(generate(model, "batch ", tokens=12, seed=4))
     for values, message in [({"tokens": 0}, "--tokens 0"), ({"top_p": 0.0}, "top_p = 0"), ({"top_k": 0}, "top_k = 0")]:
