@@ -21,8 +21,8 @@ from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime import command
 from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.encoding import read_text
 from crescendo.experiments.runtime.errors import UserError, user_values
-from crescendo.experiments.runtime.files import file_access
 from crescendo.experiments.sweeps.arms import LEARNING_RATE, Trial, compare_arms
 from crescendo.optim.refinement import GradientNorms, save_refined
 
@@ -128,11 +128,10 @@ def refine_schedule(
 
 def _options(path: Path) -> dict[str, Any]:
     """With which a refined schedule was written."""
-    with file_access("read", path):
-        try:
-            content = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}): give another folder with --run") from None
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): give another folder with --run") from None
     return {name: content.get(name) for name in ("norm", "smoothing")}
 
 

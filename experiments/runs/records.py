@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import Appender, file_access, replace_file
+from crescendo.experiments.runtime.files import Appender, file_access, replace_file, to_json
 
 Record = Mapping[str, Any]
 Columns = dict[str, np.ndarray]
@@ -40,14 +40,14 @@ class JsonlWriter:
 
     def __init__(self, path: Path, resume_at_examples: int):
         earlier = [r for r in read_records(path) if resume_at_examples > 0 and r["examples_seen"] <= resume_at_examples]
-        content = b"".join(map(_line, earlier))
+        content = b"".join(map(to_json, earlier))
         with file_access("write", path):
             if not path.exists() or path.read_bytes() != content:
                 replace_file(path, content)
         self._append = Appender(path)
 
     def __call__(self, record: Record) -> None:
-        self._append(_line(record))
+        self._append(to_json(record))
 
     def close(self) -> None:
         self._append.close()
@@ -82,10 +82,3 @@ def _read_back(record: dict[str, Any]) -> dict[str, Any]:
     if record["kind"] != "validation":
         return record
     return {name: math.nan if value is None else value for name, value in record.items()}
-
-
-def _line(record: Record) -> bytes:
-    """One line of JSON; a float is written with the digits that identify it, numpy's scalars as Python's."""
-    values = {name: value.item() if hasattr(value, "item") else value for name, value in record.items()}
-    known = {n: None if isinstance(x, float) and not math.isfinite(x) else x for n, x in values.items()}
-    return json.dumps(known, allow_nan=False).encode() + b"\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import file_access, replace_json
+from crescendo.experiments.runtime.files import file_access, replace_json, to_json
 
 
 class Results[Key: tuple]:
@@ -51,15 +51,14 @@ class Results[Key: tuple]:
         replace_json(self.folder / "run.json", info)
 
     def add(self, record: dict[str, Any]) -> Key:
-        """Keeps a finished part and returns its key; numbers that JSON doesn't know must be None."""
-        key = self._key_of(record)
-        line = json.dumps(record, allow_nan=False).encode()
+        """Keeps a finished part, as it is read back (`to_json`), and returns its key."""
+        key, line = self._key_of(record), to_json(record)
         with file_access("write", self.path), open(self.path, "ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read() == b"\n" else b"\n" + line  # one torn by a kill spoils no other
-            file.write(line + b"\n")
-        self.records[key] = record
+            file.write(line)
+        self.records[key] = json.loads(line)
         return key
 
     def _read(self) -> dict[Key, dict[str, Any]]:

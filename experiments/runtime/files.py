@@ -1,10 +1,12 @@
 """Files: disks that are full, files that are half written, said and handled in one place."""
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from crescendo.experiments.runtime.errors import UserError
 
@@ -56,10 +58,32 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def replace_json(path: Path, content: object) -> None:
-    """Writes a file of indented JSON in full, or leaves the old one.
+    """Writes a file of indented JSON in full, or leaves the old one; see `to_json`.
 
     Raises:
       UserError: if its folder can't be written.
     """
     with file_access("write", path.parent):
-        replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
+        replace_file(path, to_json(content, indent=2))
+
+
+def to_json(content: object, indent: int | None = None) -> bytes:
+    """JSON and a line's end. Null stands for a number that isn't finite, which JSON doesn't have.
+
+    Floats are written with the digits that identify them, NumPy's and JAX's scalars as Python's.
+
+    >>> to_json({"losses": [0.1, math.nan], "steps": 3})
+    b'{"losses": [0.1, null], "steps": 3}\\n'
+    """
+    return (json.dumps(_known(content), indent=indent, allow_nan=False) + "\n").encode()
+
+
+def _known(content: Any) -> Any:
+    """With None for every number that isn't finite."""
+    match content:
+        case Mapping():
+            return {name: _known(value) for name, value in content.items()}
+        case list() | tuple():
+            return [_known(value) for value in content]
+    value = content.item() if hasattr(content, "item") else content
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -231,8 +231,7 @@ def run_branches(
             highlight=False,
             soft_wrap=True,
         )
-        # JSON knows no NaN.
-        yield {**branch._asdict(), "losses": [loss if math.isfinite(loss) else None for loss in losses]}
+        yield {**branch._asdict(), "losses": losses}
 
 
 def _run_branch(

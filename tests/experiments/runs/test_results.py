@@ -1,9 +1,11 @@
 """The list of results: what a kill leaves, and what an older run wrote."""
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 from crescendo.experiments.runs.results import Results
@@ -43,12 +45,12 @@ def test_files_with_the_end_of_a_line_before_or_behind_it_are_read(tmp_path: Pat
     assert len(open_list(tmp_path).records) == text.count("seed") + 1
 
 
-def test_a_number_that_json_does_not_know_is_never_written(tmp_path: Path):
+def test_a_number_that_json_does_not_know_is_null_and_held_as_it_is_read_back(tmp_path: Path):
     results = open_list(tmp_path)
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        results.add({"seed": 0, "factor": 1, "loss": float("nan")})
-    assert not results.records
-    assert not results.path.exists()
+    results.add({"seed": 0, "factor": 1, "losses": (1.5, math.nan), "best": np.float32("-inf")})
+    assert results.records == {Part(0, 1): {"seed": 0, "factor": 1, "losses": [1.5, None], "best": None}}
+    assert open_list(tmp_path).records == results.records
+    json.loads(results.path.read_bytes(), parse_constant=pytest.fail)
 
 
 def test_a_list_of_something_else_is_one_clear_error(tmp_path: Path):
