@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from crescendo.experiments.data.documents import digest, file_digests
 from crescendo.experiments.data.fashion_mnist import read_fashion_mnist
 from crescendo.experiments.data.tfds import open_source
 from crescendo.experiments.runtime.errors import UserError
@@ -157,7 +157,7 @@ def image_data(
         splits = {
             split: ImageRows(*read_fashion_mnist(split, idx_directory=data_directory)) for split in ("train", "test")
         }
-        classes, identity = FASHION_MNIST_CLASSES, _digest(splits)
+        classes, identity = FASHION_MNIST_CLASSES, _rows_digest(splits)
     else:
         in_tfds, classes, identity = _tfds_splits(name, data_directory, download)
         splits = dict(in_tfds)
@@ -175,9 +175,9 @@ def image_data(
             order, taken = order[:-validation_examples], order[-validation_examples:]
             splits[split] = Subset(source, taken)
         splits["train"] = Subset(source, order)
-    content = json.dumps([FORMAT, identity, missing, {split: len(rows) for split, rows in sorted(splits.items())}])
-    digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-    return ImageData(name, splits["train"], splits["validation"], splits["test"], shape, classes, digest)
+    lengths = {split: len(rows) for split, rows in sorted(splits.items())}
+    fingerprint = digest([FORMAT, identity, missing, lengths])
+    return ImageData(name, splits["train"], splits["validation"], splits["test"], shape, classes, fingerprint)
 
 
 def _outside_tfds(data_directory: str | os.PathLike | None) -> bool:
@@ -188,11 +188,11 @@ def _outside_tfds(data_directory: str | os.PathLike | None) -> bool:
 def _tfds_splits(
     name: str, data_directory: str | os.PathLike | None, download: bool
 ) -> tuple[dict[str, DecodedRows], int, str]:
-    """The splits of a TFDS set, how many classes it has, and its full name."""
+    """The splits of a TFDS set, how many classes it has, and a hash of its name and contents."""
     import tensorflow_datasets as tfds  # takes a second to import
 
     features = ["image", "label"]
-    source, full_name, _ = open_source(name, "train", data_directory, download, features)
+    source, full_name, files = open_source(name, "train", data_directory, download, features)
     info = tfds.builder(name, data_dir=data_directory).info
     classes = getattr(info.features["label"], "num_classes", None)
     if not classes:
@@ -201,14 +201,15 @@ def _tfds_splits(
     splits = {"train": DecodedRows(source, full_name, shape)}
     for split in ("validation", "test"):
         if split in info.splits:
-            held_out, _, _ = open_source(name, split, data_directory, False, features)
+            held_out, _, more = open_source(name, split, data_directory, False, features)
             splits[split] = DecodedRows(held_out, full_name, shape)
-    return splits, classes, full_name
+            files += more
+    return splits, classes, digest([full_name, file_digests([Path(file) for file in files])])
 
 
-def _digest(splits: dict[str, ImageRows]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def _rows_digest(splits: dict[str, ImageRows]) -> str:
+    content = hashlib.blake2b(digest_size=16)
     for _, rows in sorted(splits.items()):
-        digest.update(np.ascontiguousarray(rows.images))
-        digest.update(rows.labels)
-    return digest.hexdigest()
+        content.update(np.ascontiguousarray(rows.images))
+        content.update(rows.labels)
+    return content.hexdigest()

@@ -3,17 +3,18 @@
 import glob
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from crescendo.experiments.data.documents import Documents, Utf8, digest, file_digests
-from crescendo.experiments.runtime.encoding import OTHER_MARKS, without_mark
+from crescendo.experiments.runtime.encoding import BEGIN_BYTES, without_mark
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import file_access
 
 SMALLEST_DOCUMENT_BYTES = 256
 FORMAT = 2  # of the documents that are made of files: part of their identity, to be raised when they change
-LONGEST_MARK = max(map(len, OTHER_MARKS))
 
 
 def text_files(
@@ -91,22 +92,33 @@ def _digests(files: Sequence[Path]) -> dict[Path, str]:
 
 
 def _find_files(patterns: Iterable[str]) -> list[Path]:
-    """All files that paths and globs name, absolute, each once, sorted."""
-    every: dict[str, Path] = {}  # by what they really are
+    """All files that paths and globs name, absolute, each once, sorted.
+
+    Raises:
+      UserError: what isn't there, can't be read, or is no file.
+    """
+    every: dict[tuple[int, int], Path] = {}  # by what they really are, whatever links lead there
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        if path.is_dir():
+        if os.path.isdir(path):
             raise UserError(f'text_files.paths: "{pattern}" is a folder; name its files, as in "{path}/**/*.txt"')
-        matches = [path] if path.is_file() else list(_matches(path))
-        if broken := [match for match in matches if match.is_symlink() and not match.exists()]:
-            raise UserError(f"text_files.paths: {broken[0]} is a link to nothing: restore its file, or remove it")
-        files = [match.absolute() for match in matches if match.is_file()]
+        files = []
+        for match in [path] if os.path.lexists(path) else _matches(path):
+            try:
+                about = match.stat()
+            except OSError as error:
+                problem = "is a link to nothing" if match.is_symlink() else f"can't be read ({error.strerror})"
+                raise UserError(f"text_files.paths: {match} {problem}: mend it, or remove it") from None
+            if stat.S_ISDIR(about.st_mode):
+                continue
+            if not stat.S_ISREG(about.st_mode):
+                raise UserError(f"text_files.paths: {match} is a pipe or a device: copy what it gives to a file")
+            files.append(match)
+            real, file = (about.st_dev, about.st_ino), match.absolute()
+            every[real] = min(every.get(real, file), file, key=lambda path: (path.name, path))
         if not files:
             problem = "matches no file" if glob.escape(pattern) != pattern else "does not exist"
             raise UserError(f'text_files.paths: "{pattern}" {problem} (looked in {Path.cwd()})')
-        for file in files:
-            real = os.path.realpath(file)
-            every[real] = min(every.get(real, file), file, key=lambda path: (path.name, path))
     if not every:
         raise UserError("text_files.paths is empty: name at least one .txt, .jsonl or .parquet file")
     return sorted(every.values())
@@ -124,27 +136,28 @@ def _matches(pattern: Path) -> Iterator[Path]:
 
 
 def _folders(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """A folder and those below it that can be read and aren't hidden.
+    """A folder and those below it that aren't hidden.
 
     Args:
       folder: where to begin.
       above: what the folders that it is in really are.
+
+    Raises:
+      UserError: for one that can't be read, which would leave out documents.
     """
     real = os.path.realpath(folder)
-    if real in above or not folder.is_dir():
+    if real in above or not os.path.isdir(folder):
         return
     yield folder
-    try:
+    with file_access("read", folder):
         names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
-    except OSError:  # as glob does
-        return
     for name in names:
         yield from _folders(folder / name, above | {real})
 
 
 def _read_txt(path: Path, document_bytes: int, utf8: Utf8) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        begin = file.read(LONGEST_MARK)
+        begin = file.read(BEGIN_BYTES)
         offset = len(begin) - len(without_mark(begin, str(path)))
         file.seek(offset)
         for document in _cut(file, document_bytes):

@@ -1,6 +1,7 @@
 """Bytes as text: UTF-8, whatever the machine's locale, decoded in one place."""
 
 import codecs
+import re
 from pathlib import Path
 
 from crescendo.experiments.runtime.errors import UserError
@@ -15,20 +16,33 @@ OTHER_MARKS = {
 }
 
 
+# How a text in them begins without a mark, where its first characters are ASCII: in UTF-8 that would be NULs between
+# letters, which no text has.
+WITHOUT_MARK = {
+    rb"[^\0]\0\0\0": "UTF-32LE",
+    rb"\0\0\0[^\0]": "UTF-32BE",
+    rb"[^\0]\0[^\0]\0": "UTF-16LE",
+    rb"\0[^\0]\0[^\0]": "UTF-16BE",
+}
+BEGIN_BYTES = 4  # tell whether a text is in another encoding
+
+
 def without_mark(content: bytes, where: str) -> bytes:
     """A file's content, or its begin, without the byte order mark that some programs put before UTF-8.
 
     Raises:
-      UserError: for the mark of another encoding.
+      UserError: for what begins as text in another encoding does, with its mark or without.
 
     >>> without_mark(b"\\xef\\xbb\\xbfto be", "a.txt")
     b'to be'
     """
-    for mark, encoding in OTHER_MARKS.items():
-        if content.startswith(mark):
-            raise UserError(
-                f"{where} is in {encoding}, not in UTF-8; convert it, for example with iconv -f {encoding} -t UTF-8"
-            )
+    found = [encoding for mark, encoding in OTHER_MARKS.items() if content.startswith(mark)]
+    if b"\0" in content[:BEGIN_BYTES]:
+        found += [encoding for begin, encoding in WITHOUT_MARK.items() if re.match(begin, content)]
+    if found:
+        raise UserError(
+            f"{where} is in {found[0]}, not in UTF-8; convert it, for example with iconv -f {found[0]} -t UTF-8"
+        )
     return content.removeprefix(codecs.BOM_UTF8)
 
 

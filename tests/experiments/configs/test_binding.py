@@ -103,7 +103,8 @@ def test_files_are_read_as_utf8_with_or_without_a_mark_included_ones_too(tmp_pat
     ("content", "message"),
     [
         ("probe.number = 3".encode("utf-16"), r"mine\.gin is in UTF-16, not in UTF-8; convert it"),
-        ("probe.number = 3".encode("utf-16-le"), r"mine\.gin: not gin: .*null bytes"),
+        ("probe.number = 3".encode("utf-16-le"), r"mine\.gin is in UTF-16LE, not in UTF-8; convert it"),
+        (b"probe.number = 3\0", r"mine\.gin: not gin: .*null bytes"),
         (b"probe.name = 'na\xefve'", r"mine\.gin: byte 0xef at offset 16 is not UTF-8"),
         (b"probe.name = '''open", r"mine\.gin: not gin: EOF in multi-line string"),
         (b"probe.number = " + b"[" * 300, r"mine\.gin: not gin: too many nested parentheses"),

@@ -1,5 +1,6 @@
 """Documents from files and from TFDS, and prepared folders that are there whole or not at all."""
 
+import errno
 import glob
 import io
 import json
@@ -164,6 +165,35 @@ def test_links_lead_to_files_and_links_to_nothing_are_refused(tmp_path):
         text_files(f"{tmp_path}/here/*.txt")
 
 
+def test_hard_links_are_names_of_one_file(tmp_path):
+    write(tmp_path / "b.txt", "once")
+    (tmp_path / "a.txt").hardlink_to(tmp_path / "b.txt")
+    assert list(text_files(f"{tmp_path}/*.txt").read()) == [b"once"]
+
+
+@pytest.mark.parametrize("pattern", ["pipe.txt", "*", "**"])
+def test_what_is_no_file_is_refused(tmp_path, pattern):
+    write(tmp_path / "a.txt", "text")
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match=r"pipe\.txt is a pipe or a device: copy"):
+        text_files(f"{tmp_path}/{pattern}")
+
+
+def test_a_folder_that_cannot_be_read_is_refused_and_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    write(tmp_path / "a.txt", "text")
+    scandir = os.scandir
+
+    def scan(folder):
+        if Path(folder).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", scan)  # a test that runs as root may read everything
+    with pytest.raises(UserError, match=r"cannot read .*closed: Permission denied"):
+        text_files(f"{tmp_path}/**/*.txt")
+
+
 MARK = "\ufeff".encode()
 
 
@@ -176,7 +206,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
         list(text_files(f"{tmp_path}/a.txt", document_bytes=256).read())
 
 
-@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-32"])
+@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-16LE", "UTF-16BE", "UTF-32"])
 @pytest.mark.parametrize("errors", ["strict", "replace"])
 def test_another_encodings_mark_is_named(tmp_path, encoding, errors):
     for name in ("a.txt", "b.jsonl"):

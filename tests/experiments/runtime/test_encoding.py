@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from crescendo.experiments.runtime.encoding import check_typed, decoded, read_text
 from crescendo.experiments.runtime.errors import UserError
 
-EXPERIMENTS = Path(__file__).resolve().parents[3] / "experiments"
+ROOT = Path(__file__).resolve().parents[3]
+MODULES = sorted(
+    path for name in ("experiments", "models", "optim", "pallas_kernels", "parallel") for path in ROOT.glob(f"{name}/**/*.py")
+)
 
 
-@given(st.text(), st.sampled_from(["utf-8", "utf-8-sig"]))
+@given(st.text().filter(lambda text: "\0" not in text[:4]), st.sampled_from(["utf-8", "utf-8-sig"]))
 def test_text_comes_back_without_its_mark(text, encoding):
     text = text.lstrip("\ufeff")
     assert decoded(text.encode(encoding), "a.txt") == text.replace("\r\n", "\n").replace("\r", "\n")
@@ -27,7 +30,18 @@ def test_another_encoding_is_refused(encoding, text):
         decoded(text.encode(encoding), "a.txt")
 
 
-@given(st.binary())
+LATIN = st.characters(min_codepoint=1, max_codepoint=255)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@given(begin=st.text(LATIN, min_size=2, max_size=2), rest=st.text())
+def test_another_encoding_is_refused_without_its_mark_too(encoding, begin, rest):
+    told = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    with pytest.raises(UserError, match=rf"a\.txt is in {told}, not in UTF-8; convert it, .* -f {told} "):
+        decoded((begin + rest).encode(encoding), "a.txt")
+
+
+@given(st.binary().filter(lambda content: b"\0" not in content[:4]))
 def test_bytes_are_text_or_one_line_that_says_where_they_are_not(content):
     text = content.removeprefix(codecs.BOM_UTF8).decode(errors="replace")
     if "\ufffd" in text:
@@ -48,9 +62,8 @@ def test_files_and_arguments_are_named(tmp_path):
         check_typed("na\udcefve", "--prompt")
 
 
-@pytest.mark.parametrize("path", sorted(EXPERIMENTS.rglob("*.py")), ids=lambda path: str(path.relative_to(EXPERIMENTS)))
-def test_no_text_depends_on_the_locale(path):
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("read_text", "write_text"):
-            named = {keyword.arg for keyword in node.keywords}
-            assert named & {"encoding", "errors"}, f"{path}:{node.lineno} decodes as the locale says"
+def test_no_text_depends_on_the_locale():
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("read_text", "write_text"):
+                assert "encoding" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"

@@ -3,6 +3,7 @@
 import gzip
 import io
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,19 @@ def test_fashion_mnist_from_the_publishers_files(idx_directory):
         assert (part["images"].dtype, part["labels"].dtype) == (np.uint8, np.int32)
     labels = np.concatenate([part["labels"] for part in rows])
     np.testing.assert_array_equal(np.bincount(labels), [2] * 10)  # none is in both
+
+
+def test_the_fingerprint_of_a_tfds_set_follows_its_contents(tfds_directory, tmp_path):
+    """A set of the same name and lengths whose pictures are others is another one; elsewhere it is the same."""
+    copy = Path(shutil.copytree(tfds_directory, tmp_path / "tfds"))
+    prints = [image_data("crescendo_pictures", data_directory=d, validation_examples=2) for d in (tfds_directory, copy)]
+    assert prints[0].fingerprint == prints[1].fingerprint
+    file = next(copy.rglob("crescendo_pictures-test.*"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    changed = image_data("crescendo_pictures", data_directory=copy, validation_examples=2).fingerprint
+    assert changed != prints[0].fingerprint
 
 
 def test_the_fingerprint_follows_the_split(idx_directory):
