@@ -79,8 +79,8 @@ def generate(
         place, rows = int(read.argmax()), model.config.vocab_size
         what = f"token {place} of the prompt" if place else "the tokenizer's end of text"
         raise UserError(
-            f"{what} is number {read[place]}, and the model's table has {rows} rows: its tokenizer.json has more tokens "
-            "than the model; use its own, or another prompt"
+            f"{what} is number {read[place]}, and the model's table has {rows} rows: its tokenizer.json has more "
+            "tokens than the model; use its own, or another prompt"
         )
     room = -(-(len(read) + tokens) // BUCKET) * BUCKET
     padded = np.zeros((1, -(-len(read) // BUCKET) * BUCKET), np.int32)

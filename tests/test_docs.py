@@ -1,6 +1,7 @@
 """The documentation: the site builds, its Python runs, its commands exist, and each guide works as it stands."""
 
 import argparse
+import contextlib
 import doctest
 import importlib
 import importlib.util
@@ -15,6 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.trainer.training import train
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
@@ -91,6 +96,27 @@ def test_every_command_is_understood(module, words, monkeypatch, capsys):
     # In prose a command may stand without all that it needs.
     complaint = capsys.readouterr().err
     assert "error:" not in complaint or "arguments are required" in complaint, complaint
+
+
+TEXT = "".join(page.read_text() for page in PAGES)
+OF_PAGES = [f"@{name}" for name in re.findall(r"def (\w+)\(", TEXT)]  # what a page itself makes
+SETTING = [
+    (module, words)
+    for module, words in commands()
+    if "--set" in words and not any(name in " ".join(words) for name in OF_PAGES)
+]
+
+
+@pytest.mark.parametrize(("module", "words"), SETTING, ids=lambda x: x if isinstance(x, str) else " ".join(x)[:60])
+def test_every_setting_that_a_page_shows_is_one(module, words):
+    given = argparse.ArgumentParser()
+    for option in ("--config", "--set"):
+        given.add_argument(option, action="append", default=[])
+    known, _ = given.parse_known_args(words)
+    shipped = [config for config in known.config if config in configurables.shipped()]
+    refused = re.search(re.escape(known.set[-1]) + "' \\|\\| echo", TEXT)
+    with pytest.raises(UserError) if refused else contextlib.nullcontext():
+        configurables.bind(train, shipped or ["debug.gin"], known.set)
 
 
 DESCRIBED = {" ".join(words): words for module, words in commands() if module.endswith(".describe")}

@@ -336,8 +336,9 @@ def _read(config: str) -> str:
 
 
 def _parse(text: str, origin: str) -> None:
+    text = check_typed(text, origin)
     try:
-        gin.parse_config(check_typed(text, origin))
+        gin.parse_config(text)
     except (SyntaxError, tokenize.TokenError) as error:
         raise UserError(f"{origin}: not gin: {_one_line(error)}; write NAME.PARAMETER = VALUE") from None
     except RecursionError:

@@ -335,7 +335,9 @@ def read_parameters(folder: Path, config: ModelConfig) -> dict:
     if not files:
         raise UserError(f"{folder} has no .safetensors file: other formats of weights can't be imported")
     if missing := sorted(_files_of_index(folder) - {path.name for path in files}):
-        raise UserError(f"{folder} lacks {', '.join(missing[:3])}, which its {INDEX} names: copy all of its files there")
+        raise UserError(
+            f"{folder} lacks {', '.join(missing[:3])}, which its {INDEX} names: copy all of its files there"
+        )
     tensors: dict[str, np.ndarray] = {}
     for path in files:
         try:

@@ -1,6 +1,7 @@
 """Bytes as text: UTF-8, whatever the machine's locale, decoded in one place."""
 
 import codecs
+import os
 import re
 from pathlib import Path
 
@@ -79,15 +80,19 @@ def decoded(content: bytes, where: str) -> str:
 
 
 def check_typed(text: str, where: str) -> str:
-    """An argument of a command, in which Python leaves halves of surrogate pairs for bytes that are not UTF-8.
+    """An argument of a command, in which Python leaves halves of surrogate pairs for bytes that its locale can't read.
 
     Raises:
-      UserError: if there are any.
+      UserError: if there are any: says whether it is the text or the locale that isn't UTF-8.
     """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: {text!r} is not UTF-8") from None
+        try:
+            os.fsencode(text).decode()
+        except UnicodeError:
+            raise UserError(f"{where}: {text!r} is not UTF-8") from None
+        raise UserError(f"{where}: {text!r} is UTF-8, and the locale here is not: set PYTHONUTF8=1") from None
     return text
 
 

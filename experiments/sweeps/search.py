@@ -120,8 +120,8 @@ def _check_known(folder: Path, drawn: Sequence[optuna.trial.FrozenTrial]) -> Non
     runs = {path.parent.name for path in folder.glob("trial-*/run.json")}
     if unknown := sorted(runs - {_trial_point(trial).name for trial in drawn}):
         raise UserError(
-            f"{folder / unknown[0]} is the run of a trial that {folder / 'study.db'} doesn't hold: restore that file, or "
-            "give another --run"
+            f"{folder / unknown[0]} is the run of a trial that {folder / 'study.db'} doesn't hold: restore that "
+            "file, or give another --run"
         )
 
 

@@ -15,7 +15,7 @@ from crescendo import optim
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs.checkpoint import Checkpoints
 from crescendo.experiments.runs.records import Record, read_records
-from crescendo.experiments.runs.run import last_validation
+from crescendo.experiments.runs.run import is_complete, last_validation
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime import hardware
 from crescendo.experiments.runtime.cache import CompilationCounter, use_compilation_cache
@@ -196,7 +196,7 @@ def train(
         if total_examples < session.total_examples:
             say(f"note: the run ends at {total_examples:,} examples: what is left after them fills no microbatch")
         finished = clock.examples_seen >= total_examples
-        _write_begun(folder, None if finished else info, operative_config(), options["data"])
+        _write_begun(folder, None if finished and is_complete(folder) else info, operative_config(), options["data"])
         observers = run_observers(
             folder,
             resume_at_examples=clock.examples_seen,
@@ -332,7 +332,7 @@ def _fixed(session: Session, initialize_from: str | None, start_from: str | None
 def _write_begun(folder: Path, info: dict[str, Any] | None, config: str, data: Any) -> None:
     """What the folder says of a run from its beginning: `info`, the configuration, the tokenizer of text.
 
-    With the last the folder alone can generate and export. The others stay as they are where `info` is None: a finished
+    With the last the folder alone can generate and export. The others stay as they are where `info` is None: a complete
     run's say how it was trained.
     """
     if info is not None:

@@ -124,7 +124,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, content, 
 
 
 def test_what_is_typed_is_utf8():
-    with pytest.raises(UserError, match=r"--set: .*udcef.* is not UTF-8"):
+    with pytest.raises(UserError, match=r"^--set: \"probe.*udcef.* is not UTF-8"):
         configurables.bind(probe, [], ["probe.name = 'na\udcefve'"])
     assert configurables.names_bound("probe.name = '''open") == []
 

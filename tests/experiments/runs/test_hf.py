@@ -153,7 +153,9 @@ def test_every_tensor_is_used():
         with pytest.raises(UserError, match=rf"here has a tensor {name} of \(.*\), which the decoder .* no use for"):
             hf.model_parameters(config, tensors | {name: array}, "here")
     for head in (2 * table, table[:4]):
-        with pytest.raises(UserError, match=r"here: its config\.json says tie_word_embeddings, but lm_head\.weight is not"):
+        with pytest.raises(
+            UserError, match=r"here: its config\.json says tie_word_embeddings, but lm_head\.weight is not"
+        ):
             hf.model_parameters(config, tensors | {"lm_head.weight": head}, "here")
     untied = dataclasses.replace(config, tied_head=False)
     with pytest.raises(UserError, match=r"here has no tensor lm_head\.weight"):
@@ -189,7 +191,10 @@ def test_weights_are_floats_of_16_bits_or_more(tmp_path, dtype, taken):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}, r"lacks two\.safetensors, which its model\.saf"),
+        (
+            {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}},
+            r"lacks two\.safetensors, which its model\.saf",
+        ),
         ({"weight_map": ["one.safetensors"]}, r"index\.json has no weight_map"),
         ({}, r"index\.json has no weight_map"),
         ([], r"index\.json holds no object"),

@@ -13,7 +13,7 @@ from crescendo.experiments.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 MODULES = sorted(
-    path for name in ("experiments", "models", "optim", "pallas_kernels", "parallel") for path in ROOT.glob(f"{name}/**/*.py")
+    path for name in ("experiments", "models", "optim", "parallel") for path in ROOT.glob(f"{name}/**/*.py")
 )
 
 
@@ -60,6 +60,9 @@ def test_files_and_arguments_are_named(tmp_path):
     assert check_typed("é", "--prompt") == "é"
     with pytest.raises(UserError, match=r"--prompt: 'na\\udcefve' is not UTF-8"):
         check_typed("na\udcefve", "--prompt")
+    typed = "é".encode().decode("ascii", "surrogateescape")  # as Python reads it under a locale of ASCII
+    with pytest.raises(UserError, match=r"--prompt: .* is UTF-8, and the locale here is not: set PYTHONUTF8=1"):
+        check_typed(typed, "--prompt")
 
 
 def test_no_text_depends_on_the_locale():

@@ -69,8 +69,9 @@ def test_every_arm_tries_all_rates_with_seed_0_and_goes_on_with_its_best(trained
     assert math.isnan(outcomes["b"].sweep[1e-2])
     assert [path.name for path in outcomes["b"].runs] == ["b-lr0.001-seed0", "b-lr0.001-seed1"]
     assert [record["loss"] for record in outcomes["b"].records] == [2.25, 2.25]
-    summary = json.loads((tmp_path / "runs" / "comparison.json").read_text())
+    summary = json.loads((tmp_path / "runs" / "comparison.json").read_text(), parse_constant=pytest.fail)
     assert [arm["losses"] for arm in summary] == [[2.0, 2.0], [2.25, 2.25]]
+    assert summary[1]["sweep"] == {"0.001": 2.25, "0.01": None}
     assert (tmp_path / "runs" / "report" / "report.html").exists()
 
 

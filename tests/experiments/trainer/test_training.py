@@ -206,13 +206,17 @@ def test_what_was_pending_fits_another_batch_size(before, after, seen, steps, sk
 
 
 @pytest.mark.slow
-def test_a_run_that_another_batch_size_ends_is_validated_and_complete(train_small, tmp_path, capsys):
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_run_that_another_batch_size_ends_is_validated_and_complete(train_small, tmp_path, capsys, validated):
     """No step is left where the run was stopped, short of its end."""
     folder, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
     short = ("train.total_examples = 24", "schedules.linear.warmup = 8")
     train_small(folder, "train.batch_size = 8", *short)
     lines = metrics.read_text().splitlines(keepends=True)
-    metrics.write_text("".join(line for line in lines if '"validation"' not in line))
+    metrics.write_text("".join(line for line in lines if validated or '"validation"' not in line))
+    info = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(info | {"total_examples": 36}))
+    assert not is_complete(folder)
     longer = ("train.batch_size = 16", "train.max_microbatch_examples = 16", "train.total_examples = 36", *short[1:])
     validation = train_small(folder, *longer)
     assert "ends at 24 examples" in capsys.readouterr().out
