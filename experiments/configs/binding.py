@@ -170,9 +170,9 @@ def arguments(experiment: Callable, names: Collection[str] | None = None) -> dic
     Raises:
       UserError: what a factory says of its arguments.
 
-    >>> def fit(*, rate: float, steps: int = 10): ...
-    >>> _ = bind(fit, [], ["fit.rate = 0.5"])
-    >>> arguments(fit), arguments(fit, ["rate"])
+    >>> def tune(*, rate: float, steps: int = 10): ...
+    >>> _ = bind(tune, [], ["tune.rate = 0.5"])
+    >>> arguments(tune), arguments(tune, ["rate"])
     ({'steps': 10, 'rate': 0.5}, {'rate': 0.5})
     """
     bound = gin.get_bindings(_register(experiment), resolve_references=False)
