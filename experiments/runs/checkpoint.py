@@ -216,28 +216,33 @@ class Checkpoints:
         Raises:
           UserError: where there is none, or it is damaged.
         """
-        steps = self.saved()
-        if examples not in steps:
-            there = ", ".join(map(str, steps)) or "none"
-            raise UserError(f"{self.folder} has no checkpoint at {examples} examples (it has {there})")
+        self._check_saved(examples)
         try:
             return self._load(examples, abstract)
         except _DamagedError as problem:
             folder = self.folder / str(examples)
             raise UserError(f"checkpoint {folder} is damaged ({problem}): run it again in another folder") from None
 
-    def restore_parameters(self, shapes: Any) -> tuple[Any, int]:
-        """The newest checkpoint's parameters to use, whole on one device, and its `examples_seen`.
+    def _check_saved(self, examples: int) -> None:
+        if examples not in (steps := self.saved()):
+            there = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"{self.folder} has no checkpoint at {examples} examples: give one that it has ({there})")
+
+    def restore_parameters(self, shapes: Any, at: int | None = None) -> tuple[Any, int]:
+        """A checkpoint's parameters to use, whole on one device, and its `examples_seen`.
 
         They are the ones to evaluate: an average where the run keeps one, else the state's own.
 
         Args:
           shapes: of the parameters, as `jax.eval_shape` gives them.
+          at: which checkpoint, by its examples; None: the newest.
 
         Raises:
           UserError: where there is none, or it is damaged or of another shape.
         """
-        step = self._manager.latest_step()
+        if at is not None:
+            self._check_saved(at)
+        step = self._manager.latest_step() if at is None else at
         if step is None:
             raise UserError(f"{self.folder} has no checkpoint yet")
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

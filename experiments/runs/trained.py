@@ -52,7 +52,7 @@ def load(folder: Path) -> Trained:
             raise UserError(f"{folder / 'run.json'} doesn't describe a decoder ({error})") from None
         here = config.for_platform(jax.default_backend())
         shapes = jax.eval_shape(lambda: models.initialize(here, jax.random.key(0)))
-        parameters, examples_seen = newest_parameters(folder, shapes)
+        parameters, examples_seen = saved_parameters(folder, shapes)
         max_length = run.info["sequence_length"]
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -61,8 +61,13 @@ def load(folder: Path) -> Trained:
     return Trained(here, parameters, SubwordTokenizer.load(path), max_length, examples_seen)
 
 
-def newest_parameters(folder: Path, shapes: Tree) -> tuple[dict, int]:
-    """The parameters to use of a run's newest checkpoint, and its `examples_seen`.
+def saved_parameters(folder: Path, shapes: Tree, at: int | None = None) -> tuple[dict, int]:
+    """The parameters to use of a run's checkpoint, and its `examples_seen`.
+
+    Args:
+      folder: the run's.
+      shapes: of the parameters.
+      at: which checkpoint, by its examples; None: the newest.
 
     Raises:
       UserError: where there is none, or it is damaged or of another shape.
@@ -70,4 +75,4 @@ def newest_parameters(folder: Path, shapes: Tree) -> tuple[dict, int]:
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} has no checkpoint yet: a run saves its first after a tenth of its length")
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
-        return checkpoints.restore_parameters(shapes)
+        return checkpoints.restore_parameters(shapes, at)

@@ -10,7 +10,7 @@ import numpy as np
 from crescendo.experiments.runs.checkpoint import Checkpoints
 from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runs.state import Clock, TrainState
-from crescendo.experiments.runs.trained import load, newest_parameters
+from crescendo.experiments.runs.trained import load, saved_parameters
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.trainer.session import Session
 from crescendo.experiments.trainer.shapes import describe_arrays
@@ -30,7 +30,7 @@ def fresh_state(session: Session, initialize_from: str | None = None) -> TrainSt
         return session.fresh_state()
     folder, wanted = Path(initialize_from), session.abstract_state.parameters
     if (folder / "run.json").is_file():
-        parameters, _ = newest_parameters(folder, _stored_shapes(folder, wanted, initialize_from))
+        parameters, _ = saved_parameters(folder, _stored_shapes(folder, wanted, initialize_from))
     else:
         parameters = load(folder).parameters
 
