@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,12 +32,14 @@ class Documents:
       identity: changes whenever the documents do; names the prepared copy on disk.
       read: gives all documents, as UTF-8, in the same order at every call.
       total_bytes: about how many bytes these are, for the progress bar; None if not known.
+      held_out: corpora to evaluate on, by name; where "validation" is one, none of the documents is held out for it.
     """
 
     source: str
     identity: str
     read: Callable[[], Iterator[bytes]]
     total_bytes: int | None = None
+    held_out: Mapping[str, "Documents"] | None = None
 
 
 def file_digests(paths: Sequence[Path]) -> list[str]:

@@ -26,7 +26,7 @@ class RandomText:
 
     def __init__(self, vocab_size: int, sequence_length: int, documents_in_row: int = 1):
         self.vocab_size, self.sequence_length = vocab_size, sequence_length
-        self.train = self.validation = self
+        self.train, self.held_out = self, {"validation": self}
         weights = 1 / (np.arange(vocab_size) + 2.7)
         self._cumulative = np.cumsum(weights / weights.sum())
         index = np.arange(sequence_length)

@@ -30,6 +30,7 @@ class Rows:
       tokens: integers [corpus tokens].
       packing: where in `tokens` each row's pieces lie.
       sequence_length: tokens in a row.
+      bytes_per_token: of the text behind them, a label being a token; None where it isn't known.
 
     Example:
       >>> from crescendo.experiments.data.packing import pack
@@ -40,8 +41,10 @@ class Rows:
        'segment_ids': [1, 1, 1, 1, 2, 2, 0], 'positions': [0, 1, 2, 3, 0, 1, 0]}
     """
 
-    def __init__(self, tokens: np.ndarray, packing: Packing, sequence_length: int):
-        self.sequence_length = sequence_length
+    def __init__(
+        self, tokens: np.ndarray, packing: Packing, sequence_length: int, bytes_per_token: float | None = None
+    ):
+        self.sequence_length, self.bytes_per_token = sequence_length, bytes_per_token
         self._tokens = np.asarray(tokens)  # a plain view of the memory map: np.memmap's own indexing is slower
         self._packing = Packing(*map(np.asarray, packing))
 

@@ -5,12 +5,14 @@ documents -> held-out split by document hash -> tokens on disk -> packed rows ->
 
 import json
 import os
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from crescendo.experiments.data.corpus import SPLITS, tokenize
+from crescendo.experiments.data.corpus import TRAIN, VALIDATION, tokenize
 from crescendo.experiments.data.documents import Documents, digest
 from crescendo.experiments.data.packing import Packing, pack
 from crescendo.experiments.data.preparation import cache_root, prepared
@@ -20,7 +22,8 @@ from crescendo.experiments.data.tokenizer import ByteTokenizer, SubwordTokenizer
 from crescendo.experiments.runtime.encoding import read_text
 from crescendo.experiments.runtime.errors import UserError
 
-FORMAT = 1  # of the files on disk and of the packing: part of every identity, to be raised when either changes
+FORMAT = 1  # of the rows: part of every identity, to be raised when they change
+FILES = 2  # of what is kept on disk, likewise of the folders' names alone
 
 
 @dataclass(frozen=True)
@@ -29,19 +32,24 @@ class TextData:
 
     Attributes:
       train: the rows to train on.
-      validation: the rows of the held-out documents.
-      tokenizer: the tokenizer of both.
+      held_out: the rows of the held-out documents, in sets by name; the first one is "validation".
+      tokenizer: the tokenizer of all.
       documents: how many documents there are in all.
-      tokens: how many tokens are in both splits, each document's end of text included.
+      tokens: how many tokens are in all of them, each document's end of text included.
       fingerprint: changes whenever the rows do; equal on every machine that prepares the same corpus.
     """
 
     train: Rows
-    validation: Rows
+    held_out: Mapping[str, Rows]
     tokenizer: Tokenizer
     documents: int
     tokens: int
     fingerprint: str
+
+    @property
+    def validation(self) -> Rows:
+        """The held-out set that decides what is best."""
+        return self.held_out[VALIDATION]
 
     @property
     def vocab_size(self) -> int:
@@ -59,10 +67,12 @@ class TextData:
         return self.train.padding_share
 
     def __str__(self) -> str:
+        sets = ", ".join(
+            f"{len(rows):,} {'held out' if name == VALIDATION else name}" for name, rows in self.held_out.items()
+        )
         return (
             f"{self.documents:,} documents, {self.tokens:,} tokens of {self.vocab_size:,} kinds, in rows of "
-            f"{self.sequence_length:,}: {len(self.train):,} to train on ({self.padding_share:.2%} padding), "
-            f"{len(self.validation):,} held out"
+            f"{self.sequence_length:,}: {len(self.train):,} to train on ({self.padding_share:.2%} padding), {sets}"
         )
 
 
@@ -78,7 +88,8 @@ def text_data(
 
     Each document becomes its tokens between two end-of-text tokens; every token but the first is a label exactly once.
     A document is held out if a hash of its content, as a number in [0, 1), is below `validation_fraction`, so adding
-    documents never moves one from one split to the other.
+    documents never moves one from one split to the other. A corpus may bring held-out sets of its own
+    (`Documents.held_out`); where one of them is called "validation", all documents are trained on.
 
     Args:
       documents: from `text_files`, `tfds_text` or `stdlib_text`; None for `stdlib_text`.
@@ -109,44 +120,101 @@ def text_data(
         raise UserError(f"text_data.sequence_length = {sequence_length} must be at least 1")
     if not 0 < validation_fraction < 1:
         raise UserError(f"text_data.validation_fraction = {validation_fraction} must lie between 0 and 1, as 0.05 does")
-    spec = parse_tokenizer(tokenizer)
     documents = documents or stdlib_text(cache_directory=cache_directory)
-
-    root = cache_root(cache_directory)
-    key = digest([FORMAT, documents.identity, spec.identity, validation_fraction])
-    corpus = prepared(root / "tokens" / key, lambda folder: tokenize(documents, spec.make, validation_fraction, folder))
-    summary = json.loads(read_text(corpus / "summary.json"))
-    pairs = summary["pairs"]
-    for split in SPLITS:
+    corpus = _prepare(documents, tokenizer, sequence_length, validation_fraction, cache_root(cache_directory))
+    pairs = corpus.summary["pairs"]
+    for split in (split for split in (TRAIN, VALIDATION) if split not in (documents.held_out or {})):
         if pairs[split] < sequence_length:
             raise UserError(
                 f"the corpus {documents.source} is too small: its {split} split has {pairs[split]} tokens, fewer than "
                 f"one row of text_data.sequence_length = {sequence_length}; add text, lower the sequence length, or "
                 f"change text_data.validation_fraction = {validation_fraction}"
             )
+    return corpus.text_data()
+
+
+def held_out_text(
+    sets: Mapping[str, Documents],
+    *,
+    tokenizer: str,
+    sequence_length: int,
+    cache_directory: str | os.PathLike | None = None,
+) -> TextData:
+    """Held-out sets alone, to evaluate on: there are no rows to train on.
+
+    Args:
+      sets: by name.
+      tokenizer: the path of a tokenizer.json file.
+      sequence_length: tokens in a row.
+      cache_directory: see `text_data`.
+
+    Raises:
+      UserError: for a set without any text; see `text_data`.
+
+    >>> import tempfile
+    >>> poem = Documents("a poem", "poem 1", lambda: (f"line {i} of a poem".encode() for i in range(20)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     data = held_out_text({"poem": poem}, tokenizer="bytes", sequence_length=64, cache_directory=folder)
+    >>> len(data.train), len(data.held_out["poem"]), data.held_out["poem"].bytes_per_token  # 16 bytes and an end
+    (0, 7, 0.94...)
+    """
+    nothing = Documents("held-out sets", "", lambda: iter(()), 0, sets)
+    return _prepare(nothing, tokenizer, sequence_length, 0.0, cache_root(cache_directory)).text_data(sets)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A corpus on disk: the folders of its tokens and of its rows, and what `tokenize` says of it."""
+
+    tokens: Path
+    rows: Path
+    sequence_length: int
+    summary: dict
+
+    def text_data(self, held_out: Iterable[str] | None = None) -> TextData:
+        """The corpus, opened, with these held-out sets; None: all of them."""
+        tokenizer_file = self.tokens / "tokenizer.json"
+        pairs = self.summary["pairs"]
+        return TextData(
+            train=self._open(TRAIN),
+            held_out={split: self._open(split) for split in held_out or [each for each in pairs if each != TRAIN]},
+            tokenizer=SubwordTokenizer.load(tokenizer_file) if tokenizer_file.exists() else ByteTokenizer(),
+            documents=self.summary["documents"],
+            tokens=sum(pairs.values()),
+            fingerprint=digest([FORMAT, self.summary["digest"], self.sequence_length]),
+        )
+
+    def _open(self, split: str) -> Rows:
+        packing = Packing(*(_load_array(self.rows / f"{split}_{name}.npy") for name in Packing._fields))
+        tokens, pairs = _load_array(self.tokens / f"{split}_tokens.npy"), self.summary["pairs"][split]
+        return Rows(tokens, packing, self.sequence_length, self.summary["bytes"][split] / pairs if pairs else None)
+
+
+def _prepare(
+    documents: Documents, tokenizer: str, sequence_length: int, validation_fraction: float, root: Path
+) -> _Prepared:
+    """Tokenizes and packs what isn't there yet."""
+    sets = documents.held_out or {}
+    for name in sets:
+        if not re.fullmatch(r"[A-Za-z][\w-]*", name, re.ASCII) or name == TRAIN:
+            raise UserError(f"a held-out set can't be called {name!r}: use letters, digits, _ and -, and not 'train'")
+    spec = parse_tokenizer(tokenizer)
+    identities = {name: of.identity for name, of in sets.items()}
+    key = digest([FORMAT, FILES, documents.identity, spec.identity, validation_fraction, identities])
+    corpus = prepared(root / "tokens" / key, lambda folder: tokenize(documents, spec.make, validation_fraction, folder))
+    summary = json.loads(read_text(corpus / "summary.json"))
+    for name, of in sets.items():
+        if not summary["pairs"][name]:
+            raise UserError(f"the held-out set {name} ({of.source}) is empty: it has no document with any text")
 
     def pack_splits(folder: Path) -> None:
-        for split in SPLITS:
+        for split in summary["pairs"]:
             offsets = _load_array(corpus / f"{split}_offsets.npy")
             for name, array in pack(offsets, sequence_length)._asdict().items():
                 np.save(folder / f"{split}_{name}.npy", array)
 
-    packed = prepared(root / "rows" / f"{key}-{sequence_length}", pack_splits)
-    train, validation = (_open_rows(corpus, packed, split, sequence_length) for split in SPLITS)
-    tokenizer_file = corpus / "tokenizer.json"
-    return TextData(
-        train=train,
-        validation=validation,
-        tokenizer=SubwordTokenizer.load(tokenizer_file) if tokenizer_file.exists() else ByteTokenizer(),
-        documents=summary["documents"],
-        tokens=sum(pairs.values()),
-        fingerprint=digest([FORMAT, summary["digest"], sequence_length]),
-    )
-
-
-def _open_rows(corpus: Path, packed: Path, split: str, sequence_length: int) -> Rows:
-    packing = Packing(*(_load_array(packed / f"{split}_{name}.npy") for name in Packing._fields))
-    return Rows(_load_array(corpus / f"{split}_tokens.npy"), packing, sequence_length)
+    rows = prepared(root / "rows" / f"{key}-{sequence_length}", pack_splits)
+    return _Prepared(corpus, rows, sequence_length, summary)
 
 
 def _load_array(path: Path) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Texts of the TFDS catalogue."""
 
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ def tfds_text(
     name: str,
     *,
     split: str = "train",
+    validation_split: str | Mapping[str, str] | None = None,
     feature: str = "text",
     data_directory: str | os.PathLike | None = None,
     download: bool = False,
@@ -26,6 +28,8 @@ def tfds_text(
     Args:
       name: as in the catalogue, such as "ag_news_subset" or "imdb_reviews/plain_text".
       split: such as "train" or "train[:80%]".
+      validation_split: to validate on, such as "test", or several held-out sets by name, such as {"validation":
+        "train[80%:]", "test": "test"}; where none is called "validation", that set is split off from the documents.
       feature: the text feature to take.
       data_directory: where TFDS keeps prepared data; None for $TFDS_DATA_DIR or ~/tensorflow_datasets.
       download: whether to download and prepare the data set if it is not there; else the network is never tried.
@@ -39,6 +43,23 @@ def tfds_text(
       https://www.tensorflow.org/datasets/catalog/overview
     """
     Utf8("tfds_text", errors)  # refuses what it doesn't know
+    named = {"validation": validation_split} if isinstance(validation_split, str) else validation_split or {}
+
+    def documents(split: str) -> Documents:
+        return _documents(name, split, feature, data_directory, download, errors)
+
+    return dataclasses.replace(documents(split), held_out={each: documents(of) for each, of in named.items()})
+
+
+def _documents(
+    name: str,
+    split: str,
+    feature: str,
+    data_directory: str | os.PathLike | None,
+    download: bool,
+    errors: Literal["strict", "replace"],
+) -> Documents:
+    """Of one split."""
     source, full_name, files = open_source(name, split, data_directory, download, [feature])
 
     def read() -> Iterator[bytes]:

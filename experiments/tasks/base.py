@@ -96,6 +96,8 @@ class Task(Protocol):
       row: every array of an example, by name.
       train: the examples to train on.
       held_out: sets of held-out examples by name; the first one, "validation", decides what is best.
+      bytes_per_unit: by held-out set, how many bytes of text a unit of the loss stands for on average, for bits per
+        byte; of no set where the loss isn't one over all of a text.
       data: what it was made of; `str(data)` describes it to a person, `data.fingerprint` changes whenever the rows do.
       identity: what fixes the model, as JSON: a run goes on only as what it was. Nothing that only says how fast.
       fingerprint: of the model and the data together.
@@ -110,6 +112,7 @@ class Task(Protocol):
     row: Mapping[str, RowArray]
     train: Source
     held_out: Mapping[str, Source]
+    bytes_per_unit: Mapping[str, float]
     data: Any
     identity: Mapping[str, Any]
     fingerprint: str

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -74,6 +75,7 @@ class Images:
     row: Mapping[str, RowArray]
     train: Source
     held_out: Mapping[str, Source]
+    bytes_per_unit: Mapping[str, float] = MappingProxyType({})
     identity: Mapping[str, Any]
     fingerprint: str
 

@@ -24,6 +24,7 @@ class MaskedLM(TextTask):
         options = {"task": self.name, "mask_fraction": mask_fraction}
         super().__init__(data, model, options=options, reserved_tokens=1, causal=False)
         self.mask_token, self.mask_fraction = data.vocab_size, mask_fraction
+        self.bytes_per_unit = {}  # the loss is one over the chosen tokens
 
     def loss(self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context) -> Loss:
         """With the model's z-loss; the weight is in chosen tokens."""

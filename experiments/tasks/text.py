@@ -29,7 +29,7 @@ class Text(Protocol):
     @property
     def train(self) -> Source: ...
     @property
-    def validation(self) -> Source: ...
+    def held_out(self) -> Mapping[str, Source]: ...
     @property
     def vocab_size(self) -> int: ...
     @property
@@ -67,6 +67,8 @@ class InVocabulary:
 class TextTask:
     """A transformer over packed rows; a task adds its name, `loss` and `evaluate`.
 
+    A loss that isn't one over every token of a text empties `bytes_per_unit`.
+
     Args:
       data: packed rows.
       model: decided for the platform; its vocabulary becomes the data's, rounded up to `VOCAB_MULTIPLE`.
@@ -89,6 +91,7 @@ class TextTask:
     row: Mapping[str, RowArray]
     train: Source
     held_out: Mapping[str, Source]
+    bytes_per_unit: Mapping[str, float]
     identity: Mapping[str, Any]
     fingerprint: str
     per_example_norms = True
@@ -122,7 +125,9 @@ class TextTask:
             ("tokens", "labels", "segment_ids", "positions"), RowArray((length,), "int32", (axes.LENGTH,))
         )
         self.train = InVocabulary(data.train, data.vocab_size)
-        self.held_out = {"validation": InVocabulary(data.validation, data.vocab_size)}
+        self.held_out = {name: InVocabulary(rows, data.vocab_size) for name, rows in data.held_out.items()}
+        lengths = {name: getattr(rows, "bytes_per_token", None) for name, rows in data.held_out.items()}
+        self.bytes_per_unit = {name: length for name, length in lengths.items() if length is not None}
         self.identity = {**self.config.identity, **options}
         self.fingerprint = fingerprint(self.identity, data.fingerprint)
 

@@ -1,6 +1,7 @@
 """How good a state is on held-out rows."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -25,7 +26,7 @@ def evaluation_parameters(state: TrainState, trainable: Trainable | None = None)
 
 def make_evaluation(
     task: Task,
-    source: Source,
+    held_out: str,
     layout: parallel.Layout,
     state: TrainState,
     *,
@@ -35,15 +36,19 @@ def make_evaluation(
 ) -> Callable[[TrainState], dict[str, float]]:
     """`state -> means by name` over a sample of `evaluation_examples` rows: always the same ones.
 
+    Of a text the means have `bits_per_byte` too, which unlike a loss in nats a token can be compared between
+    tokenizers: loss / (ln 2 * bytes per token), where the bytes per token are those of the whole set.
+
     Args:
       task: what is evaluated (`Task.evaluate`).
-      source: held-out rows; all of them where there are fewer.
+      held_out: the name of its rows, of which all are taken where there are fewer.
       layout: as the training's.
       state: shapes, dtypes and shardings of the state.
       evaluation_examples: how many rows.
       microbatch_examples: how many at a time; the last group is filled up with padding.
       trainable: which parameters the optimizer knows.
     """
+    source, bytes_per_unit = task.held_out[held_out], task.bytes_per_unit.get(held_out)
     count = min(evaluation_examples, len(source))
     groups = -(-count // microbatch_examples)
     stream = Stream(source, seed=0)
@@ -70,7 +75,14 @@ def make_evaluation(
 
     # Compiled here, so that nothing compiles while the loop runs.
     compiled = jax.jit(means, out_shardings=layout.replicated).lower(state, batch).compile()
-    return lambda state: {name: float(x) for name, x in jax.device_get(compiled(state, batch)).items()}
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        numbers = {name: float(x) for name, x in jax.device_get(compiled(state, batch)).items()}
+        if bytes_per_unit is not None:
+            numbers["bits_per_byte"] = numbers["loss"] / (math.log(2) * bytes_per_unit)
+        return numbers
+
+    return evaluate
 
 
 def make_row_losses(

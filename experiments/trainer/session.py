@@ -240,7 +240,7 @@ class Session:
     def _compiled(self) -> tuple[parallel.BatchPlan, int, jax.stages.Compiled]:
         """The step with the largest microbatch that fits the device's memory, by the compiler's own count."""
         mesh, shards = self.layout.mesh, self.layout.batch_shards
-        bound = max(1, MAX_MICROBATCH_UNITS[self.platform] // self.task.units_per_example) * shards
+        bound = max_microbatch_examples(self.task, self.layout, self.platform)
         if self._max_microbatch_examples is not None:
             bound = min(bound, self._max_microbatch_examples)
         limit = hardware.memory_bytes(mesh.local_devices[0])
@@ -359,14 +359,14 @@ class Session:
         calls = {
             name: make_evaluation(
                 self.task,
-                source,
+                name,
                 self.layout,
                 self.abstract_state,
                 evaluation_examples=examples,
                 microbatch_examples=self.plan.microbatch_examples,
                 trainable=self.trainable,
             )
-            for name, source in self.task.held_out.items()
+            for name in self.task.held_out
         }
 
         def evaluate(state: TrainState) -> dict[str, float]:
@@ -387,6 +387,11 @@ class Session:
             microbatch_examples=self.plan.microbatch_examples,
             trainable=self.trainable,
         )
+
+
+def max_microbatch_examples(task: Task, layout: parallel.Layout, platform: str) -> int:
+    """The examples past which a larger microbatch makes no step faster, over all devices."""
+    return max(1, MAX_MICROBATCH_UNITS[platform] // task.units_per_example) * layout.batch_shards
 
 
 def check_positive(**values: float | None) -> None:

@@ -143,7 +143,7 @@ class PreparedText(NamedTuple):
     sequence_length: int
     fingerprint: str
     train: Any = None
-    validation: Any = None
+    held_out: Mapping[str, Any] = MappingProxyType({})
 
 
 class PreparedImages(NamedTuple):

@@ -325,7 +325,10 @@ def test_a_file_that_disappears_is_named(tmp_path):
         (["*.nothing"], r'"\*\.nothing" matches no file'),
         ([], r"text_files\.paths is empty"),
         (["."], r'"\." is a folder; name its files, as in "\./\*\*/\*\.txt"'),
-        (["table.csv"], r"table\.csv: unknown suffix '\.csv'; text_files reads \.txt, \.jsonl, \.parquet"),
+        (
+            ["table.csv"],
+            r"table\.csv: unknown suffix '\.csv'; text_files reads \.txt, \.md, \.json, \.jsonl, \.parquet",
+        ),
     ],
 )
 def test_bad_paths_are_refused_at_once(tmp_path, monkeypatch, paths, message):

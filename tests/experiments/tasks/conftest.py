@@ -49,7 +49,7 @@ def text():
     """Packed text as a task needs it."""
     return SimpleNamespace(
         train=text_rows(60, 0),
-        validation=text_rows(20, 1),
+        held_out={"validation": text_rows(20, 1)},
         tokenizer=None,
         vocab_size=VOCAB,
         sequence_length=LENGTH,

@@ -33,7 +33,7 @@ def test_it_says_what_it_is(task, text):
         name: array[:2] for name, array in task.row.items()
     }
     assert list(task.held_out) == ["validation"]
-    assert len(task.held_out["validation"]) == len(text.validation)
+    assert len(task.held_out["validation"]) == len(text.held_out["validation"])
     assert not {"scan_layers", "remat", "dtype", "dropout"} & set(task.identity)
 
 
