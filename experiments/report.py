@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from crescendo.experiments.reports.compare import arms_table, compare, headline
+from crescendo.experiments.reports.held_out import held_out_table
 from crescendo.experiments.reports.write import write_arms
 from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.cli import run_command
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arms = compare([read_run(run) for run in arguments.runs])
     console = Console()
     console.print(arms_table(arms))
+    if (held_out := held_out_table(arms)) is not None:
+        console.print()
+        console.print(held_out)
     title = arguments.title or ("Training runs compared" if len(arguments.runs) > 1 else "A training run")
     path = write_arms(arms, arguments.out or arguments.runs[0] / "report", title)
     console.print(Text(f"\n{headline(arms)}\n{path}"), soft_wrap=True)

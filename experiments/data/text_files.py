@@ -58,7 +58,7 @@ def text_files(
     Example:
       >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     _ = (Path(folder) / "a.jsonl").write_text('{"text": "to be"}\n{"text": "or not to be"}\n')
+      ...     _ = (Path(folder) / "a.jsonl").write_text('{"text": "to be"}\\n{"text": "or not to be"}\\n')
       ...     list(text_files([f"{folder}/*.jsonl"]).read())
       [b'to be', b'or not to be']
     """

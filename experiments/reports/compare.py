@@ -18,6 +18,7 @@ from crescendo.experiments.runtime.text import compact
 _COLUMNS = {  # the page's heading: the terminal's, short enough for 80 columns
     "run": "run",
     "validation loss": "val\nloss",
+    "bits per byte": "bits\n/byte",
     "against baseline": "vs\nfirst",
     "optimizer steps": "steps",
     "steps saved": "steps\nsaved",
@@ -37,6 +38,8 @@ class Arm:
       name: the run's name, without the seed if there are several.
       runs: the runs.
       validation_loss: the last one, in nats per token; None before the first.
+      bits_per_byte: the loss in bits per byte of text, which can be compared between tokenizers; None where it isn't
+        known.
       validation_spread: its sample standard deviation over seeds; None for a single run.
       loss_difference: to the baseline's; positive is worse. None for the baseline, or where a loss is missing or not
         finite.
@@ -62,6 +65,7 @@ class Arm:
     tokens_per_second: float | None
     peak_batch_size: int | None
     done: float
+    bits_per_byte: float | None = None
     loss_difference: float | None = None
     steps_saved: float | None = None
 
@@ -120,6 +124,7 @@ def _group_seeds(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
 def _arm(name: str, runs: Sequence[Run]) -> Arm:
     """The means over an arm's runs; a run without a step counts as zero steps."""
     losses = [run.validation["loss"][-1] for run in runs if len(run.validation["loss"])]
+    bits = [run.validation["bits_per_byte"][-1] for run in runs if "bits_per_byte" in run.validation]
     trained = [run.train for run in runs if len(run.train["step"])]
     seconds, tokens, examples, steps = (
         sum(train[column][-1].item() for train in trained)
@@ -138,6 +143,7 @@ def _arm(name: str, runs: Sequence[Run]) -> Arm:
         seconds=seconds / len(runs),
         tokens_per_second=tokens / seconds if seconds > 0 else None,
         peak_batch_size=max((int(train["batch_size"].max()) for train in trained), default=None),
+        bits_per_byte=float(np.mean(bits)) if bits else None,
         done=examples / sum(run.info["total_examples"] for run in runs),
     )
 
@@ -154,10 +160,11 @@ def _relative(arm: Arm, baseline: Arm) -> Arm:
 
 
 def cells(arm: Arm, baseline: Arm) -> list[str]:
-    """The arm's row, a cell for each of `_COLUMNS`."""
+    """The arm's row, a cell for each of the `headings`."""
     return [
         arm.name,
         _loss(arm),
+        *([] if baseline.bits_per_byte is None else [_number(arm.bits_per_byte, ".3f")]),
         "" if arm is baseline else _number(arm.loss_difference, "+.3f"),
         _number(arm.steps, ",.0f"),
         "" if arm is baseline else _number(arm.steps_saved, ".1%"),
@@ -188,9 +195,12 @@ def _loss(arm: Arm) -> str:
 
 
 def headings(arms: Sequence[Arm]) -> dict[str, str]:
-    """`_COLUMNS` in the words of what the runs count."""
+    """`_COLUMNS` in the words of what the runs count; without the bits per byte where the first arm has none."""
     runs = [run for arm in arms for run in arm.runs]
-    return {plots.in_units(page, runs): plots.in_units(terminal, runs) for page, terminal in _COLUMNS.items()}
+    shown = {
+        page: text for page, text in _COLUMNS.items() if page != "bits per byte" or arms[0].bits_per_byte is not None
+    }
+    return {plots.in_units(page, runs): plots.in_units(terminal, runs) for page, terminal in shown.items()}
 
 
 def arms_table(arms: Sequence[Arm]) -> Table:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from crescendo.experiments.reports import page, plots
 from crescendo.experiments.reports.compare import Arm, cells, compare, headings, headline, remark
+from crescendo.experiments.reports.held_out import last_means
 from crescendo.experiments.runs.run import Run, read_run
 from crescendo.experiments.runtime.files import file_access
 
@@ -81,6 +82,12 @@ def _facts(info: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return facts
 
 
+def _measured(run: Run) -> dict[str, str]:
+    """The last means on held-out sets, as text; nothing where the loss is all there is."""
+    means = last_means(run)
+    return {name: f"{value:.4f}" for name, value in means.items()} if means.keys() - {"loss"} else {}
+
+
 def _events(run: Run) -> list[str]:
     """The run's batch-size changes and warnings, a sentence each."""
     sentences = []
@@ -121,6 +128,7 @@ def write_arms(arms: Sequence[Arm], out: Path, title: str, sweep: Points | None 
         runs=[(run.name, index) for run, index in runs],
         events=[(name, index, _events(run)) for index, arm in enumerate(arms) for name, run in _eventful(arm)],
         tables=[
+            ("Held-out sets", page.side_by_side([_measured(run) for run, _ in runs])),
             ("Configuration", page.side_by_side([_bindings(run.config) for run, _ in runs])),
             ("Machine and versions", page.side_by_side([_facts(run.info) for run, _ in runs])),
         ],

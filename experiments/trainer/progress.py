@@ -45,7 +45,7 @@ class ProgressLine:
         self._interval_seconds = 0.25 if self._live else plain_seconds
         self._shown_at = -math.inf
         self._train: Mapping[str, Any] | None = None
-        self._validation_loss: float | None = None
+        self._validation: Mapping[str, Any] | None = None
         self._unshown = False
         self._loss, self._per_second = RunningMean(0.02 * total_examples), RunningMean(0.02 * total_examples)
         self._unit = unit
@@ -56,7 +56,7 @@ class ProgressLine:
             self._loss.add(record["loss"], record["batch_size"])
             self._per_second.add(record[f"{self._unit}s_per_second"], record["batch_size"])
         elif record["kind"] == "validation":
-            self._validation_loss, self._unshown = record["loss"], True
+            self._validation, self._unshown = record, True
         elif record["kind"] == "batch_size":
             self._say(record, f"batch size {record['from']:,} → {record['to']:,} ({record['reason']})", "cyan")
         elif record["kind"] == "warning":
@@ -100,7 +100,7 @@ class ProgressLine:
             f"batch {record['batch_size']:,}",
             "" if record["learning_rate"] is None else f"lr {record['learning_rate']:.2e}",
             "" if record.get("mfu") is None else f"MFU {record['mfu']:.1%}",
-            "" if self._validation_loss is None else f"val {self._validation_loss:.3f}",
+            "" if self._validation is None else _validation(self._validation),
             f"step {record['step']:,}",
         ]
         return [part for part in parts if part]
@@ -117,3 +117,13 @@ class ProgressLine:
             filled = min(bar, round(bar * self._train["examples_seen"] / self._total_examples))
             line.append("  ").append("━" * filled, "cyan").append("━" * (bar - filled), "bright_black")
         yield line.append("".join("  " + part for part in rest))
+
+
+def _validation(record: Mapping[str, Any]) -> str:
+    """A validation's loss, of text also in bits per byte.
+
+    >>> _validation({"loss": 2.5, "bits_per_byte": 1.25})
+    'val 2.500 (1.250 bits/byte)'
+    """
+    bits = f" ({record['bits_per_byte']:.3f} bits/byte)" if "bits_per_byte" in record else ""
+    return f"val {record['loss']:.3f}{bits}"

@@ -16,7 +16,7 @@ from crescendo.experiments.runtime.cli import run_command
 
 # What users have typed since the first version: none of them goes.
 KEPT = {
-    *("train", "report", "sweep", "generate", "export", "import_hf", "describe", "doctor", "benchmark"),
+    *("train", "report", "sweep", "generate", "export", "import_hf", "evaluate", "describe", "doctor", "benchmark"),
     *("batch_warmup", "critical_batch", "refine_schedule", "large_batch"),
     *("bench_kernels", "tune_kernels", "plot_schedules"),
 }
