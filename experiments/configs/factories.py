@@ -41,7 +41,7 @@ def namesakes(room: ModuleType) -> dict[str, Callable]:
     """The functions that a room offers to configs: of each of its modules the one that has its name.
 
     >>> sorted(namesakes(probes))
-    ['parameter_norms']
+    ['parameter_norms', 'samples']
     """
     names = [module.name for module in pkgutil.iter_modules(room.__path__)]
     modules = {name: importlib.import_module(f"{room.__name__}.{name}") for name in names}

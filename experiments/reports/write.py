@@ -13,6 +13,7 @@ from crescendo.experiments.runtime.files import file_access
 
 _MAX_EVENTS = 20
 _MAX_POINTS = 50
+_MAX_SAMPLES = 8
 
 
 class Points(NamedTuple):
@@ -102,6 +103,31 @@ def _events(run: Run) -> list[str]:
     return sentences if more <= 0 else [*sentences[:_MAX_EVENTS], f"and {more:,} more"]
 
 
+class Sample(NamedTuple):
+    """A text that a run wrote: when, after what, and what."""
+
+    at: str
+    prompt: str
+    text: str
+
+
+def _visible(text: str) -> str:
+    """The text with U+FFFD for what a page can't show."""
+    return "".join(x if x.isprintable() or x in "\n\t" else "\ufffd" for x in text)
+
+
+def _samples(run: Run) -> list[Sample]:
+    """The last texts of a run, the newest first."""
+    records = [record for record in run.events if record["kind"] == "sample"][-_MAX_SAMPLES:]
+    return [
+        Sample(
+            f"{record['examples_seen'] / run.info['total_examples']:.0%}",
+            *map(_visible, (record["prompt"], record["text"])),
+        )
+        for record in reversed(records)
+    ]
+
+
 def _eventful(arm: Arm) -> list[tuple[str, Run]]:
     """The runs whose events to show: one for all seeds where these are alike."""
     alike = all(_events(run) == _events(arm.runs[0]) for run in arm.runs)
@@ -127,6 +153,7 @@ def write_arms(arms: Sequence[Arm], out: Path, title: str, sweep: Points | None 
         shown_points=_MAX_POINTS,
         runs=[(run.name, index) for run, index in runs],
         events=[(name, index, _events(run)) for index, arm in enumerate(arms) for name, run in _eventful(arm)],
+        samples=[(run.name, index, _samples(run)) for run, index in runs],
         tables=[
             ("Held-out sets", page.side_by_side([_measured(run) for run, _ in runs])),
             ("Configuration", page.side_by_side([_bindings(run.config) for run, _ in runs])),

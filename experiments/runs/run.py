@@ -39,7 +39,7 @@ class Run:
       train: one array per number of the training records, at least those of `TRAIN_COLUMNS`; NaN where it is null.
         `units_seen` and `units_per_second` are what the records call by the run's own unit (`tokens_seen`, ...).
       validation: the same for the validation records, at least `VALIDATION_COLUMNS`.
-      events: the other records (`batch_size`, `warning`), in order.
+      events: the other records (`batch_size`, `sample`, `warning`, ...), in order.
     """
 
     folder: Path

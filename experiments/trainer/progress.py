@@ -59,6 +59,8 @@ class ProgressLine:
             self._validation, self._unshown = record, True
         elif record["kind"] == "batch_size":
             self._say(record, f"batch size {record['from']:,} → {record['to']:,} ({record['reason']})", "cyan")
+        elif record["kind"] == "sample":
+            self._say(record, f"{record['prompt']!r} → {record['text']!r}", "green")
         elif record["kind"] == "warning":
             self._say(record, f"warning: {record['message']}", "yellow")
         now = self._clock()

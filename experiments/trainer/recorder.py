@@ -92,9 +92,9 @@ class Recorder:
         self.observe(record)
         return record
 
-    def probe(self, clock: Clock, numbers: Mapping[str, float]) -> None:
+    def probe(self, clock: Clock, seen: Mapping[str, float | str], kind: str = "probe") -> None:
         """Reports what a probe saw."""
-        self.observe({"kind": "probe", **self._place(clock), **numbers})
+        self.observe({"kind": kind, **self._place(clock), **seen})
 
     def batch_size(self, clock: Clock, before: int, after: int, reason: str) -> None:
         """Reports a change of the batch size, from the next batch on."""

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +216,7 @@ def train(
             files.keep_the_best()
         save_every = checkpoint_every_examples or max(1, total_examples // 10)
         events = [
-            *(loop.Event(_record_probe(probe, recorder), probe.every_examples) for probe in probes),
+            *(loop.Event(_record_probe(probe, session, recorder), probe.every_examples) for probe in probes),
             loop.Event(files.validate, evaluate_every_examples or max(1, total_examples // 5)),
             loop.Event(files.save, save_every, tuple(keep_checkpoints_at_examples)),
         ]
@@ -291,10 +291,14 @@ def make_recorder(session: Session, observe: Callable[[Record], None], seconds: 
     )
 
 
-def _record_probe(probe: Probe, recorder: Recorder) -> Callable[[Clock, TrainState], None]:
+def _record_probe(probe: Probe, session: Session, recorder: Recorder) -> Callable[[Clock, TrainState], None]:
+    call = probe.call if probe.prepare is None else probe.prepare(session)
+    assert call is not None
+
     def look(clock: Clock, state: TrainState) -> None:
-        if numbers := probe.call(clock, state):
-            recorder.probe(clock, numbers)
+        seen = call(clock, state) or ()
+        for each in (seen,) if isinstance(seen, Mapping) else seen:
+            recorder.probe(clock, each, probe.kind)
 
     return look
 
