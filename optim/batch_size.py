@@ -73,6 +73,9 @@ class BatchSizePolicy(NamedTuple):
         own; None where it follows none.
       min_microbatches: how many microbatches a batch must have for the policy to learn anything from it; the planner
         gives every size at least so many.
+      first_change_examples: on the clock, before which the size is the initial one whatever is measured.
+      stays: why the size never changes, for a person, where that is known before and wasn't asked for; else empty.
+      for_rows: of a policy whose thresholds are in tokens, `tokens in an example -> the policy`, for the loop to call.
     """
 
     init: Callable[[], Any]
@@ -82,6 +85,9 @@ class BatchSizePolicy(NamedTuple):
     statistics: tuple[str, ...] = ()
     measured_on: str | None = None
     min_microbatches: int = 1
+    first_change_examples: int = 0
+    stays: str = ""
+    for_rows: Callable[[int], Any] | None = None
 
 
 @POLICIES
@@ -93,7 +99,7 @@ def constant(batch_size: int) -> BatchSizePolicy:
     """
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size} must be at least 1")
-    return staged([batch_size], starts_examples=[0])
+    return by_threshold([batch_size], [0], "constant")._replace(stays="")
 
 
 @POLICIES
@@ -109,8 +115,8 @@ def staged(
     Args:
       sizes: batch sizes in examples.
       starts_examples: where each begins on the clock; the first is 0, and they increase.
-      starts_tokens: the same in tokens, instead; needs `sequence_length`.
-      sequence_length: tokens in an example, for `starts_tokens`.
+      starts_tokens: the same in tokens, instead.
+      sequence_length: tokens in an example, for `starts_tokens`; None: those of the data, which the loop knows.
 
     Raises:
       ValueError: for a size below 1, thresholds that don't increase from 0, or other than one per size.
@@ -124,9 +130,11 @@ def staged(
         raise ValueError("give either starts_examples or starts_tokens")
     if starts_examples is None:
         assert starts_tokens is not None
-        if sequence_length is None:
-            raise ValueError("starts_tokens needs sequence_length, the tokens in an example")
-        starts_examples = [-(-start // sequence_length) for start in starts_tokens]
+
+        def of_rows(tokens: int) -> BatchSizePolicy:
+            return staged(sizes, starts_examples=[-(-start // tokens) for start in starts_tokens])
+
+        return by_tokens("staged", of_rows, sequence_length)
     if not sizes or len(sizes) != len(starts_examples):
         raise ValueError(f"{len(sizes)} sizes and {len(starts_examples)} starts: give each size its start")
     if any(size < 1 for size in sizes):
@@ -146,7 +154,74 @@ def by_threshold(sizes: Sequence[int], starts_examples: Sequence[int], reason: s
         seen = stats.examples_seen + stats.batch_size
         return jnp.asarray(table)[jnp.searchsorted(starts, seen, side="right") - 1], state
 
-    return BatchSizePolicy(init=lambda: (), update=update, sizes=tuple(sizes), reason=reason)
+    policy = BatchSizePolicy(init=lambda: (), update=update, sizes=tuple(sizes), reason=reason)
+    changes = [start for size, start in zip(sizes, starts.tolist(), strict=True) if size != sizes[0]]
+    if not changes:
+        return policy._replace(stays=f"its only size is {sizes[0]}")
+    return policy._replace(first_change_examples=changes[0])
+
+
+def by_tokens(
+    name: str, of_rows: Callable[[int], BatchSizePolicy], sequence_length: int | None = None
+) -> BatchSizePolicy:
+    """A policy whose thresholds are in tokens, for rows whose length a loop may know better.
+
+    Args:
+      name: of the policy, for messages.
+      of_rows: from the tokens in an example to the policy, of the same sizes whatever they are.
+      sequence_length: the tokens in an example, which a loop's must be; None: any will do, and until a loop gives its
+        own (`BatchSizePolicy.for_rows`) the policy can't be asked.
+
+    Raises:
+      ValueError: a length below 1; of `for_rows`, another one than `sequence_length`; at `update`, none yet.
+
+    >>> policy = staged([4, 8], starts_tokens=[0, 1000])
+    >>> policy.for_rows(10).first_change_examples, policy.for_rows(40).first_change_examples
+    (100, 25)
+    """
+    if sequence_length is not None and sequence_length < 1:
+        raise ValueError(f"{name}.sequence_length = {sequence_length} must be at least 1 token")
+
+    def for_rows(tokens: int) -> BatchSizePolicy:
+        if sequence_length not in (None, tokens):
+            raise ValueError(
+                f"{name}.sequence_length = {sequence_length}, but the data's rows have {tokens} tokens: leave it out, "
+                "or give theirs"
+            )
+        return of_rows(tokens)
+
+    if sequence_length is not None:
+        return of_rows(sequence_length)._replace(for_rows=for_rows)
+
+    def update(state: Any, stats: BatchStats):
+        raise ValueError(f"{name} counts tokens and doesn't know how many an example has: give sequence_length")
+
+    return of_rows(1)._replace(update=update, first_change_examples=0, for_rows=for_rows)
+
+
+def stays_throughout(policy: BatchSizePolicy, total_examples: int) -> str:
+    """That and why a policy meant to move the batch size can't, in a run of this length; empty where it may.
+
+    The size decided by the update of batch n is that of batch n + 2, so a decision in the last but one comes too late.
+
+    >>> stays_throughout(staged([4, 8], starts_examples=[0, 64]), 68)
+    'the batch size stays at 4 in the whole run: staged threshold changes it at 64 examples at the earliest and from \
+the batch after the next one on, and the run ends at 68: lengthen it'
+    >>> stays_throughout(staged([4, 8], starts_examples=[0, 64]), 72)
+    ''
+    """
+    size, earliest = policy.sizes[0], policy.first_change_examples
+    decided = -(-earliest // size) * size  # at the end of a batch
+    if policy.stays:
+        why = policy.stays
+    elif earliest and decided + size >= total_examples:
+        why = (
+            f"{policy.reason} changes it at {earliest:,} examples at the earliest and from the batch after the next "
+            f"one on, and the run ends at {total_examples:,}: lengthen it"
+        )
+    else:
+        return ""
+    return f"the batch size stays at {size} in the whole run: {why}"
 
 
 class AdaptiveBatchSizeState(NamedTuple):

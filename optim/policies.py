@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crescendo.optim.batch_size import BatchSizePolicy, BatchStats, by_threshold
+from crescendo.optim.batch_size import BatchSizePolicy, BatchStats, by_threshold, by_tokens
 from crescendo.optim.checks import check_constants
-from crescendo.optim.noise_scale import Averages, add_microbatches, add_norm_layers, excess, no_averages
+from crescendo.optim.noise_scale import Averages, add_microbatches, add_norm_layers, excess, no_averages, read_averages
 from crescendo.optim.registry import POLICIES
 
 
@@ -75,7 +75,7 @@ def critical_batch_following(
     start: int,
     cap: int,
     *,
-    sequence_length: int,
+    sequence_length: int | None = None,
     fingerprint: str | None = None,
     lower_bound: bool = False,
 ) -> BatchSizePolicy:
@@ -90,7 +90,7 @@ def critical_batch_following(
         `lower_bound`, `interval`, a pair [low, high] at each; `fingerprint`, of the model and data it was measured on.
       start: the initial batch size, in examples.
       cap: the batch never grows past it.
-      sequence_length: tokens in an example.
+      sequence_length: tokens in an example; None: those of the data, which the training loop knows.
       fingerprint: the curve must carry it; None: any curve will do. The training loop compares the curve's with its own
         in any case (`BatchSizePolicy.measured_on`).
       lower_bound: read the lower ends of the intervals instead of the curve, to be careful.
@@ -110,17 +110,24 @@ def critical_batch_following(
     [4, 4, 8, 16, 32]
     """
     sizes = doubling_ladder(start, cap)
-    if sequence_length < 1:
-        raise ValueError(f"sequence_length = {sequence_length} must be at least 1 token")
     tokens, critical, measured_on = _read_curve(curve, fingerprint, lower_bound)
-    starts = [0]
+    doublings: list[float] = []
     for size in sizes[:-1]:
-        tokens_at = _first_above(tokens, critical, 2 * size)
-        if tokens_at is None:
+        passed_at = _first_above(tokens, critical, 2 * size)
+        if passed_at is None:
             break
-        starts.append(max(starts[-1], math.floor(tokens_at / sequence_length) + 1))
-    policy = by_threshold(sizes[: len(starts)], starts, "critical batch size above twice the batch size")
-    return policy._replace(measured_on=measured_on)
+        doublings.append(passed_at)
+
+    def of_rows(row_tokens: int) -> BatchSizePolicy:
+        starts = itertools.accumulate([0, *(math.floor(at / row_tokens) + 1 for at in doublings)], max)
+        reason = "critical batch size above twice the batch size"
+        return by_threshold(sizes[: len(doublings) + 1], list(starts), reason)._replace(measured_on=measured_on)
+
+    policy = by_tokens("critical_batch_following", of_rows, sequence_length)
+    if doublings:
+        return policy
+    largest = f"the curve's largest value is {critical.max():.3g}, not above 2 start = {2 * start}"
+    return _staying(policy, _too_near(start, cap) if len(sizes) == 1 else f"{largest}: lower the start")
 
 
 def _first_above(x: np.ndarray, y: np.ndarray, level: float) -> float | None:
@@ -171,11 +178,37 @@ def _read_curve(
     return tokens, values, measured_on
 
 
+def _too_near(start: int, cap: int) -> str:
+    """Why a ladder has one rung only."""
+    return f"cap = {cap} is below 2 start = {2 * start}: raise the cap or lower the start"
+
+
+def _staying(policy: BatchSizePolicy, why: str) -> BatchSizePolicy:
+    """The policy, and what comes of it for a loop's rows, with why it never changes the size."""
+    of_rows = policy.for_rows
+    if of_rows is None:
+        return policy._replace(stays=why)
+    return policy._replace(stays=why, for_rows=lambda tokens: of_rows(tokens)._replace(stays=why))
+
+
 class NoiseScaleFollowingState(NamedTuple):
     """State of `noise_scale_following`: averages and the size decided last, in examples."""
 
     averages: Averages
     batch_size: jax.Array
+
+    def report(self) -> dict[str, jax.Array]:
+        """The noise scale that is followed and its standard error, in examples."""
+        scale = read_averages(self.averages)
+        return {"noise_scale": scale.value, "noise_scale_error": scale.standard_error}
+
+
+class NormLayersFollowingState(NoiseScaleFollowingState):
+    """The same from the normalisation layers."""
+
+    def report(self) -> dict[str, jax.Array]:
+        """Under the name of that noise scale."""
+        return {f"norm_layers_{name}": value for name, value in super().report().items()}
 
 
 @POLICIES
@@ -238,6 +271,7 @@ def noise_scale_following(
     if source not in ("gradient", "norm_layers"):
         raise ValueError(f"source = {source!r} must be 'gradient' or 'norm_layers'")
     add = add_microbatches if source == "gradient" else add_norm_layers
+    state_of = NoiseScaleFollowingState if source == "gradient" else NormLayersFollowingState
     table, last = np.array(sizes, np.int32), len(sizes) - 1
 
     def past_doubt(value: jax.Array, error: jax.Array) -> jax.Array:
@@ -245,7 +279,7 @@ def noise_scale_following(
         return certain & (value >= confidence * jnp.where(certain, error, 0))
 
     def init() -> NoiseScaleFollowingState:
-        return NoiseScaleFollowingState(no_averages(), jnp.int32(start))
+        return state_of(no_averages(), jnp.int32(start))
 
     def update(state: NoiseScaleFollowingState, stats: BatchStats) -> tuple[jax.Array, NoiseScaleFollowingState]:
         averages = add(state.averages, stats, decay)
@@ -257,9 +291,11 @@ def noise_scale_following(
         grow = known & past_doubt(above, above_error)
         fall = known & past_doubt(-below, below_error) & shrink
         decided = jnp.asarray(table)[jnp.clip(rung + grow - fall, 0, last)]
-        return decided, NoiseScaleFollowingState(averages, decided)
+        return decided, state_of(averages, decided)
 
-    policy = BatchSizePolicy(init, update, sizes, "gradient noise scale")
+    policy = BatchSizePolicy(init, update, sizes, "gradient noise scale", first_change_examples=min_updates * start)
+    if not last:
+        policy = _staying(policy, _too_near(start, cap))
     if source == "norm_layers":
         return policy._replace(statistics=("norm_layers",))
     return policy._replace(min_microbatches=2)
@@ -372,7 +408,8 @@ def norm_test(start: int, cap: int, *, eta: float = 0.25, variant: str = "norm",
         decided = jnp.asarray(table)[jnp.maximum(_rung(table, state.batch_size), wanted)]
         return decided, NormTestState(*averages, decided)
 
-    return BatchSizePolicy(init, update, sizes, reason, statistics, min_microbatches=2)
+    policy = BatchSizePolicy(init, update, sizes, reason, statistics, min_microbatches=2)
+    return policy if len(sizes) > 1 else _staying(policy, _too_near(start, cap))
 
 
 def _required(value: jax.Array | None, statistics: tuple[str, ...]) -> jax.Array:

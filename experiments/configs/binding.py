@@ -37,10 +37,7 @@ def _checked(factory: Callable, called: str | None = None) -> Callable:
 
     @functools.wraps(factory)
     def call(*args, **kwargs):
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise UserError(f"{called}: {error}; set it in a config or with --set") from None
+        bound = _all_given(signature, called, args, kwargs)
         for name, value in bound.arguments.items():
             annotation = signature.parameters[name].annotation
             if annotation is inspect.Parameter.empty or signature.parameters[name].kind in (
@@ -61,16 +58,37 @@ def _checked(factory: Callable, called: str | None = None) -> Callable:
     return call
 
 
+def _all_given(signature: inspect.Signature, called: str, args: tuple, kwargs: dict) -> inspect.BoundArguments:
+    """The arguments, bound.
+
+    Raises:
+      UserError: names all that are missing, or the first that is too much.
+    """
+    try:
+        bound = signature.bind_partial(*args, **kwargs)
+    except TypeError as error:
+        raise UserError(f"{called}: {error}") from None
+    some = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    missing = [
+        f"{called}.{name}"
+        for name, p in signature.parameters.items()
+        if p.default is p.empty and p.kind not in some and name not in bound.arguments
+    ]
+    if missing:
+        are = "is" if len(missing) == 1 else "are"
+        raise UserError(
+            f"{', '.join(missing)} {are} not set: set {'it' if are == 'is' else 'them'} in a config or with --set"
+        )
+    return bound
+
+
 def _bound(factory: Callable, called: str) -> Callable:
     """`factory`, whose missing arguments are a `UserError`; a library's own annotations are not checked."""
     signature = inspect.signature(factory)
 
     @functools.wraps(factory)
     def call(*args, **kwargs):
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise UserError(f"{called}: {error}; set it in a config or with --set") from None
+        _all_given(signature, called, args, kwargs)
         return factory(*args, **kwargs)
 
     return call

@@ -94,7 +94,7 @@ def make_arms(
     # What reads the gradient's noise off the microbatches needs two of them in the smallest batch.
     halves: Bindings = {"train.max_microbatch_examples": max(1, batch_size // 2)}
 
-    def growing(policy: str, **further: str | Macro) -> Bindings:
+    def growing(policy: str, **further: str) -> Bindings:
         options = {"start": batch_size, "cap": largest, **further}
         return {**base, "train.batch_size": Call(policy), **{f"{policy}.{key}": options[key] for key in options}}
 
@@ -111,7 +111,7 @@ def make_arms(
         ),
         "curve": (
             f"curve-{batch_size}-{largest}",
-            growing("critical_batch_following", curve=str(curve), sequence_length=Macro("SEQUENCE_LENGTH")),
+            growing("critical_batch_following", curve=str(curve)),
         ),
         "noise-scale": (f"noise-scale-{batch_size}-{largest}", {**growing("noise_scale_following"), **halves}),
         "norm-test": (f"norm-test-{batch_size}-{largest}", {**growing("norm_test"), **halves}),

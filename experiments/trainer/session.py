@@ -29,7 +29,7 @@ from crescendo.experiments.trainer.gradient_statistics import chosen_statistics
 from crescendo.experiments.trainer.shapes import abstract_batch, abstract_state, initial_state, state_shardings
 from crescendo.experiments.trainer.step import make_step
 from crescendo.models.norm_probes import norm_scales
-from crescendo.optim.batch_size import BatchSizePolicy, constant
+from crescendo.optim.batch_size import BatchSizePolicy, constant, stays_throughout
 from crescendo.optim.checks import check_real
 from crescendo.optim.groups import ParameterGroup
 from crescendo.optim.noise_scale import required_statistics
@@ -139,6 +139,8 @@ class Session:
         with user_values():
             self.task = task(data=data, model=model.for_platform(self.platform))
             self.layout = self.task.place(layout)
+            if self.policy.for_rows is not None:
+                self.policy = self.policy.for_rows(self.task.units_per_example)
         logical_axes = self.task.logical_axes()
         self.parameters = jax.eval_shape(self.task.initialize, jax.random.key(0))
         with user_values():
@@ -274,6 +276,8 @@ class Session:
                 f"the run ends at {total:,} examples, not {self._asked_examples:,}: a step takes whole microbatches "
                 f"of {plan.microbatch_examples}"
             )
+        if stays := stays_throughout(self.policy, total):
+            self.notes.append(stays)
         parts = min(plan.microbatches(size) for size in self.policy.sizes) * self.layout.parts
         if self._has_noise_scale and parts == 1 and "norm_layers" not in self.statistics:
             self.notes.append(

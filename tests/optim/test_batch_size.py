@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from crescendo import optim
 from crescendo.optim import batch_size, schedules
-from crescendo.optim.batch_size import BatchSizePolicy, BatchStats, adaptive_batch_size, constant, staged
+from crescendo.optim.batch_size import (
+    BatchSizePolicy,
+    BatchStats,
+    adaptive_batch_size,
+    constant,
+    staged,
+    stays_throughout,
+)
 from crescendo.optim.scaling import ScaleByLearningRateState, WithLearningRateState
 from crescendo.optim.states import find_states
 
@@ -41,6 +48,32 @@ def test_starts_in_tokens_are_rounded_up_to_examples():
     assert [int(policy.update((), stats(seen, 0))[0]) for seen in (100, 101)] == [2, 4]
 
 
+def test_the_data_may_say_how_many_tokens_an_example_has():
+    for_any = staged([2, 4], starts_tokens=[0, 1001])
+    for tokens in (1, 10, 64):
+        same = staged([2, 4], starts_tokens=[0, 1001], sequence_length=tokens)
+        for policy in (for_any.for_rows(tokens), same, same.for_rows(tokens)):
+            begin = -(-1001 // tokens)
+            assert [int(policy.update((), stats(seen, 0))[0]) for seen in (begin - 1, begin)] == [2, 4]
+    with pytest.raises(ValueError, match=r"staged\.sequence_length = 10, but the data's rows have 64 tokens"):
+        staged([2, 4], starts_tokens=[0, 1001], sequence_length=10).for_rows(64)
+    with pytest.raises(ValueError, match="give sequence_length"):
+        for_any.update((), stats(0))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 100), st.integers(1, 120))
+def test_a_policy_is_said_to_stay_exactly_where_no_batch_is_of_another_size(size, start, total):
+    """Against a run followed batch by batch: what is decided after a batch is the size of the one after next."""
+    policy = staged([size, 2 * size], starts_examples=[0, start])
+    seen, sizes, decided = 0, [], [size, size]
+    while seen < total:
+        sizes.append(decided[-2])
+        seen += sizes[-1]
+        decided.append(2 * size if seen >= start else size)
+    assert bool(stays_throughout(policy, total)) == (set(sizes) == {size})
+
+
 def test_constant_never_moves():
     assert {int(constant(6).update((), stats(seen))[0]) for seen in (0, 10, 10**9)} == {6}
 
@@ -54,7 +87,7 @@ def test_a_start_past_the_clock_is_never_reached():
     [
         (dict(sizes=[2]), "either starts_examples or starts_tokens"),
         (dict(sizes=[2], starts_examples=[0], starts_tokens=[0]), "either starts_examples or starts_tokens"),
-        (dict(sizes=[2], starts_tokens=[0]), "needs sequence_length"),
+        (dict(sizes=[2], starts_tokens=[0], sequence_length=0), "sequence_length = 0 must be at least 1"),
         (dict(sizes=[2, 4], starts_examples=[0]), "2 sizes and 1 starts"),
         (dict(sizes=[], starts_examples=[]), "0 sizes and 0 starts"),
         (dict(sizes=[2, 0], starts_examples=[0, 8]), r"sizes = \[2, 0\]: each must be at least 1"),

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as orbax
 
+from crescendo import optim
 from crescendo.optim import adaptive_batch_size, batch_size, policies
+from crescendo.optim.batch_size import stays_throughout
 
 K_MAX, MICROBATCH = 16, 4
 
@@ -426,3 +429,62 @@ def test_policies_that_compare_microbatches_ask_for_two():
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+FLAT = {"tokens": [0, 10**6], "critical_batch_size": [0, 15]}
+RISING = {"tokens": [0, 10**6], "critical_batch_size": [0, 800]}
+STUCK = {
+    "constant": [],
+    "staged": [(batch_size.staged([8], starts_examples=[0]), "its only size is 8")],
+    "geometric_warmup": [
+        (policies.geometric_warmup(8, 8, warmup_examples=64), "its only size is 8"),
+        (policies.geometric_warmup(8, 16, warmup_examples=1024), "changes it at 1,024 examples at the earliest"),
+    ],
+    "critical_batch_following": [
+        (policies.critical_batch_following(FLAT, 8, 64), r"largest value is 15, not above 2 start = 16"),
+        (policies.critical_batch_following(RISING, 8, 12), r"cap = 12 is below 2 start = 16"),
+        (policies.critical_batch_following(RISING, 8, 64).for_rows(10), r"at 2,001 examples at the earliest"),
+    ],
+    "noise_scale_following": [
+        (policies.noise_scale_following(8, 12), r"cap = 12 is below 2 start = 16"),
+        (policies.noise_scale_following(8, 64, min_updates=128), r"at 1,024 examples at the earliest"),
+    ],
+    "norm_test": [(policies.norm_test(8, 12), r"cap = 12 is below 2 start = 16")],
+}
+MOVING = (
+    batch_size.constant(8),
+    batch_size.staged([8, 16], starts_examples=[0, 64]),
+    policies.geometric_warmup(8, 16, warmup_examples=64),
+    policies.critical_batch_following(RISING, 8, 64),
+    policies.critical_batch_following(RISING, 8, 64).for_rows(100),
+    policies.noise_scale_following(8, 64),
+    policies.norm_test(8, 64),
+)
+
+
+def test_every_policy_that_cannot_move_says_so():
+    assert set(STUCK) == set(optim.POLICIES)
+    for policy, why in (case for cases in STUCK.values() for case in cases):
+        assert re.search(f"stays at 8 in the whole run: .*{why}", stays_throughout(policy, 1024))
+    assert not any(stays_throughout(policy, 1024) for policy in MOVING)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(curves(), st.integers(1, 8), st.integers(1, 7))
+def test_a_curve_follows_the_rows_of_the_data(curve, start, tokens):
+    for_any = policies.critical_batch_following(curve, start, 8 * start)
+    given_them = policies.critical_batch_following(curve, start, 8 * start, sequence_length=tokens)
+    followed = for_any.for_rows(tokens)
+    assert (followed.sizes, followed.stays) == (given_them.sizes, given_them.stays)
+    assert for_any.sizes == followed.sizes
+    assert followed.measured_on == for_any.measured_on == "f"
+    for policy in (followed, given_them.for_rows(tokens)):
+        assert [clock(policy, t) for t in (0, 50, 200, 900)] == [clock(given_them, t) for t in (0, 50, 200, 900)]
+    with pytest.raises(ValueError, match=rf"sequence_length = {tokens}, but the data's rows have {tokens + 1} tokens"):
+        given_them.for_rows(tokens + 1)
+
+
+def test_the_noise_scale_that_is_followed_is_reported():
+    for source, name in (("gradient", "noise_scale"), ("norm_layers", "norm_layers_noise_scale")):
+        optimizer = optim.adaptive_batch_size(optax.sgd(0.1), policies.noise_scale_following(8, 64, source=source))
+        assert optim.reported(optimizer.init(jnp.ones(2))).keys() == {name, f"{name}_error"}

@@ -66,7 +66,11 @@ def test_every_shipped_config_names_only_what_there_is():
             ["probe.number = 1", "probe.factory = @model()", "model.layers = 1.5"],
             r"model.layers = 1.5 must be int \| None",
         ),
-        ([], r"probe.*'number'.*set it in a config or with --set"),
+        ([], r"^probe\.number is not set: set it in a config or with --set"),
+        (
+            ["probe.number = 1", "probe.factory = @critical_batch_following()", "critical_batch_following.cap = 8"],
+            r"^critical_batch_following\.curve, critical_batch_following\.start are not set: set them in a config",
+        ),
     ],
 )
 def test_mistakes_are_one_line(bindings, message):

@@ -162,7 +162,6 @@ def test_a_run_can_follow_its_curve_and_no_other_ones(measured, train_small, tmp
             f"critical_batch_following.curve = '{path}'",
             "critical_batch_following.start = 16",
             "critical_batch_following.cap = 32",
-            "critical_batch_following.sequence_length = 32",
         )
 
 

@@ -317,3 +317,16 @@ def test_nothing_frozen_is_the_whole_tree():
     every = Trainable(jax.tree.map(lambda _: True, tree))
     assert every.take(tree) == tree
     assert every.put(tree, tree) == tree
+
+
+def test_a_policy_takes_its_rows_from_the_data_and_says_before_the_first_step_that_it_stays():
+    curve = {"tokens": [0, 1600], "critical_batch_size": [0, 32]}  # above 16 from 800 tokens on, 50 rows of 16
+    policy = optim.critical_batch_following(curve, 8, 16)
+    session = small_session(batch_size=policy, total_examples=64)
+    assert session.policy.first_change_examples == 51
+    assert session.step
+    (note,) = session.notes
+    assert "stays at 8 in the whole run" in note
+    assert "at 51 examples at the earliest" in note
+    with pytest.raises(UserError, match=r"sequence_length = 128, but the data's rows have 16 tokens"):
+        small_session(batch_size=optim.critical_batch_following(curve, 8, 16, sequence_length=128))
