@@ -47,7 +47,7 @@ def test_own_sets_are_held_out_whole_and_nothing_else(tmp_path):
     st.sampled_from(["bytes", "bpe:300"]),
 )
 def test_the_bytes_of_a_token_are_those_of_all_documents_over_all_labels(tmp_path_factory, texts, tokenizer):
-    folder = tmp_path_factory.mktemp("bytes")
+    folder, texts = tmp_path_factory.mktemp("bytes"), [*texts, "a document of a corpus"]  # which has merges
     data = text_data(corpus(WORDS, own=texts), tokenizer=tokenizer, sequence_length=16, cache_directory=folder)
     rows = data.held_out["own"]
     labels = sum(int((row["segment_ids"] > 0).sum()) for row in rows)
