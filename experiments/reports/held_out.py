@@ -40,7 +40,7 @@ def means_table(lines: Sequence[tuple[Sequence[str], Mapping[str, float]]], firs
       unit: of the loss.
     """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="bold")
-    names = list(dict.fromkeys(name for _, means in lines for name in means))
+    names = list(dict.fromkeys(["loss", *(name for _, means in lines for name in means)]))
     headings = {"loss": f"loss\n(nats/{unit})", "bits_per_byte": "bits\nper byte"}
     for heading in first:
         table.add_column(heading, overflow="fold")

@@ -86,7 +86,7 @@ class TheBest:
 
 @contextlib.contextmanager
 def _said_once() -> Iterator[None]:
-    """Keeps quiet about what `Checkpoints.wait` raises: orbax's threads print it, and its log repeats it."""
+    """Keeps quiet about what `Checkpoints` says itself: orbax's threads print it, and its log repeats it."""
     print_exception, print_unraisable, verbosity = threading.excepthook, sys.unraisablehook, logging.get_verbosity()
 
     def unless_saving(raised: threading.ExceptHookArgs) -> None:
@@ -141,13 +141,13 @@ class Checkpoints:
         if keep_at_examples:
             at = sorted(keep_at_examples)
             policies.append(FirstOfEach(lambda examples: bisect.bisect_right(at, examples)))
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-        )
-        with file_access("read" if read_only else "write", folder):
+        with _said_once(), file_access("read" if read_only else "write", folder):
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+            )
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self.folder = folder
 
