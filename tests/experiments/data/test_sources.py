@@ -385,6 +385,21 @@ def test_tfds_texts_are_documents(toy_directory):
     assert part.identity != documents.identity
 
 
+def test_tfds_splits_are_held_out_by_name(toy_directory):
+    def captions(documents) -> list[bytes]:
+        return list(documents.read())
+
+    every = captions(tfds_text("crescendo_toy", data_directory=toy_directory))
+    one = tfds_text("crescendo_toy", split="train[:60%]", validation_split="train[60%:]", data_directory=toy_directory)
+    assert (captions(one), captions(one.held_out["validation"])) == (every[:3], every[3:])
+    sets = {"validation": "train[3:4]", "test": "train[4:]"}
+    several = tfds_text("crescendo_toy", validation_split=sets, data_directory=toy_directory)
+    assert {name: captions(each) for name, each in several.held_out.items()} == {
+        "validation": every[3:4],
+        "test": every[4:],
+    }
+
+
 def test_tfds_images_are_arrays_with_labels(toy_directory):
     images = tfds_images("crescendo_toy", data_directory=toy_directory)
     assert len(images) == 5
