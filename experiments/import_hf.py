@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     arguments = parser().parse_args(argv)
     made = bindings(arguments.folder, arguments.peak)
-    bound = configurables.bind(train, arguments.config or ["debug.gin"], [*made, *arguments.set])
+    bound = configurables.bind(train, arguments.config or ["debug.gin"], arguments.set, own=made)
     bound(run=arguments.run or f"runs/{arguments.folder.resolve().name}-continued")
 
 

@@ -15,9 +15,9 @@ from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access
-from crescendo.experiments.sweeps.finished import check_points
+from crescendo.experiments.sweeps.finished import check_points, check_used
 from crescendo.experiments.sweeps.launchers import Local, Ray
-from crescendo.experiments.sweeps.points import axis, enumerate_points, zipped
+from crescendo.experiments.sweeps.points import axis, enumerate_points, samples, spaces, zipped
 from crescendo.experiments.sweeps.runner import Outcomes, finish_sweep, run_points, slurm_script
 
 EXAMPLES = """examples:
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.parts and not all(links):
         raise UserError("--chain stands between two groups of --grid and --zip; one side has none")
     points = enumerate_points(links) if arguments.parts else []
+    tried = points or samples(spaces(arguments.search))
+    check_used(tried, configs, arguments.set, "--grid" if points else "--search")
     check_points(folder, points, configs, arguments.set)
     if arguments.launcher == "slurm":
         if not points:

@@ -1,17 +1,17 @@
-"""Gin: how a command's configs are read, bound to an experiment, and written back. The only import of gin."""
+"""Gin: how a command's configs are read, bound to an experiment, and written back."""
 
 import argparse
 import contextlib
 import copy
-import difflib
 import functools
 import inspect
 import io
 import itertools
 import os.path
 import re
+import sys
 import tokenize
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,19 @@ import gin
 import typeguard
 from gin import config_parser, selector_map
 
+from crescendo.experiments.configs import references
+from crescendo.experiments.configs.explain import explained, quoted
 from crescendo.experiments.configs.factories import FACTORIES, optax_factories
+from crescendo.experiments.configs.references import MACRO, Binding
 from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.encoding import check_typed, decoded, read_text
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.interruption import Interrupted
+from crescendo.parallel.hosts import is_leader
 
 CONFIGS = resources.files("crescendo.experiments.configs")
+# Where a binding comes from, other than a file.
+TYPED, OWN = "--set", "the command"
 # The files that gin's `include` names are decoded as the others are.
 gin.config._FILE_READERS.insert(0, (lambda path: io.StringIO(read_text(Path(path))), os.path.isfile))
 
@@ -142,40 +148,112 @@ def shipped() -> list[str]:
     return sorted(entry.name for entry in CONFIGS.iterdir() if entry.name.endswith(".gin"))
 
 
-def bind(experiment: Callable, configs: Sequence[str], bindings: Sequence[str] = ()) -> Callable:
+def bind(
+    experiment: Callable, configs: Sequence[str], bindings: Sequence[str] = (), *, own: Sequence[str] = ()
+) -> Callable:
     """`experiment` with the parameters that the configs bind; later files and bindings win.
 
     Args:
       experiment: a function with annotated parameters; configs name it by its own name. Where it has a parameter
         `operative_config`, it is given the function of that name.
-      configs: paths of gin files, or names of shipped ones.
-      bindings: gin statements such as `"train.total_examples = 100"`.
+      configs: paths of gin files, or names of shipped ones. What they bind and nothing uses is warned of in a line when
+        the experiment is called.
+      bindings: gin statements that a person typed, such as `"train.total_examples = 100"`.
+      own: those of the command itself, read before.
 
     Raises:
-      UserError: for a file that isn't there, a syntax error, an unknown name (with the nearest known ones), or, when
-        the result is called, a value of the wrong type.
+      UserError: for a file that isn't there, a syntax error, an unknown name (with the nearest known ones), one of the
+        bindings that nothing uses, or, when the result is called, a value of the wrong type.
     """
-    gin.clear_config()  # also unlocks it
-    _register_factories()
-    wrapped = _register(experiment)
-    for config in configs:
-        _parse(_read(config), config)
-    for binding in bindings:
-        _parse(binding, "--set")
-    try:
-        gin.finalize()
-    except ValueError as error:
-        raise UserError(_one_line(error)) from None
-
+    origins = _load(experiment, configs, bindings, own)
+    wrapped, reached = _register(experiment), references.follow(_name(experiment))
+    references.check_calls(reached)
+    idle = [binding for binding in origins if binding not in reached.used]
+    for binding in idle:
+        if origins[binding] == TYPED:
+            raise UserError(f"{TYPED}: {references.why_unused(binding, reached)}")
     takes_text = "operative_config" in inspect.signature(experiment).parameters
     given = {"operative_config": operative_config} if takes_text else {}
 
     @functools.wraps(experiment)
     def call(**kwargs):
+        for binding in reached.used:
+            if origins.get(binding) == TYPED and binding.selector == _name(experiment) and binding.parameter in kwargs:
+                raise UserError(f"{TYPED}: {binding} is set by the command itself: leave it out, or see --help")
+        _warn_of(idle, origins)
         with _own_errors():
             return wrapped(**(given | kwargs))
 
     return call
+
+
+def unused(
+    experiment: Callable, configs: Sequence[str], bindings: Sequence[str], own: Sequence[str] = ()
+) -> dict[str, str]:
+    """The statements of a person and of the command that nothing uses; for each, why.
+
+    Where one of several runs may use what another doesn't.
+
+    Raises:
+      UserError: as `bind`, and for a statement that binds something used and something that isn't.
+
+    >>> def descend(*, rate: float): ...
+    >>> unused(descend, [], ["RTE = 0.1", "descend.rate = %RATE"], own=["RATE = 0.5"])
+    {'RTE = 0.1': 'nothing reads the macro RTE; nearest: RATE'}
+    """
+    _load(experiment, configs, bindings, own)
+    reached, result = references.follow(_name(experiment)), {}
+    for statement in (*bindings, *own):
+        keys = references.keys(statement)
+        if idle := [binding for binding in keys if binding not in reached.used]:
+            why = references.why_unused(idle[0], reached)
+            if len(idle) < len(keys):
+                raise UserError(f"{TYPED}: {why}; give every binding a {TYPED} of its own")
+            result[statement] = why
+    return result
+
+
+def _load(
+    experiment: Callable, configs: Sequence[str], bindings: Sequence[str], own: Sequence[str]
+) -> dict[Binding, str]:
+    """Reads all of it anew; where each binding comes from: a config's name, `OWN` or `TYPED`."""
+    gin.clear_config()  # also unlocks it
+    _register_factories()
+    _register(experiment)
+    origins: dict[Binding, str] = {}
+    read = [(config, _read(config)) for config in configs]
+    for origin, text in [*read, *((OWN, each) for each in own), *((TYPED, each) for each in bindings)]:
+        before = references.bound()
+        _parse(text, origin)
+        # What a file includes is the file's.
+        included = [binding for binding in references.bound() if binding not in before]
+        origins |= dict.fromkeys([*included, *references.keys(text)], origin)
+    try:
+        gin.finalize()
+    except ValueError as error:
+        raise UserError(_one_line(error)) from None
+    return origins
+
+
+def _name(experiment: Callable) -> str:
+    return f"experiments.{experiment.__name__}"
+
+
+def _warn_of(idle: Sequence[Binding], origins: Mapping[Binding, str]) -> None:
+    """Says, once in a process, what the configs bind and nothing uses; of several processes of a run the first does."""
+    by_file: dict[str, list[str]] = {}
+    for binding in idle:
+        if origins[binding] not in (OWN, TYPED):
+            by_file.setdefault(origins[binding], []).append(str(binding))
+    for file, names in by_file.items():
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        _say_once(f"warning: nothing uses what {file} binds as {', '.join(names[:6])}{more}")
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    if is_leader():
+        print(line, file=sys.stderr)
 
 
 def arguments(experiment: Callable, names: Collection[str] | None = None) -> dict[str, Any]:
@@ -215,16 +293,6 @@ def operative_config() -> str:
     return gin.operative_config_str(max_line_length=120)
 
 
-class _Names(config_parser.ParserDelegate):
-    """For reading what is bound: the values are left alone."""
-
-    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> None:
-        del scoped_configurable_name, evaluate
-
-    def macro(self, macro_name: str) -> None:
-        del macro_name
-
-
 def names_bound(statements: str) -> list[str]:
     """What gin statements bind: `NAME.PARAMETER` as it is written, without its scope, and macros by name.
 
@@ -234,13 +302,9 @@ def names_bound(statements: str) -> list[str]:
     ['schedules.linear.total', 'LEARNING_RATE']
     """
     names = []
-    with contextlib.suppress(SyntaxError, tokenize.TokenError):
-        for statement in config_parser.ConfigParser(statements, _Names()):
-            if not isinstance(statement, config_parser.BindingStatement):
-                continue
-            scope, selector, parameter = statement.scope, statement.selector, statement.arg_name
-            of_macro = selector in ("macro", "gin.macro") and parameter == "value"
-            names.append(scope if of_macro else f"{selector}.{parameter}" if parameter else selector)
+    for scope, selector, parameter in references.bound_names(statements):
+        of_macro = selector in ("macro", MACRO) and parameter == "value"
+        names.append(scope if of_macro else f"{selector}.{parameter}" if parameter else selector)
     return names
 
 
@@ -259,7 +323,7 @@ class _Values(config_parser.ParserDelegate):
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> _Text:
         scope, slash, selector = scoped_configurable_name.rpartition("/")
-        return _Text(f"@{scope}{slash}{_complete(selector)}{'()' if evaluate else ''}")
+        return _Text(f"@{scope}{slash}{references.complete(selector)}{'()' if evaluate else ''}")
 
     def macro(self, macro_name: str) -> _Macro:
         return _Macro(macro_name)
@@ -275,12 +339,12 @@ def differences(operative: str, *, but_for: Collection[str] = ()) -> tuple[dict[
       operative: what `operative_config` gave in the earlier run.
       but_for: settings that may differ.
 
-    >>> def fit(*, rate: float, steps: int = 10): ...
-    >>> _ = bind(fit, [], ["RATE = 0.5", "fit.rate = %RATE"])
-    >>> differences("fit.rate = 0.5\\nfit.steps = 10")
+    >>> def tune(*, rate: float, steps: int = 10): ...
+    >>> _ = bind(tune, [], ["RATE = 0.5", "tune.rate = %RATE"])
+    >>> differences("tune.rate = 0.5\\ntune.steps = 10")
     ({}, {})
-    >>> differences("fit.rate = 0.25\\nfit.steps = 20", but_for=["fit.rate"])
-    ({'fit.steps': '20'}, {'fit.steps': '10'})
+    >>> differences("tune.rate = 0.25\\ntune.steps = 20", but_for=["tune.rate"])
+    ({'tune.steps': '20'}, {'tune.steps': '10'})
     """
     earlier, bound = _settings(operative), _settings(gin.config_str())
     before, now = {}, {}
@@ -303,7 +367,7 @@ def differences(operative: str, *, but_for: Collection[str] = ()) -> tuple[dict[
 
 def _as_text(default: Any) -> Any:
     """A default; a function as the reference that gives it."""
-    return _Text(f"@{_complete(default.__name__)}") if inspect.isfunction(default) else default
+    return _Text(f"@{references.complete(default.__name__)}") if inspect.isfunction(default) else default
 
 
 def _settings(text: str) -> dict[tuple[str, str], dict[str, Any]]:
@@ -314,7 +378,7 @@ def _settings(text: str) -> dict[tuple[str, str], dict[str, Any]]:
         if not isinstance(statement, config_parser.BindingStatement):
             continue
         if statement.arg_name:
-            key = statement.scope, _complete(statement.selector)
+            key = statement.scope, references.complete(statement.selector)
             settings.setdefault(key, {})[statement.arg_name] = statement.value
         else:
             macros[statement.selector] = statement.value
@@ -332,18 +396,6 @@ def _settings(text: str) -> dict[tuple[str, str], dict[str, Any]]:
     return {key: resolved(values) for key, values in settings.items()}
 
 
-def _complete(selector: str) -> str:
-    """The one name that a part of it stands for; the part, where there is none."""
-    matches = gin.config._REGISTRY.matching_selectors(selector)
-    return matches[0] if len(matches) == 1 else selector
-
-
-def macros_read() -> set[str]:
-    """The macros that something bound by the latest `bind` refers to."""
-    references = gin.config.iterate_references(gin.config._CONFIG, to=gin.get_configurable("gin.macro"))
-    return {reference.config_key[0] for reference in references}
-
-
 def _read(config: str) -> str:
     path = Path(config)
     if path.is_file():
@@ -358,40 +410,24 @@ def _parse(text: str, origin: str) -> None:
     try:
         gin.parse_config(text)
     except (SyntaxError, tokenize.TokenError) as error:
+        with_quotes = quoted(text)
+        if with_quotes is not None and _is_gin(with_quotes):
+            instead = f"--set '{with_quotes}'" if origin == TYPED else with_quotes
+            raise UserError(f"{origin}: {text.strip()} isn't gin: write {instead}") from None
         raise UserError(f"{origin}: not gin: {_one_line(error)}; write NAME.PARAMETER = VALUE") from None
     except RecursionError:
         raise UserError(f"{origin}: it includes itself, or nests more deeply than can be read") from None
-    except (ValueError, TypeError, OSError, ImportError, UserError) as error:
-        raise UserError(f"{origin}: {_explain(_one_line(error))}") from None
+    except (ValueError, TypeError, KeyError, OSError, ImportError, UserError) as error:
+        raise UserError(f"{origin}: {explained(_one_line(error))}") from None
+
+
+def _is_gin(text: str) -> bool:
+    try:
+        return bool(list(config_parser.ConfigParser(text, references.Names())))
+    except (SyntaxError, tokenize.TokenError):
+        return False
 
 
 def _one_line(error: Exception) -> str:
     told = error.args[0] if isinstance(error, tokenize.TokenError) else error  # whose text is a tuple's
     return str(told).strip().splitlines()[0]
-
-
-def _explain(message: str) -> str:
-    """Adds the nearest known names to gin's own words."""
-    unknown_factory = re.search(r"No configurable matching (?:reference )?'?@?([\w./]+)", message)
-    unknown_parameter = re.search(r"Configurable '?([\w.]+)'? doesn't have a parameter named '?(\w+)'?", message)
-    if unknown_factory:
-        name = unknown_factory.group(1).split("/")[-1]
-        return f"unknown name {name!r}{_nearest(name.split('.')[-1], _known_names())}"
-    if unknown_parameter:
-        name, parameter = unknown_parameter.groups()
-        known = list(inspect.signature(gin.get_configurable(name)).parameters)
-        if parameter.endswith("steps") and "total_examples" in known:
-            return (
-                f"{name.split('.')[-1]} has no parameter {parameter!r}; a run's length is total_examples, not in steps"
-            )
-        return f"{name.split('.')[-1]} has no parameter {parameter!r}{_nearest(parameter, known)}"
-    return message
-
-
-def _known_names() -> list[str]:
-    return sorted({name for factories in FACTORIES.values() for name in factories} | {"train"})
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; nearest: {', '.join(close)}" if close else f"; known: {', '.join(known)}"

@@ -35,6 +35,7 @@ model.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         for f in dataclasses.fields(ModelConfig)
     ]
 )
+model.options_of = ModelConfig  # type: ignore[attr-defined]
 
 
 def namesakes(room: ModuleType) -> dict[str, Callable]:

@@ -116,6 +116,27 @@ def _default(value: Any) -> str:
     return f" (default {' '.join(f'{each:g}' if isinstance(each, float) else str(each) for each in several)})"
 
 
+def parameter_docs(function: Callable) -> dict[str, str]:
+    """What is said of each parameter below `Args:`, also of those that it takes from its `options_of`.
+
+    >>> def cook(*, minutes: float):
+    ...     '''Cooks.
+    ...
+    ...     Args:
+    ...       minutes: how long,
+    ...         at most.
+    ...     '''
+    >>> def bake(**options): "Bakes."
+    >>> bake.options_of = cook
+    >>> parameter_docs(bake)
+    {'minutes': 'how long, at most'}
+    """
+    function = inspect.unwrap(function)
+    theirs = getattr(function, "options_of", None)
+    own = _arguments_section(inspect.cleandoc(function.__doc__ or ""))
+    return (parameter_docs(theirs) if theirs else {}) | own
+
+
 def _arguments_section(docstring: str) -> dict[str, str]:
     """The entries below `Args:`, each on one line without its full stop."""
     section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n(?=[ ]))+)", docstring, flags=re.MULTILINE)

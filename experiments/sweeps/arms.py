@@ -115,6 +115,7 @@ def compare_arms(
     options = {"train.seed": "--seeds N", **({LEARNING_RATE: "--learning-rates"} if rates else {}), **options}
     own = [*common, "train.seed", *(name for arm in arms.values() for name in arm), *([LEARNING_RATE] if rates else [])]
     check_not_set(command, {name: options.get(name) for name in own}, bindings)
+    _check_used(command, configs, arms, {**common, "train.seed": 0}, rates, bindings, options)
     outcomes: dict[str, Outcome] = {}
 
     def run(name: str, rate: float | None, seed: int) -> tuple[Path, dict[str, Any]]:
@@ -126,8 +127,7 @@ def compare_arms(
         swept = {} if rate is None else {LEARNING_RATE: rate}
         with user_values():
             every = [*statements({**common, "train.seed": seed}), *statements(of_arm), *bindings, *statements(swept)]
-        bound = configurables.bind(train, configs, every)
-        _check_read(command, {**common, **of_arm, **swept}, options)
+        bound = configurables.bind(train, configs, own=every)
         if is_finished(path):
             return path, last_validation(path)
         console.rule(path.name)
@@ -146,15 +146,45 @@ def compare_arms(
     return outcomes
 
 
-def _check_read(command: str, bound: Bindings, options: Mapping[str, str | None]) -> None:
-    """That the macros that were bound are read: a config or a binding that doesn't would make an option void."""
-    read = configurables.macros_read()
-    for macro in (name for name in bound if "." not in name and name not in read):
-        option = (options.get(macro) or "").partition(" ")[0]
-        raise UserError(
-            f"{command} sets {macro}{f' by {option}' if option else ''}, which nothing reads: "
-            f"write %{macro} where the configs and --set give a value instead"
-        )
+def _check_used(
+    command: str,
+    configs: Sequence[str],
+    arms: Mapping[str, Arm],
+    common: Bindings,
+    rates: Sequence[float],
+    bindings: Sequence[str],
+    options: Mapping[str, str | None],
+) -> None:
+    """That each arm uses what it binds, and at least one of them whatever else is bound: an option would be void."""
+    shared: Bindings = {**common, **({LEARNING_RATE: rates[0]} if rates else {})}
+    by_nobody: dict[str, str] | None = None
+    for arm in arms.values():
+        # What depends on the trial stands in for itself by nothing: it is followed, and not called.
+        of_arm = {name: None if callable(value) else value for name, value in arm.items()}
+        with user_values():
+            own = {
+                statement: name
+                for each in (shared, of_arm)
+                for name in each
+                for statement in statements({name: each[name]})
+            }
+        unused = configurables.unused(train, configs, bindings, list(own))
+        for statement, why in unused.items():
+            if own.get(statement) in of_arm:
+                raise UserError(_void(command, own[statement], options, why))
+        by_nobody = {statement: why for statement, why in unused.items() if by_nobody is None or statement in by_nobody}
+    for statement, why in (by_nobody or {}).items():
+        if statement in own:
+            raise UserError(_void(command, own[statement], options, why))
+        raise UserError(f"--set: {why}")
+
+
+def _void(command: str, name: str, options: Mapping[str, str | None], why: str) -> str:
+    option = (options.get(name) or "").partition(" ")[0]
+    said = f"{command} sets {name}{f' by {option}' if option else ''}, which nothing reads"
+    if "." in name:
+        return f"{said}: {why}"
+    return f"{said}: write %{name} where the configs and --set give a value instead"
 
 
 def _report(folder: Path, outcomes: Mapping[str, Outcome], title: str, console: Console) -> None:

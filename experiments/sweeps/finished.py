@@ -1,5 +1,6 @@
 """Which runs are done already: those of the same configuration, and not only of the same name."""
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -46,5 +47,34 @@ def check_points(folder: Path, points: Sequence[Point], configs: Sequence[str], 
     """
     for point in points:
         if (folder / point.name / "run.json").is_file():
-            configurables.bind(train, configs, [*bindings, *point.bindings])
+            configurables.bind(train, configs, own=[*bindings, *point.bindings])
             is_finished(folder / point.name)
+
+
+def check_used(points: Sequence[Point], configs: Sequence[str], bindings: Sequence[str], option: str) -> None:
+    """That each point's run uses what the point sets, and one of them at least whatever else is bound.
+
+    Args:
+      points: all of the sweep's, or of a search's one for each of its choices.
+      configs: gin files.
+      bindings: gin statements of every point.
+      option: by which the points' values are given.
+
+    Raises:
+      UserError: a value that makes no difference, by its name.
+    """
+    # What is used depends on what refers to what, and not on numbers.
+    alike = {
+        tuple((name, value if re.search("[@%]", value) else "") for name, value in p.values.items()): p for p in points
+    }
+    by_none: set[str] | None = None
+    for point in alike.values():
+        unused = configurables.unused(train, configs, bindings, point.bindings)
+        for name, statement in zip(point.values, point.bindings, strict=True):
+            if statement in unused:
+                others = ", ".join(f"{other} = {value}" for other, value in point.values.items() if other != name)
+                raise UserError(f"{option} {name}: {unused[statement]}{f' (at {others})' if others else ''}")
+        by_none = set(unused) if by_none is None else by_none & set(unused)
+    for statement in bindings:
+        if statement in (by_none or ()):
+            raise UserError(f"--set: {unused[statement]}")

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import optuna
@@ -142,6 +142,27 @@ def spaces(texts: Sequence[str]) -> dict[str, optuna.distributions.BaseDistribut
                 "choice(VALUE, ...)"
             ) from None
     return distributions
+
+
+def samples(distributions: Mapping[str, optuna.distributions.BaseDistribution]) -> list[Point]:
+    """Points of a search, in which every choice occurs.
+
+    >>> [point.values for point in samples(spaces(["a.x = choice(@f(), @g())", "a.y = log(1, 2)"]))]
+    [{'a.x': '@f()', 'a.y': '1.0'}, {'a.x': '@g()', 'a.y': '1.0'}]
+    """
+
+    def some(space: optuna.distributions.BaseDistribution) -> list[str]:
+        match space:
+            case optuna.distributions.CategoricalDistribution(choices=choices):
+                return list(map(str, choices))
+            case optuna.distributions.IntDistribution(low=low) | optuna.distributions.FloatDistribution(low=low):
+                return [str(low)]
+        raise TypeError(f"{space} is no space of a sweep")
+
+    values = {name: some(space) for name, space in distributions.items()}
+    first = {name: choices[0] for name, choices in values.items()}
+    every = [first, *({**first, name: choice} for name, choices in values.items() for choice in choices[1:])]
+    return [Point(_name(each), each) for each in every]
 
 
 def space_text(space: optuna.distributions.BaseDistribution) -> str:

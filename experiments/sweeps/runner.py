@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.reports.write import Points, write_report
 from crescendo.experiments.runs.records import read_records
 from crescendo.experiments.runs.run import is_complete
@@ -26,6 +27,7 @@ from crescendo.experiments.runtime.text import duration
 from crescendo.experiments.sweeps import plots as sweep_plots
 from crescendo.experiments.sweeps.launchers import Launcher, Process
 from crescendo.experiments.sweeps.points import Point
+from crescendo.experiments.trainer.training import train
 
 _POLL_SECONDS = 0.2
 _SHOWN = 20
@@ -42,7 +44,9 @@ class Job(NamedTuple):
 
 
 def command(point: Point, folder: Path, configs: Sequence[str], bindings: Sequence[str]) -> list[str]:
-    """The training command of a point."""
+    """The training command of a point, with those of the bindings that its run uses: it refuses others."""
+    unused = configurables.unused(train, configs, bindings, point.bindings)
+    bindings = [binding for binding in bindings if binding not in unused]
     parts = [sys.executable, "-m", "crescendo.experiments.train", "--run", str(folder / point.name)]
     parts += [part for config in configs for part in ("--config", config)]
     return parts + [part for binding in (*bindings, *point.bindings) for part in ("--set", binding)]

@@ -36,7 +36,10 @@ FORMAT = 2
 
 
 def with_options_of(options: Callable, *, without: Sequence[str]) -> Callable[[Callable], Callable]:
-    """Gives a function with `**options` the keyword parameters of another one, so that a default stands once."""
+    """Gives a function with `**options` the keyword parameters of another one, so that a default stands once.
+
+    Their documentation stays there: the function's attribute `options_of` says where.
+    """
 
     def decorate(function: Callable) -> Callable:
         own = inspect.signature(function)
@@ -49,6 +52,7 @@ def with_options_of(options: Callable, *, without: Sequence[str]) -> Callable[[C
         # Those without a default first, as Python wants them.
         merged = sorted([*named, *theirs], key=lambda p: p.default is not p.empty)
         function.__signature__ = own.replace(parameters=merged)  # type: ignore[attr-defined]
+        function.options_of = options  # type: ignore[attr-defined]
         return function
 
     return decorate
@@ -114,7 +118,7 @@ class RunFiles:
         self.saved_at = clock.examples_seen
 
 
-@with_options_of(Session.__init__, without=("further_sizes", "platform"))
+@with_options_of(Session, without=("further_sizes", "platform"))
 def train(
     *,
     run: str,

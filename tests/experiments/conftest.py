@@ -65,7 +65,7 @@ def train_small(small_bindings):
 
     def call(run: Path, *bindings: str, devices: int = 1) -> dict:
         mesh = parallel.make_mesh(devices=jax.devices()[:devices])
-        return configurables.bind(train, ["debug.gin"], [*small_bindings, *bindings])(run=str(run), mesh=mesh)
+        return configurables.bind(train, ["debug.gin"], bindings, own=small_bindings)(run=str(run), mesh=mesh)
 
     return call
 

@@ -133,7 +133,7 @@ def critical_batch(
         "gradient_noise_scale.norm_layers": True,
     }
     check_not_set("critical_batch", {**dict.fromkeys(base), **OPTIONS}, bindings)
-    configurables.bind(train, configs, [*bindings, *statements(base)])
+    configurables.bind(train, configs, bindings, own=statements(base))
     arguments = configurables.arguments(train)
     session = Session(**session_options(arguments), further_sizes=[k * batch_size for k in factors])
     starts = _starts(points, arguments["total_examples"], batch_size, branch_examples)
@@ -154,7 +154,7 @@ def critical_batch(
         for seed in numbers:
             name = f"base-seed{seed}"
             of_seed = statements({"train.seed": seed, "train.keep_checkpoints_at_examples": starts})
-            bound = configurables.bind(train, configs, [*bindings, *statements(base), *of_seed])
+            bound = configurables.bind(train, configs, bindings, own=[*statements(base), *of_seed])
             finished = is_finished(run / name, but_for=["train.keep_checkpoints_at_examples"])
             if not finished and any(branch.seed == seed for branch in branches.left):
                 console.rule(name)

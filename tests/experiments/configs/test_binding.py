@@ -60,6 +60,10 @@ def test_every_shipped_config_names_only_what_there_is():
         (["adamm.weight_decay = 3"], r"--set: unknown name 'adamm'; nearest: adamw"),
         (["probe.factory = @stagedd()", "probe.number = 1"], r"unknown name 'stagedd'; nearest: staged"),
         (["probe.number = %MISSING"], r"MISSING"),
+        (
+            ["constant.peak = 1.0"],
+            r"'constant' means several: write optim.batch_size.constant or optim.schedules.const",
+        ),
         (["probe.number 3"], r"--set: not gin: .*write NAME.PARAMETER = VALUE"),
         (["probe.number = 'three'"], r"probe.number = 'three' must be int"),
         (
@@ -80,7 +84,7 @@ def test_mistakes_are_one_line(bindings, message):
 
 
 def test_a_length_in_steps_is_told_of_the_clock():
-    with pytest.raises(UserError, match="train has no parameter 'steps'; a run's length is total_examples"):
+    with pytest.raises(UserError, match=r"train has no parameter 'steps': a run's length is train\.total_examples"):
         configurables.bind(train, ["debug.gin"], ["train.steps = 100"])
 
 
@@ -159,7 +163,7 @@ def canonical(value: str, rate: str) -> str:
 def test_configurations_differ_where_a_run_is_given_something_else(earlier, later):
     operative = {name: earlier.get(name, default) for name, default in DEFAULTS.items()}
     text = [f"{name} = {value}" for name, value in {"RATE": earlier["RATE"], **operative}.items()]
-    configurables.bind(fit, [], [f"{name} = {value}" for name, value in later.items()])
+    configurables.bind(fit, [], own=[f"{name} = {value}" for name, value in later.items()])
     before, now = configurables.differences("\n".join(text))
     expected = {
         name
@@ -182,7 +186,7 @@ def test_a_function_that_is_a_default_may_be_written_out(earlier, later):
 
 
 def test_a_setting_that_is_new_or_gone_or_of_a_scope_differs():
-    configurables.bind(train, ["debug.gin"], ["model.width = 8", "peak/staged.sizes = [1]"])
+    configurables.bind(train, ["debug.gin"], own=["model.width = 8", "peak/staged.sizes = [1]"])
     assert configurables.differences("model.preset = 'debug'\npeak/staged.sizes = [1]\npeak/staged.ratio = 2") == (
         {"model.width": "not set", "peak/staged.ratio": "2"},
         {"model.width": "8", "peak/staged.ratio": "not set"},

@@ -239,7 +239,7 @@ def test_a_run_is_exported_and_gone_on_with(run, small_bindings, tmp_path):
     # The same text, gone on with at a rate of almost nothing: the loss is where it was.
     more = [*small_bindings, *import_hf.bindings(tmp_path / "hf", peak=1e-9), "TOTAL_EXAMPLES = 16"]
     for optimizer in ("adamw", "lion"):
-        bound = configurables.bind(train, ["debug.gin"], [*more, f"train.optimizer = @{optimizer}()"])
+        bound = configurables.bind(train, ["debug.gin"], [f"train.optimizer = @{optimizer}()"], own=more)
         assert bound(run=str(tmp_path / optimizer))["loss"] == pytest.approx(loss, abs=1e-4)
 
 
@@ -260,9 +260,9 @@ def test_another_shape_is_refused(run, small_bindings, tmp_path):
         ("model.width = 32", r"its blocks.attention.key.kernel is \(1, 16, 1, 8\), this model's \(1, 32, 1, 16\)"),
         ("model.qk_norm = False", "has other parameters than this model: set model.qk_norm"),
     ]:
-        start = [*small_bindings, f"train.initialize_from = '{run[0]}'", binding]
+        start = [f"train.initialize_from = '{run[0]}'", binding]
         with pytest.raises(UserError, match=message):
-            configurables.bind(train, ["debug.gin"], start)(run=str(tmp_path / "other"))
+            configurables.bind(train, ["debug.gin"], start, own=small_bindings)(run=str(tmp_path / "other"))
 
 
 def test_folders_that_hold_no_model_are_refused(tmp_path):

@@ -34,14 +34,14 @@ def trained(make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> T
     """Configs are read as ever; in place of training a folder is written."""
     result, bind = Trained(), configurables.bind
 
-    def bind_only(experiment, configs, statements):
-        bind(experiment, configs, statements)
+    def bind_only(experiment, configs, *, own):
+        bind(experiment, configs, own=own)
 
         def run(run: str, label: str) -> dict:
             if label == result.stop_at:
                 raise Interrupted("stopped")
             result.append(label)
-            result.statements[label] = list(statements)
+            result.statements[label] = list(own)
             arm, rate = re.match(r"(\w)(?:-lr([\d.e-]+?))?(?:-seed\d)?$", label).groups()
             loss = LOSSES[arm, 1e-3 if rate is None else float(rate)]
             Path(run).parent.mkdir(exist_ok=True)

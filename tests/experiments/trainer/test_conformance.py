@@ -62,7 +62,7 @@ def conforms(small_bindings, files, quick_compilation):
     def call(name: str, factory, *bindings: str, mesh: str = "one device") -> dict:
         required = required_bindings(name, factory, files)
         every = [*small_bindings, "model.kv_heads = 2", *required, *bindings]
-        configurables.bind(train, ["debug.gin"], every)
+        configurables.bind(train, ["debug.gin"], own=every)
         sizes = MESHES[mesh]
         devices = jax.devices()[: int(np.prod(list(sizes.values())))]
         options = session_options(configurables.arguments(train)) | {
