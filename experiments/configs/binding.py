@@ -27,6 +27,7 @@ from crescendo.experiments.configs.references import MACRO, Binding
 from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.encoding import check_typed, decoded, read_text
 from crescendo.experiments.runtime.errors import UserError, user_values
+from crescendo.experiments.runtime.from_python import check_repeatable
 from crescendo.experiments.runtime.interruption import Interrupted
 from crescendo.parallel.hosts import is_leader
 
@@ -168,6 +169,7 @@ def bind(
     origins = _load(experiment, configs, bindings, own)
     wrapped, reached = _register(experiment), references.follow(_name(experiment))
     references.check_calls(reached)
+    references.check_optimizers(_name(experiment), reached)
     idle = [binding for binding in origins if binding not in reached.used]
     for binding in idle:
         if origins[binding] == TYPED:
@@ -399,7 +401,9 @@ def _settings(text: str) -> dict[tuple[str, str], dict[str, Any]]:
 def _read(config: str) -> str:
     path = Path(config)
     if path.is_file():
-        return read_text(path)
+        text = read_text(path)
+        check_repeatable(text, f"--config {config}")
+        return text
     if (CONFIGS / path.name).is_file() and path.name == config.removesuffix(".gin") + ".gin":
         return decoded((CONFIGS / path.name).read_bytes(), config)
     raise UserError(f"--config {config}: no such file; Crescendo ships {', '.join(shipped())}")

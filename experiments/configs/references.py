@@ -22,6 +22,7 @@ from crescendo.experiments.configs.explain import elsewhere, nearest
 from crescendo.experiments.configs.factories import FACTORIES
 from crescendo.experiments.runtime.command import parameter_docs
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.optim import TRANSFORMS
 
 MACRO = "gin.macro"
 
@@ -228,6 +229,29 @@ def check_calls(reached: Reached) -> None:
             if wants_function:
                 raise UserError(f"{binding} = {bare}() is wanted as the function itself: write {binding} = {bare}")
             raise UserError(f"{binding} = {bare} is the function itself: write {bare}() for what it makes")
+
+
+def check_optimizers(experiment: str, reached: Reached) -> None:
+    """That no transform without a learning rate is an experiment's optimizer: its updates point along the gradient.
+
+    Raises:
+      UserError: names it.
+    """
+    value = reached.used.get(Binding("", experiment, "optimizer"))
+    for reference in references(value):
+        selector = reference.configurable.selector
+        name = selector.rpartition(".")[2]
+        if (
+            name in TRANSFORMS
+            and selector.startswith("optim.")
+            and "learning_rate" not in _signature(selector).parameters
+        ):
+            owner = _short(experiment)
+            raise UserError(
+                f"{owner}.optimizer = @{name}() has no learning rate, and would climb: set {owner}.optimizer = "
+                f"@chain(), chain.transforms = [@{name}(), @scale_by_learning_rate()] and "
+                "scale_by_learning_rate.learning_rate"
+            )
 
 
 def _is_ours(selector: str) -> bool:

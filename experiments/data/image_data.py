@@ -192,7 +192,7 @@ def _tfds_splits(
     import tensorflow_datasets as tfds  # takes a second to import
 
     features = ["image", "label"]
-    source, full_name, files = open_source(name, "train", data_directory, download, features)
+    source, full_name, files = open_source(name, "train", data_directory, download, features, "image_data")
     info = tfds.builder(name, data_dir=data_directory).info
     classes = getattr(info.features["label"], "num_classes", None)
     if not classes:
@@ -201,7 +201,7 @@ def _tfds_splits(
     splits = {"train": DecodedRows(source, full_name, shape)}
     for split in ("validation", "test"):
         if split in info.splits:
-            held_out, _, more = open_source(name, split, data_directory, False, features)
+            held_out, _, more = open_source(name, split, data_directory, False, features, "image_data")
             splits[split] = DecodedRows(held_out, full_name, shape)
             files += more
     return splits, classes, digest([full_name, file_digests([Path(file) for file in files])])

@@ -1,9 +1,11 @@
 """Opens data sets of the TFDS catalogue as indexable sources, with no TensorFlow and, unless asked, no network."""
 
+import contextlib
 import difflib
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,12 @@ from crescendo.experiments.runtime.errors import UserError
 
 
 def open_source(
-    name: str, split: str, data_directory: str | os.PathLike | None, download: bool, features: Sequence[str]
+    name: str,
+    split: str,
+    data_directory: str | os.PathLike | None,
+    download: bool,
+    features: Sequence[str],
+    called: str,
 ) -> tuple[Any, str, list[str]]:
     """Opens one split of a TFDS data set for random access.
 
@@ -22,6 +29,7 @@ def open_source(
       data_directory: where TFDS keeps prepared data; None for $TFDS_DATA_DIR or ~/tensorflow_datasets.
       download: whether to download and prepare the data set if it is not there.
       features: the features to decode; the others come as stored.
+      called: the function whose `download` and `data_directory` these are.
 
     Returns:
       (source, full_name, files): source[i] is a dict of features, full_name has the configuration and the version, and
@@ -39,12 +47,14 @@ def open_source(
             f'TFDS data set "{name}": names with a namespace are looked up on the network; use text_files instead'
         )
     try:
-        builder = tfds.builder(name, data_dir=data_directory)
-        if not builder.is_prepared():
+        with _quiet():
+            builder = tfds.builder(name, data_dir=data_directory)
+            prepared = builder.is_prepared()
+        if not prepared:
             if not download:
                 raise UserError(
-                    f'TFDS data set "{name}" is not prepared in {builder.data_path}: allow it with download = True, '
-                    "or name the folder that has it with data_directory"
+                    f'TFDS data set "{name}" is not prepared in {builder.data_path}: to download and prepare it add '
+                    f"--set '{called}.download = True', or name the folder that has it by {called}.data_directory"
                 )
             builder = tfds.builder(name, data_dir=data_directory, file_format="array_record")
             # The mirror bucket needs TensorFlow; the publishers' own addresses don't.
@@ -63,6 +73,18 @@ def open_source(
         ) from error
     except (AssertionError, NotImplementedError, ValueError) as error:
         raise UserError(f'TFDS data set "{name}", split "{split}": {" ".join(str(error).split())}') from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without TFDS's own warning of what isn't prepared, which is said here, once."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class Images:
@@ -107,5 +129,5 @@ def tfds_images(
     References:
       https://www.tensorflow.org/datasets/catalog/overview
     """
-    source, _, _ = open_source(name, split, data_directory, download, [image, label])
+    source, _, _ = open_source(name, split, data_directory, download, [image, label], "tfds_images")
     return Images(source, image, label)

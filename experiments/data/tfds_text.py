@@ -60,7 +60,7 @@ def _documents(
     errors: Literal["strict", "replace"],
 ) -> Documents:
     """Of one split."""
-    source, full_name, files = open_source(name, split, data_directory, download, [feature])
+    source, full_name, files = open_source(name, split, data_directory, download, [feature], "tfds_text")
 
     def read() -> Iterator[bytes]:
         utf8 = Utf8("tfds_text", errors)

@@ -9,6 +9,7 @@ from crescendo.experiments.reports import page, plots
 from crescendo.experiments.reports.compare import Arm, cells, compare, headings, headline, remark
 from crescendo.experiments.reports.held_out import last_means
 from crescendo.experiments.runs.run import Run, read_run
+from crescendo.experiments.runtime import from_python
 from crescendo.experiments.runtime.files import file_access
 
 _MAX_EVENTS = 20
@@ -51,8 +52,13 @@ def write_report(
 
 
 def _bindings(config: str) -> dict[str, str]:
-    """The bindings and macros of an operative gin config; lines that are indented continue the one before."""
+    """The bindings and macros of an operative gin config, or what a run from Python was given.
+
+    Lines that are indented continue the one before.
+    """
     bindings: dict[str, str] = {}
+    if config.startswith(from_python.FIRST_LINE):
+        config = "started = from Python" + config.removeprefix(from_python.FIRST_LINE).replace("\n# ", "\n")
     for line in config.splitlines():
         name, equals, value = line.partition("=")
         if not line.strip() or line.lstrip().startswith("#"):

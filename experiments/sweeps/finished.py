@@ -7,6 +7,7 @@ from pathlib import Path
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs.run import is_complete, read_run
+from crescendo.experiments.runtime import from_python
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.sweeps.points import Point
 from crescendo.experiments.trainer.training import train
@@ -26,6 +27,7 @@ def is_finished(run: Path, *, but_for: Collection[str] = ()) -> bool:
     if not (run / "run.json").is_file():
         return False
     earlier = read_run(run)
+    from_python.check_repeatable(earlier.config, f"{run / 'config.gin'}")
     try:
         before, now = configurables.differences(earlier.config, but_for={"train.label", *but_for})
     except SyntaxError:

@@ -26,6 +26,7 @@ from crescendo.experiments.trainer.evaluate import evaluation_parameters, make_e
 from crescendo.experiments.trainer.feed import Feed
 from crescendo.experiments.trainer.frozen import Trainable
 from crescendo.experiments.trainer.gradient_statistics import chosen_statistics
+from crescendo.experiments.trainer.optimizer_checks import check_optimizer
 from crescendo.experiments.trainer.shapes import abstract_batch, abstract_state, initial_state, state_shardings
 from crescendo.experiments.trainer.step import make_step
 from crescendo.models.norm_probes import norm_scales
@@ -153,6 +154,7 @@ class Session:
             raise UserError("train.groups freeze every parameter: leave at least one to train")
         self.trainable = Trainable(jax.tree.map(lambda is_frozen: not is_frozen, frozen))
         with user_values():
+            self.notes += check_optimizer(optimizer, self.trainable.take(self.parameters), self.policy)
             if moved := [group for group in groups if not group.frozen]:
                 optimizer = optim.scale_groups(optimizer, moved, self.trainable.take(logical_axes))
             if noise_scale is not None:

@@ -17,7 +17,7 @@ from crescendo.experiments.runs.checkpoint import Checkpoints
 from crescendo.experiments.runs.records import Record, read_records
 from crescendo.experiments.runs.run import is_complete, last_validation
 from crescendo.experiments.runs.state import Clock, TrainState
-from crescendo.experiments.runtime import hardware
+from crescendo.experiments.runtime import from_python, hardware
 from crescendo.experiments.runtime.cache import CompilationCounter, use_compilation_cache
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access, replace_file
@@ -135,7 +135,7 @@ def train(
     max_bad_steps: int = 10,
     writers: Sequence[str] = (),
     label: str | None = None,
-    operative_config: Callable[[], str] = str,
+    operative_config: Callable[[], str] | None = None,
     **options: Any,
 ) -> dict:
     """Trains a task, or goes on where the run in the folder `run` stopped.
@@ -157,7 +157,8 @@ def train(
       max_bad_steps: stop after so many steps in a row without a finite loss and update.
       writers: who gets the metrics besides `metrics.jsonl` and TensorBoard, such as ["wandb"] (Weights & Biases).
       label: the run's name in reports; the folder's when None.
-      operative_config: gives the configuration text to keep with the run; `bind` passes it, else it is empty.
+      operative_config: gives the configuration text to keep with the run; `bind` passes it, else the text says what the
+        run was given.
       **options: what is trained and how: those of `Session`.
 
     Returns:
@@ -166,6 +167,8 @@ def train(
     Raises:
       UserError: for what the user can mend.
     """
+    kept = functools.partial(from_python.given, _without(locals(), "run", "operative_config", "options") | options)
+    configuration = operative_config or kept
     check_positive(
         evaluate_every_examples=evaluate_every_examples,
         evaluation_examples=evaluation_examples,
@@ -200,7 +203,7 @@ def train(
         if total_examples < session.total_examples:
             say(f"note: the run ends at {total_examples:,} examples: what is left after them fills no microbatch")
         finished = clock.examples_seen >= total_examples
-        _write_begun(folder, None if finished and is_complete(folder) else info, operative_config(), options["data"])
+        _write_begun(folder, None if finished and is_complete(folder) else info, configuration(), options["data"])
         observers = run_observers(
             folder,
             resume_at_examples=clock.examples_seen,
@@ -239,13 +242,17 @@ def train(
         if interruption.requested:
             files.save(clock, state)
         checkpoints.wait()
-        run_folder.write_info(folder, info | {"compilations": counter.count}, operative_config())
+        run_folder.write_info(folder, info | {"compilations": counter.count}, configuration())
         if clock.examples_seen < total_examples:
             raise Interrupted(
                 f"{interruption.requested}: saved {folder} at {clock.examples_seen:,} of {total_examples:,} examples; "
                 "the same command goes on from there"
             )
         return files.validation
+
+
+def _without(arguments: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name not in names}
 
 
 @contextlib.contextmanager

@@ -418,7 +418,7 @@ def test_tfds_images_are_arrays_with_labels(toy_directory):
     ("arguments", "message"),
     [
         ({"name": "crescendo_toi"}, r'no TFDS data set "crescendo_toi": did you mean crescendo_toy'),
-        ({"name": "mnist"}, r'"mnist" is not prepared in .*mnist.*download = True'),
+        ({"name": "mnist"}, r'"mnist" is not prepared in .*mnist.*--set .tfds_text\.download = True'),
         ({"name": "crescendo_toy/other"}, r'"crescendo_toy/other"'),
         ({"name": "crescendo_toy:9.9.9"}, r"cannot be loaded at version 9\.9\.9"),
         ({"name": "huggingface:toy"}, r'"huggingface:toy": names with a namespace'),
@@ -428,10 +428,11 @@ def test_tfds_images_are_arrays_with_labels(toy_directory):
         ({"name": "crescendo_toy", "feature": "label"}, r'feature "label" is int, not text'),
     ],
 )
-def test_bad_tfds_names_are_refused(toy_directory, arguments, message):
+def test_bad_tfds_names_are_refused_once(toy_directory, arguments, message, caplog):
     with pytest.raises(UserError, match=message) as raised:
         list(tfds_text(**arguments, data_directory=toy_directory).read())
     assert "\n" not in str(raised.value)
+    assert "has no dataset_info.json" not in caplog.text
 
 
 def test_data_prepared_without_random_access_are_refused(tmp_path):

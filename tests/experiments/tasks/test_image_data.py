@@ -123,7 +123,7 @@ def test_splits_that_are_there_stay_and_one_shape_is_asked_for(tfds_directory):
     [
         ({"validation_examples": 0}, "image_data.validation_examples = 0 must be at least 1"),
         ({"validation_examples": 20}, "validation_examples = 20 for validation would leave none of the 20 training"),
-        ({"name": "mnist"}, r'"mnist" is not prepared in .*mnist.*download = True'),
+        ({"name": "mnist"}, r'"mnist" is not prepared in .*mnist.*--set .image_data\.download = True'),
     ],
 )
 def test_what_can_not_be_is_refused(idx_directory, arguments, message):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,14 @@ import pytest
 from crescendo import optim, parallel
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.data.random_text import RandomText
+from crescendo.experiments.reports.write import _bindings
 from crescendo.experiments.runs import trained
 from crescendo.experiments.runs.checkpoint import Checkpoints
 from crescendo.experiments.runs.records import read_records
 from crescendo.experiments.runs.run import is_complete, read_run
 from crescendo.experiments.runs.state import Clock
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.sweeps.finished import is_finished
 from crescendo.experiments.tasks.base import Context
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.frozen import Trainable
@@ -330,3 +333,70 @@ def test_a_policy_takes_its_rows_from_the_data_and_says_before_the_first_step_th
     assert "at 51 examples at the earliest" in note
     with pytest.raises(UserError, match=r"sequence_length = 128, but the data's rows have 16 tokens"):
         small_session(batch_size=optim.critical_batch_following(curve, 8, 16, sequence_length=128))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.scale_by_adam(),
+        optax.chain(optim.scale_by_lars(), optax.add_decayed_weights(0.1)),
+        optax.masked(optax.identity(), True),
+        optax.scale(0.1),
+    ],
+)
+def test_an_optimizer_that_climbs_is_refused(optimizer):
+    with pytest.raises(
+        UserError, match=r"train\.optimizer \(.*\) moves the parameters along the gradient, and the loss"
+    ):
+        small_session(optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(optax.linear_schedule(0.0, 0.1, 2)),
+        optax.MultiSteps(optax.adam(0.1), 8).gradient_transformation(),
+        optax.lbfgs(),  # asks for what isn't there
+        optax.chain(optim.scale_by_lars(), optim.scale_by_learning_rate(0.1)),
+    ],
+)
+def test_an_optimizer_that_descends_or_waits_is_taken(optimizer):
+    small_session(optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    "make", [optax.sgd, lambda schedule: optax.inject_hyperparams(optax.sgd)(learning_rate=schedule)]
+)
+def test_a_schedule_that_counts_steps_is_said_and_refused_where_the_batch_moves(make):
+    optimizer = make(optax.linear_schedule(0.1, 0.0, 8))
+    (note,) = small_session(optimizer=optimizer).notes
+    assert re.match(r"the optimizer's schedule \(\w+\) counts steps, of 8 examples each here, and doesn't know", note)
+    with pytest.raises(UserError, match="counts steps, and the batch size moves from 8 to 16"):
+        small_session(optimizer=optimizer, batch_size=optim.staged([8, 16], starts_examples=[0, 32]))
+    assert small_session(optimizer=make(0.1)).notes == []
+
+
+def test_a_transform_is_refused_by_its_name():
+    with pytest.raises(
+        UserError, match=r"train.optimizer = @scale_by_lars\(\) has no learning rate, .* set .* @chain\(\)"
+    ):
+        configurables.bind(train, ["debug.gin"], ["train.optimizer = @scale_by_lars()"])
+    named = ["scale_by_learning_rate.learning_rate = 0.1", "train.optimizer = @scale_by_learning_rate()"]
+    configurables.bind(train, ["debug.gin"], named)
+
+
+def test_a_run_from_python_keeps_what_it_was_given_and_says_that_it_does_not_repeat(tmp_path):
+    folder = tmp_path / "run"
+    options = {"model": SMALL, "optimizer": optim.adamw(1e-2), "mesh": one_device(), "evaluation_examples": 8}
+    train(run=str(folder), data=RandomText(128, 16), batch_size=8, total_examples=16, **options)
+    kept = (folder / "config.gin").read_text()
+    assert "\n# train.batch_size = 8\n" in kept
+    assert "\n# train.model = ModelConfig(vocab_size=128, width=16, " in kept
+    assert "\n# train.optimizer = optax." in kept
+    with pytest.raises(UserError, match=r"config.gin is of a run that was started from Python"):
+        configurables.bind(train, [str(folder / "config.gin")])
+    configurables.bind(train, ["debug.gin"])
+    with pytest.raises(UserError, match=r"config.gin is of a run that was started from Python"):
+        is_finished(folder)
+    assert _bindings(kept)["train.batch_size"] == "8"
+    assert _bindings(kept)["started"] == "from Python"

@@ -1,0 +1,46 @@
+"""What a run that was started from Python keeps as its configuration: what it was given, as comments.
+
+Python's objects have no text that would make them again, so such a file repeats nothing, and says so.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from crescendo.experiments.runtime.errors import UserError
+
+FIRST_LINE = "# Started from Python: this says what the run was given, and does not repeat it."
+_LONGEST = 300
+
+
+def given(arguments: Mapping[str, Any]) -> str:
+    """The text for `config.gin`: a comment for each argument of `train`.
+
+    >>> print(given({"batch_size": 8, "task": given}), end="")
+    # Started from Python: this says what the run was given, and does not repeat it.
+    # train.batch_size = 8
+    # train.task = crescendo.experiments.runtime.from_python.given
+    """
+    lines = [f"# train.{name} = {_shown(value)}" for name, value in sorted(arguments.items())]
+    return "\n".join([FIRST_LINE, *lines, ""])
+
+
+def _shown(value: Any) -> str:
+    """On one line: a value itself where that is short and means something, else what kind of thing it is."""
+    text = " ".join(repr(value).split())
+    if len(text) <= _LONGEST and not re.search(r" at 0x[0-9a-f]+", text):
+        return text
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def check_repeatable(text: str, named: str) -> None:
+    """That a configuration isn't that of a run from Python.
+
+    Raises:
+      UserError: where it is.
+    """
+    if text.startswith(FIRST_LINE):
+        raise UserError(
+            f"{named} is of a run that was started from Python, whose objects have no text: repeat it there"
+        )
