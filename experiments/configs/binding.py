@@ -266,7 +266,7 @@ def arguments(experiment: Callable, names: Collection[str] | None = None) -> dic
       names: of the parameters; the factories of others aren't called. None: all.
 
     Raises:
-      UserError: what a factory says of its arguments.
+      UserError: what a factory says of its arguments; no value for one of `names`.
 
     >>> def tune(*, rate: float, steps: int = 10): ...
     >>> _ = bind(tune, [], ["tune.rate = 0.5"])
@@ -276,6 +276,8 @@ def arguments(experiment: Callable, names: Collection[str] | None = None) -> dic
     bound = gin.get_bindings(_register(experiment), resolve_references=False)
     parameters = inspect.signature(experiment).parameters.values()
     given = {p.name: p.default for p in parameters if p.default is not p.empty} | bound
+    if missing := [name for name in names or () if name not in given]:
+        raise UserError(f"{experiment.__name__}.{missing[0]} is not set: set it in a config or with --set")
     with _own_errors():  # gin calls a factory when its reference is copied
         return copy.deepcopy({name: value for name, value in given.items() if names is None or name in names})
 
@@ -341,12 +343,12 @@ def differences(operative: str, *, but_for: Collection[str] = ()) -> tuple[dict[
       operative: what `operative_config` gave in the earlier run.
       but_for: settings that may differ.
 
-    >>> def tune(*, rate: float, steps: int = 10): ...
-    >>> _ = bind(tune, [], ["RATE = 0.5", "tune.rate = %RATE"])
-    >>> differences("tune.rate = 0.5\\ntune.steps = 10")
+    >>> def warm(*, rate: float, steps: int = 10): ...
+    >>> _ = bind(warm, [], ["RATE = 0.5", "warm.rate = %RATE"])
+    >>> differences("warm.rate = 0.5\\nwarm.steps = 10")
     ({}, {})
-    >>> differences("tune.rate = 0.25\\ntune.steps = 20", but_for=["tune.rate"])
-    ({'tune.steps': '20'}, {'tune.steps': '10'})
+    >>> differences("warm.rate = 0.25\\nwarm.steps = 20", but_for=["warm.rate"])
+    ({'warm.steps': '20'}, {'warm.steps': '10'})
     """
     earlier, bound = _settings(operative), _settings(gin.config_str())
     before, now = {}, {}

@@ -65,7 +65,7 @@ def climbs(optimizer: optax.GradientTransformation, parameters: Tree) -> bool:
     shapes = jax.tree.map(lambda x: tuple(min(2, size) for size in x.shape), parameters)
     draw = functools.partial(
         jax.tree.map,
-        lambda shape, x: random.normal(size=shape).astype(x.dtype),
+        lambda shape, x: np.asarray(random.normal(size=shape), x.dtype),
         shapes,
         parameters,
         is_leaf=lambda x: isinstance(x, tuple),

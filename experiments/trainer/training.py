@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +167,9 @@ def train(
     Raises:
       UserError: for what the user can mend.
     """
-    kept = functools.partial(from_python.given, _without(locals(), "run", "operative_config", "options") | options)
-    configuration = operative_config or kept
+    if operative_config is None:
+        given = {name: value for name, value in locals().items() if name not in ("run", "operative_config", "options")}
+        operative_config = functools.partial(from_python.given, given | options)
     check_positive(
         evaluate_every_examples=evaluate_every_examples,
         evaluation_examples=evaluation_examples,
@@ -203,7 +204,7 @@ def train(
         if total_examples < session.total_examples:
             say(f"note: the run ends at {total_examples:,} examples: what is left after them fills no microbatch")
         finished = clock.examples_seen >= total_examples
-        _write_begun(folder, None if finished and is_complete(folder) else info, configuration(), options["data"])
+        _write_begun(folder, None if finished and is_complete(folder) else info, operative_config(), options["data"])
         observers = run_observers(
             folder,
             resume_at_examples=clock.examples_seen,
@@ -242,17 +243,13 @@ def train(
         if interruption.requested:
             files.save(clock, state)
         checkpoints.wait()
-        run_folder.write_info(folder, info | {"compilations": counter.count}, configuration())
+        run_folder.write_info(folder, info | {"compilations": counter.count}, operative_config())
         if clock.examples_seen < total_examples:
             raise Interrupted(
                 f"{interruption.requested}: saved {folder} at {clock.examples_seen:,} of {total_examples:,} examples; "
                 "the same command goes on from there"
             )
         return files.validation
-
-
-def _without(arguments: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if name not in names}
 
 
 @contextlib.contextmanager
