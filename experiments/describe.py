@@ -6,16 +6,20 @@ there: TPUs with JAX's tpu extra installed, H100s with the CUDA plugin (`make te
 """
 
 import argparse
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from crescendo import parallel
+from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.planning.mesh import describe_mesh
 from crescendo.experiments.planning.model import describe_model
+from crescendo.experiments.planning.run import add_options, options_of, plan_run
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.hardware import topology_devices
+from crescendo.experiments.trainer.training import train
 from crescendo.models import ModelConfig
 from crescendo.models.config import PRESETS
 from crescendo.pallas_kernels.console import output_console
@@ -23,6 +27,7 @@ from crescendo.parallel.mesh import AXES
 
 EXAMPLES = """examples:
   python -m crescendo.models.describe 124m --sequence-length 2048
+  python -m crescendo.experiments.describe --config lm_1b.gin --set 'text_files.paths = "a.txt"' --device H100
   python -m crescendo.parallel.describe --model 70b --devices 4096 --fsdp 512 --tensor 8 --batch-size 512
   python -m crescendo.parallel.describe --model 1b --devices 8 --strategy zero1
   python -m crescendo.parallel.describe --model 70b --topology v5p:16x16x16 --fsdp 512 --tensor 8 --batch-size 512
@@ -32,8 +37,8 @@ EXAMPLES = """examples:
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     result = plain_parser(
-        "Describe a preset by itself (parameters, FLOPs a token, memory) or a model over a mesh (every "
-        "array's place, memory a device, traffic a step).",
+        "Describe a preset by itself (parameters, FLOPs a token, memory), a model over a mesh (every "
+        "array's place, memory a device, traffic a step), or the run of a config (see train --dry-run).",
         EXAMPLES,
         prog="python -m crescendo.experiments.describe",
     )
@@ -42,8 +47,11 @@ def parser() -> argparse.ArgumentParser:
         "--model", default="debug", choices=list(PRESETS), help="the preset to lay over a mesh (default debug)"
     )
     machine = result.add_mutually_exclusive_group()
-    machine.add_argument("--devices", type=int, default=8, help="how many devices (default 8)")
+    machine.add_argument("--devices", type=int, help="how many devices (default 8, of a config 1)")
     machine.add_argument("--topology", help="compile the step for this machine: v5p:16x16x16, h100:1x1x8, ...")
+    result.add_argument("--config", action="append", metavar="FILE.gin", help="describe the run of a config")
+    result.add_argument("--set", action="append", default=[], metavar="'NAME = VALUE'", help="one gin binding of it")
+    add_options(result)
     result.add_argument("--target", type=Path, help="for GPU topologies: XLA's description of the GPU")
     for axis in AXES:
         default = {"data": 1, "fsdp": -1}.get(axis, 1)
@@ -68,20 +76,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
     console = output_console()
+    if arguments.config or arguments.set:
+        allowed = ("config", "set", "device", "devices", "mfu", "dollars_per_hour")
+        _check_alone(options, arguments, allowed, ", and a config says its own")
+        configurables.bind(train, arguments.config or ["debug.gin"], arguments.set)
+        plan_run(
+            console,
+            settings=configurables.resolved(train),
+            arguments=functools.partial(configurables.arguments, train),
+            mesh_sizes=configurables.given("mesh"),
+            **options_of(arguments) | {"devices": arguments.devices or 1},
+        )
+        return
     if arguments.preset:
-        for name, value in vars(arguments).items():
-            if name not in ("preset", "sequence_length") and value != options.get_default(name):
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(
-                    f"{option} is of a mesh: say --model {arguments.preset} then, and not {arguments.preset}"
-                )
+        instead = f": say --model {arguments.preset} then, and not {arguments.preset}"
+        _check_alone(options, arguments, ("preset", "sequence_length", "device"), instead)
         model = ModelConfig.preset(arguments.preset)
-        describe_model(console, model, sequence_length=arguments.sequence_length or 1024)
+        length = arguments.sequence_length or 1024
+        describe_model(console, model, sequence_length=length, device=arguments.device)
         return
     devices = topology_devices(arguments.topology, arguments.target) if arguments.topology else []
     with user_values():
         spec = parallel.MeshSpec(**{axis: getattr(arguments, axis) for axis in AXES})
-        mesh = spec.make(devices) if devices else spec.abstract(arguments.devices)
+        mesh = spec.make(devices) if devices else spec.abstract(arguments.devices or 8)
         layout = parallel.Layout(mesh, parallel.strategy(arguments.strategy, ulysses=arguments.ulysses))
         # In a loop the layers compile in the time of one.
         changes = {"scan_layers": True} | ({"remat": arguments.remat} if arguments.remat else {})
@@ -94,7 +111,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         microbatches=arguments.microbatches,
         sequence_length=arguments.sequence_length or 4096,
         devices=devices,
+        device=arguments.device,
     )
+
+
+def _check_alone(
+    options: argparse.ArgumentParser, arguments: argparse.Namespace, allowed: Sequence[str], instead: str
+) -> None:
+    """That no option is given that what is described has no use for."""
+    for name, value in vars(arguments).items():
+        if name not in allowed and value != options.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} is of a mesh{instead}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,28 @@
 """Train a model: `python -m crescendo.experiments.train --config debug.gin`."""
 
 import argparse
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.table import Table
+from rich.text import Text
+
 from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.configs.settings import settings
+from crescendo.experiments.planning import run
 from crescendo.experiments.runtime.cli import run_command
-from crescendo.experiments.runtime.errors import hosts_lost, user_values
+from crescendo.experiments.runtime.errors import UserError, hosts_lost, user_values
 from crescendo.experiments.trainer.training import train
+from crescendo.pallas_kernels.console import output_console
 from crescendo.parallel import hosts
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.train --config debug.gin
   python -m crescendo.experiments.train --config lm_30m.gin --set 'text_files.paths = ["books/*.txt"]'
   python -m crescendo.experiments.train --config debug.gin --set 'train.total_examples = 2048' --run runs/short
+  python -m crescendo.experiments.train --config lm_1b.gin --dry-run --device H100 --devices 8
+  python -m crescendo.experiments.train --list learning_rate
   srun python -m crescendo.experiments.train --config lm_1b.gin --hosts auto
 
 The same command goes on where an interrupted run stopped."""
@@ -29,10 +38,29 @@ def parser() -> argparse.ArgumentParser:
         help="be one of several processes that share the run's folder: as JAX finds by itself (SLURM, Cloud TPU, ...), "
         "or by process 0's address, this process's number and how many there are",
     )
+    add = result.add_argument
+    add("--list", nargs="?", const="", metavar="WORD", help="print every setting, or those with a word in their name")
+    add("--dry-run", action="store_true", help="print what the run will be and need, and train nothing")
+    add("--devices", type=int, default=1, help="how many of --device (default 1)")
+    run.add_options(result)
     result.add_argument(
         "--join-seconds", type=float, default=300.0, help="how long to wait for the other processes (default 300)"
     )
     return result
+
+
+def list_settings(word: str) -> None:
+    """Prints a line for each setting with the word in its name.
+
+    Raises:
+      UserError: where there is none.
+    """
+    table = Table("setting", "default", "what it is", box=None, pad_edge=False)
+    for setting in settings(train, word):
+        table.add_row(*map(Text, setting))
+    if not table.row_count:
+        raise UserError(f"--list {word}: no setting has that in its name")
+    output_console().print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,8 +69,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.hosts:
         with user_values():
             hosts.join(arguments.hosts, timeout_seconds=arguments.join_seconds)
+    if arguments.list is not None:
+        list_settings(arguments.list)
+        return
     configs = arguments.config or ["debug.gin"]
     bound = configurables.bind(train, configs, arguments.set)
+    if arguments.dry_run:
+        run.plan_run(
+            output_console(),
+            settings=configurables.resolved(train),
+            arguments=functools.partial(configurables.arguments, train),
+            mesh_sizes=configurables.given("mesh"),
+            **run.options_of(arguments),
+        )
+        return
     with hosts_lost():
         bound(run=arguments.run or f"runs/{Path(configs[-1]).stem}")
 

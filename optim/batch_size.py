@@ -94,6 +94,9 @@ class BatchSizePolicy(NamedTuple):
 def constant(batch_size: int) -> BatchSizePolicy:
     """The same batch size throughout the run.
 
+    Args:
+      batch_size: in examples, of all devices together.
+
     >>> constant(32).sizes
     (32,)
     """

@@ -13,6 +13,9 @@ def chain(transforms: Sequence[optax.GradientTransformation]) -> optax.GradientT
 
     In gin: `train.optimizer = @chain()` and `chain.transforms = [@record_gradient_norms(), @adamw()]`.
 
+    Args:
+      transforms: in order, the first one given the gradients.
+
     Raises:
       ValueError: no transforms.
 

@@ -233,8 +233,13 @@ def save_refined(path: str | Path, norms: Norms, *, norm: str = "l1", smoothing:
 def refined(peak: float, total: float | None = None, *, path: str | Path, warmup: float = 0) -> optax.Schedule | OfRun:
     """The refined schedule that `save_refined` wrote to `path`, with a peak and a length of its own.
 
-    The curve is stretched over [0, total], whatever the length of the run that it was recorded in; `total` None: over
-    the run.
+    The curve is stretched over [0, total], whatever the length of the run that it was recorded in.
+
+    Args:
+      peak: the highest rate.
+      total: where the rate is 0, in examples; None: the run's end.
+      path: of the file.
+      warmup: examples over which the rate rises.
 
     Raises:
       ValueError: a file that isn't one, and as `schedules.linear`.

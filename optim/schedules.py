@@ -146,7 +146,11 @@ def rex(
 
     d = 0 is linear decay; the nearer d is to 1, the longer the rate stays high.
 
-    Args and Raises: as `linear`; `curvature` is at least 0 and below 1.
+    Args:
+      peak, total, warmup, end_fraction: as of `linear`.
+      curvature: d, at least 0 and below 1.
+
+    Raises: as `linear`, and for another `curvature`.
 
     References:
       Chen et al., 2022, `REX <https://arxiv.org/abs/2107.04197>`_

@@ -39,7 +39,7 @@ import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -60,6 +60,27 @@ class Unsupported(NotImplementedError):  # noqa: N818  it is an answer, not a fa
 
 
 _asked_by_name = contextvars.ContextVar("asked_by_name", default=False)
+
+
+_choices = contextvars.ContextVar[dict[str, list[str]] | None]("choices", default=None)
+
+
+@contextlib.contextmanager
+def choices() -> Iterator[dict[str, list[str]]]:
+    """Collects which implementations serve the calls that are traced within, by the op's name.
+
+    >>> from crescendo.pallas_kernels import softmax
+    >>> with choices() as chosen:
+    ...     _ = jax.eval_shape(softmax, jax.ShapeDtypeStruct((2, 4), "float32"))
+    >>> chosen
+    {'softmax': ['xla']}
+    """
+    chosen: dict[str, list[str]] = {}
+    token = _choices.set(chosen)
+    try:
+        yield chosen
+    finally:
+        _choices.reset(token)
 
 
 def leave_to_others(reason: str) -> None:
@@ -254,7 +275,9 @@ def op(
             for candidate in _names(name, implementations, implementation):
                 token = _asked_by_name.set(implementation is not None)
                 try:
-                    return _load(call, candidate)(**arguments)
+                    result = _load(call, candidate)(**arguments)
+                    _note_choice(name, candidate)
+                    return result
                 except Unsupported as reason:
                     refusals.append(Answer(candidate, str(reason)))
                 except TypeError as error:
@@ -282,6 +305,12 @@ def op(
         return call
 
     return decorate
+
+
+def _note_choice(name: str, implementation: str) -> None:
+    chosen = _choices.get()
+    if chosen is not None and implementation not in chosen.setdefault(name, []):
+        chosen[name].append(implementation)
 
 
 def explain(function: Callable[..., Any], *args, **kwargs) -> Answers:

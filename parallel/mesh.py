@@ -112,6 +112,9 @@ def make_mesh(
 ) -> Mesh:
     """`MeshSpec(...).make(devices)`.
 
+    Args:
+      devices: which ones; None: all.
+
     >>> make_mesh(devices=jax.devices()[:1]).shape["data"]
     1
     """

@@ -34,6 +34,8 @@ from crescendo.parallel.hosts import is_leader
 CONFIGS = resources.files("crescendo.experiments.configs")
 # Where a binding comes from, other than a file.
 TYPED, OWN = "--set", "the command"
+# Parameters of an experiment that are no settings: `bind` gives them.
+GIVEN = ("operative_config", "written")
 # The files that gin's `include` names are decoded as the others are.
 gin.config._FILE_READERS.insert(0, (lambda path: io.StringIO(read_text(Path(path))), os.path.isfile))
 
@@ -155,8 +157,8 @@ def bind(
     """`experiment` with the parameters that the configs bind; later files and bindings win.
 
     Args:
-      experiment: a function with annotated parameters; configs name it by its own name. Where it has a parameter
-        `operative_config`, it is given the function of that name.
+      experiment: a function with annotated parameters; configs name it by its own name. Where it has parameters
+        `operative_config` and `written`, it is given the functions of these names, the latter of a parameter's name.
       configs: paths of gin files, or names of shipped ones. What they bind and nothing uses is warned of in a line when
         the experiment is called.
       bindings: gin statements that a person typed, such as `"train.total_examples = 100"`.
@@ -174,8 +176,12 @@ def bind(
     for binding in idle:
         if origins[binding] == TYPED:
             raise UserError(f"{TYPED}: {references.why_unused(binding, reached)}")
-    takes_text = "operative_config" in inspect.signature(experiment).parameters
-    given = {"operative_config": operative_config} if takes_text else {}
+    parameters = inspect.signature(experiment).parameters
+    own_values = {
+        "operative_config": operative_config,
+        "written": functools.partial(references.written, _name(experiment)),
+    }
+    own_values = {name: value for name, value in own_values.items() if name in parameters}
 
     @functools.wraps(experiment)
     def call(**kwargs):
@@ -184,7 +190,7 @@ def bind(
                 raise UserError(f"{TYPED}: {binding} is set by the command itself: leave it out, or see --help")
         _warn_of(idle, origins)
         with _own_errors():
-            return wrapped(**(given | kwargs))
+            return wrapped(**(own_values | kwargs))
 
     return call
 
@@ -213,6 +219,29 @@ def unused(
                 raise UserError(f"{TYPED}: {why}; give every binding a {TYPED} of its own")
             result[statement] = why
     return result
+
+
+def resolved(experiment: Callable) -> str:
+    """The settings of all that a call of the experiment leads to after the latest `bind`, defaults included.
+
+    >>> def boil(*, egg: str, minutes: int = 6): ...
+    >>> _ = bind(boil, [], ["EGG = 'small'", "boil.egg = %EGG"])
+    >>> print(resolved(boil))
+    boil.egg = 'small'
+    boil.minutes = 6
+    """
+    return references.resolved(_name(experiment), without=["run", *GIVEN])
+
+
+def given(name: str) -> dict[str, Any]:
+    """What the latest `bind` gives a function's parameters, outside of scopes.
+
+    >>> def brew(*, water: int = 1): ...
+    >>> _ = bind(brew, [], own=["mesh.fsdp = 2"])
+    >>> given("mesh")
+    {'fsdp': 2}
+    """
+    return gin.get_bindings(name)
 
 
 def _load(

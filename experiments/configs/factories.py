@@ -22,7 +22,11 @@ from crescendo.parallel import make_mesh, strategy
 
 
 def model(preset: str = "debug", **changes) -> ModelConfig:
-    """`ModelConfig.preset(preset)` with the fields that are not None changed."""
+    """`ModelConfig.preset(preset)` with the fields that are not None changed.
+
+    Args:
+      preset: a key of `crescendo.models.config.PRESETS`, such as "124m".
+    """
     return ModelConfig.preset(preset, **{name: value for name, value in changes.items() if value is not None})
 
 

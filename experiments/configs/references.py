@@ -12,7 +12,7 @@ import re
 import sys
 import tokenize
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import gin
@@ -97,6 +97,65 @@ def effective(scope: str, selector: str) -> dict[Binding, Any]:
 def references(value: Any) -> Iterator[gin.config.ConfigurableReference]:
     """Every reference in a value, macros too."""
     return gin.config.iterate_references({"": value})
+
+
+def resolved(experiment: str, without: Collection[str] = ()) -> str:
+    """Every setting of what is called, defaults included and macros replaced by their values, in a line each.
+
+    Args:
+      experiment: a complete name.
+      without: parameters of its that aren't settings.
+    """
+    lines = []
+    for scope, selector in follow(experiment).calls:
+        if selector.startswith("gin."):
+            continue
+        given = {binding.parameter: value for binding, value in effective(scope, selector).items()}
+        for parameter in _signature(selector).parameters.values():
+            if parameter.name in given:
+                value = _text(given[parameter.name])
+            elif parameter.default is not parameter.empty:
+                value = default_text(parameter)
+            else:
+                continue
+            if selector != experiment or parameter.name not in without:
+                lines.append(f"{Binding(scope, selector, parameter.name)} = {value}")
+    return "\n".join(lines)
+
+
+def default_text(parameter: inspect.Parameter) -> str:
+    """A parameter's default as a config would write it; `required` where it has none."""
+    if parameter.default is parameter.empty:
+        return "required"
+    return f"@{parameter.default.__name__}" if inspect.isfunction(parameter.default) else repr(parameter.default)
+
+
+def written(experiment: str, parameter: str) -> str:
+    """A setting with all that it refers to, such as `adamw(learning_rate=linear(peak=0.001))`; "" if it isn't set."""
+    given = {binding.parameter: value for binding, value in effective("", experiment).items()}
+    return _text(given[parameter], written_out=True) if parameter in given else ""
+
+
+def _text(value: Any, scope: str = "", *, written_out: bool = False) -> str:
+    """A value as gin writes it, macros replaced by theirs; `written_out`: what it refers to in the form of a call."""
+    match value:
+        case gin.config.ConfigurableReference():
+            inner = "/".join(value.scopes) or scope
+            selector = value.configurable.selector
+            given = effective(inner, selector)
+            if selector == MACRO and given:
+                return _text(next(iter(given.values())), inner, written_out=written_out)
+            if not written_out or selector.startswith("gin."):
+                return repr(value)
+            arguments = [f"{each.parameter}={_text(its, inner, written_out=True)}" for each, its in given.items()]
+            return f"{_short(selector)}({', '.join(arguments)})" if value.evaluate else _short(selector)
+        case list() | tuple():
+            inside = ", ".join(_text(each, scope, written_out=written_out) for each in value)
+            return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' if len(value) == 1 else ''})"
+        case dict():
+            inside = ", ".join(f"{key!r}: {_text(its, scope, written_out=written_out)}" for key, its in value.items())
+            return f"{{{inside}}}"
+    return repr(value)
 
 
 def why_unused(binding: Binding, reached: Reached) -> str:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from rich.console import Console
-from rich.table import Table
 
 from crescendo import optim, parallel
 from crescendo.experiments.data.random_text import RandomText
+from crescendo.experiments.planning.activations import activation_bytes
+from crescendo.experiments.planning.fitting import fit
 from crescendo.experiments.runtime.errors import user_values
+from crescendo.experiments.runtime.hardware import named_device
 from crescendo.experiments.trainer.compilation import peak_bytes
 from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
@@ -78,19 +80,15 @@ def planned_session(
     return session, plan, step_work(model.for_platform(session.platform), plan, sequence_length)
 
 
-def session_memory_table(session: Session, work: Work) -> Table:
-    """What a device holds, by our own count."""
+def session_memory(session: Session, plan: parallel.BatchPlan) -> dict[str, float]:
+    """What a device holds in bytes, part by part, by our own count."""
     state, shardings, layout = session.abstract_state, session.shardings, session.layout
-    parts = {
+    return {
         "parameters, float32": float(device_bytes(state.parameters, shardings.parameters)),
         "optimizer state": float(device_bytes(state.opt_state, shardings.opt_state)),
         "gradients, float32": float(device_bytes(state.parameters, layout.gradients(session.task.logical_axes()))),
+        "activations of a microbatch, for the backward pass": activation_bytes(session, plan),
     }
-    if work.full_remat:
-        share = layout.batch_shards * layout.sizes["sequence"] * layout.sizes["tensor"]
-        tokens = work.examples * work.sequence_length / share
-        parts["inputs of the layers, for the backward pass"] = tokens * work.layers * work.width * work.compute_bytes
-    return memory_table(parts)
 
 
 def describe_mesh(
@@ -102,6 +100,7 @@ def describe_mesh(
     microbatches: int,
     sequence_length: int,
     devices: Sequence[jax.Device] = (),
+    device: str | None = None,
 ) -> None:
     """Prints every array's place, the memory of a device and the traffic of a step.
 
@@ -109,6 +108,7 @@ def describe_mesh(
       console: where.
       model, layout, batch_size, microbatches, sequence_length: see `planned_session`.
       devices: those of the mesh, to compile the step for; none: nothing is compiled.
+      device: the kind of the mesh's devices, to say whether it fits; None: that isn't said.
 
     Raises:
       UserError: a batch, or a model, that the mesh can't divide.
@@ -134,7 +134,11 @@ def describe_mesh(
         highlight=False,
         soft_wrap=True,
     )
-    console.print(session_memory_table(session, work))
+    parts = session_memory(session, plan)
+    console.print(memory_table(parts))
+    if device is not None:
+        named = named_device(device)
+        console.print(fit(sum(parts.values()), named.memory_bytes, named.device_kind), highlight=False, soft_wrap=True)
     console.print(traffic_table("a step, in closed form", step_traffic(layout, arrays, axes, work)))
     if devices:
         console.print(f"compiling for {len(devices)} x {devices[0].device_kind} ...", highlight=False)

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from crescendo import models
+from crescendo.experiments.planning.fitting import fit
+from crescendo.experiments.runtime.hardware import named_device
 from crescendo.models import ModelConfig
 
 # float32 parameters, their gradients, and Adam's two moments.
@@ -29,13 +31,17 @@ def parameter_table(config: ModelConfig) -> tuple[Table, int]:
     return table, total
 
 
-def describe_model(console: Console, model: ModelConfig, *, sequence_length: int) -> None:
+def describe_model(console: Console, model: ModelConfig, *, sequence_length: int, device: str | None = None) -> None:
     """Prints parameters, FLOPs a token and the memory of what training adds up or updates.
 
     Args:
       console: where.
       model: the decoder's shape.
       sequence_length: tokens in a row.
+      device: a name of `hardware.MEMORY_GIB`, to say whether it fits; None: that isn't said.
+
+    Raises:
+      UserError: an unknown device.
     """
     table, total = parameter_table(model.for_platform("gpu"))
     console.print(table)
@@ -43,4 +49,9 @@ def describe_model(console: Console, model: ModelConfig, *, sequence_length: int
     console.print(f"{flops / 1e6:,.1f} MFLOPs a token, forward and backward, at {sequence_length} tokens a row")
     for name, size in BYTES_PER_PARAMETER.items():
         console.print(f"{total * size / 2**30:8.2f} GiB  {name}, float32")
-    console.print(f"{total * sum(BYTES_PER_PARAMETER.values()) / 2**30:8.2f} GiB  in all, activations not counted")
+    held = float(total * sum(BYTES_PER_PARAMETER.values()))
+    console.print(f"{held / 2**30:8.2f} GiB  in all, activations not counted: --model counts them, of a microbatch")
+    if device is not None:
+        named = named_device(device)
+        verdict = fit(held, named.memory_bytes, named.device_kind)
+        console.print(f"{verdict}, activations not counted", highlight=False)

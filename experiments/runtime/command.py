@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import re
+import sys
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -117,7 +118,7 @@ def _default(value: Any) -> str:
 
 
 def parameter_docs(function: Callable) -> dict[str, str]:
-    """What is said of each parameter below `Args:`, also of those that it takes from its `options_of`.
+    """What is said of each parameter below `Args:`, also by whom its docstring names, and by its `options_of`.
 
     >>> def cook(*, minutes: float):
     ...     '''Cooks.
@@ -132,14 +133,20 @@ def parameter_docs(function: Callable) -> dict[str, str]:
     {'minutes': 'how long, at most'}
     """
     function = inspect.unwrap(function)
-    theirs = getattr(function, "options_of", None)
-    own = _arguments_section(inspect.cleandoc(function.__doc__ or ""))
-    return (parameter_docs(theirs) if theirs else {}) | own
+    text, theirs = inspect.cleandoc(function.__doc__ or ""), getattr(function, "options_of", None)
+    said = parameter_docs(theirs) if theirs else {}
+    # "Args: as `adamw`", "see `ModelConfig`": where the module has them, the first that is named comes last.
+    here = vars(sys.modules[function.__module__])
+    for name in reversed(re.findall(r"`(?:\w+\.)*(\w+)", text)):
+        if callable(here.get(name)):
+            said |= _arguments_section(inspect.cleandoc(here[name].__doc__ or ""))
+    own = said | _arguments_section(text)
+    return {name: own[name] for name in own if name in inspect.signature(function).parameters or theirs}
 
 
 def _arguments_section(docstring: str) -> dict[str, str]:
-    """The entries below `Args:`, each on one line without its full stop."""
-    section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n(?=[ ]))+)", docstring, flags=re.MULTILINE)
+    """The entries below `Args:` or `Attributes:`, each on one line without its full stop."""
+    section = re.search(r"^(?:Args|Attributes):\n((?:[ ]+.*\n?|\n(?=[ ]))+)", docstring, flags=re.MULTILINE)
     entries = re.split(r"^  (\w+): ", section[1], flags=re.MULTILINE)[1:] if section else []
     return {
         name: " ".join(text.split()).removesuffix(".") for name, text in zip(entries[::2], entries[1::2], strict=True)

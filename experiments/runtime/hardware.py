@@ -33,6 +33,11 @@ class KnownDevice(NamedTuple):
         return self.name
 
     @property
+    def platform(self) -> str:
+        """JAX's: "gpu" or "tpu"."""
+        return "tpu" if self.name.startswith("TPU") else "gpu"
+
+    @property
     def memory_bytes(self) -> int:
         """Of the device."""
         return self.memory_gib * 2**30

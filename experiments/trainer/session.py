@@ -35,7 +35,7 @@ from crescendo.optim.checks import check_real
 from crescendo.optim.groups import ParameterGroup
 from crescendo.optim.noise_scale import required_statistics
 from crescendo.optim.run_length import LengthError, LengthWarning
-from crescendo.pallas_kernels.op import target
+from crescendo.pallas_kernels.op import choices, target
 from crescendo.parallel.layout import SecondDerivativeError
 
 # Past this many tokens on a device a larger microbatch makes no step faster, and only takes memory (on two shared
@@ -80,10 +80,14 @@ class Session:
       optimizer: with all that is wrapped around it.
       seed: as given.
       groups: as given.
+      strategy: as given.
+      asked_examples: the length of the run, as given.
+      max_microbatch_examples: as given.
       platform: "cpu", "gpu" or "tpu".
       trainable: which parameters are trained.
       statistics: what the step measures beyond norms.
       parameters: the shapes of the parameters.
+      kernels: the implementations that the step last lowered takes of each kernel, by the kernel's name.
       notes: what a person should hear of the run before it begins; complete once the step is compiled.
 
     Raises:
@@ -123,10 +127,12 @@ class Session:
             raise UserError(
                 f"train.total_examples = {total_examples} must be below 2^31, the range of the device's clock"
             )
+        self.strategy = strategy
         self.seed, self.groups, self.notes = seed, tuple(groups), list[str]()
-        self._max_gradient_norm, self._max_microbatch_examples = max_gradient_norm, max_microbatch_examples
-        self._asked_examples = total_examples
+        self._max_gradient_norm, self.max_microbatch_examples = max_gradient_norm, max_microbatch_examples
+        self.asked_examples = total_examples
         self._said_of_lengths: list[str] = []
+        self.kernels: dict[str, list[str]] = {}
         mesh = parallel.make_mesh() if mesh is None else mesh
         if platform is None:
             assert isinstance(mesh, Mesh)
@@ -216,13 +222,14 @@ class Session:
             max_gradient_norm=self._max_gradient_norm,
             layout=self.layout,
             statistics=self.statistics,
-            total_examples=self._asked_examples if total_examples is None else total_examples,
+            total_examples=self.asked_examples if total_examples is None else total_examples,
             trainable=self.trainable,
             implementation=implementation,
         )
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
         # Kernels choose by the device that the step is for.
-        with target(self.layout.mesh.devices.flat[0]), warnings.catch_warnings(record=True) as heard:
+        device = self.layout.mesh.devices.flat[0]
+        with target(device), choices() as self.kernels, warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always", LengthWarning)
             try:
                 traced = jitted.trace(self.abstract_state, abstract_batch(self.task, self.layout, plan))
@@ -245,18 +252,18 @@ class Session:
         """The step with the largest microbatch that fits the device's memory, by the compiler's own count."""
         mesh, shards = self.layout.mesh, self.layout.batch_shards
         bound = max_microbatch_examples(self.task, self.layout, self.platform)
-        if self._max_microbatch_examples is not None:
-            bound = min(bound, self._max_microbatch_examples)
+        if self.max_microbatch_examples is not None:
+            bound = min(bound, self.max_microbatch_examples)
         limit = hardware.memory_bytes(mesh.local_devices[0])
         while True:
             with user_values():
                 plan = parallel.plan_batches(
                     self.sizes, shards, bound, min_microbatches=-(-self.policy.min_microbatches // self.layout.parts)
                 )
-            total = self._asked_examples - self._asked_examples % plan.microbatch_examples
+            total = self.asked_examples - self.asked_examples % plan.microbatch_examples
             if total == 0:
                 raise UserError(
-                    f"train.total_examples = {self._asked_examples} is less than one microbatch of "
+                    f"train.total_examples = {self.asked_examples} is less than one microbatch of "
                     f"{plan.microbatch_examples}: raise it, or lower train.max_microbatch_examples"
                 )
             compiled = self.lower(plan, total_examples=total).compile()
@@ -273,9 +280,9 @@ class Session:
 
     def _note_plan(self, plan: parallel.BatchPlan, total: int) -> None:
         self.notes += self._said_of_lengths
-        if total < self._asked_examples:
+        if total < self.asked_examples:
             self.notes.append(
-                f"the run ends at {total:,} examples, not {self._asked_examples:,}: a step takes whole microbatches "
+                f"the run ends at {total:,} examples, not {self.asked_examples:,}: a step takes whole microbatches "
                 f"of {plan.microbatch_examples}"
             )
         if stays := stays_throughout(self.policy, total):
@@ -398,6 +405,16 @@ class Session:
 def max_microbatch_examples(task: Task, layout: parallel.Layout, platform: str) -> int:
     """The examples past which a larger microbatch makes no step faster, over all devices."""
     return max(1, MAX_MICROBATCH_UNITS[platform] // task.units_per_example) * layout.batch_shards
+
+
+def passes(total_examples: int, rows: int) -> str:
+    """How often a run sees the data.
+
+    >>> passes(6144, 12288), passes(6144, 3)
+    ('0.5 passes over the', '2,048 passes over the')
+    """
+    count = total_examples / rows
+    return f"{count:.2g} passes over the" if count < 10 else f"{count:,.0f} passes over the"
 
 
 def check_positive(**values: float | None) -> None:

@@ -23,6 +23,7 @@ from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access, replace_file
 from crescendo.experiments.runtime.interruption import Interrupted, Interruption
 from crescendo.experiments.trainer import loop
+from crescendo.experiments.trainer.announcing import announce, announce_compiled
 from crescendo.experiments.trainer.observers import run_observers
 from crescendo.experiments.trainer.probes import Probe
 from crescendo.experiments.trainer.recorder import Recorder
@@ -136,6 +137,7 @@ def train(
     writers: Sequence[str] = (),
     label: str | None = None,
     operative_config: Callable[[], str] | None = None,
+    written: Callable[[str], str] | None = None,
     **options: Any,
 ) -> dict:
     """Trains a task, or goes on where the run in the folder `run` stopped.
@@ -159,6 +161,7 @@ def train(
       label: the run's name in reports; the folder's when None.
       operative_config: gives the configuration text to keep with the run; `bind` passes it, else the text says what the
         run was given.
+      written: gives a setting as the config has it; `bind` passes it.
       **options: what is trained and how: those of `Session`.
 
     Returns:
@@ -168,7 +171,11 @@ def train(
       UserError: for what the user can mend.
     """
     if operative_config is None:
-        given = {name: value for name, value in locals().items() if name not in ("run", "operative_config", "options")}
+        given = {
+            name: value
+            for name, value in locals().items()
+            if name not in ("run", "operative_config", "written", "options")
+        }
         operative_config = functools.partial(from_python.given, given | options)
     check_positive(
         evaluate_every_examples=evaluate_every_examples,
@@ -188,8 +195,9 @@ def train(
     use_compilation_cache()
     with contextlib.ExitStack() as stack:
         fixed = _fixed(session, initialize_from, start_from)
+        announce(session, written, say)
         info = stack.enter_context(_opened(folder, session, label or folder.name, fixed))
-        _announce(session, info, say)
+        announce_compiled(session, say)
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(
             Checkpoints(
@@ -374,18 +382,3 @@ def _describe(session: Session, name: str, fixed: dict[str, Any]) -> dict[str, A
         "fingerprint": task.fingerprint,
         "fixed": fixed,
     }
-
-
-def _announce(session: Session, info: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Says what is trained, and what the session noted."""
-    task, devices = session.task, session.layout.mesh.devices
-    mflops = task.flops_per_example / task.units_per_example / 1e6
-    say(f"{task.data}")
-    say(
-        f"model: {info['parameters']:,} parameters, {mflops:,.1f} MFLOPs "
-        f"{'an' if task.unit[0] in 'aeiou' else 'a'} {task.unit}; one step of at most {max(session.sizes)} examples in "
-        f"microbatches of {session.plan.microbatch_examples} needs {session.peak_bytes / 2**20:,.0f} MiB on each of "
-        f"{devices.size} {devices.flat[0].device_kind}"
-    )
-    for note in session.notes:
-        say(f"note: {note}")

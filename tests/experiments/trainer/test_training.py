@@ -385,10 +385,22 @@ def test_a_transform_is_refused_by_its_name():
     configurables.bind(train, ["debug.gin"], named)
 
 
-def test_a_run_from_python_keeps_what_it_was_given_and_says_that_it_does_not_repeat(tmp_path):
+def test_a_run_from_python_keeps_what_it_was_given_and_says_that_it_does_not_repeat(tmp_path, capsys):
     folder = tmp_path / "run"
     options = {"model": SMALL, "optimizer": optim.adamw(1e-2), "mesh": one_device(), "evaluation_examples": 8}
-    train(run=str(folder), data=RandomText(128, 16), batch_size=8, total_examples=16, **options)
+    once = {"evaluate_every_examples": 16, "checkpoint_every_examples": 16}
+    train(run=str(folder), data=RandomText(128, 16), batch_size=8, total_examples=16, **options, **once)
+    lines = iter(capsys.readouterr().out.splitlines())
+    for begin in (
+        "data: ",
+        "run: 16 examples, ",
+        "mesh: one device, of 1 x cpu; strategy: fsdp",
+        "optimizer: given in P",
+    ):
+        assert next(lines).startswith(begin)
+    assert next(lines) == "compiling the step ..."
+    assert re.match(r"model: .* needs [\d.,]+ MiB", next(lines))
+    assert re.match(r"kernels: .*attention xla, linear_cross_entropy xla$", next(lines))
     kept = (folder / "config.gin").read_text()
     assert "\n# train.batch_size = 8\n" in kept
     assert "\n# train.model = ModelConfig(vocab_size=128, width=16, " in kept
