@@ -46,7 +46,6 @@ def bindings(folder: Path, peak: float) -> list[str]:
         *(f"model.{name} = {value!r}" for name, value in decided.items()),
         *(f"{name}.learning_rate = @rewarm()" for name in optim.OPTIMIZERS if _asks_for_a_rate(name)),
         f"rewarm.peak = {peak!r}",
-        "rewarm.total = %TOTAL_EXAMPLES",
     ]
 
 

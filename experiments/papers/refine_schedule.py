@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from crescendo.experiments.configs import binding as configurables
-from crescendo.experiments.configs.statements import Call, Macro
+from crescendo.experiments.configs.statements import Call
 from crescendo.experiments.papers import Paper
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs.run import read_run
@@ -80,7 +80,7 @@ def refine_schedule(
 
     Args:
       run: the folder for the runs, the refined schedules as JSON, `comparison.json` and the report.
-      configs: gin files that define the macros `TOTAL_EXAMPLES` and `LEARNING_RATE`, with `adamw` on `linear`.
+      configs: gin files that define the macro `LEARNING_RATE`, with `adamw` on `linear`.
       bindings: further gin statements.
       learning_rate: the peak of linear decay.
       peak_factor: the refined schedule's peak is that times this; a refined schedule's peak wants its own tuning.
@@ -111,7 +111,6 @@ def refine_schedule(
             "refined": {
                 "adamw.learning_rate": Call("refined"),
                 "refined.peak": peak_factor * learning_rate,
-                "refined.total": Macro("TOTAL_EXAMPLES"),
                 "refined.path": refined,
             },
         },
