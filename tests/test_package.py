@@ -32,7 +32,7 @@ ROOMS = {
     "sweeps": {"runtime", "runs", "reports", "configs", "tasks.base", "trainer"},
     "papers": {"runtime", "data", "runs", "tasks", "trainer", "configs", "reports", "sweeps"},
     "benchmarks": {"runtime", "data", "runs", "trainer"},
-    "planning": {"runtime", "data", "trainer"},
+    "planning": {"runtime", "data", "tasks.base", "trainer"},
 }
 ROOMS["commands"] = set(ROOMS) - {"papers"}
 TOPS = sorted(link.name for link in (ROOT / "typings" / "crescendo").iterdir())

@@ -170,13 +170,7 @@ def train(
     Raises:
       UserError: for what the user can mend.
     """
-    if operative_config is None:
-        given = {
-            name: value
-            for name, value in locals().items()
-            if name not in ("run", "operative_config", "written", "options")
-        }
-        operative_config = functools.partial(from_python.given, given | options)
+    operative_config = operative_config or functools.partial(from_python.given, _set_in_python(locals()))
     check_positive(
         evaluate_every_examples=evaluate_every_examples,
         evaluation_examples=evaluation_examples,
@@ -195,9 +189,7 @@ def train(
     use_compilation_cache()
     with contextlib.ExitStack() as stack:
         fixed = _fixed(session, initialize_from, start_from)
-        announce(session, written, say)
-        info = stack.enter_context(_opened(folder, session, label or folder.name, fixed))
-        announce_compiled(session, say)
+        info = stack.enter_context(_opened(folder, session, label or folder.name, fixed, written, say))
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(
             Checkpoints(
@@ -260,9 +252,22 @@ def train(
         return files.validation
 
 
+def _set_in_python(local: dict[str, Any]) -> dict[str, Any]:
+    """The settings among `train`'s arguments."""
+    others = ("run", "operative_config", "written", "options")
+    return {name: value for name, value in local.items() if name not in others} | local["options"]
+
+
 @contextlib.contextmanager
-def _opened(folder: Path, session: Session, name: str, fixed: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Holds the run's folder for this process, and gives what its `run.json` is to say.
+def _opened(
+    folder: Path,
+    session: Session,
+    name: str,
+    fixed: dict[str, Any],
+    written: Callable[[str], str] | None,
+    say: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+    """Holds the run's folder for this process, and gives what its `run.json` is to say; compiles, and says what.
 
     Raises:
       UserError: a folder in use, of another run, or that can't be written.
@@ -271,7 +276,10 @@ def _opened(folder: Path, session: Session, name: str, fixed: dict[str, Any]) ->
         before = run_folder.read_info(folder)
         if before is not None:
             run_folder.check_resumable(folder, before, FORMAT, fixed)
-        yield (before or run_folder.provenance()) | _describe(session, name, fixed)
+        announce(session, written, say)
+        info = _describe(session, name, fixed)
+        announce_compiled(session, say)
+        yield (before or run_folder.provenance()) | info
 
 
 def _begin(
