@@ -132,6 +132,13 @@ def test_files_are_warned_of_once_and_by_name(tmp_path, capsys):
     assert capsys.readouterr().err == f"warning: nothing uses what {tmp_path}/mine.gin binds as cosine.peak, SISE\n"
 
 
+def test_shipped_configs_bind_nothing_in_vain():
+    for config in configurables.shipped():
+        configurables.bind(train, [config])
+        reached = references.follow("experiments.train")
+        assert [str(binding) for binding in references.bound() if binding not in reached.used] == [], config
+
+
 def test_a_command_refuses_before_it_writes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wrong = "LEARNING_RTE = [1e-3, 1e-2]"
