@@ -11,9 +11,9 @@ from rich.console import Console
 from crescendo import optim, parallel
 from crescendo.experiments.data.random_text import RandomText
 from crescendo.experiments.planning.activations import activation_bytes
-from crescendo.experiments.planning.fitting import fit
+from crescendo.experiments.planning.fitting import ACTIVATIONS, fit
 from crescendo.experiments.runtime.errors import user_values
-from crescendo.experiments.runtime.hardware import named_device
+from crescendo.experiments.runtime.hardware import NamedDevice, named_device
 from crescendo.experiments.trainer.compilation import peak_bytes
 from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
@@ -80,14 +80,14 @@ def planned_session(
     return session, plan, step_work(model.for_platform(session.platform), plan, sequence_length)
 
 
-def session_memory(session: Session, plan: parallel.BatchPlan) -> dict[str, float]:
-    """What a device holds in bytes, part by part, by our own count."""
+def session_memory(session: Session, plan: parallel.BatchPlan, device: NamedDevice | None = None) -> dict[str, float]:
+    """What a device holds in bytes, part by part, by our own count; `device` as `activation_bytes` takes it."""
     state, shardings, layout = session.abstract_state, session.shardings, session.layout
     return {
         "parameters, float32": float(device_bytes(state.parameters, shardings.parameters)),
         "optimizer state": float(device_bytes(state.opt_state, shardings.opt_state)),
         "gradients, float32": float(device_bytes(state.parameters, layout.gradients(session.task.logical_axes()))),
-        "activations of a microbatch, for the backward pass": activation_bytes(session, plan),
+        ACTIVATIONS: activation_bytes(session, plan, device),
     }
 
 
@@ -113,14 +113,15 @@ def describe_mesh(
     Raises:
       UserError: a batch, or a model, that the mesh can't divide.
     """
-    begin = time.perf_counter()
+    begin, named = time.perf_counter(), None if device is None else named_device(device)
+    gpu = named.platform == "gpu" if named is not None else bool(devices) and devices[0].platform in ("cuda", "gpu")
     session, plan, work = planned_session(
         model,
         layout,
         batch_size=batch_size,
         microbatches=microbatches,
         sequence_length=sequence_length,
-        platform="gpu" if devices and devices[0].platform in ("cuda", "gpu") else "tpu",
+        platform="gpu" if gpu else "tpu",
     )
     layout, arrays, axes = session.layout, session.parameters, session.task.logical_axes()
     table, warnings = describe_sharding(arrays, axes, layout)
@@ -134,11 +135,10 @@ def describe_mesh(
         highlight=False,
         soft_wrap=True,
     )
-    parts = session_memory(session, plan)
+    parts = session_memory(session, plan, named)
     console.print(memory_table(parts))
-    if device is not None:
-        named = named_device(device)
-        console.print(fit(sum(parts.values()), named.memory_bytes, named.device_kind), highlight=False, soft_wrap=True)
+    if named is not None:
+        console.print(fit(parts, named.memory_bytes, named.device_kind), highlight=False, soft_wrap=True)
     console.print(traffic_table("a step, in closed form", step_traffic(layout, arrays, axes, work)))
     if devices:
         console.print(f"compiling for {len(devices)} x {devices[0].device_kind} ...", highlight=False)

@@ -53,5 +53,5 @@ def describe_model(console: Console, model: ModelConfig, *, sequence_length: int
     console.print(f"{held / 2**30:8.2f} GiB  in all, activations not counted: --model counts them, of a microbatch")
     if device is not None:
         named = named_device(device)
-        verdict = fit(held, named.memory_bytes, named.device_kind)
+        verdict = fit({"parameters": held}, named.memory_bytes, named.device_kind)
         console.print(f"{verdict}, activations not counted", highlight=False)

@@ -93,19 +93,19 @@ def plan_run(
     flops = total * task.flops_per_example
     per_unit = task.flops_per_example / task.units_per_example
     say(f"{parameters:,} parameters, {per_unit / 1e6:,.1f} MFLOPs for each {task.unit}, {flops:.3g} FLOPs in all")
-    plan = session.plan if memory is None or device is None else _largest(session, memory)
-    parts = session_memory(session, plan)
+    plan = session.plan if device is None else _largest(session, kind)
+    parts = session_memory(session, plan, None if device is None else kind)
     say(f"microbatches of {plan.microbatch_examples} examples on {devices} x {kind.device_kind}")
     console.print(memory_table(parts))
     if device is None:
         say(f"{session.peak_bytes / 2**30:.3f} GiB on a device at the peak, by the compiler's count")
         for note in session.notes:
             say(f"note: {note}")
-    say(fit(session.peak_bytes if device is None else sum(parts.values()), memory, kind.device_kind))
+    say(fit({"at the peak": session.peak_bytes} if device is None else parts, memory, kind.device_kind))
     say(_hours(flops, kind, devices, mfu, dollars_per_hour))
 
 
-def _largest(session: Session, memory: int) -> parallel.BatchPlan:
+def _largest(session: Session, device: hardware.NamedDevice) -> parallel.BatchPlan:
     """How batches are cut into the largest microbatches that fit by our own count; one example a device if none do."""
     shards = session.layout.batch_shards
     bound = max(1, MAX_MICROBATCH_UNITS[session.platform] // session.task.units_per_example) * shards
@@ -114,7 +114,7 @@ def _largest(session: Session, memory: int) -> parallel.BatchPlan:
         with user_values():
             least = -(-session.policy.min_microbatches // session.layout.parts)
             plan = parallel.plan_batches(session.sizes, shards, bound, min_microbatches=least)
-        fits = sum(session_memory(session, plan).values()) <= MEMORY_SHARE * memory
+        fits = sum(session_memory(session, plan, device).values()) <= MEMORY_SHARE * device.memory_bytes
         if fits or plan.microbatch_examples == shards:
             return plan
         bound = plan.microbatch_examples // 2

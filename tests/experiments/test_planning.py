@@ -73,8 +73,12 @@ def test_mistakes_are_one_line(command, options, message):
 
 
 def test_a_model_over_a_mesh_says_whether_it_fits(capsys):
-    for fsdp, verdict in ((8, "does not fit: "), (512, "fits: ")):
-        mesh = ["--model", "70b", "--devices", str(fsdp), "--batch-size", str(fsdp), "--remat", "full"]
+    for fsdp, remat, verdict in (
+        (8, "full", "does not fit: "),
+        (32, "none", "may not fit: up to "),
+        (512, "full", "fits: "),
+    ):
+        mesh = ["--model", "70b", "--devices", str(fsdp), "--batch-size", str(fsdp), "--remat", remat]
         describe.main([*mesh, "--device", "H100"])
         shown = capsys.readouterr().out
         assert "activations of a microbatch" in shown
