@@ -9,9 +9,8 @@ import io
 import itertools
 import os.path
 import re
-import sys
 import tokenize
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from crescendo.experiments.runtime.encoding import check_typed, decoded, read_te
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.from_python import check_repeatable
 from crescendo.experiments.runtime.interruption import Interrupted
-from crescendo.parallel.hosts import is_leader
 
 CONFIGS = resources.files("crescendo.experiments.configs")
 # Where a binding comes from, other than a file.
@@ -188,7 +186,7 @@ def bind(
         for binding in reached.used:
             if origins.get(binding) == TYPED and binding.selector == _name(experiment) and binding.parameter in kwargs:
                 raise UserError(f"{TYPED}: {binding} is set by the command itself: leave it out, or see --help")
-        _warn_of(idle, origins)
+        references.warn_of({binding: origins[binding] for binding in idle if origins[binding] not in (OWN, TYPED)})
         with _own_errors():
             return wrapped(**(own_values | kwargs))
 
@@ -268,23 +266,6 @@ def _load(
 
 def _name(experiment: Callable) -> str:
     return f"experiments.{experiment.__name__}"
-
-
-def _warn_of(idle: Sequence[Binding], origins: Mapping[Binding, str]) -> None:
-    """Says, once in a process, what the configs bind and nothing uses; of several processes of a run the first does."""
-    by_file: dict[str, list[str]] = {}
-    for binding in idle:
-        if origins[binding] not in (OWN, TYPED):
-            by_file.setdefault(origins[binding], []).append(str(binding))
-    for file, names in by_file.items():
-        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-        _say_once(f"warning: nothing uses what {file} binds as {', '.join(names[:6])}{more}")
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    if is_leader():
-        print(line, file=sys.stderr)
 
 
 def arguments(experiment: Callable, names: Collection[str] | None = None) -> dict[str, Any]:
@@ -446,7 +427,7 @@ def _parse(text: str, origin: str) -> None:
         gin.parse_config(text)
     except (SyntaxError, tokenize.TokenError) as error:
         with_quotes = quoted(text)
-        if with_quotes is not None and _is_gin(with_quotes):
+        if with_quotes is not None and references.is_gin(with_quotes):
             instead = f"--set '{with_quotes}'" if origin == TYPED else with_quotes
             raise UserError(f"{origin}: {text.strip()} isn't gin: write {instead}") from None
         raise UserError(f"{origin}: not gin: {_one_line(error)}; write NAME.PARAMETER = VALUE") from None
@@ -454,13 +435,6 @@ def _parse(text: str, origin: str) -> None:
         raise UserError(f"{origin}: it includes itself, or nests more deeply than can be read") from None
     except (ValueError, TypeError, KeyError, OSError, ImportError, UserError) as error:
         raise UserError(f"{origin}: {explained(_one_line(error))}") from None
-
-
-def _is_gin(text: str) -> bool:
-    try:
-        return bool(list(config_parser.ConfigParser(text, references.Names())))
-    except (SyntaxError, tokenize.TokenError):
-        return False
 
 
 def _one_line(error: Exception) -> str:

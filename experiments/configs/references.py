@@ -7,12 +7,13 @@ called in turn. A macro is a call too, of `gin.macro` in the scope of the macro'
 """
 
 import contextlib
+import functools
 import inspect
 import re
 import sys
 import tokenize
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import gin
@@ -23,6 +24,7 @@ from crescendo.experiments.configs.factories import FACTORIES
 from crescendo.experiments.runtime.command import parameter_docs
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.optim import TRANSFORMS
+from crescendo.parallel.hosts import is_leader
 
 MACRO = "gin.macro"
 
@@ -372,3 +374,28 @@ def complete(selector: str) -> str:
     """The one name that a part of it stands for; the part, where there is none."""
     matches = gin.config._REGISTRY.matching_selectors(selector)
     return matches[0] if len(matches) == 1 else selector
+
+
+def warn_of(idle: Mapping[Binding, str]) -> None:
+    """Says, once in a process, what files bind and nothing uses; of several processes of a run the first does.
+
+    Args:
+      idle: the file of each binding.
+    """
+    for file in dict.fromkeys(idle.values()):
+        names = [str(binding) for binding in idle if idle[binding] == file]
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        _say_once(f"warning: nothing uses what {file} binds as {', '.join(names[:6])}{more}")
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    if is_leader():
+        print(line, file=sys.stderr)
+
+
+def is_gin(text: str) -> bool:
+    try:
+        return bool(list(config_parser.ConfigParser(text, Names())))
+    except (SyntaxError, tokenize.TokenError):
+        return False

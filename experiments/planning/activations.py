@@ -7,14 +7,14 @@ import math
 import jax
 
 from crescendo import parallel
-from crescendo.experiments.runtime.hardware import NamedDevice
+from crescendo.experiments.runtime.hardware import KnownDevice
 from crescendo.experiments.tasks.base import Context
 from crescendo.experiments.trainer.session import Session
 from crescendo.experiments.trainer.shapes import abstract_batch
 from crescendo.pallas_kernels.op import target
 
 
-def activation_bytes(session: Session, plan: parallel.BatchPlan, device: NamedDevice | None = None) -> float:
+def activation_bytes(session: Session, plan: parallel.BatchPlan, device: KnownDevice | None = None) -> float:
     """Bytes of a microbatch's activations on a device, at most: the residuals of the loss's derivative.
 
     They are those of the traced program, without the parameters. The compiler computes some of them anew: of 32 rows of

@@ -13,7 +13,7 @@ from crescendo.experiments.data.random_text import RandomText
 from crescendo.experiments.planning.activations import activation_bytes
 from crescendo.experiments.planning.fitting import ACTIVATIONS, fit
 from crescendo.experiments.runtime.errors import user_values
-from crescendo.experiments.runtime.hardware import NamedDevice, named_device
+from crescendo.experiments.runtime.hardware import KnownDevice, named_device
 from crescendo.experiments.trainer.compilation import peak_bytes
 from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
@@ -80,7 +80,7 @@ def planned_session(
     return session, plan, step_work(model.for_platform(session.platform), plan, sequence_length)
 
 
-def session_memory(session: Session, plan: parallel.BatchPlan, device: NamedDevice | None = None) -> dict[str, float]:
+def session_memory(session: Session, plan: parallel.BatchPlan, device: KnownDevice | None = None) -> dict[str, float]:
     """What a device holds in bytes, part by part, by our own count; `device` as `activation_bytes` takes it."""
     state, shardings, layout = session.abstract_state, session.shardings, session.layout
     return {

@@ -38,7 +38,7 @@ def describe_model(console: Console, model: ModelConfig, *, sequence_length: int
       console: where.
       model: the decoder's shape.
       sequence_length: tokens in a row.
-      device: a name of `hardware.MEMORY_GIB`, to say whether it fits; None: that isn't said.
+      device: a name of `hardware.KNOWN_DEVICES`, to say whether it fits; None: that isn't said.
 
     Raises:
       UserError: an unknown device.

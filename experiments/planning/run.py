@@ -15,7 +15,7 @@ from crescendo.experiments.planning.mesh import session_memory
 from crescendo.experiments.runtime import hardware
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.text import compact, duration
-from crescendo.experiments.trainer.session import MAX_MICROBATCH_UNITS, MEMORY_SHARE, Session, passes
+from crescendo.experiments.trainer.session import MEMORY_SHARE, Session, max_microbatch_examples, passes
 from crescendo.parallel.tables import memory_table
 
 
@@ -53,7 +53,7 @@ def plan_run(
       settings: the configuration, as text.
       arguments: gives those of the session's arguments that are asked for.
       mesh_sizes: what is set of the mesh: devices along axes.
-      device: a name of `hardware.MEMORY_GIB`; None: those here.
+      device: a name of `hardware.KNOWN_DEVICES`; None: those here.
       devices: how many named ones.
       mfu: the expected share of the devices' peak, in (0, 1].
       dollars_per_hour: of one device; None: no cost is told.
@@ -105,10 +105,10 @@ def plan_run(
     say(_hours(flops, kind, devices, mfu, dollars_per_hour))
 
 
-def _largest(session: Session, device: hardware.NamedDevice) -> parallel.BatchPlan:
+def _largest(session: Session, device: hardware.KnownDevice) -> parallel.BatchPlan:
     """How batches are cut into the largest microbatches that fit by our own count; one example a device if none do."""
     shards = session.layout.batch_shards
-    bound = max(1, MAX_MICROBATCH_UNITS[session.platform] // session.task.units_per_example) * shards
+    bound = max_microbatch_examples(session.task, session.layout, session.platform)
     bound = min(bound, session.max_microbatch_examples or bound)
     while True:
         with user_values():

@@ -56,7 +56,7 @@ def test_a_run_is_planned_for_devices_that_are_not_here(typed, capsys):
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
-        (train_module.main, ["--dry-run", "--device", "abacus"], "--device abacus: known are H100"),
+        (train_module.main, ["--dry-run", "--device", "abacus"], "--device abacus: known are A10, "),
         (train_module.main, ["--dry-run", "--device", "H100", "--mfu", "0"], r"--mfu 0\.0 must be above 0"),
         (train_module.main, ["--dry-run", "--device", "H100", "--devices", "0"], "--devices 0 must be at least 1"),
         (train_module.main, ["--dry-run", "--set", "LEARNING_RTE = 1"], "nearest: LEARNING_RATE"),
