@@ -13,6 +13,7 @@ from rich.text import Text
 
 from crescendo.experiments.reports.compare import arms_table, compare, headline
 from crescendo.experiments.reports.held_out import held_out_table
+from crescendo.experiments.reports.seconds import seconds_table
 from crescendo.experiments.reports.write import write_arms
 from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.cli import run_command
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (held_out := held_out_table(arms)) is not None:
         console.print()
         console.print(held_out)
+    if (seconds := seconds_table(arms)) is not None:
+        console.print()
+        console.print(seconds)
     title = arguments.title or ("Training runs compared" if len(arguments.runs) > 1 else "A training run")
     path = write_arms(arms, arguments.out or arguments.runs[0] / "report", title)
     console.print(Text(f"\n{headline(arms)}\n{path}"), soft_wrap=True)

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from crescendo.experiments.reports import plots
+from crescendo.experiments.reports import charts
 from crescendo.experiments.runs.run import Run, read_run
 from crescendo.experiments.runtime.text import compact
 
@@ -86,21 +86,49 @@ def comparison_table(runs: Sequence[Path]) -> Table:
 
 
 def headline(arms: Sequence[Arm]) -> str:
-    """The main result in a sentence: the best arm against the baseline."""
-    baseline = arms[0]
-    rivals = {arm.loss_difference: arm for arm in arms[1:] if arm.loss_difference is not None}
-    if not rivals:
-        loss = "no validation loss yet" if baseline.validation_loss is None else f"{_loss(baseline)} nats"
-        return f"{baseline.name}: {loss} after {baseline.steps:,.0f} steps and {compact(baseline.tokens)} tokens"
-    best = rivals[min(rivals)]
-    if best.steps_saved is None:
-        return (
-            f"{best.name}: {_loss(best)} nats after {compact(best.tokens)} tokens, "
-            f"{baseline.name}: {_loss(baseline)} after {compact(baseline.tokens)}"
+    """The main result in a sentence: which arm ends at the lowest validation loss, and by how much.
+
+    It is compared with the first arm, and where it is the first with the next best. Where seeds are known, a difference
+    that is no larger than their spread, the larger standard deviation of the two, is no difference.
+    """
+    ranked = sorted((arm for arm in arms if _is_known(arm)), key=lambda arm: arm.validation_loss or 0.0)
+    if len(arms) == 1 or not ranked:
+        first = arms[0]
+        loss = "no validation loss yet" if first.validation_loss is None else f"{_loss(first)} nats"
+        return f"{first.name}: {loss} after {first.steps:,.0f} steps and {compact(first.tokens)} tokens"
+    best = ranked[0]
+    if len(ranked) == 1:
+        return f"{best.name}: {_loss(best)} nats; no other run has a finite validation loss"
+    other = ranked[1] if best is arms[0] or not _is_known(arms[0]) else arms[0]
+    best = _relative(best, other)
+    assert best.loss_difference is not None
+    seeds = " (one seed each)" if len(best.runs) == len(other.runs) == 1 else ""
+    spread = max(arm.validation_spread or 0.0 for arm in (best, other))
+    below = abs(best.loss_difference)
+    if below <= spread:
+        within = ", within the spread of their seeds" if spread else ""
+        result = (
+            f"No clear winner{seeds}: {best.name} ({_loss(best)} nats) and {other.name} ({_loss(other)}) differ by "
         )
-    percent = round(100 * best.steps_saved)
-    fewer = f"{percent}% fewer than" if percent > 0 else f"{-percent}% more than" if percent < 0 else "as many as"
-    return f"{best.name}: {_loss(best)} nats in {best.steps:,.0f} steps, {fewer} {baseline.name} ({_loss(baseline)})"
+        result += f"{below:.3f}{within}"
+    else:
+        result = f"{best.name} wins{seeds}: {_loss(best)} nats, {below:.3f} below {other.name} ({_loss(other)})"
+    return f"{result}; {_effort(best, other)}"
+
+
+def _is_known(arm: Arm) -> bool:
+    return arm.validation_loss is not None and math.isfinite(arm.validation_loss)
+
+
+def _effort(arm: Arm, other: Arm) -> str:
+    """What two arms took: steps at equal data, else the data."""
+    if arm.steps_saved is None:
+        return f"{arm.name} saw {compact(arm.tokens)} tokens, {other.name} {compact(other.tokens)}"
+    if arm.steps == other.steps:
+        return f"both took {arm.steps:,.0f} steps"
+    fewer, more = sorted((arm, other), key=lambda each: each.steps)
+    share = 1 - fewer.steps / more.steps
+    return f"{fewer.name} took {share:.0%} fewer steps ({fewer.steps:,.0f} against {more.steps:,.0f})"
 
 
 def _distinct(runs: Sequence[Run]) -> list[Run]:
@@ -200,7 +228,7 @@ def headings(arms: Sequence[Arm]) -> dict[str, str]:
     shown = {
         page: text for page, text in _COLUMNS.items() if page != "bits per byte" or arms[0].bits_per_byte is not None
     }
-    return {plots.in_units(page, runs): plots.in_units(terminal, runs) for page, terminal in shown.items()}
+    return {charts.in_units(page, runs): charts.in_units(terminal, runs) for page, terminal in shown.items()}
 
 
 def arms_table(arms: Sequence[Arm]) -> Table:

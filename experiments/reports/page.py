@@ -1,6 +1,6 @@
 """The report's page: charts that zoom and answer to the pointer, in one file that needs no network.
 
-The curves are those of `plots.py`; Plotly's script draws them and travels in the page. The page's own script
+The curves are those of `charts.py`; Plotly's script draws them and travels in the page. The page's own script
 (`templates/report.js`) gives them the page's colours, so that they follow the reader's light or dark theme. The
 page's security policy names the two scripts by their hash: nothing that stands in a run's name or config can run.
 """
@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,16 @@ import jinja2
 import numpy as np
 from plotly.offline import get_plotlyjs
 
-from crescendo.experiments.reports import plots
+from crescendo.experiments.reports import charts, plots
 
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x")
 _TEMPLATES = Path(__file__).with_name("templates")
+# How Plotly writes the numbers of an axis.
+_FORMATS: dict[Callable[[float], str], dict[str, Any]] = {
+    charts.scientific: {"exponentformat": "e", "hoverformat": ".3~e"},
+    charts.percent: {"tickformat": "~%", "hoverformat": ".3~%"},
+    charts.compact: {"hoverformat": ".4~s"},
+}
 _UNIFIED_ARMS = 4  # more than so many values in one box hide the chart
 
 
@@ -36,12 +42,14 @@ class Figure(NamedTuple):
     layout: dict[str, Any]
 
 
-def figure(chart: plots.Chart, arms: plots.Arms) -> Figure:
+def figure(chart: charts.Chart, arms: charts.Arms) -> Figure:
     """What Plotly draws of a chart."""
     data: list[dict[str, Any]] = []
+    curves: list[charts.Curve] = []
     for index, (_, runs) in enumerate(arms):
         for run in runs:
             for curve in chart.curves(run):
+                curves.append(curve)
                 marked = curve.points or len(curve.x) == 1
                 name = run.name if curve.label == chart.title.lower() else f"{run.name} ({curve.label})"
                 data.append(
@@ -62,21 +70,22 @@ def figure(chart: plots.Chart, arms: plots.Arms) -> Figure:
                 )
     y: dict[str, Any] = {"title": {"text": chart.y}, "type": "log" if chart.log else "linear"}
     if chart.log == 2:
-        sizes = sorted({size for trace in data for size in trace["y"] if size})
-        step = -(-len(sizes) // 8) or 1
-        y |= {"tickvals": sizes[::step], "hoverformat": ",d"}
+        y |= {"tickvals": (sizes := charts.batch_sizes(curves)), "hoverformat": ",d"}
         if sizes:
             y["range"] = [math.log10(sizes[0] / 1.5), math.log10(sizes[-1] * 1.5)]
     elif chart.log:
-        y["dtick"] = "D2"
-    if chart.format is plots.scientific:
-        y |= {"tickformat": "~e", "hoverformat": ".3~e"}
-    elif not chart.log:
-        y["hoverformat"] = ".4~s" if chart.format is plots.compact else ".4f"
+        values = [value for trace in data for value in trace["y"] if value and value > 0] or [1.0]
+        # With a format Plotly writes every tick in full, and not the last digit alone between powers of 10.
+        y |= {"tickformat": "~s" if min(values) >= 1 else "~g", "hoverformat": ".4~g"}
+        if 10 < max(values) / min(values) < 1000:
+            y["dtick"] = "D2"  # at 1, 2 and 5; left alone it may be all nine digits, too close to each other
+    else:
+        y |= _FORMATS.get(chart.format, {"hoverformat": ".4f"})
     if limits := chart.limits(arms):
         y["range"] = limits
     unified = sum(len(runs) for _, runs in arms) <= _UNIFIED_ARMS
-    layout = {"xaxis": {"title": {"text": chart.x}, "rangemode": "tozero"}, "yaxis": y}
+    x = {"title": {"text": chart.x}, "rangemode": "tozero"} | _FORMATS[chart.format_x]
+    layout = {"xaxis": x, "yaxis": y}
     return Figure(chart.title, data, layout | {"hovermode": "x unified" if unified else "closest", "hoverdistance": 40})
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crescendo.experiments.reports import page, plots
+from crescendo.experiments.reports import charts, page, plots, seconds
 from crescendo.experiments.reports.compare import Arm, cells, compare, headings, headline, remark
 from crescendo.experiments.reports.held_out import last_means
 from crescendo.experiments.runs.run import Run, read_run
@@ -144,15 +144,17 @@ def write_arms(arms: Sequence[Arm], out: Path, title: str, sweep: Points | None 
     """Writes the page and the plots."""
     curves = [(arm.name, arm.runs) for arm in arms]
     runs = [(run, index) for index, arm in enumerate(arms) for run in arm.runs]
-    charts = plots.charts_of(curves)
+    shown = charts.charts_of(curves)
     above = [] if sweep is None else sweep.figures
     path = out / "report.html"
     html = page.render(
-        [*above, *(page.figure(chart, curves) for chart in charts)],
+        [*above, *(page.figure(chart, curves) for chart in shown)],
         title=title,
         headline=headline(arms if sweep is None else arms[:1]),
         columns=list(headings(arms)),
         rows=[(remark(arm), cells(arm, arms[0])) for arm in arms],
+        seconds_columns=seconds.COLUMNS,
+        seconds_rows=[(index, row) for index, arm in enumerate(arms) if (row := seconds.cells(arm)) is not None],
         sweep_figures=len(above),
         points=[] if sweep is None else sweep.rows,
         point_names=[] if sweep is None else sweep.names,
@@ -168,7 +170,7 @@ def write_arms(arms: Sequence[Arm], out: Path, title: str, sweep: Points | None 
     )
     with file_access("write", out):
         out.mkdir(parents=True, exist_ok=True)
-        for chart in charts:
+        for chart in shown:
             (out / f"{chart.name}.png").write_bytes(plots.render(chart, curves))
         path.write_text(html, encoding="utf-8")
     return path

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Run:
         `units_seen` and `units_per_second` are what the records call by the run's own unit (`tokens_seen`, ...).
       validation: the same for the validation records, at least `VALIDATION_COLUMNS`.
       events: the other records (`batch_size`, `sample`, `warning`, ...), in order.
+      time: the newest record of where the seconds went; empty for a run of before these were written.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Run:
     train: Columns
     validation: Columns
     events: list[dict[str, Any]]
+    time: Record = field(default_factory=dict)
 
     @property
     def unit(self) -> str:
@@ -84,7 +86,8 @@ def read_run(folder: Path) -> Run:
         config=config_text,
         train=_columns([_with_units(r, unit) for r in records if r["kind"] == "train"], TRAIN_COLUMNS),
         validation=_columns([_with_units(r, unit) for r in records if r["kind"] == "validation"], VALIDATION_COLUMNS),
-        events=[r for r in records if r["kind"] not in ("train", "validation")],
+        events=[r for r in records if r["kind"] not in ("train", "validation", "time")],
+        time=next((r for r in reversed(records) if r["kind"] == "time"), {}),
     )
 
 

@@ -92,6 +92,7 @@ def run(
                 "another run, or look for bad rows in the data"
             )
 
+    recorder.restart_timer()
     with jax.transfer_guard("disallow"):
         while clock.examples_seen < end and not stop():
             start = clock.examples_seen

@@ -10,6 +10,7 @@ import jax
 
 from crescendo.experiments.runs.records import Record
 from crescendo.experiments.runs.state import Clock
+from crescendo.experiments.trainer.wall_clock import WallClock
 
 # The metrics of a step that every training record has; norms are of the mean gradient, before clipping. What else the
 # step returns (a task's extra sums, what transforms and policies report) stands behind them, null where not finite.
@@ -31,6 +32,7 @@ class Recorder:
       units_per_example: how many an example has.
       flops_per_example: of the model.
       peak_flops_per_second: of all devices together, or None.
+      wall: all of the run's time, by part.
       seconds: training time so far, without compilation, evaluation and checkpoints.
     """
 
@@ -39,6 +41,7 @@ class Recorder:
     units_per_example: int
     flops_per_example: float
     peak_flops_per_second: float | None
+    wall: WallClock
     seconds: float = 0.0
     _mark: float = dataclasses.field(default_factory=time.perf_counter)
     _recent: collections.deque[tuple[int, float]] = dataclasses.field(
@@ -91,6 +94,11 @@ class Recorder:
         record = {"kind": "validation", **self._place(clock), **means, "seconds": self.seconds}
         self.observe(record)
         return record
+
+    def time(self, clock: Clock, compile_seconds: float) -> None:
+        """Reports where the run's seconds went so far."""
+        spent = {"seconds": self.seconds, **self.wall.record(compile_seconds)}
+        self.observe({"kind": "time", **self._place(clock), **spent})
 
     def probe(self, clock: Clock, seen: Mapping[str, float | str], kind: str = "probe") -> None:
         """Reports what a probe saw."""

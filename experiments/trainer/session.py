@@ -3,10 +3,12 @@
 Whatever trains goes through a session: `train`, the branches of `critical_batch`, `benchmark`, `describe`, the tests.
 """
 
+import contextlib
 import functools
 import inspect
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,6 +90,7 @@ class Session:
       statistics: what the step measures beyond norms.
       parameters: the shapes of the parameters.
       kernels: the implementations that the step last lowered takes of each kernel, by the kernel's name.
+      compile_seconds: that compiling the step, the evaluation and the first state took so far.
       notes: what a person should hear of the run before it begins; complete once the step is compiled.
 
     Raises:
@@ -129,6 +132,7 @@ class Session:
             )
         self.strategy = strategy
         self.seed, self.groups, self.notes = seed, tuple(groups), list[str]()
+        self.compile_seconds = 0.0
         self._max_gradient_norm, self.max_microbatch_examples = max_gradient_norm, max_microbatch_examples
         self.asked_examples = total_examples
         self._said_of_lengths: list[str] = []
@@ -266,7 +270,8 @@ class Session:
                     f"train.total_examples = {self.asked_examples} is less than one microbatch of "
                     f"{plan.microbatch_examples}: raise it, or lower train.max_microbatch_examples"
                 )
-            compiled = self.lower(plan, total_examples=total).compile()
+            with self._compiling():
+                compiled = self.lower(plan, total_examples=total).compile()
             peak = peak_bytes(compiled)
             if limit is None or peak <= MEMORY_SHARE * limit:
                 self._note_plan(plan, total)
@@ -277,6 +282,12 @@ class Session:
                     "use a smaller model, model.remat = 'full', a shorter sequence, or more devices along fsdp"
                 )
             bound = plan.microbatch_examples // 2
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.compile_seconds += time.perf_counter() - begin
 
     def _note_plan(self, plan: parallel.BatchPlan, total: int) -> None:
         self.notes += self._said_of_lengths
@@ -319,7 +330,9 @@ class Session:
         """The state at the begin of a run, with random parameters or the given ones, laid out as the step wants it."""
         if parameters is None:
             begin = functools.partial(initial_state, self.task, self.optimizer, self.seed, self.trainable)
-            return jax.jit(begin, out_shardings=self.shardings)()
+            with self._compiling():
+                compiled = jax.jit(begin, out_shardings=self.shardings).lower().compile()
+            return compiled()
 
         def state_of(parameters) -> TrainState:
             opt_state = self.optimizer.init(self.trainable.take(parameters))
@@ -368,19 +381,21 @@ class Session:
 
         Those of the set "validation" go by their own names (`loss`), others by the set's too (`test/loss`).
         """
-        _ = self._is_finite, optim.has_evaluation_params(self.abstract_state.opt_state) and self.averaged
-        calls = {
-            name: make_evaluation(
-                self.task,
-                name,
-                self.layout,
-                self.abstract_state,
-                evaluation_examples=examples,
-                microbatch_examples=self.plan.microbatch_examples,
-                trainable=self.trainable,
-            )
-            for name in self.task.held_out
-        }
+        microbatch_examples = self.plan.microbatch_examples
+        with self._compiling():
+            _ = self._is_finite, optim.has_evaluation_params(self.abstract_state.opt_state) and self.averaged
+            calls = {
+                name: make_evaluation(
+                    self.task,
+                    name,
+                    self.layout,
+                    self.abstract_state,
+                    evaluation_examples=examples,
+                    microbatch_examples=microbatch_examples,
+                    trainable=self.trainable,
+                )
+                for name in self.task.held_out
+            }
 
         def evaluate(state: TrainState) -> dict[str, float]:
             means: dict[str, float] = {}

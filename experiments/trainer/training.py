@@ -30,6 +30,7 @@ from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.session import Session, check_positive
 from crescendo.experiments.trainer.shapes import describe_arrays
 from crescendo.experiments.trainer.starting import fresh_state, state_of
+from crescendo.experiments.trainer.wall_clock import WallClock
 from crescendo.parallel import hosts
 
 FORMAT = 2
@@ -87,15 +88,20 @@ class RunFiles:
 
     def validate(self, clock: Clock, state: TrainState) -> None:
         """Evaluates and records; saves a new best state where that is asked for."""
-        self.validation = self.recorder.validation(clock, self.evaluate(state))
+        with self.recorder.wall.measure("evaluation"):
+            means = self.evaluate(state)
+        self.validation = self.recorder.validation(clock, means)
+        self.tell_time(clock)
         if self.keep_best and self.validation["loss"] < self.best_loss:
             self.best_loss = self.validation["loss"]
             self.checkpoints.best = clock.examples_seen
             self.save(clock, state)
 
-    def keep_the_best(self) -> None:
-        """From now on; the best so far is taken from the records, where its checkpoint is still there."""
-        self.keep_best = True
+    def begin(self, clock: Clock) -> None:
+        """Records where the seconds went; the best so far is taken from the records, where its checkpoint is there."""
+        self.tell_time(clock)
+        if not self.keep_best:
+            return
         there = set(self.checkpoints.saved())
         for record in read_records(self.folder / "metrics.jsonl"):
             if record["kind"] == "validation" and record["examples_seen"] in there and record["loss"] < self.best_loss:
@@ -114,9 +120,21 @@ class RunFiles:
                 f"parameters or what the optimizer keeps of them are not finite at {clock.examples_seen} examples: not "
                 f"saved; the checkpoints in {self.folder} are good: lower the learning rate, or begin another run"
             )
-        averaged = self.session.averaged(state) if optim.has_evaluation_params(state.opt_state) else None
-        self.checkpoints.save(state, dataclasses.replace(clock, seconds=self.recorder.seconds), averaged)
+        with self.recorder.wall.measure("saving"):
+            averaged = self.session.averaged(state) if optim.has_evaluation_params(state.opt_state) else None
+            self.checkpoints.save(state, dataclasses.replace(clock, seconds=self.recorder.seconds), averaged)
         self.saved_at = clock.examples_seen
+        self.tell_time(clock)
+
+    def finish(self, clock: Clock) -> None:
+        """Waits until all is on disk."""
+        with self.recorder.wall.measure("saving"):
+            self.checkpoints.wait()
+        self.tell_time(clock)
+
+    def tell_time(self, clock: Clock) -> None:
+        """Records where the seconds went."""
+        self.recorder.time(clock, self.session.compile_seconds)
 
 
 @with_options_of(Session, without=("further_sizes", "platform"))
@@ -181,7 +199,7 @@ def train(
     )
     if None not in (initialize_from, start_from):
         raise UserError("give train.initialize_from (parameters) or train.start_from (a whole state), not both")
-    session = Session(**options)
+    wall, session = WallClock(), Session(**options)
     _check_enough_rows(session)
     folder, console = Path(run), Console(quiet=not hosts.is_leader())
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
@@ -205,6 +223,7 @@ def train(
             say(f"note: the run ends at {total_examples:,} examples: what is left after them fills no microbatch")
         finished = clock.examples_seen >= total_examples
         _write_begun(folder, None if finished and is_complete(folder) else info, operative_config(), options["data"])
+        wall.go_on(read_records(folder / "metrics.jsonl"), clock.seconds)
         observers = run_observers(
             folder,
             resume_at_examples=clock.examples_seen,
@@ -217,11 +236,10 @@ def train(
         if finished and _validated_at(folder, clock.examples_seen):
             say(f"{folder} is complete; to train anew, give another folder with --run")
             return last_validation(folder)
-        recorder = make_recorder(session, observers, clock.seconds)
+        recorder = make_recorder(session, observers, clock.seconds, wall)
         evaluate = session.evaluation(evaluation_examples)
-        files = RunFiles(folder, session, checkpoints, recorder, evaluate, saved_at=clock.examples_seen)
-        if keep_best_checkpoint:
-            files.keep_the_best()
+        files = RunFiles(folder, session, checkpoints, recorder, evaluate, clock.examples_seen, keep_best_checkpoint)
+        files.begin(clock)
         save_every = checkpoint_every_examples or max(1, total_examples // 10)
         events = [
             *(loop.Event(_record_probe(probe, session, recorder), probe.every_examples) for probe in probes),
@@ -242,7 +260,7 @@ def train(
         )
         if interruption.requested:
             files.save(clock, state)
-        checkpoints.wait()
+        files.finish(clock)
         run_folder.write_info(folder, info | {"compilations": counter.count}, operative_config())
         if clock.examples_seen < total_examples:
             raise Interrupted(
@@ -301,7 +319,9 @@ def _begin(
     return fresh_state(session, initialize_from), Clock(batch_size=session.policy.sizes[0])
 
 
-def make_recorder(session: Session, observe: Callable[[Record], None], seconds: float = 0.0) -> Recorder:
+def make_recorder(
+    session: Session, observe: Callable[[Record], None], seconds: float = 0.0, wall: WallClock | None = None
+) -> Recorder:
     """The recorder of a session's steps."""
     task, devices = session.task, session.layout.mesh.devices
     peak = hardware.peak_flops_per_second(devices.flat[0])
@@ -311,6 +331,7 @@ def make_recorder(session: Session, observe: Callable[[Record], None], seconds: 
         task.units_per_example,
         task.flops_per_example,
         peak and peak * devices.size,
+        wall or WallClock(),
         seconds,
     )
 

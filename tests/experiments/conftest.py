@@ -110,6 +110,7 @@ def records():
     def read(run: Path) -> list[dict]:
         timed = ("seconds", "tokens_per_second", "mfu")
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if line["kind"] != "time"]
         return [{name: value for name, value in record.items() if name not in timed} for record in lines]
 
     return read

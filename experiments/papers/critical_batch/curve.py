@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from crescendo.experiments.reports import plots
+from crescendo.experiments.reports import charts, plots
 from crescendo.experiments.runtime.text import compact
 
 _NOISE_LABELS = ("gradient noise scale", "noise scale of the norm layers")
@@ -147,11 +147,11 @@ def draw(curve: Mapping[str, Any], runs: Sequence[Any]) -> bytes:
     with matplotlib.rc_context(plots.style("light")):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.subplots()
-        for color, name, label in zip(colors[1:], plots.NOISE_COLUMNS, _NOISE_LABELS, strict=False):
+        for color, name, label in zip(colors[1:], charts.NOISE_COLUMNS, _NOISE_LABELS, strict=False):
             for i, run in enumerate(runs):
                 if name not in run.train:
                     continue
-                noise = plots.averaged(run, name)
+                noise = charts.averaged(run, name)
                 axes.plot(run.train["units_seen"], noise, color=color, linewidth=1.2, label=None if i else label)
         tokens, values = np.array(curve["tokens"]), np.array(curve["critical_batch_size"])
         top = max(settings["factors"]) * settings["batch_size"]

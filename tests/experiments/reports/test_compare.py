@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from crescendo.experiments import report
-from crescendo.experiments.reports import page, plots
+from crescendo.experiments.reports import charts, page, plots, seconds
 from crescendo.experiments.reports.compare import Arm, compare, comparison_table, headline
 from crescendo.experiments.reports.write import write_report
 from crescendo.experiments.runs.run import read_run
@@ -42,18 +42,75 @@ def test_the_comparison_follows_from_the_records(make_run: MakeRun):
     assert second.steps_saved == pytest.approx(1 - 325 / 500)
     assert second.loss_difference == pytest.approx(0.013)
     assert (first.peak_batch_size, second.peak_batch_size, second.done) == (2, 8, 1)
-    assert headline([first, second]) == "warmup: 1.808 nats in 325 steps, 35% fewer than constant-2 (1.795)"
+    assert headline([first, second]) == (
+        "constant-2 wins (one seed each): 1.795 nats, 0.013 below warmup (1.808); "
+        "warmup took 35% fewer steps (325 against 500)"
+    )
 
 
-def test_the_headline_is_about_the_best_arm_against_the_first(make_run: MakeRun):
-    base, same = make_run("base", loss=1.8), make_run("same", loss=1.9)
+def test_the_headline_names_the_winner_and_what_it_took(make_run: MakeRun):
+    base, worse = make_run("base", loss=1.8), make_run("worse", loss=1.9)
     assert headline(arms(base)) == "base: 1.800 nats after 500 steps and 128k tokens"
-    assert headline(arms(base, same)) == "same: 1.900 nats in 500 steps, as many as base (1.800)"
+    assert headline(arms(base, worse)) == (
+        "base wins (one seed each): 1.800 nats, 0.100 below worse (1.900); both took 500 steps"
+    )
     better = make_run("better", loss=1.7, batch_size=1)
-    assert headline(arms(base, same, better)) == "better: 1.700 nats in 1,000 steps, 100% more than base (1.800)"
+    assert headline(arms(base, worse, better)) == (
+        "better wins (one seed each): 1.700 nats, 0.100 below base (1.800); "
+        "base took 50% fewer steps (500 against 1,000)"
+    )
     half = make_run("half", loss=1.6, seen_until=500)
-    assert headline(arms(base, half)) == "half: 1.600 nats after 64k tokens, base: 1.800 after 128k"
-    assert headline(arms(make_run("new", loss=None))) == "new: no validation loss yet after 500 steps and 128k tokens"
+    assert headline(arms(base, half)) == (
+        "half wins (one seed each): 1.600 nats, 0.200 below base (1.800); half saw 64k tokens, base 128k"
+    )
+    alike = headline(arms(base, make_run("alike", loss=1.8)))
+    assert alike.startswith("No clear winner (one seed each): base (1.800 nats) and alike (1.800) differ by 0.000; ")
+    new, diverged = make_run("new", loss=None), make_run("diverged", loss=math.nan)
+    assert headline(arms(new)) == "new: no validation loss yet after 500 steps and 128k tokens"
+    assert headline(arms(new, worse)) == "worse: 1.900 nats; no other run has a finite validation loss"
+    assert headline(arms(diverged, worse, base)).startswith("base wins (one seed each): 1.800 nats, 0.100 below worse")
+
+
+@pytest.mark.parametrize(("gap", "wins"), [(0.0, False), (0.5, True)])
+def test_a_difference_within_the_spread_of_seeds_has_no_winner(make_run: MakeRun, gap: float, wins: bool):
+    folders = [make_run(f"small-seed{i}", loss=2.0 + 0.1 * i) for i in range(2)]
+    folders += [make_run(f"large-seed{i}", loss=2.0 - gap + 0.02 * i) for i in range(2)]
+    said = headline(arms(*folders))
+    assert said.startswith("large wins: " if wins else "No clear winner: large (2.010")
+    assert ("within the spread of their seeds" in said) != wins
+
+
+def with_time(run: Path, **seconds: float) -> Path:
+    """The run with a record of where its seconds went."""
+    record = {
+        "kind": "time",
+        "step": 500,
+        "examples_seen": 1000,
+        **{f"{part}_seconds": x for part, x in seconds.items()},
+    }
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps(record | {"seconds": 25.0}) + "\n")
+    return run
+
+
+def test_the_seconds_are_told_apart_and_goodput_leaves_out_what_does_not_count(make_run: MakeRun, tmp_path: Path):
+    run = make_run("run")  # 500 steps of 0.05 s
+    text = (run / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    for record in lines:
+        if record["kind"] == "train":
+            record["skipped_steps"] = 40 if record["step"] > 100 else 0
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    with_time(run, wall=50.0, compile=10.0, evaluation=5.0, saving=3.0, lost=2.0)
+    found = seconds.spent(read_run(run))
+    assert found is not None
+    assert found[:-1] == (50.0, 25.0, 10.0, 5.0, 3.0, 2.0, 5.0)
+    assert found.goodput == pytest.approx((25.0 - 0.05) / 50.0)  # one step of all was skipped where the count rises
+    assert seconds.cells(arms(make_run("old"))[0]) is None
+    page_text = write_report([run], tmp_path / "out").read_text(encoding="utf-8")
+    assert "Where the seconds went" in page_text
+    assert '<td data-column="goodput">50%</td>' in page_text
+    assert "Where the seconds went" not in write_report([make_run("new")], tmp_path / "new").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("seen_until", "saved"), [(1000, 0.5), (996, 1 - 249 / 500), (900, None)])
@@ -104,8 +161,9 @@ def test_a_long_name_never_hides_a_number(make_run: MakeRun):
 HOSTILE_NAME = "_$\\frac{$ </style><script>alert(1)</script><img src=http://evil.example/x> [red] & \"' 界"
 
 
+CHARTS = {chart.name: chart for chart in charts.CHARTS}
 # Those that every run has.
-PLAIN_CHARTS = [chart for chart in plots.CHARTS if chart.columns == ("loss",)]
+PLAIN_CHARTS = [*(chart for chart in charts.CHARTS if not chart.columns), CHARTS["gradient_norm"]]
 
 
 def assert_stands_alone(page: str) -> None:
@@ -144,7 +202,8 @@ def test_the_report_stands_alone_and_shows_what_the_table_shows(make_run: MakeRu
     assert_stands_alone(text)
     assert "<title>Title &lt;b&gt;</title>" in text
     assert "&lt;script&gt;alert(1)" in text
-    assert "<h1>warmup: 1.808 nats in 350 steps, 30% fewer than _$\\frac{$ &lt;/style" in text
+    assert "<h1>_$\\frac{$ &lt;/style" in text
+    assert "1.795 nats, 0.013 below warmup (1.808); warmup took 30% fewer steps (350 against 500)</h1>" in text
     for cell in ("+0.013", "350", "30.0%", "128k", "17.5"):
         assert f">{cell}</td>" in text
     assert '<tr class="differs"><th scope="row">adamw.b1</th><td>0.9</td><td>0.8</td></tr>' in text
@@ -176,7 +235,7 @@ def test_odd_runs_are_drawn_and_compared(make_run: MakeRun, name: str):
     for order in ([odd, sound], [sound, odd]):
         found = arms(*order)
         assert all(arm.loss_difference is None or math.isfinite(arm.loss_difference) for arm in found)
-        assert headline(found).startswith(("sound: ", f"{name}: "))
+        assert headline(found).startswith(("sound", name, "No clear winner"))
         assert name.split("-")[0] in terminal(*order)
         curves = [(arm.name, arm.runs) for arm in found]
         for chart in PLAIN_CHARTS if order[0] == odd else ():
@@ -188,7 +247,7 @@ def test_odd_runs_are_drawn_and_compared(make_run: MakeRun, name: str):
 def test_a_diverged_run_does_not_squash_the_others(make_run: MakeRun):
     sound = make_run("sound", loss=2.0, train_loss=lambda seen: 2.0 + 8 * math.exp(-seen / 40))
     exploded = make_run("exploded", loss=2.5, train_loss=lambda seen: 2.5 if seen < 500 else 1e6)
-    limits = plots.loss_limits([(folder.name, [read_run(folder)]) for folder in (sound, exploded)])
+    limits = charts.loss_limits([(folder.name, [read_run(folder)]) for folder in (sound, exploded)])
     assert limits is not None
     assert 1.8 < limits[0] < 2.0
     assert 2.5 < limits[1] < 4.0
@@ -196,7 +255,7 @@ def test_a_diverged_run_does_not_squash_the_others(make_run: MakeRun):
 
 def test_the_batch_size_is_drawn_as_stairs_over_the_tokens_it_covers(make_run: MakeRun):
     run = read_run(make_run("warmup", doublings=(0.4, 0.8), total=1003))
-    (curve,) = plots.CHARTS[2].curves(run)
+    (curve,) = CHARTS["batch_size"].curves(run)
     assert curve.stairs
     np.testing.assert_array_equal(curve.y, [2, 4, 8, 8])
     np.testing.assert_array_equal(curve.x, np.array([0, 402, 806, 998]) * T)
@@ -204,17 +263,45 @@ def test_the_batch_size_is_drawn_as_stairs_over_the_tokens_it_covers(make_run: M
 
 def test_the_smoothed_loss_of_a_constant_is_that_constant(make_run: MakeRun):
     run = read_run(make_run("flat", doublings=(0.5,), train_loss=lambda seen: 1.25))
-    np.testing.assert_allclose(plots.averaged(run, "loss"), 1.25, rtol=1e-12)
+    np.testing.assert_allclose(charts.averaged(run, "loss"), 1.25, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.0, "0"), (6.000000001e-4, "6e-4"), (2.5e-3, "2.5e-3"), (1.0, "1e+0")])
 def test_learning_rates_are_labelled_briefly(value: float, text: str):
-    assert plots.CHARTS[3].format(value) == text
+    assert CHARTS["learning_rate"].format(value) == text
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.9, 1.1), (12.0, 18.0), (0.02, 4.0), (1.0, 3e7)])
+def test_a_log_axis_has_ticks_that_can_be_read(make_run: MakeRun, monkeypatch, low: float, high: float):
+    """Several in every range, and on the page each written in full."""
+    run = read_run(make_run("run"))
+    run.train["gradient_norm"] = np.geomspace(low, high, len(run.train["step"]))
+    drawn = []
+    savefig = plots.Figure.savefig
+    monkeypatch.setattr(plots.Figure, "savefig", lambda self, *a, **k: (savefig(self, *a, **k), drawn.append(self)))
+    curves = [("run", [run])]
+    plots.render(CHARTS["gradient_norm"], curves)
+    (axes,) = drawn[0].axes
+    bottom, top = axes.get_ylim()
+    labels = [label.get_text() for label in axes.get_yticklabels() if bottom <= label.get_position()[1] <= top]
+    assert 3 <= len(labels) <= 10, labels
+    assert len(set(labels)) == len(labels)
+    axis = page.figure(CHARTS["gradient_norm"], curves).layout["yaxis"]
+    assert axis["tickformat"] in ("~s", "~g")  # without a format digits alone stand between powers of ten
+    assert axis.get("dtick", "D2") == "D2"
+
+
+def test_the_loss_is_drawn_against_seconds_and_flops(make_run: MakeRun):
+    run = read_run(make_run("run"))
+    assert CHARTS["loss_seconds"].curves(run)[1].x[-1] == pytest.approx(25.0)
+    assert np.isnan(CHARTS["loss_flops"].curves(run)[1].x).all()  # a run that doesn't say what a token takes
+    run.info["flops_per_token"] = 6e6
+    assert CHARTS["loss_flops"].curves(run)[1].x[-1] == pytest.approx(6e6 * 128_000)
 
 
 def test_charts_are_the_same_at_every_drawing(make_run: MakeRun):
     curves = [("run", [read_run(make_run("run"))])]
-    first, second = (plots.render(plots.CHARTS[3], curves) for _ in range(2))
+    first, second = (plots.render(CHARTS["learning_rate"], curves) for _ in range(2))
     assert first == second
 
 
@@ -223,13 +310,13 @@ def test_the_noise_scale_and_trust_ratios_are_drawn_where_a_run_has_them(make_ru
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for i, record in enumerate(r for r in records if r["kind"] == "train"):
         record["noise_scale"] = None if i < 3 else 10.0 + i
-        record |= {"trust_ratio_min": 0.1, "trust_ratio_median": 0.5, "trust_ratio_max": 2.0}
+        record |= {"trust_ratio_min": 0.1, "trust_ratio_median": 0.5, "trust_ratio_max": 2.0, "mfu": 0.4}
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    noise = plots.averaged(read_run(run), "noise_scale")
+    noise = charts.averaged(read_run(run), "noise_scale")
     assert np.isnan(noise[2])
     assert noise[3] == 13.0
     found = figures(write_report([run, make_run("plain")], tmp_path / "out").read_text(encoding="utf-8"))
-    assert [figure["title"] for figure in found] == [chart.title for chart in plots.CHARTS]
+    assert [figure["title"] for figure in found] == [chart.title for chart in charts.CHARTS]
     assert found[-2]["data"][0]["y"][2:4] == [None, 13.0]
     assert [(trace["meta"], trace["y"][-1], trace["line"]["dash"]) for trace in found[-1]["data"]] == [
         (0, 0.5, "solid"),

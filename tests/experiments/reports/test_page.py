@@ -113,13 +113,16 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def compared(make_run: Callable[..., Path], tmp_path: Path) -> Path:
     """The report of two runs, one of them with all that a run may record."""
     rich = make_run("warmup", loss=1.75, doublings=(0.4, 0.8), config="train.seed = 1\nlamb.b1 = 0.8\n")
+    plain = make_run("constant-2 <img src=x onerror=alert(1)>", loss=1.795)
     records = [json.loads(line) for line in (rich / "metrics.jsonl").read_text().splitlines()]
     for i, record in enumerate(record for record in records if record["kind"] == "train"):
         record |= {"noise_scale": None if i < 3 else 10.0 + i, "norm_layers_noise_scale": 8.0 + i}
         record |= {"trust_ratio_min": 0.02, "trust_ratio_median": 0.3 + i / 1000, "trust_ratio_max": 4.0}
-        record |= {"tokens_per_second": 5000.0 + i % 7}
+        record |= {"tokens_per_second": 5000.0 + i % 7, "mfu": 0.4}
+    for folder in (rich, plain):
+        info = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(info | {"flops_per_token": 6e6}))
     (rich / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    plain = make_run("constant-2 <img src=x onerror=alert(1)>", loss=1.795)
     return write_report([plain, rich], tmp_path / "out")
 
 
@@ -132,8 +135,9 @@ INK = "getComputedStyle(document.querySelectorAll('.plot .scatterlayer .js-line'
 @pytest.mark.parametrize(("width", "touch"), [(390, True), (1280, False)])
 def test_the_page_draws_every_chart_without_network_or_complaint(browser: Browser, compared: Path, width: int, touch):
     browser.open(compared, width=width, touch=touch)
-    # loss twice, with validation; batch size, rate, throughput; noise twice and ratios thrice for the run that has them
-    assert browser.value(DRAWN) == [4, 4, 2, 2, 2, 2, 3]
+    # loss four times, with validation; batch size, rate, norms twice, throughput; MFU, noise twice and ratios thrice
+    # for the run that has them
+    assert browser.value(DRAWN) == [4, 4, 4, 4, 2, 2, 4, 2, 1, 2, 3]
     light = browser.value(INK.format(0))
     assert browser.value("document.documentElement.scrollWidth") <= width  # nothing hangs out of the page
     buttons = browser.value("[...document.querySelectorAll('.modebar-btn')].map(button => button.dataset.title)")
@@ -142,6 +146,17 @@ def test_the_page_draws_every_chart_without_network_or_complaint(browser: Browse
     browser.open(compared, width=width, theme="dark", touch=touch)
     assert browser.value(INK.format(0)) != light
     assert browser.complaints() == []
+
+
+TICKS = "[...document.querySelectorAll('.plot')[{0}].querySelectorAll('.ytick text')].map(tick => tick.textContent)"
+
+
+def test_the_ticks_of_a_log_axis_are_whole_numbers_apart_from_each_other(browser: Browser, compared: Path):
+    browser.open(compared, width=390)
+    for chart, wanted in ((9, ["10", "20", "50", "100", "200"]), (10, ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"])):
+        ticks = browser.value(TICKS.format(chart))
+        assert ticks[: len(wanted)] == wanted, ticks
+        assert len(ticks) <= 9
 
 
 def test_the_complaints_of_a_page_are_seen(browser: Browser, tmp_path: Path):
@@ -157,7 +172,7 @@ def test_a_run_can_be_hidden_and_a_chart_zoomed_and_pointed_at(browser: Browser,
     browser.open(compared, width=1280)
     browser.value("document.querySelector('button[data-arm=\"0\"]').click()")
     browser.value("new Promise(done => setTimeout(done, 300))")
-    assert browser.value(DRAWN) == [2, 2, 1, 1, 1, 2, 3]
+    assert browser.value(DRAWN) == [2, 2, 2, 2, 1, 1, 2, 1, 1, 2, 3]
     browser.value("document.querySelector('button[data-arm=\"0\"]').click()")
     browser.value("document.querySelector('.plot').scrollIntoView({block: 'center'})")
     browser.value("new Promise(done => setTimeout(done, 300))")
