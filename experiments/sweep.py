@@ -6,12 +6,15 @@ losses) kept in the sweep's folder.
 """
 
 import argparse
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.runs.run import is_complete
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access
@@ -29,6 +32,7 @@ EXAMPLES = """examples:
   RAY_ADDRESS=HOST:6379 python -m crescendo.experiments.sweep --search 'LEARNING_RATE = log(1e-4, 1e-2)' \\
     --trials 64 --jobs 16 --launcher ray
 
+When a SLURM array has ended, the same command with --launcher none writes its table and report.
 The same command goes on where it was interrupted: a finished point is never run again, a failed one is tried anew.
 Another configuration needs another --run."""
 
@@ -45,9 +49,10 @@ def parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=1, help="runs at once; here, NVIDIA GPUs are divided among them (default 1)")
     add(
         "--launcher",
-        choices=["local", "ray", "slurm"],
+        choices=["local", "ray", "slurm", "none"],
         default="local",
-        help="ray: on the cluster at RAY_ADDRESS, a GPU each; slurm: print an array script (default local)",
+        help="ray: on the cluster at RAY_ADDRESS, a GPU each; slurm: print an array script; none: start nothing, and "
+        "make the report of what has finished (default local)",
     )
     add("--run", default="runs/sweep", help="the folder for the runs and the report")
     return result
@@ -55,7 +60,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    arguments = parser().parse_args(argv)
+    typed = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(typed)
     configs, folder, console = arguments.config or ["debug.gin"], Path(arguments.run), Console()
     if bool(arguments.parts) == bool(arguments.search):
         raise UserError("give either --grid and --zip or --search; a search takes a list as NAME = choice(VALUE, ...)")
@@ -77,17 +83,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.launcher == "slurm":
         if not points:
             raise UserError("--launcher slurm needs --grid or --zip: a search draws its points one after the other")
-        print(slurm_script(points, folder, configs, arguments.set), end="")
+        report = [sys.executable, "-m", "crescendo.experiments.sweep", *_without_launcher(typed), "--launcher", "none"]
+        print(slurm_script(points, folder, configs, arguments.set, arguments.module, report), end="")
+        print(f"when the array has ended, the table and the report: {shlex.join(report)}", file=sys.stderr)
         return
+    if arguments.launcher == "none" and not folder.is_dir():
+        raise UserError(f"--run {folder}: no such folder, so no sweep to report")
     with file_access("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
     outcomes = Outcomes(folder, arguments.trials if arguments.search else len(points))
     launcher = (Ray if arguments.launcher == "ray" else Local)(arguments.jobs)
-    options = {"configs": configs, "bindings": arguments.set, "launcher": launcher, "console": console}
+    options = {"configs": configs, "bindings": arguments.set, "modules": arguments.module}
+    options |= {"launcher": launcher, "console": console}
     if arguments.search:
         from crescendo.experiments.sweeps.search import search  # Optuna takes a second to import
 
-        search(folder, arguments.search, arguments.trials, outcomes, **options)
+        trials = 0 if arguments.launcher == "none" else arguments.trials
+        search(folder, arguments.search, trials, outcomes, **options)
+    elif arguments.launcher == "none":
+        for point in points:
+            begun = (folder / point.name / "run.json").exists()
+            status = "done" if is_complete(folder / point.name) else "interrupted" if begun else "waiting"
+            outcomes.put(point, status)
     else:
         for point in points:
             outcomes.put(point, "waiting")
@@ -101,6 +118,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             **options,
         )
     finish_sweep(folder, outcomes, console)
+
+
+def _without_launcher(words: Sequence[str]) -> list[str]:
+    """The command's words but for `--launcher`'s."""
+    pairs = zip(["", *words], words, strict=False)
+    return [word for before, word in pairs if before != "--launcher" and word.partition("=")[0] != "--launcher"]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import gin
 import typeguard
 from gin import config_parser, selector_map
 
-from crescendo.experiments.configs import references
+from crescendo.experiments.configs import own_modules, references
 from crescendo.experiments.configs.explain import explained, quoted
 from crescendo.experiments.configs.factories import FACTORIES, optax_factories
 from crescendo.experiments.configs.references import MACRO, Binding
@@ -40,16 +40,17 @@ gin.config._FILE_READERS.insert(0, (lambda path: io.StringIO(read_text(Path(path
 
 def _checked(factory: Callable, called: str | None = None) -> Callable:
     """`factory`, its arguments checked against their annotations: a mistake in a config is a `UserError`."""
-    signature, called = inspect.signature(factory), called or factory.__name__
+    signature, called = _signature(factory), called or factory.__name__
 
     @functools.wraps(factory)
     def call(*args, **kwargs):
         bound = _all_given(signature, called, args, kwargs)
         for name, value in bound.arguments.items():
             annotation = signature.parameters[name].annotation
-            if annotation is inspect.Parameter.empty or signature.parameters[name].kind in (
-                inspect.Parameter.VAR_KEYWORD,
-                inspect.Parameter.VAR_POSITIONAL,
+            if (
+                annotation is inspect.Parameter.empty
+                or isinstance(annotation, str)
+                or signature.parameters[name].kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
             ):
                 continue
             try:
@@ -63,6 +64,14 @@ def _checked(factory: Callable, called: str | None = None) -> Callable:
 
     call.__signature__ = signature  # type: ignore[attr-defined]
     return call
+
+
+def _signature(factory: Callable) -> inspect.Signature:
+    """With annotations that are written as text read, where that can be done."""
+    try:
+        return inspect.signature(factory, eval_str=True)
+    except NameError:
+        return inspect.signature(factory)
 
 
 def _all_given(signature: inspect.Signature, called: str, args: tuple, kwargs: dict) -> inspect.BoundArguments:
@@ -124,14 +133,38 @@ def _register_factories() -> None:
             gin.external_configurable(_bound(user_values()(factory), f"{module}.{name}"), name=name, module=module)
 
 
+def _process_import(context: gin.config.ParseContext, statement: config_parser.ImportStatement) -> None:
+    """`import NAME` in a config: what the module defines can then be named, under the module's name."""
+    if not statement.module.startswith("__gin__."):
+        module = own_modules.imported(statement.module, f"import {statement.module}")
+        offered = own_modules.offered(module)
+        for name, factory in offered.items():
+            if f"{statement.module}.{name}" not in gin.config._REGISTRY:
+                gin.external_configurable(_checked(user_values()(factory), name), name=name, module=statement.module)
+        FACTORIES[statement.module] = offered
+    _gin_process_import(context, statement)
+
+
+_gin_process_import = gin.config.ParseContext.process_import
+gin.config.ParseContext.process_import = _process_import
+
+
 @functools.cache
 def _register(experiment: Callable) -> Callable:
     return gin.external_configurable(_checked(experiment), name=experiment.__name__, module="experiments")
 
 
 def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """An argument parser with `--config` and `--set`."""
+    """An argument parser with `--module`, `--config` and `--set`."""
     result = plain_parser(description, epilog)
+    result.add_argument(
+        "--module",
+        action="append",
+        type=own_modules.load,
+        default=[],
+        metavar="FILE.py",
+        help="a Python file of your own, or a module's name: configs can name its functions; may be repeated",
+    )
     result.add_argument(
         "--config",
         action="append",
@@ -249,6 +282,8 @@ def _load(
     gin.clear_config()  # also unlocks it
     _register_factories()
     _register(experiment)
+    for module in own_modules.LOADED:
+        _parse(f"import {module}", "--module")
     origins: dict[Binding, str] = {}
     read = [(config, _read(config)) for config in configs]
     for origin, text in [*read, *((OWN, each) for each in own), *((TYPED, each) for each in bindings)]:

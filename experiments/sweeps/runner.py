@@ -7,7 +7,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,14 +40,16 @@ class Job(NamedTuple):
     point: Point
     process: Process
     slot: str | None
-    started: float
 
 
-def command(point: Point, folder: Path, configs: Sequence[str], bindings: Sequence[str]) -> list[str]:
+def command(
+    point: Point, folder: Path, configs: Sequence[str], bindings: Sequence[str], modules: Sequence[str] = ()
+) -> list[str]:
     """The training command of a point, with those of the bindings that its run uses: it refuses others."""
     unused = configurables.unused(train, configs, bindings, point.bindings)
     bindings = [binding for binding in bindings if binding not in unused]
     parts = [sys.executable, "-m", "crescendo.experiments.train", "--run", str(folder / point.name)]
+    parts += [part for module in modules for part in ("--module", module)]
     parts += [part for config in configs for part in ("--config", config)]
     return parts + [part for binding in (*bindings, *point.bindings) for part in ("--set", binding)]
 
@@ -70,15 +72,38 @@ class Outcomes:
         self.ended = 0  # before this session
         self.rows: dict[str, dict[str, Any]] = {}
 
-    def put(self, point: Point, status: str, **more: Any) -> None:
-        """Records a point's status: waiting, running, done, pruned, failed, interrupted."""
-        seen = losses(self.folder / point.name)
+    def put(self, point: Point, status: str, why: str = "") -> None:
+        """Records a point's status: waiting, running, done, pruned, failed (and why), interrupted."""
+        records = read_records(self.folder / point.name / "metrics.jsonl")
+        seen = [finite_loss(record["loss"]) for record in records if record["kind"] == "validation"]
+        times = [record["wall_seconds"] for record in records if record["kind"] == "time"]
         self.rows[point.name] = {
             "status": status,
             "values": point.values,
-            "loss": seen[-1][1] if seen and math.isfinite(seen[-1][1]) else None,
-            **more,
+            "loss": seen[-1] if seen and math.isfinite(seen[-1]) else None,
+            "seconds": times[-1] if times else None,
+            **({"why": why} if why else {}),
         }
+
+    def said(self, point: Point, seconds: float) -> str:
+        """A point in a line: how many have ended, its status, loss and values, and how long the others will take."""
+        row = self.rows[point.name]
+        ended = sum(row["status"] in _ENDED for row in self.rows.values())
+        parts = [
+            f"{ended}/{self.total}  {_status(row)}",
+            "" if row["loss"] is None else f"loss {row['loss']:.4f}",
+            "" if row["seconds"] is None or row["status"] == "running" else f"in {duration(row['seconds'])}",
+            _values(row) or point.name,
+            self._left(seconds),
+        ]
+        return "  ".join(filter(None, parts))
+
+    def _left(self, seconds: float) -> str:
+        """How long the points that haven't ended will take, by those that ended in `seconds`; nothing where unknown."""
+        ended = sum(row["status"] in _ENDED for row in self.rows.values())
+        if not seconds or not self.ended < ended < self.total:
+            return ""
+        return f"about {duration(seconds / (ended - self.ended) * (self.total - ended))} left"
 
     def save(self) -> None:
         """Writes the file."""
@@ -95,33 +120,37 @@ class Outcomes:
         rows = ranked + [row for row in self.rows.values() if row not in ranked]
         names = list(dict.fromkeys(name for row in rows for name in row["values"]))
         loss = lambda row: "–" if row["loss"] is None else f"{row['loss']:.4f}"  # noqa: E731
-        why = lambda row: f": {row['why']}" if row.get("why") else ""  # noqa: E731
-        return names, [
-            (loss(row), row["status"] + why(row), [row["values"].get(name, "–") for name in names]) for row in rows
-        ]
+        return names, [(loss(row), _status(row), [row["values"].get(name, "–") for name in names]) for row in rows]
 
     def table(self, seconds: float = 0.0) -> Table:
         """The best and the unfinished points, and a line that counts all."""
         counts: dict[str, int] = {}
         for row in self.rows.values():
             counts[row["status"]] = counts.get(row["status"], 0) + 1
-        title = ", ".join(f"{count} {status}" for status, count in counts.items()) + f", {duration(seconds)}"
-        ended = sum(counts.get(status, 0) for status in _ENDED)
-        if seconds and self.ended < ended < self.total:
-            left = seconds / (ended - self.ended) * (self.total - ended)
-            title += f", about {duration(left)} left"
+        shown = [f"{count} {status}" for status, count in counts.items()]
+        shown += [duration(seconds)] if seconds else []
+        title = ", ".join(filter(None, [*shown, self._left(seconds)]))
         table = Table(title=Text(title), title_justify="left", box=None, header_style="bold")
         for heading in ("point", "status", "val loss"):
             table.add_column(heading, overflow="fold")
+        table.add_column("seconds", justify="right")
         first = ("running", "failed", "interrupted", "done", "pruned", "waiting")
         order = sorted(self.rows.values(), key=lambda row: (first.index(row["status"]), finite_loss(row["loss"])))
         for row in order[:_SHOWN]:
-            values = ", ".join(f"{name} = {value}" for name, value in row["values"].items())
-            status = row["status"] + (f": {row['why']}" if row.get("why") else "")
-            table.add_row(Text(values), Text(status), "–" if row["loss"] is None else f"{row['loss']:.4f}")
+            loss = "–" if row["loss"] is None else f"{row['loss']:.4f}"
+            took = "–" if row["seconds"] is None else f"{row['seconds']:,.1f}"
+            table.add_row(Text(_values(row)), Text(_status(row)), loss, took)
         if len(order) > _SHOWN:
-            table.add_row(f"and {len(order) - _SHOWN} more", "", "")
+            table.add_row(f"and {len(order) - _SHOWN} more")
         return table
+
+
+def _values(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in row["values"].items())
+
+
+def _status(row: Mapping[str, Any]) -> str:
+    return row["status"] + (f": {row['why']}" if row.get("why") else "")
 
 
 def run_points(
@@ -135,6 +164,7 @@ def run_points(
     bindings: Sequence[str],
     launcher: Launcher,
     console: Console,
+    modules: Sequence[str] = (),
 ) -> None:
     """Runs what `draw` gives until it gives None, as many at once as the launcher has slots.
 
@@ -147,7 +177,8 @@ def run_points(
       configs: gin files.
       bindings: gin statements of every point.
       launcher: where the runs execute.
-      console: for the live table.
+      console: for the live table; where it is no terminal, a line at the beginning and the end of each point.
+      modules: of the user's own.
 
     Raises:
       Interrupted: after Ctrl-C or SIGTERM, when the running points have saved.
@@ -156,6 +187,12 @@ def run_points(
     running: list[Job] = []
     pruned: set[str] = set()
     begin, more = time.monotonic(), True
+
+    def say(point: Point) -> None:
+        if not console.is_terminal:
+            line = outcomes.said(point, time.monotonic() - begin)
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     with Interruption() as interruption, Live(console=console, refresh_per_second=2, transient=True) as live:
         stopped = False
         while more or running:
@@ -167,14 +204,16 @@ def run_points(
                 if is_complete(folder / point.name):
                     outcomes.put(point, "done")
                     outcomes.ended += 1
+                    say(point)
                     finish(point, "done", losses(folder / point.name)[-1][1])
                     continue
                 slot = free.pop()
-                start = command(point, folder, configs, bindings)
+                start = command(point, folder, configs, bindings, modules)
                 process = launcher.start(start, folder / f"{point.name}.log", slot)
-                running.append(Job(point, process, slot, time.monotonic()))
+                running.append(Job(point, process, slot))
                 outcomes.put(point, "running")
                 outcomes.save()
+                say(point)
             if interruption.requested and not stopped:
                 stopped, more = True, False
                 for job in running:
@@ -200,8 +239,9 @@ def run_points(
                     status = "interrupted"
                 else:
                     status, why = "failed", f"exit code {code}: {_last_line(folder / f'{name}.log')}"
-                outcomes.put(job.point, status, seconds=time.monotonic() - job.started, why=why)
+                outcomes.put(job.point, status, why)
                 outcomes.save()
+                say(job.point)
                 finish(job.point, status, seen[-1][1] if seen else math.inf)
             live.update(outcomes.table(time.monotonic() - begin))
             if running:
@@ -217,18 +257,36 @@ def _last_line(log: Path) -> str:
     return lines[-1].strip()[:200] if lines else "no output"
 
 
-def slurm_script(points: Sequence[Point], folder: Path, configs: Sequence[str], bindings: Sequence[str]) -> str:
-    """A SLURM array script with a task for each point; resources are the reader's to fill in."""
+def slurm_script(
+    points: Sequence[Point],
+    folder: Path,
+    configs: Sequence[str],
+    bindings: Sequence[str],
+    modules: Sequence[str],
+    report: Sequence[str],
+) -> str:
+    """A SLURM array script with a task for each point; resources are the reader's to fill in.
+
+    Args:
+      points: of the sweep.
+      folder: of the sweep.
+      configs: gin files.
+      bindings: gin statements of every point.
+      modules: of the user's own.
+      report: the command that makes the report when the tasks have ended.
+    """
     lines = [
         "#!/bin/bash",
         f"#SBATCH --array=0-{len(points) - 1}",
         f"#SBATCH --output={shlex.quote(str(folder))}/slurm-%A_%a.log",
         "#SBATCH --requeue",
         "# Add the partition, the time and the GPUs of one run. A task that is started again goes on where it stopped.",
+        "# When the tasks have ended, the table and the report of what has finished:",
+        f"#   {shlex.join(report)}",
         'case "$SLURM_ARRAY_TASK_ID" in',
     ]
     for i, point in enumerate(points):
-        lines.append(f"{i}) exec {shlex.join(command(point, folder, configs, bindings))} ;;")
+        lines.append(f"{i}) exec {shlex.join(command(point, folder, configs, bindings, modules))} ;;")
     return "\n".join([*lines, "esac", ""])
 
 

@@ -116,7 +116,7 @@ def test_files_are_read_as_utf8_with_or_without_a_mark_included_ones_too(tmp_pat
         (b"probe.name = 'na\xefve'", r"mine\.gin: byte 0xef at offset 16 is not UTF-8"),
         (b"probe.name = '''open", r"mine\.gin: not gin: EOF in multi-line string"),
         (b"probe.number = " + b"[" * 300, r"mine\.gin: not gin: too many nested parentheses"),
-        (b"import nowhere_at_all", r"mine\.gin: No module named 'nowhere_at_all'"),
+        (b"import nowhere_at_all", r"mine\.gin: import nowhere_at_all: no module named nowhere_at_all here"),
         (b"include 'nowhere.gin'", r"mine\.gin: Unable to open file: nowhere\.gin"),
         (b"include 'mine.gin'", r"mine\.gin: it includes itself"),
         (b"include 'utf16.gin'", r"mine\.gin: utf16\.gin is in UTF-16"),

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -74,7 +75,9 @@ if value < 0: sys.exit("error: value = -1.0 must be above 0")
 (run / "run.json").write_text(json.dumps({"name": run.name, "total_examples": 8}))
 (run / "config.gin").write_text("")
 record = {"step": 1, "examples_seen": 8, "tokens_seen": 64, "seconds": 1.0, "loss": value, "batch_size": 8}
-(run / "metrics.jsonl").write_text("".join(json.dumps({"kind": k, **record}) + "\\n" for k in ("train", "validation")))
+record |= {f"{part}_seconds": 0.0 for part in ("compile", "evaluation", "saving", "lost")} | {"wall_seconds": 7.0}
+kinds = ("train", "validation", "time")
+(run / "metrics.jsonl").write_text("".join(json.dumps({"kind": k, **record}) + "\\n" for k in kinds))
 """
 
 
@@ -82,7 +85,7 @@ record = {"step": 1, "examples_seen": 8, "tokens_seen": 64, "seconds": 1.0, "los
 def stand_in(monkeypatch):
     """Instead of training, a process that writes a finished run whose loss is the value of `x`; it fails below 0."""
 
-    def command(point: Point, folder: Path, configs, bindings) -> list[str]:
+    def command(point: Point, folder: Path, configs, bindings, modules) -> list[str]:
         return [sys.executable, "-S", "-c", STAND_IN, str(folder / point.name), point.values["x"]]
 
     monkeypatch.setattr(runner, "command", command)
@@ -223,6 +226,55 @@ def test_the_slurm_script_has_a_task_for_each_point(tmp_path: Path, capsys):
     assert "#SBATCH --array=0-2" in script
     assert script.count("crescendo.experiments.train") == 3
     assert "--set 'train.seed = 3'" in script
+
+
+def test_the_slurm_script_says_how_to_get_the_report_and_that_works(make_run, tmp_path: Path, capsys, monkeypatch):
+    folder = tmp_path / "s"
+    sweep.main(["--launcher=slurm", "--grid", "train.seed = [1, 2]", "--run", str(folder)])
+    written = capsys.readouterr()
+    (said,) = re.findall(r"^#   (.*)$", written.out, flags=re.MULTILINE)
+    assert said in written.err
+    words = shlex.split(said)[3:]
+    with pytest.raises(UserError, match="no such folder, so no sweep to report"):
+        sweep.main(words)
+    done = enumerate_points([[axis("train.seed = [1]")]])[0]
+    folder.mkdir()
+    make_run("earlier", loss=2.5).rename(folder / done.name)
+    monkeypatch.setattr(sweep, "check_points", lambda *a: None)
+    monkeypatch.setattr(sweep_launchers.Local, "start", None)  # nothing is started
+    sweep.main(words)
+    assert "1 done, 1 waiting" in capsys.readouterr().out
+    assert (folder / "report" / "report.html").exists()
+
+
+def test_a_sweep_says_what_it_does_where_there_is_no_terminal(stand_in, tmp_path: Path):
+    points = enumerate_points([[axis("x = [2.0, -1.0, 1.0]")]])
+    waiting, outcomes, screen = iter(points), runner.Outcomes(tmp_path, 3), io.StringIO()
+    runner.run_points(
+        *(tmp_path, lambda: next(waiting, None), lambda *a: None, lambda p: False, outcomes),
+        **(options(1) | {"console": Console(file=screen)}),
+    )
+    lines = screen.getvalue().splitlines()
+    assert [re.sub(r"  about .* left$", "", line) for line in lines] == [
+        "0/3  running  x = 2.0",
+        "1/3  done  loss 2.0000  in 0:07  x = 2.0",
+        "1/3  running  x = -1.0",
+        "2/3  failed: exit code 1: error: value = -1.0 must be above 0  x = -1.0",
+        "2/3  running  x = 1.0",
+        "3/3  done  loss 1.0000  in 0:07  x = 1.0",
+    ]
+    assert ["left" in line for line in lines] == [False, True, True, True, True, False]
+
+
+def test_the_last_table_keeps_the_seconds(stand_in, tmp_path: Path):
+    for _ in range(2):  # of points that were finished before, too
+        waiting, outcomes = iter(enumerate_points([[axis("x = [2.0, 1.0]")]])), runner.Outcomes(tmp_path, 2)
+        runner.run_points(
+            *(tmp_path, lambda w=waiting: next(w, None), lambda *a: None, lambda p: False, outcomes), **options(1)
+        )
+        screen = io.StringIO()
+        runner.finish_sweep(tmp_path, outcomes, Console(file=screen))
+        assert re.findall(r"x = (\S+) +done +\S+ +(\S+)", screen.getvalue()) == [("1.0", "7.0"), ("2.0", "7.0")]
 
 
 PRUNABLE = """
