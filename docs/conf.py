@@ -14,10 +14,12 @@ _project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
 project, release, author = "Crescendo", _project["version"], "Crescendo's authors"
 html_title = "Crescendo"
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx-mathjax-offline", "myst_nb"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx-mathjax-offline", "sphinx_copybutton", "myst_nb"]
 html_theme = "furo"
 html_show_copyright = False
 html_static_path: list[str] = []
+# What is copied is what is typed: of an example in Python without its prompts and its output.
+copybutton_prompt_text, copybutton_prompt_is_regexp = r">>> |\.\.\. ", True
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
 default_role = "code"

@@ -66,7 +66,8 @@ def commands() -> list[tuple[str, list[str]]]:
     found = {}
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
-        made = {word for path in re.findall(r"cat > (\S+)\.py", text) for word in path.split("/")[1:]}
+        written = re.findall(r"cat > (\S+)\.py", text)
+        made = {word for path in written for word in (*path.split("/")[1:], f"{path}.py")}
         for match in re.finditer(r"""python -m (crescendo[\w.]+)((?:'[^'`]*'|"[^"`]*"|[^`\n|>'"])*)""", text):
             typed = re.split(" && ", match.group(2))[0]
             if text[match.end() : match.end() + 1] == ">":  # of `2>&1` the number is not an argument
@@ -172,21 +173,27 @@ def test_the_python_of_a_page_runs(page):
                 exec(compile(block.text, f"{name(page)}:{block.line}", "exec"), vars(module))
 
 
+def tops() -> set[str]:
+    """The package's folders."""
+    return {link.name for link in (ROOT / "typings" / "crescendo").iterdir()}
+
+
 def test_every_folder_of_the_package_has_its_page_in_the_api():
     listed = [
         f for page in (ROOT / "docs" / "api").glob("*.md") for f in re.findall(r"\{modules\} (\w+)", page.read_text())
     ]
-    assert sorted(listed) == sorted(link.name for link in (ROOT / "typings" / "crescendo").iterdir())
+    assert sorted(listed) == sorted(tops())
 
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
-    pytest.importorskip("sphinx")
+    pytest.importorskip("sphinx_copybutton", reason="pip install '.[docs]'")
     environment = os.environ | {"PYTHONPATH": str(ROOT / "typings")}
     build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(ROOT / "docs")]
     done = subprocess.run([*build, str(tmp_path / "site")], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "critical batch size" in (tmp_path / "site" / "index.html").read_text()
+    assert "copybutton.js" in (tmp_path / "site" / "guides" / "first_run.html").read_text()
     for folder in ("optim", "models", "parallel", "experiments"):  # of the kernels some need the GPU's extra
         page = (tmp_path / "site" / "api" / f"{folder}.html").read_text()
         for path in (path for path in (ROOT / folder).rglob("*.py") if path.stem[0] != "_"):
@@ -212,8 +219,12 @@ def test_a_guide_works_as_it_stands(page, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["PYTHONPATH"] = str(checkout / "typings")
+    # The files that a guide writes are as the project wants its own.
+    made = re.findall(r"^cat > (\S+\.py) <<", script, flags=re.MULTILINE)
+    typed = [f"typings/crescendo/{path}" if path.split("/")[0] in tops() else path for path in made]
+    checks = f"ruff format --diff {' '.join(made)}\nruff check {' '.join(made)}\nmypy {' '.join(typed)}\n"
     done = subprocess.run(
-        ["bash", "-euxo", "pipefail", "-c", script],
+        ["bash", "-euxo", "pipefail", "-c", script + (checks if made else "")],
         cwd=checkout,
         env=environment,
         stdout=subprocess.PIPE,

@@ -3,6 +3,8 @@
 import ast
 import doctest
 import importlib
+import os
+import re
 import subprocess
 import sys
 import venv
@@ -160,6 +162,7 @@ def test_the_editable_install_runs_from_anywhere():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_built_wheel_works_without_the_source_tree(tmp_path):
+    """From an empty folder, with a method in a file of one's own: the guide for that is typed as it stands."""
     subprocess.run([sys.executable, "-m", "build", "--wheel", "-o", str(tmp_path), str(ROOT)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     venv.create(tmp_path / "v", with_pip=True)
@@ -171,3 +174,16 @@ def test_a_built_wheel_works_without_the_source_tree(tmp_path):
     )
     assert shown.returncode == 0, shown.stderr
     assert "debug.gin" in shown.stdout
+    page = (ROOT / "docs" / "guides" / "bring_your_own.md").read_text()
+    script = "".join(re.findall(r"^```sh\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL))
+    # The installed command too, which doesn't have the folder where it is typed on Python's path.
+    again = "crescendo train --module mine.py --config runs/mine/config.gin --run runs/again\n"
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "JAX_NUM_CPU_DEVICES")
+    }
+    environment["PATH"] = f"{python.parent}{os.pathsep}{environment['PATH']}"
+    (tmp_path / "empty").mkdir()
+    typed = ["bash", "-euxo", "pipefail", "-c", script + again]
+    done = subprocess.run(typed, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert len(list((tmp_path / "empty" / "runs").glob("**/config.gin"))) == 4
