@@ -204,7 +204,10 @@ class Candidate(NamedTuple):
 
 
 def measure(op_name: str, spec: Spec, passes: str, who: Sequence[Candidate], calls: int = 1) -> list[Result]:
-    """Compiles everyone's version of one call, or of a program of several, and times them; what fails says why."""
+    """Compiles everyone's version of one call, or of a program of several, and times them; what fails says why.
+
+    A peer that has no such call, of options that it doesn't take, is left out.
+    """
 
     def attempt(function: Callable, *arguments):
         try:
@@ -212,6 +215,8 @@ def measure(op_name: str, spec: Spec, passes: str, who: Sequence[Candidate], cal
         except Unsupported as reason:
             return str(reason)
         except Exception as error:
+            if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+                return None
             return f"{type(error).__name__}: {error}".split("\n")[0]
 
     def first(prepared: Prepared) -> Prepared:
@@ -229,13 +234,14 @@ def measure(op_name: str, spec: Spec, passes: str, who: Sequence[Candidate], cal
         future.result() if future else attempt(c.prepare, c.function, spec, passes, calls)
         for c, future in zip(who, begun, strict=True)
     ]
-    programs = [x if isinstance(x, str) else attempt(first, x) for x in programs]
-    seconds = iter(seconds_in_turns([x for x in programs if not isinstance(x, str)]))
+    taken = [(c, x) for c, x in zip(who, programs, strict=True) if x is not None]
+    taken = [(c, x if isinstance(x, str) else attempt(first, x)) for c, x in taken]
+    seconds = iter(seconds_in_turns([x for _, x in taken if not isinstance(x, str)]))
     return [
         Result(op_name, spec.name, c.name, passes, None, error=x)
         if isinstance(x, str)
         else Result(op_name, spec.name, c.name, passes, next(seconds) / x.calls, x.extra_bytes)
-        for c, x in zip(who, programs, strict=True)
+        for c, x in taken
     ]
 
 
@@ -373,8 +379,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with console.status("") as status:
         for number, (spec, passes) in enumerate(calls, 1):
             status.update(f"{number} of {len(calls)}: {spec.name}, {passes}")
-            results += measure(arguments.op, spec, passes, who, arguments.calls)
-            for result in results[-len(who) :]:
+            found = measure(arguments.op, spec, passes, who, arguments.calls)
+            results += found
+            for result in found:
                 console.print("  ".join(row(result, spec, best_peers(arguments.op, results))))
     console.print(table(arguments.op, results, chosen))
     args, options = chosen[0].abstract()

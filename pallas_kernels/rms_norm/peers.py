@@ -11,6 +11,8 @@ from crescendo.pallas_kernels.rms_norm import reference
 def _plain(x, scale, *, eps, residual=None):
     h = x if residual is None else x + residual
     wide = h.astype(jnp.float32)
+    if scale.ndim > 1:  # of each example
+        scale = jnp.expand_dims(scale, tuple(range(scale.ndim - 1, x.ndim - 1)))
     y = (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + eps) * scale).astype(x.dtype)
     return y if residual is None else (y, h)
 
