@@ -44,10 +44,12 @@ def spent(run: Run) -> Spent | None:
     if not run.time:
         return None
     total, training = run.time["wall_seconds"], run.time["seconds"]
-    parts = [run.time[f"{part}_seconds"] for part in ("compile", "evaluation", "saving", "lost")]
-    other = max(0.0, total - training - sum(parts))
+    compiling, evaluating, saving, lost = (
+        run.time[f"{part}_seconds"] for part in ("compile", "evaluation", "saving", "lost")
+    )
+    other = max(0.0, total - training - compiling - evaluating - saving - lost)
     goodput = (training - _skipped_seconds(run)) / total if total > 0 else math.nan
-    return Spent(total, training, *parts, other, goodput)
+    return Spent(total, training, compiling, evaluating, saving, lost, other, goodput)
 
 
 def _skipped_seconds(run: Run) -> float:

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optax
@@ -59,12 +59,14 @@ def _private():
 """
 
 
-def assembled(*, optimizer: object, policy: object, documents: object, task: Callable, model: object) -> dict:
+def assembled(
+    *, optimizer: object, policy: object, documents: object, task: Callable[..., object], model: object
+) -> dict:
     return dict(locals())
 
 
 @pytest.fixture
-def own_file(tmp_path: Path, monkeypatch, request) -> Callable[[str], Path]:
+def own_file(tmp_path: Path, monkeypatch, request) -> Iterator[Callable[[str], Path]]:
     """`own_file(text)`: a file of a name of its own; what this process has loaded is forgotten afterwards."""
     monkeypatch.setattr(own_modules, "LOADED", [])
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -74,7 +76,12 @@ def own_file(tmp_path: Path, monkeypatch, request) -> Callable[[str], Path]:
         path.write_text(text)
         return path
 
-    return write
+    yield write
+    registry = configurables.gin.config._REGISTRY
+    for name in [name for name, _ in registry.items() if name.startswith("own_")]:
+        registry.pop(name)
+    for name in [name for name in configurables.FACTORIES if name.startswith("own_")]:
+        del configurables.FACTORIES[name]
 
 
 BINDINGS = (
@@ -92,7 +99,7 @@ BINDINGS = (
 
 @pytest.mark.parametrize("by", ["module", "import"])
 def test_what_a_module_defines_can_be_named_without_any_registration(own_file, by: str):
-    path = own_file(OWN.replace("own_", f"{by}_"))  # gin forgets no name
+    path = own_file(OWN.replace("own_", f"{by}_"))
     bindings = [binding.replace("own_", f"{by}_").replace("@Own", f"@{path.stem}.Own") for binding in BINDINGS]
     if by == "module":
         command.parser().parse_args(["--module", str(path)])
@@ -115,7 +122,7 @@ def test_what_a_module_defines_can_be_named_without_any_registration(own_file, b
 def test_a_name_that_crescendo_has_too_is_written_out(own_file):
     path = own_file("def lion(learning_rate: float) -> float:\n    return learning_rate\n")
     command.parser().parse_args(["--module", str(path)])
-    with pytest.raises(UserError, match=f"'lion' is the name of several: write one of .*{path.stem}.lion"):
+    with pytest.raises(UserError, match=f"'lion' means several: write {path.stem}.lion or optim.lion"):
         configurables.bind(assembled, [], ["assembled.model = @lion()"])
 
 
