@@ -12,6 +12,7 @@ from rich.console import Console
 
 from crescendo import parallel
 from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.configs import own_modules
 from crescendo.experiments.data.text_data import TextData, held_out_text
 from crescendo.experiments.data.text_files import text_files
 from crescendo.experiments.reports.held_out import means_table
@@ -121,6 +122,7 @@ def _sets(folder: Path, words: Sequence[str], field: str) -> TextData:
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     result = plain_parser("Evaluate a trained run on its held-out sets or on other files.", EXAMPLES)
+    own_modules.add_option(result)
     add = result.add_argument
     add("run", type=Path, metavar="RUN", help="a run's folder")
     says = "text files or globs, in sets by name (default: the run's own held-out sets)"

@@ -157,14 +157,7 @@ def _register(experiment: Callable) -> Callable:
 def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
     """An argument parser with `--module`, `--config` and `--set`."""
     result = plain_parser(description, epilog)
-    result.add_argument(
-        "--module",
-        action="append",
-        type=own_modules.load,
-        default=[],
-        metavar="FILE.py",
-        help="a Python file of your own, or a module's name: configs can name its functions; may be repeated",
-    )
+    own_modules.add_option(result)
     result.add_argument(
         "--config",
         action="append",

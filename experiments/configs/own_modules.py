@@ -1,5 +1,6 @@
 """Modules of a person's own, whose functions configs can name: `--module myopt.py`, or `import myopt` in a config."""
 
+import argparse
 import dataclasses
 import importlib
 import importlib.util
@@ -16,6 +17,18 @@ from crescendo.experiments.runtime.errors import UserError
 _PACKAGE = Path(__file__).resolve().parents[2]
 LOADED: list[str] = []
 """The modules that were asked for, in order: configs that are read later import them."""
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--module` to a command that reads configs."""
+    parser.add_argument(
+        "--module",
+        action="append",
+        type=load,
+        default=[],
+        metavar="FILE.py",
+        help="a Python file of your own, or a module's name: configs can name its functions; may be repeated",
+    )
 
 
 def load(text: str) -> str:
