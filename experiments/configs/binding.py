@@ -40,18 +40,14 @@ gin.config._FILE_READERS.insert(0, (lambda path: io.StringIO(read_text(Path(path
 
 def _checked(factory: Callable, called: str | None = None) -> Callable:
     """`factory`, its arguments checked against their annotations: a mistake in a config is a `UserError`."""
-    signature, called = _signature(factory), called or factory.__name__
+    signature, called = own_modules.signature(factory), called or factory.__name__
 
     @functools.wraps(factory)
     def call(*args, **kwargs):
         bound = _all_given(signature, called, args, kwargs)
         for name, value in bound.arguments.items():
-            annotation = signature.parameters[name].annotation
-            if (
-                annotation is inspect.Parameter.empty
-                or isinstance(annotation, str)
-                or signature.parameters[name].kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-            ):
+            annotation, kind = signature.parameters[name].annotation, signature.parameters[name].kind
+            if annotation is inspect.Parameter.empty or kind in (kind.VAR_KEYWORD, kind.VAR_POSITIONAL):
                 continue
             try:
                 typeguard.check_type(value, annotation)
@@ -64,14 +60,6 @@ def _checked(factory: Callable, called: str | None = None) -> Callable:
 
     call.__signature__ = signature  # type: ignore[attr-defined]
     return call
-
-
-def _signature(factory: Callable) -> inspect.Signature:
-    """With annotations that are written as text read, where that can be done."""
-    try:
-        return inspect.signature(factory, eval_str=True)
-    except NameError:
-        return inspect.signature(factory)
 
 
 def _all_given(signature: inspect.Signature, called: str, args: tuple, kwargs: dict) -> inspect.BoundArguments:

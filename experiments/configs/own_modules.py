@@ -112,3 +112,12 @@ def offered(module: ModuleType) -> dict[str, Callable]:
         and (inspect.isfunction(value) or (inspect.isclass(value) and dataclasses.is_dataclass(value)))
         and value.__module__ == module.__name__
     }
+
+
+def signature(factory: Callable) -> inspect.Signature:
+    """Of a function whose annotations may be text; those that can't be read are left out."""
+    try:
+        return inspect.signature(factory, eval_str=True)
+    except NameError:
+        plain = inspect.signature(factory)
+        return plain.replace(parameters=[p.replace(annotation=p.empty) for p in plain.parameters.values()])
