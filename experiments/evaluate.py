@@ -23,6 +23,7 @@ from crescendo.experiments.runtime.cache import use_compilation_cache
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.errors import UserError, user_values
+from crescendo.experiments.runtime.files import local_path
 from crescendo.experiments.tasks.base import Task
 from crescendo.experiments.trainer.evaluate import make_evaluation
 from crescendo.experiments.trainer.session import max_microbatch_examples
@@ -124,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
     result = plain_parser("Evaluate a trained run on its held-out sets or on other files.", EXAMPLES)
     own_modules.add_option(result)
     add = result.add_argument
-    add("run", type=Path, metavar="RUN", help="a run's folder")
+    add("run", type=local_path, metavar="RUN", help="a run's folder")
     says = "text files or globs, in sets by name (default: the run's own held-out sets)"
     add("--data", nargs="+", metavar="[NAME=]PATH", help=says)
     add("--field", default="text", help="of .json, .jsonl and .parquet files (default text)")

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from crescendo.experiments.runs import trained
 from crescendo.experiments.runs.generation import generate, stream
@@ -11,6 +10,7 @@ from crescendo.experiments.runtime.cache import use_compilation_cache
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.encoding import check_typed, decoded
+from crescendo.experiments.runtime.files import local_path
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.generate runs/debug --prompt "def main("
@@ -23,7 +23,8 @@ def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     result = plain_parser("Continue a text with a trained model.", EXAMPLES)
     add = result.add_argument
-    add("run", type=Path, metavar="RUN", help="a run's folder, or one in Hugging Face's format")
+    add("run", type=local_path, metavar="RUN", help="a run's folder, or one in Hugging Face's format")
+    add("--at", type=int, metavar="EXAMPLES", help="the run's checkpoint at so many examples (default: the newest)")
     add("--prompt", default="", help="the text to go on from; - reads it from standard input (default: none)")
     add("--tokens", type=int, default=200, help="at most so many (default 200)")
     add("--temperature", type=float, default=1.0, help="0: always the likeliest token (default 1)")
@@ -36,11 +37,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     arguments = vars(parser().parse_args(argv))
-    run, prompt = arguments.pop("run"), arguments.pop("prompt")
+    run, at, prompt = arguments.pop("run"), arguments.pop("at"), arguments.pop("prompt")
     piped = prompt == "-"
     prompt = decoded(sys.stdin.buffer.read(), "standard input") if piped else check_typed(prompt, "--prompt")
     use_compilation_cache()
-    model = trained.load(run)
+    model = trained.load(run, at)
     longest = len(model.tokenizer.encode(prompt)) + arguments["tokens"]
     if model.max_length is not None and longest > model.max_length:
         print(f"note: trained on rows of {model.max_length} tokens, this may go to {longest}", file=sys.stderr)

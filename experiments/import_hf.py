@@ -16,6 +16,7 @@ from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.runs import hf
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import local_path
 from crescendo.experiments.trainer.training import train
 
 EXAMPLES = """examples:
@@ -57,8 +58,10 @@ def _asks_for_a_rate(optimizer: str) -> bool:
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     result = configurables.parser("Go on training a Llama or Qwen3 model with other text.", EXAMPLES)
-    result.add_argument("folder", type=Path, metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json")
-    result.add_argument("--run", help="the run's folder (default: runs/FOLDER-continued)")
+    result.add_argument(
+        "folder", type=local_path, metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json"
+    )
+    result.add_argument("--run", type=local_path, help="the run's folder (default: runs/FOLDER-continued)")
     result.add_argument(
         "--peak",
         type=float,
@@ -73,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     made = bindings(arguments.folder, arguments.peak)
     bound = configurables.bind(train, arguments.config or ["debug.gin"], arguments.set, own=made)
-    bound(run=arguments.run or f"runs/{arguments.folder.resolve().name}-continued")
+    bound(run=str(arguments.run or f"runs/{arguments.folder.resolve().name}-continued"))
 
 
 if __name__ == "__main__":

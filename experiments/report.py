@@ -6,7 +6,6 @@ as the mean of its seeds and their standard deviation.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -17,6 +16,7 @@ from crescendo.experiments.reports.seconds import seconds_table
 from crescendo.experiments.reports.write import write_arms
 from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.files import local_path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,8 +27,10 @@ def parser() -> argparse.ArgumentParser:
         "The first run is the baseline; runs whose names end in -seedN are averaged.",
         epilog="example: python -m crescendo.experiments.report runs/constant-2 runs/warmup --out report",
     )
-    result.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder")
-    result.add_argument("--out", metavar="FOLDER", type=Path, help="where to write (default: report in the first RUN)")
+    result.add_argument("runs", metavar="RUN", nargs="+", type=local_path, help="a run folder")
+    result.add_argument(
+        "--out", metavar="FOLDER", type=local_path, help="where to write (default: report in the first RUN)"
+    )
     result.add_argument("--title", help="the page's title")
     return result
 

@@ -17,7 +17,7 @@ from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.runs.run import is_complete
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import file_access
+from crescendo.experiments.runtime.files import file_access, local_path
 from crescendo.experiments.sweeps.finished import check_points, check_used
 from crescendo.experiments.sweeps.launchers import Local, Ray
 from crescendo.experiments.sweeps.points import axis, enumerate_points, samples, spaces, zipped
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         help="ray: on the cluster at RAY_ADDRESS, a GPU each; slurm: print an array script; none: start nothing, and "
         "make the report of what has finished (default local)",
     )
-    add("--run", default="runs/sweep", help="the folder for the runs and the report")
+    add("--run", type=local_path, default=Path("runs/sweep"), help="the folder for the runs and the report")
     return result
 
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     typed = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(typed)
-    configs, folder, console = arguments.config or ["debug.gin"], Path(arguments.run), Console()
+    configs, folder, console = arguments.config or ["debug.gin"], arguments.run, Console()
     if bool(arguments.parts) == bool(arguments.search):
         raise UserError("give either --grid and --zip or --search; a search takes a list as NAME = choice(VALUE, ...)")
     for name in ("jobs", "trials"):

@@ -13,6 +13,7 @@ from crescendo.experiments.configs.settings import settings
 from crescendo.experiments.planning import run
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError, hosts_lost, user_values
+from crescendo.experiments.runtime.files import local_path
 from crescendo.experiments.trainer.training import train
 from crescendo.pallas_kernels.console import output_console
 from crescendo.parallel import hosts
@@ -31,7 +32,11 @@ The same command goes on where an interrupted run stopped."""
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     result = configurables.parser("Train a model.", EXAMPLES)
-    result.add_argument("--run", help="the run's folder (default: runs/NAME of the last config)")
+    result.add_argument(
+        "--run",
+        type=local_path,
+        help="the run's folder (default: runs/NAME of the last config, runs/RUN-again of RUN/config.gin)",
+    )
     result.add_argument(
         "--hosts",
         metavar="auto|HOST:PORT,INDEX,COUNT",
@@ -47,6 +52,18 @@ def parser() -> argparse.ArgumentParser:
         "--join-seconds", type=float, default=300.0, help="how long to wait for the other processes (default 300)"
     )
     return result
+
+
+def default_run(configs: Sequence[str]) -> str:
+    """The folder of a run that names none: after its last config, or after the run whose `config.gin` that is.
+
+    >>> default_run(["lm_30m.gin", "books.gin"])
+    'runs/books'
+    """
+    last = Path(configs[-1])
+    if last.name == "config.gin" and last.with_name("run.json").is_file():
+        return f"runs/{last.resolve().parent.name}-again"
+    return f"runs/{last.stem}"
 
 
 def list_settings(word: str) -> None:
@@ -84,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         return
     with hosts_lost():
-        bound(run=arguments.run or f"runs/{Path(configs[-1]).stem}")
+        bound(run=str(arguments.run or default_run(configs)))
 
 
 if __name__ == "__main__":

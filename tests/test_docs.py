@@ -12,11 +12,13 @@ import shutil
 import subprocess
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from crescendo.experiments import __main__ as command_table
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.trainer.training import train
@@ -29,6 +31,10 @@ GUIDES = [page for page in PAGES if page.parent.name == "guides"]
 MARK = "<!-- not run by the tests: "
 # Named after one module and run by another.
 RUN_BY = {f"crescendo.{leaf}.describe": "crescendo.experiments.describe" for leaf in ("models", "parallel")}
+
+
+ARGUMENTS = r"""((?:'[^'`]*'|"[^"`]*"|[^`\n|>'"])*)"""
+BY_MODULE, BY_NAME = r"python -m (crescendo[\w.]+)", r"(?:^|`|/bin/)crescendo ([a-z]\w*)"
 
 
 class Block(NamedTuple):
@@ -61,22 +67,36 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """(module, arguments) of every command on any page, but for placeholders in capitals and what a page makes."""
+def commands(pages: Sequence[Path] = PAGES) -> list[tuple[str, list[str]]]:
+    """(module, arguments) of every command on the pages, but for placeholders in capitals and what a page makes.
+
+    A command by the one name, `crescendo NAME`, is of the module that runs them all.
+    """
     found = {}
-    for page in PAGES:
+    for page in pages:
         text = page.read_text().replace("\\\n", " ")
         written = re.findall(r"cat > (\S+)\.py", text)
         made = {word for path in written for word in (*path.split("/")[1:], f"{path}.py")}
-        for match in re.finditer(r"""python -m (crescendo[\w.]+)((?:'[^'`]*'|"[^"`]*"|[^`\n|>'"])*)""", text):
-            typed = re.split(" && ", match.group(2))[0]
+        for match in re.finditer(rf"{BY_MODULE}{ARGUMENTS}|{BY_NAME}{ARGUMENTS}", text, flags=re.MULTILINE):
+            by_module = match[1] is not None
+            module = match[1] if by_module else command_table.__name__
+            typed = re.split(" && ", match[2] if by_module else match[3] + match[4])[0]
             if text[match.end() : match.end() + 1] == ">":  # of `2>&1` the number is not an argument
                 typed = re.sub(r" \d$", "", typed)
             words = shlex.split(typed, comments=True)
             placeholders = any(re.fullmatch(r"[A-Z]{1,9}", word) for word in words)
-            if not placeholders and not made & {match.group(1).split(".")[-1], *words}:
-                found[match.group(1), tuple(words)] = page
+            if not placeholders and not made & {module.split(".")[-1], *words}:
+                found[module, tuple(words)] = page
     return [(module, list(words)) for module, words in found]
+
+
+def of_the_readme() -> list[list[str]]:
+    """The README's commands, however they stand there, by the one name."""
+    names = {command.module: name for name, command in command_table.commands().items()}
+    return [
+        words if module == command_table.__name__ else [names[RUN_BY.get(module, module)], *words]
+        for module, words in commands([ROOT / "README.md"])
+    ]
 
 
 class Parsed(Exception):  # noqa: N818
@@ -118,6 +138,11 @@ def test_every_setting_that_a_page_shows_is_one(module, words):
     refused = re.search(re.escape(known.set[-1]) + "' \\|\\| echo", TEXT)
     with pytest.raises(UserError) if refused else contextlib.nullcontext():
         configurables.bind(train, shipped or ["debug.gin"], known.set)
+
+
+@pytest.mark.parametrize("words", of_the_readme(), ids=" ".join)
+def test_every_command_of_the_readme_goes_by_the_one_name(words, monkeypatch, capsys):
+    test_every_command_is_understood("crescendo.experiments.__main__", words, monkeypatch, capsys)
 
 
 DESCRIBED = {" ".join(words): words for module, words in commands() if module.endswith(".describe")}

@@ -170,7 +170,8 @@ def bind(
 
     Args:
       experiment: a function with annotated parameters; configs name it by its own name. Where it has parameters
-        `operative_config` and `written`, it is given the functions of these names, the latter of a parameter's name.
+        `operative_config`, `differences` and `written`, it is given the functions of these names, the last of a
+        parameter's name.
       configs: paths of gin files, or names of shipped ones. What they bind and nothing uses is warned of in a line when
         the experiment is called.
       bindings: gin statements that a person typed, such as `"train.total_examples = 100"`.
@@ -191,6 +192,7 @@ def bind(
     parameters = inspect.signature(experiment).parameters
     own_values = {
         "operative_config": operative_config,
+        "differences": differences,
         "written": functools.partial(references.written, _name(experiment)),
     }
     own_values = {name: value for name, value in own_values.items() if name in parameters}
@@ -313,9 +315,10 @@ def _own_errors() -> Iterator[None]:
     """Gin raises a look-alike that says where in the config a call stood; the first line is ours."""
     try:
         yield
-    except (UserError, Interrupted) as stop:
-        kind = UserError if isinstance(stop, UserError) else Interrupted
-        raise kind(str(stop).splitlines()[0]) from None
+    except UserError as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    except Interrupted as stop:
+        raise Interrupted(str(stop).splitlines()[0], stop.reason) from None
 
 
 def operative_config() -> str:

@@ -13,13 +13,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from crescendo.experiments.runtime import cache
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import local_path
 
 PROGRESS_AFTER_SECONDS = 1.0
 
 
 def cache_root(directory: str | os.PathLike | None = None) -> Path:
     """The folder for prepared data: `directory`, or where None the project's own."""
-    return cache.folder() if directory is None else Path(directory).expanduser().absolute()
+    return cache.folder() if directory is None else local_path(directory).expanduser().absolute()
 
 
 def prepared(folder: Path, build: Callable[[Path], None]) -> Path:

@@ -96,13 +96,16 @@ def _measured(run: Run) -> dict[str, str]:
 
 
 def _events(run: Run) -> list[str]:
-    """The run's batch-size changes and warnings, a sentence each."""
+    """The run's changes of batch size and settings, and its warnings, a sentence each."""
     sentences = []
     for record in run.events:
         at = f"{record['examples_seen'] / run.info['total_examples']:.0%}"
         if record["kind"] == "batch_size":
             change = f"batch size {record['from']:,} → {record['to']:,}"
             sentences.append(f"{at}: {change} at step {record['step']:,} ({record['reason']})")
+        elif record["kind"] == "setting":
+            change = f"{record['name']} {record['from']} → {record['to']}"
+            sentences.append(f"{at}: {change}, as the run went on from step {record['step']:,}")
         elif record["kind"] == "warning":
             sentences.append(f"{at}: {record['message']} (step {record['step']:,})")
     more = len(sentences) - _MAX_EVENTS

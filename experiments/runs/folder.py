@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,30 @@ def write_info(folder: Path, info: Mapping[str, Any], config: str) -> None:
         replace_file(folder / "config.gin", config.encode())
 
 
+def changed_settings(
+    folder: Path, differences: Callable[..., tuple[dict[str, str], dict[str, str]]], but_for: Collection[str] = ()
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The settings of the folder's `config.gin` that have another value now: `(before, now)`, text by name.
+
+    Args:
+      folder: the run's; without a `config.gin` nothing has changed.
+      differences: of an earlier configuration's text and what is bound now.
+      but_for: settings that may differ, beside the run's label.
+
+    Raises:
+      UserError: a file that is no configuration.
+    """
+    path = folder / "config.gin"
+    if not path.is_file():
+        return {}, {}
+    with file_access("read", path):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return differences(text, but_for={"train.label", *but_for})
+    except SyntaxError:
+        raise UserError(f"{path} is damaged: restore it, or give another folder with --run") from None
+
+
 def check_resumable(folder: Path, before: Mapping[str, Any], version: int, fixed: Mapping[str, Any]) -> None:
     """That a training run is what it was when it was begun.
 
@@ -104,13 +128,21 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
     Raises:
       UserError: names each field that differs, with both values, and what stands behind those that are hashes.
     """
-    differing = [
+    if shown := differing(before, now):
+        raise UserError(f"the run in {folder} can't go on: {shown}: undo that, or give another folder with --run")
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 6) -> str:
+    """What differs between two nested mappings, in words; empty where nothing does.
+
+    >>> differing({"seed": 0, "model": {"width": 16}}, {"seed": 0, "model": {"width": 32}})
+    'model.width was 16 and is now 32'
+    """
+    every = [
         f"{name} was {old} and is now {new}" + (f", a hash of {HASHED[name]}" if name in HASHED else "")
         for name, old, new in _differences(before, now)
     ]
-    if differing:
-        shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
-        raise UserError(f"the run in {folder} can't go on: {shown}: undo that, or give another folder with --run")
+    return "; ".join(every[:most]) + (f"; and {len(every) - most} more" if len(every) > most else "")
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -144,12 +176,15 @@ def _version(package: str) -> str | None:
 def _git_commit() -> str | None:
     """The commit of the source tree that is running, with `+` behind it where files differ from it."""
     root = Path(__file__).resolve().parents[2]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         described = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
             capture_output=True,
             text=True,
             timeout=10,
+            # A package that is installed inside of somebody else's repository has no commit.
+            env=environment | {"GIT_CEILING_DIRECTORIES": str(root.parent)},
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -6,6 +6,7 @@ are outputs x inputs, one tensor a layer, with a head's rows together.
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,8 @@ def write_folder(folder: Path, config: ModelConfig, parameters: Mapping, tokeniz
             (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         save_file(hf_tensors(config, parameters), folder / "model.safetensors", metadata={"format": "pt"})
+        # Which was made as a temporary file, for its owner alone.
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def _files_of_index(folder: Path) -> set[str]:

@@ -2,9 +2,10 @@
 
 A record is a flat dict with at least `kind` and `examples_seen`. Kinds: `train` (one a step), `validation`, `probe`
 (what a probe saw), `sample` (what the model adds to a text: `prompt`, `text`), `time` (where the run's seconds went so
-far), `batch_size` (a change: `from`, `to`, `reason`) and `warning` (`message`). Losses are in nats a token, or whatever
-the task's unit is; `examples_seen`, `tokens_seen` (`images_seen`, ...) and `step` are counted after the step. Null
-stands for what isn't known, and for a number that isn't finite, which JSON doesn't have.
+far), `batch_size` (a change: `from`, `to`, `reason`), `setting` (one that a run which went on was given otherwise:
+`name`, `from`, `to`, as gin's text) and `warning` (`message`). Losses are in nats a token, or whatever the task's unit
+is; `examples_seen`, `tokens_seen` (`images_seen`, ...) and `step` are counted after the step. Null stands for what
+isn't known, and for a number that isn't finite, which JSON doesn't have.
 """
 
 import json

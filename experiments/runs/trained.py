@@ -1,4 +1,4 @@
-"""A trained model, read from a run's newest checkpoint or from a folder in Hugging Face's format."""
+"""A trained model, read from a run's newest or chosen checkpoint or from a folder in Hugging Face's format."""
 
 import dataclasses
 from pathlib import Path
@@ -35,13 +35,33 @@ class Trained(NamedTuple):
     examples_seen: int | None
 
 
-def load(folder: Path) -> Trained:
-    """The model in a run folder (its newest complete checkpoint) or in a folder in Hugging Face's format.
+def named(text: str) -> tuple[Path, int | None]:
+    """A folder and, where the text is `RUN@EXAMPLES`, the checkpoint that is meant; else None.
+
+    >>> named("runs/stable@4096"), named("runs/stable")
+    ((PosixPath('runs/stable'), 4096), (PosixPath('runs/stable'), None))
+    """
+    folder, at, examples = text.rpartition("@")
+    if not at or not folder or not examples.isdecimal() or Path(text).is_dir():
+        return Path(text), None
+    return Path(folder), int(examples)
+
+
+def load(folder: Path, at: int | None = None) -> Trained:
+    """The model in a run folder or in a folder in Hugging Face's format.
+
+    Args:
+      folder: of either kind.
+      at: which checkpoint of a run, by its examples; None: the newest complete one.
 
     Raises:
       UserError: if it is neither, has no checkpoint or no tokenizer, or is damaged.
     """
     if (folder / "config.json").is_file():
+        if at is not None:
+            raise UserError(
+                f"{folder} is in Hugging Face's format, which has no checkpoint at {at} examples: leave it out"
+            )
         config = hf.read_config(folder)
         parameters, max_length, examples_seen = hf.read_parameters(folder, config), None, None
     else:
@@ -52,7 +72,7 @@ def load(folder: Path) -> Trained:
             raise UserError(f"{folder / 'run.json'} doesn't describe a decoder ({error})") from None
         here = config.for_platform(jax.default_backend())
         shapes = jax.eval_shape(lambda: models.initialize(here, jax.random.key(0)))
-        parameters, examples_seen = saved_parameters(folder, shapes)
+        parameters, examples_seen = saved_parameters(folder, shapes, at)
         max_length = run.info["sequence_length"]
     path = folder / "tokenizer.json"
     if not path.is_file():

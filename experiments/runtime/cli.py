@@ -6,11 +6,19 @@ import sys
 from collections.abc import Callable
 
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.interruption import Interrupted
+from crescendo.experiments.runtime.interruption import Interrupted, second_ctrl_c_ends
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Calls `main()`; a `UserError` becomes one line on standard error and exit code 2, Ctrl-C one and 130."""
+    """Calls `main()`; a `UserError` becomes one line on standard error and exit code 2, Ctrl-C one and 130.
+
+    A command that stopped where it can go on ends with 128 and the signal's number; a second Ctrl-C ends it at once.
+    """
+    with second_ctrl_c_ends():
+        _run_command(main)
+
+
+def _run_command(main: Callable[[], object]) -> None:
     if not (sys.stdout.isatty() or sys.stderr.isatty()):
         # A notebook's kernel sets FORCE_COLOR, which makes rich redraw lines in what is no terminal.
         os.environ.setdefault("TTY_COMPATIBLE", "0")
@@ -24,6 +32,9 @@ def run_command(main: Callable[[], object]) -> None:
         sys.exit(2)
     except Interrupted as stopped:
         print(stopped)
+        sys.stdout.flush()
+        if stopped.exit_code:
+            sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         print("interrupted; what was saved is kept, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from crescendo.experiments.runtime.files import local_path
+
 # What `--config` and `--set` give, which come with the parser that reads configs.
 _PARAMETERS = {"config": "configs", "set": "bindings"}
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
@@ -105,7 +107,11 @@ def _kind(name: str, annotation: Any, default: Any) -> dict[str, Any]:
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction if default else "store_true", "default": default}
     if annotation in _METAVARS:
-        return {"type": annotation, "metavar": _METAVARS[annotation], "default": default}
+        return {
+            "type": local_path if annotation is Path else annotation,
+            "metavar": _METAVARS[annotation],
+            "default": default,
+        }
     raise TypeError(f"{name}: no option can be made of {annotation}")
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,28 @@ def file_access(action: str, path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot {action} {path}: {reason}; mend that or choose another path") from error
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """A path of the file-systems of this machine: runs lock their folder and append to its files.
+
+    Raises:
+      UserError: for an address, of an object store say. As a path it would be a folder of the name `gs:`.
+
+    >>> local_path("runs/first")
+    PosixPath('runs/first')
+    >>> local_path("gs://bucket/first")
+    Traceback (most recent call last):
+    ...
+    crescendo.experiments.runtime.errors.UserError: gs://bucket/first is no path of this machine's: ...
+    """
+    text = os.fspath(path)
+    if address := re.match(r"([a-zA-Z][\w+.-]+):/", text):
+        raise UserError(
+            f"{text} is no path of this machine's: a run locks its folder and appends to files, which {address[1]}:// "
+            "can't: give a folder on a disk and copy the run there afterwards, or mount the bucket as a file-system"
+        )
+    return Path(text)
 
 
 class Appender:

@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -16,9 +17,29 @@ from jax.experimental import multihost_utils
 
 from crescendo.experiments.runtime.errors import UserError
 
+TIME_IS_UP = "the time is up"
+
 
 class Interrupted(Exception):  # noqa: N818 (a request carried out, not an error)
-    """The run was asked to stop, and has saved; commands print it and exit with code 0."""
+    """The run was asked to stop, and has saved; commands print it and exit with `exit_code`.
+
+    Args:
+      message: what was stopped, and how to go on.
+      reason: the signal's name, or whatever else asked.
+
+    >>> Interrupted("saved", "SIGTERM").exit_code, Interrupted("saved", "the time is up").exit_code
+    (143, 0)
+    """
+
+    def __init__(self, message: str, reason: str | None = None):
+        super().__init__(message)
+        self.reason = reason
+
+    @property
+    def exit_code(self) -> int:
+        """That of a process which a signal ended, so that no shell takes a part for the whole; 0 without a signal."""
+        number = signal.Signals.__members__.get(self.reason or "")
+        return 0 if number is None else 128 + number
 
 
 class Interruption:
@@ -70,6 +91,37 @@ class Interruption:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
 
+@contextlib.contextmanager
+def second_ctrl_c_ends() -> Iterator[None]:
+    """Within it a Ctrl-C after another one, or after SIGTERM, ends the process at once with code 130.
+
+    Whatever the main thread waits for: handlers of Python's wait until a compilation or a save gives it back.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    asked = threading.Event()
+
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if asked.is_set() and number[0] == signal.SIGINT:
+                if os.isatty(1):
+                    os.write(1, b"\x1b[?25h\n")  # the cursor, which the progress line hides
+                os._exit(128 + signal.SIGINT)
+            if number[0] in (signal.SIGINT, signal.SIGTERM):
+                asked.set()
+        os.close(reader)
+
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        # A process that was asked to end is watched to its end: it may wait for threads yet.
+        if not asked.is_set():
+            signal.set_wakeup_fd(before)
+            os.close(writer)
+
+
 def deadline(minutes: float | None) -> float:
     """When a command that may take so many minutes from now on is to stop, as `time.monotonic()` counts; None: never.
 
@@ -101,8 +153,8 @@ def interrupted_at(deadline: float) -> Iterator[None]:
     def ring(number: int, frame: FrameType | None) -> None:
         del number, frame
         if not Interruption.entered:
-            raise Interrupted("the time is up; the same command goes on")
-        Interruption.entered[-1].requested = "the time is up"
+            raise Interrupted(f"{TIME_IS_UP}; the same command goes on", TIME_IS_UP)
+        Interruption.entered[-1].requested = TIME_IS_UP
 
     if math.isinf(deadline):
         yield

@@ -39,6 +39,7 @@ class Cells[Key: tuple](Results[Key]):
         super().__init__(folder, name, type(cells[0]))
         self.check_same(fixed)
         self.cells = list(cells)
+        self._stopped_by: str | None = None
 
     @property
     def left(self) -> list[Key]:
@@ -55,7 +56,8 @@ class Cells[Key: tuple](Results[Key]):
         with Interruption() as interruption:
             for record in records:
                 self.add(record)
-                if interruption.requested or time.monotonic() > deadline:
+                self._stopped_by = interruption.requested
+                if self._stopped_by or time.monotonic() > deadline:
                     break
 
     def check_finished(self) -> None:
@@ -66,5 +68,6 @@ class Cells[Key: tuple](Results[Key]):
         """
         if left := len(self.left):
             raise Interrupted(
-                f"{left} of {len(self.cells)} {self.path.stem} are left in {self.folder}; the same command goes on"
+                f"{left} of {len(self.cells)} {self.path.stem} are left in {self.folder}; the same command goes on",
+                self._stopped_by,
             )

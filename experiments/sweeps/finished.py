@@ -28,11 +28,7 @@ def is_finished(run: Path, *, but_for: Collection[str] = ()) -> bool:
         return False
     earlier = read_run(run)
     from_python.check_repeatable(earlier.config, f"{run / 'config.gin'}")
-    try:
-        before, now = configurables.differences(earlier.config, but_for={"train.label", *but_for})
-    except SyntaxError:
-        raise UserError(f"{run / 'config.gin'} is damaged: restore it, or give another folder with --run") from None
-    run_folder.check_same(run, before, now)
+    run_folder.check_same(run, *run_folder.changed_settings(run, configurables.differences, but_for))
     if not is_complete(run):
         return False
     if of_run := earlier.info.get("fixed", {}).get("data"):  # a run that goes on compares this itself

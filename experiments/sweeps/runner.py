@@ -5,6 +5,7 @@ Each is a run of the training command, in a process and a folder of its own: one
 
 import math
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,8 @@ from crescendo.experiments.trainer.training import train
 _POLL_SECONDS = 0.2
 _SHOWN = 20
 _ENDED = ("done", "pruned", "failed")
+# The codes of a run that a signal stopped, with or without time to save.
+_INTERRUPTED = [code for number in (signal.SIGINT, signal.SIGTERM) for code in (128 + number, -number)]
 
 
 class Job(NamedTuple):
@@ -235,7 +238,7 @@ def run_points(
                     status = "done"
                 elif name in pruned:
                     status = "pruned"
-                elif code == 0 or stopped:
+                elif stopped or code in _INTERRUPTED:
                     status = "interrupted"
                 else:
                     status, why = "failed", f"exit code {code}: {_last_line(folder / f'{name}.log')}"
@@ -248,7 +251,9 @@ def run_points(
                 time.sleep(_POLL_SECONDS)
     outcomes.save()
     if interruption.requested:
-        raise Interrupted(f"{interruption.requested}: the sweep in {folder} stopped; the same command goes on")
+        raise Interrupted(
+            f"{interruption.requested}: the sweep in {folder} stopped; the same command goes on", interruption.requested
+        )
 
 
 def _last_line(log: Path) -> str:

@@ -50,7 +50,7 @@ def run(
     feed: Feed | None = None,
     batch_sizes: DecidedBatchSizes | None = None,
     events: Sequence[Event] = (),
-    stop: Callable[[], object] = lambda: None,
+    stop: Callable[[Clock], object] = lambda clock: None,
     max_bad_steps: int = 10,
 ) -> tuple[TrainState, Clock]:
     """Trains from the clock to `end` examples, or until asked to stop.
@@ -64,7 +64,7 @@ def run(
       feed: gives the batches; None: the session's.
       batch_sizes: which batch comes next; None: what the policy in the state decides.
       events: what happens between steps, in this order.
-      stop: looked at before every step.
+      stop: asked before every step.
       max_bad_steps: give up after so many steps in a row that changed nothing.
 
     Returns:
@@ -94,7 +94,7 @@ def run(
 
     recorder.restart_timer()
     with jax.transfer_guard("disallow"):
-        while clock.examples_seen < end and not stop():
+        while clock.examples_seen < end and not stop(clock):
             start = clock.examples_seen
             examples = min(clock.batch_size, end - start)
             state, metrics = session.step(state, feed.read(start, examples))

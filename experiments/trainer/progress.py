@@ -15,8 +15,8 @@ from crescendo.experiments.runtime.text import RunningMean, compact, duration
 class ProgressLine:
     """Shows how a run goes: a live line on a terminal; elsewhere a plain line now and then, and the last one.
 
-    Batch-size changes and warnings are printed above it to stay. The loss and the throughput are means over the last 2%
-    of the run. What doesn't fit the terminal's width is left out, least important first.
+    Changes of the batch size and of settings, and warnings, are printed above it to stay. The loss and the throughput
+    are means over the last 2% of the run. What doesn't fit the terminal's width is left out, least important first.
 
     Args:
       total_examples: where the run ends.
@@ -59,6 +59,8 @@ class ProgressLine:
             self._validation, self._unshown = record, True
         elif record["kind"] == "batch_size":
             self._say(record, f"batch size {record['from']:,} → {record['to']:,} ({record['reason']})", "cyan")
+        elif record["kind"] == "setting":
+            self._say(record, f"{record['name']} {record['from']} → {record['to']}", "cyan")
         elif record["kind"] == "sample":
             self._say(record, f"{record['prompt']!r} → {record['text']!r}", "green")
         elif record["kind"] == "warning":

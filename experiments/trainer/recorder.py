@@ -108,6 +108,11 @@ class Recorder:
         """Reports a change of the batch size, from the next batch on."""
         self.observe({"kind": "batch_size", **self._place(clock), "from": before, "to": after, "reason": reason})
 
+    def settings(self, clock: Clock, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+        """Reports what is set otherwise from here on, by name."""
+        for name, value in now.items():
+            self.observe({"kind": "setting", **self._place(clock), "name": name, "from": before[name], "to": value})
+
     def _place(self, clock: Clock) -> dict:
         return {
             "step": clock.steps,

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from crescendo.experiments.runs import trained
 from crescendo.experiments.runs.checkpoint import Checkpoints
 from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runs.state import Clock, TrainState
-from crescendo.experiments.runs.trained import load, saved_parameters
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.trainer.session import Session
 from crescendo.experiments.trainer.shapes import describe_arrays
@@ -28,11 +28,11 @@ def fresh_state(session: Session, initialize_from: str | None = None) -> TrainSt
     """
     if initialize_from is None:
         return session.fresh_state()
-    folder, wanted = Path(initialize_from), session.abstract_state.parameters
+    (folder, at), wanted = trained.named(initialize_from), session.abstract_state.parameters
     if (folder / "run.json").is_file():
-        parameters, _ = saved_parameters(folder, _stored_shapes(folder, wanted, initialize_from))
+        parameters, _ = trained.saved_parameters(folder, _stored_shapes(folder, wanted, initialize_from), at)
     else:
-        parameters = load(folder).parameters
+        parameters = trained.load(folder, at).parameters
 
     def fit(path, have, want):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -59,10 +59,10 @@ def state_of(start_from: str, session: Session) -> tuple[TrainState, Clock]:
       UserError: for another form, a run or a checkpoint that isn't there, arrays that aren't this session's, or a
         checkpoint at or past the end of this run.
     """
-    folder, _, examples = start_from.rpartition("@")
-    if not folder or not examples.isdigit():
+    folder, examples = trained.named(start_from)
+    if examples is None:
         raise UserError(f"train.start_from = {start_from!r} must be RUN@EXAMPLES, such as 'runs/stable@4096'")
-    before, now = read_run(Path(folder)).info.get("fixed", {}).get("arrays"), describe_arrays(session.abstract_state)
+    before, now = read_run(folder).info.get("fixed", {}).get("arrays"), describe_arrays(session.abstract_state)
     if before != now:
         differing = sorted(name for name in {*(before or {}), *now} if (before or {}).get(name) != now.get(name))
         raise UserError(
@@ -70,16 +70,16 @@ def state_of(start_from: str, session: Session) -> tuple[TrainState, Clock]:
             f"{differing[0]}: use its model, optimizer and batch-size policy, or train.initialize_from for its "
             "parameters alone"
         )
-    if session.end_from(int(examples)) <= int(examples):
+    if session.end_from(examples) <= examples:
         raise UserError(
             f"train.start_from = {start_from!r} lies at or past the end of this run, or less than a microbatch of "
             f"{session.plan.microbatch_examples} before it: train.total_examples = {session.total_examples}; raise "
             "that, since the clock goes on"
         )
-    if not (Path(folder) / "checkpoints").is_dir():
+    if not (folder / "checkpoints").is_dir():
         raise UserError(f"train.start_from = {start_from!r}: {folder} has no checkpoint yet")
-    with Checkpoints(Path(folder) / "checkpoints", read_only=True) as checkpoints:
-        state, clock = checkpoints.restore_at(int(examples), session.abstract_state)
+    with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+        state, clock = checkpoints.restore_at(examples, session.abstract_state)
     return state, dataclasses.replace(clock, seconds=0.0)
 
 

@@ -1,9 +1,9 @@
 """A training run in a folder: configuration, checkpoints, records, and the loop between them."""
 
 import contextlib
-import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,35 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from crescendo import optim
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs.checkpoint import Checkpoints
 from crescendo.experiments.runs.records import Record, read_records
-from crescendo.experiments.runs.run import is_complete, last_validation
+from crescendo.experiments.runs.run import is_complete
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime import from_python, hardware
 from crescendo.experiments.runtime.cache import CompilationCounter, use_compilation_cache
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import file_access, replace_file
-from crescendo.experiments.runtime.interruption import Interrupted, Interruption
+from crescendo.experiments.runtime.files import file_access, local_path, replace_file
+from crescendo.experiments.runtime.interruption import Interruption
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.announcing import announce, announce_compiled
 from crescendo.experiments.trainer.observers import run_observers
 from crescendo.experiments.trainer.probes import Probe
 from crescendo.experiments.trainer.recorder import Recorder
+from crescendo.experiments.trainer.run_files import RunFiles
 from crescendo.experiments.trainer.session import Session, check_positive
 from crescendo.experiments.trainer.shapes import describe_arrays
 from crescendo.experiments.trainer.starting import fresh_state, state_of
+from crescendo.experiments.trainer.stopping import Stops
 from crescendo.experiments.trainer.wall_clock import WallClock
+from crescendo.models.config import SPEED_FIELDS
 from crescendo.parallel import hosts
+
+# Settings that say how fast a run is, who sees it and where data are kept, and not what it computes.
+_AT_WILL = re.compile(
+    r"(.*/)?(train\.(writers|mesh|strategy|max_microbatch_examples)|(mesh|strategy)\.\w+"
+    rf"|\w+\.({'|'.join(SPEED_FIELDS)}|cache_directory))"
+)
 
 FORMAT = 2
 """Of what a run's folder says of itself and of the optimizer's state: raised when either changes its shape."""
@@ -60,83 +68,6 @@ def with_options_of(options: Callable, *, without: Sequence[str]) -> Callable[[C
     return decorate
 
 
-@dataclasses.dataclass
-class RunFiles:
-    """What a run keeps in its folder while it trains.
-
-    Attributes:
-      folder: the run's.
-      session: what trains.
-      checkpoints: in the folder.
-      recorder: writes its records.
-      evaluate: gives the metrics of a state on held-out rows.
-      best_loss: the lowest validation loss so far.
-      keep_best: whether the checkpoint of the lowest validation loss is kept.
-      validation: the latest validation record.
-      saved_at: the clock of the newest checkpoint.
-    """
-
-    folder: Path
-    session: Session
-    checkpoints: Checkpoints
-    recorder: Recorder
-    evaluate: Callable[[TrainState], dict[str, float]]
-    saved_at: int
-    keep_best: bool = False
-    best_loss: float = float("inf")
-    validation: dict = dataclasses.field(default_factory=dict)
-
-    def validate(self, clock: Clock, state: TrainState) -> None:
-        """Evaluates and records; saves a new best state where that is asked for."""
-        with self.recorder.wall.measure("evaluation"):
-            means = self.evaluate(state)
-        self.validation = self.recorder.validation(clock, means)
-        self.tell_time(clock)
-        if self.keep_best and self.validation["loss"] < self.best_loss:
-            self.best_loss = self.validation["loss"]
-            self.checkpoints.best = clock.examples_seen
-            self.save(clock, state)
-
-    def begin(self, clock: Clock) -> None:
-        """Records where the seconds went; the best so far is taken from the records, where its checkpoint is there."""
-        self.tell_time(clock)
-        if not self.keep_best:
-            return
-        there = set(self.checkpoints.saved())
-        for record in read_records(self.folder / "metrics.jsonl"):
-            if record["kind"] == "validation" and record["examples_seen"] in there and record["loss"] < self.best_loss:
-                self.best_loss, self.checkpoints.best = record["loss"], record["examples_seen"]
-
-    def save(self, clock: Clock, state: TrainState) -> None:
-        """Saves a checkpoint, unless this state's is saved.
-
-        Raises:
-          UserError: a state that isn't finite, which would never recover.
-        """
-        if self.saved_at == clock.examples_seen:
-            return
-        if not self.session.is_finite(state):
-            raise UserError(
-                f"parameters or what the optimizer keeps of them are not finite at {clock.examples_seen} examples: not "
-                f"saved; the checkpoints in {self.folder} are good: lower the learning rate, or begin another run"
-            )
-        with self.recorder.wall.measure("saving"):
-            averaged = self.session.averaged(state) if optim.has_evaluation_params(state.opt_state) else None
-            self.checkpoints.save(state, dataclasses.replace(clock, seconds=self.recorder.seconds), averaged)
-        self.saved_at = clock.examples_seen
-        self.tell_time(clock)
-
-    def finish(self, clock: Clock) -> None:
-        """Waits until all is on disk."""
-        with self.recorder.wall.measure("saving"):
-            self.checkpoints.wait()
-        self.tell_time(clock)
-
-    def tell_time(self, clock: Clock) -> None:
-        """Records where the seconds went."""
-        self.recorder.time(clock, self.session.compile_seconds)
-
-
 @with_options_of(Session, without=("further_sizes", "platform"))
 def train(
     *,
@@ -151,10 +82,14 @@ def train(
     keep_checkpoints_at_examples: Sequence[int] = (),
     keep_best_checkpoint: bool = False,
     probes: Sequence[Probe] = (),
+    stop_at_loss: float | None = None,
+    stop_after_minutes: float | None = None,
+    stop_after_tokens: int | None = None,
     max_bad_steps: int = 10,
     writers: Sequence[str] = (),
     label: str | None = None,
     operative_config: Callable[[], str] | None = None,
+    differences: Callable[..., tuple[dict[str, str], dict[str, str]]] = lambda earlier, but_for: ({}, {}),
     written: Callable[[str], str] | None = None,
     **options: Any,
 ) -> dict:
@@ -162,8 +97,8 @@ def train(
 
     Args:
       run: the run's folder: configuration, metrics, checkpoints, report.
-      initialize_from: a run's folder, or one in Hugging Face's format, whose parameters a fresh run starts from; None:
-        random ones.
+      initialize_from: a run's folder, `RUN@EXAMPLES` for one of its checkpoints, or a folder in Hugging Face's format,
+        whose parameters a fresh run starts from; None: random ones.
       start_from: `RUN@EXAMPLES`, a checkpoint of another run whose whole state a fresh run goes on from: a constant
         rate annealed from any of its checkpoints, say.
       evaluate_every_examples: validate so often, and at the end; None: a fifth of the run.
@@ -174,11 +109,16 @@ def train(
       keep_checkpoints_at_examples: also save at the first step that reaches each of these, and keep it for ever.
       keep_best_checkpoint: save whenever the validation loss is the lowest so far, and keep the best.
       probes: what looks at the run and never changes it.
+      stop_at_loss: the run ends at the first evaluation whose loss on held-out rows is at most this.
+      stop_after_minutes: it ends after so much training time: over all resumes, and without compilation, evaluation and
+        checkpoints.
+      stop_after_tokens: it ends after so many; the schedule stays that of `total_examples`, as with the other two.
       max_bad_steps: stop after so many steps in a row without a finite loss and update.
       writers: who gets the metrics besides `metrics.jsonl` and TensorBoard, such as ["wandb"] (Weights & Biases).
       label: the run's name in reports; the folder's when None.
       operative_config: gives the configuration text to keep with the run; `bind` passes it, else the text says what the
         run was given.
+      differences: of an earlier such text and what is set now; `bind` passes it, else nothing is known to differ.
       written: gives a setting as the config has it; `bind` passes it.
       **options: what is trained and how: those of `Session`.
 
@@ -197,10 +137,11 @@ def train(
         keep_checkpoint_every_examples=keep_checkpoint_every_examples,
         max_bad_steps=max_bad_steps,
     )
-    if None not in (initialize_from, start_from):
-        raise UserError("give train.initialize_from (parameters) or train.start_from (a whole state), not both")
+    _check_folders(run, initialize_from, start_from)
     wall, session = WallClock(), Session(**options)
     _check_enough_rows(session)
+    stops = Stops(stop_at_loss, stop_after_minutes, stop_after_tokens)
+    session.notes += stops.notes(session.task, options["total_examples"])
     folder, console = Path(run), Console(quiet=not hosts.is_leader())
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
     counter = CompilationCounter()
@@ -221,8 +162,15 @@ def train(
         info["total_examples"] = total_examples = session.end_from(clock.examples_seen)
         if total_examples < session.total_examples:
             say(f"note: the run ends at {total_examples:,} examples: what is left after them fills no microbatch")
-        finished = clock.examples_seen >= total_examples
-        _write_begun(folder, None if finished and is_complete(folder) else info, operative_config(), options["data"])
+        before, now = run_folder.changed_settings(folder, differences) if checkpoints.saved() else ({}, {})
+        validation = _validation_at(folder, clock.examples_seen)
+        ended = stops.reason(session.task, clock, clock.seconds, validation)
+        finished = ended or clock.examples_seen >= total_examples
+        if finished and validation and is_complete(folder):
+            _check_complete_same(folder, before, now)
+            say(f"{folder} is complete{f' ({ended})' if ended else ''}; to train anew, give another folder with --run")
+            return validation
+        evaluate = session.evaluation(evaluation_examples)  # compiled before anything is written
         wall.go_on(read_records(folder / "metrics.jsonl"), clock.seconds)
         observers = run_observers(
             folder,
@@ -233,46 +181,40 @@ def train(
             writers=writers,
         )
         stack.callback(observers.close)
-        if finished and _validated_at(folder, clock.examples_seen):
-            say(f"{folder} is complete; to train anew, give another folder with --run")
-            return last_validation(folder)
         recorder = make_recorder(session, observers, clock.seconds, wall)
-        evaluate = session.evaluation(evaluation_examples)
+        recorder.settings(clock, before, now)
+        _write_begun(folder, info, operative_config(), options["data"])
         files = RunFiles(folder, session, checkpoints, recorder, evaluate, clock.examples_seen, keep_best_checkpoint)
-        files.begin(clock)
+        files.begin(clock, validation)
         save_every = checkpoint_every_examples or max(1, total_examples // 10)
         events = [
             *(loop.Event(_record_probe(probe, session, recorder), probe.every_examples) for probe in probes),
             loop.Event(files.validate, evaluate_every_examples or max(1, total_examples // 5)),
             loop.Event(files.save, save_every, tuple(keep_checkpoints_at_examples)),
         ]
-        if finished:  # only now, as under this batch size no step is left
-            files.validate(clock, state)
-        state, clock = loop.run(
-            session,
-            state,
-            clock,
-            end=total_examples,
-            recorder=recorder,
-            events=events,
-            stop=lambda: interruption.requested,
-            max_bad_steps=max_bad_steps,
+        run_on = functools.partial(loop.run, session, recorder=recorder, events=events, max_bad_steps=max_bad_steps)
+        write = functools.partial(_write_end, folder, info, counter, operative_config)
+        of_end = files.run(
+            run_on, state, clock, end=total_examples, stops=stops, interruption=interruption, write=write
         )
-        if interruption.requested:
-            files.save(clock, state)
-        files.finish(clock)
-        run_folder.write_info(folder, info | {"compilations": counter.count}, operative_config())
-        if clock.examples_seen < total_examples:
-            raise Interrupted(
-                f"{interruption.requested}: saved {folder} at {clock.examples_seen:,} of {total_examples:,} examples; "
-                "the same command goes on from there"
-            )
-        return files.validation
+    if of_end["total_examples"] < total_examples:
+        say(f"{folder} ended at {of_end['total_examples']:,} of {total_examples:,} examples: {of_end['ended']}")
+    return files.validation
+
+
+def _write_end(
+    folder: Path,
+    info: dict[str, Any],
+    counter: CompilationCounter,
+    config: Callable[[], str],
+    of_end: dict[str, Any],
+) -> None:
+    run_folder.write_info(folder, info | {"compilations": counter.count} | of_end, config())
 
 
 def _set_in_python(local: dict[str, Any]) -> dict[str, Any]:
     """The settings among `train`'s arguments."""
-    others = ("run", "operative_config", "written", "options")
+    others = ("run", "operative_config", "differences", "written", "options")
     return {name: value for name, value in local.items() if name not in others} | local["options"]
 
 
@@ -294,10 +236,11 @@ def _opened(
         before = run_folder.read_info(folder)
         if before is not None:
             run_folder.check_resumable(folder, before, FORMAT, fixed)
+        begun = {name: value for name, value in (before or run_folder.provenance()).items() if name != "ended"}
         announce(session, written, say)
         info = _describe(session, name, fixed)
         announce_compiled(session, say)
-        yield (before or run_folder.provenance()) | info
+        yield begun | info
 
 
 def _begin(
@@ -348,6 +291,13 @@ def _record_probe(probe: Probe, session: Session, recorder: Recorder) -> Callabl
     return look
 
 
+def _check_folders(run: str, initialize_from: str | None, start_from: str | None) -> None:
+    for folder in filter(None, (run, initialize_from, start_from)):
+        local_path(folder)
+    if None not in (initialize_from, start_from):
+        raise UserError("give train.initialize_from (parameters) or train.start_from (a whole state), not both")
+
+
 def _check_enough_rows(session: Session) -> None:
     rows, largest = len(session.task.train), max(session.sizes)
     if rows < largest:
@@ -357,12 +307,23 @@ def _check_enough_rows(session: Session) -> None:
         )
 
 
-def _validated_at(folder: Path, examples_seen: int) -> bool:
-    """Whether a validation was recorded there."""
-    at = {
-        record["examples_seen"] for record in read_records(folder / "metrics.jsonl") if record["kind"] == "validation"
-    }
-    return examples_seen in at
+def _validation_at(folder: Path, examples_seen: int) -> dict[str, Any]:
+    """The validation that was recorded there; empty where there was none."""
+    at = [r for r in read_records(folder / "metrics.jsonl") if r["kind"] == "validation"]
+    return next((record for record in at if record["examples_seen"] == examples_seen), {})
+
+
+def _check_complete_same(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """That a complete run is asked for as it was trained, but for how fast it runs and who sees it.
+
+    Raises:
+      UserError: names the settings that differ.
+    """
+    then, asked = (
+        {name: text for name, text in each.items() if not _AT_WILL.fullmatch(name)} for each in (before, now)
+    )
+    if shown := run_folder.differing(then, asked):
+        raise UserError(f"{folder} is complete, and {shown}: undo that, or give another folder with --run")
 
 
 def _fixed(session: Session, initialize_from: str | None, start_from: str | None) -> dict[str, Any]:
@@ -378,14 +339,12 @@ def _fixed(session: Session, initialize_from: str | None, start_from: str | None
     }
 
 
-def _write_begun(folder: Path, info: dict[str, Any] | None, config: str, data: Any) -> None:
-    """What the folder says of a run from its beginning: `info`, the configuration, the tokenizer of text.
+def _write_begun(folder: Path, info: dict[str, Any], config: str, data: Any) -> None:
+    """What the folder says of a run before its first step: `info`, the configuration, the tokenizer of text.
 
-    With the last the folder alone can generate and export. The others stay as they are where `info` is None: a complete
-    run's say how it was trained.
+    With the last the folder alone can generate and export.
     """
-    if info is not None:
-        run_folder.write_info(folder, info, config)
+    run_folder.write_info(folder, info, config)
     tokenizer = getattr(data, "tokenizer", None)
     if hosts.is_leader() and tokenizer is not None:
         with file_access("write", folder):

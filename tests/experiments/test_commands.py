@@ -1,8 +1,10 @@
 """The commands under one name, their help, and the shell's completion of them."""
 
+import contextlib
 import importlib
 import importlib.util
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,13 @@ import pytest
 from rich.console import Console
 
 from crescendo.experiments import __main__ as commands
-from crescendo.experiments import papers
+from crescendo.experiments import papers, train
+from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.runtime import cli
 from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.interruption import TIME_IS_UP, Interrupted, Interruption
+from crescendo.experiments.trainer import training
 
 # What users have typed since the first version: none of them goes.
 KEPT = {
@@ -98,6 +105,89 @@ def test_ctrl_c_outside_of_a_loop_is_one_line(capsys: pytest.CaptureFixture):
         run_command(interrupted)
     assert stopped.value.code == 130
     assert capsys.readouterr().err == ("interrupted; what was saved is kept, and the same command goes on from there\n")
+
+
+def stopped(reason: str) -> None:
+    with Interruption() as interruption:
+        if reason in signal.Signals.__members__:
+            signal.raise_signal(signal.Signals[reason])
+        raise Interrupted("saved", interruption.requested or reason)
+
+
+@pytest.mark.parametrize(("reason", "code"), [("SIGINT", 130), ("SIGTERM", 143), (TIME_IS_UP, None)])
+def test_a_command_that_a_signal_stopped_says_so_by_its_exit_code(reason, code, capsys: pytest.CaptureFixture):
+    # In a process the second of these signals would end it.
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) if code else contextlib.nullcontext() as told:
+        patch.setattr(cli, "second_ctrl_c_ends", contextlib.nullcontext)
+        # As runs are called: gin has exceptions of its own.
+        run_command(lambda: configurables.bind(stopped, [])(reason=reason))
+    assert (told.value.code if code else None) == code
+    assert capsys.readouterr().out == "saved\n"
+
+
+# Inside of C the main thread doesn't come to Python's handlers, as in a compilation.
+BUSY = """
+import hashlib, sys
+from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.interruption import Interruption
+
+def main():
+    with Interruption():
+        print("begins", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_ctrl_c_ends_at_once_whatever_is_going_on(first: int):
+    process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "begins\n"
+        process.send_signal(first)
+        with pytest.raises(subprocess.TimeoutExpired):  # the first one waits for a place to go on from
+            process.wait(timeout=0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_config_of_a_run_goes_to_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+    assert train.default_run([str(tmp_path / "first" / "config.gin")]) == "runs/first-again"
+    assert train.default_run(["debug.gin", str(tmp_path / "second" / "config.gin")]) == "runs/second-again"
+    monkeypatch.chdir(tmp_path / "first")
+    assert train.default_run(["config.gin"]) == "runs/first-again"
+    assert train.default_run(["configs/config.gin"]) == "runs/config"
+
+
+FOLDERS = {"run", "runs", "folder", "out"}
+
+
+@pytest.mark.parametrize("name", sorted(set(commands.commands()) - set(commands.ELSEWHERE)))
+def test_addresses_of_object_stores_are_refused_as_they_are_typed(name: str):
+    parser = importlib.import_module(commands.commands()[name].module).parser()
+    for action in (each for each in parser._actions if each.dest in FOLDERS and each.type is not int):
+        for address in ("gs://bucket/run", "s3://bucket/run", "gs:/bucket"):
+            with pytest.raises(UserError, match=f"{address} is no path of this machine's"):
+                parser._get_value(action, address)
+        assert str(parser._get_value(action, "runs/a=1:b")) == "runs/a=1:b"
+
+
+@pytest.mark.parametrize("setting", ["run", "train.initialize_from", "train.start_from", "text_data.cache_directory"])
+def test_addresses_of_object_stores_are_refused_before_anything_is_made(setting, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    address = "s3://bucket/run@64" if setting == "train.start_from" else "s3://bucket/run"
+    given = [] if setting == "run" else [f"{setting} = {address!r}"]
+    run = address if setting == "run" else "run"
+    with pytest.raises(UserError, match=f"^{address} is no path of this machine's: .* mount the bucket"):
+        configurables.bind(training.train, ["debug.gin"], given)(run=run)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_captured_has_no_escapes_even_where_a_notebook_asks_for_colours(

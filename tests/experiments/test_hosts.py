@@ -99,7 +99,7 @@ def test_a_sigterm_to_one_process_stops_and_saves_all(start_hosts, tmp_path):
     wait_for(run, 200, processes)
     processes[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [process.returncode for process in processes] == [143, 143], outputs
     assert "SIGTERM: saved" in outputs[0]
     assert int(max((run / "checkpoints").iterdir(), key=lambda f: int(f.name)).name) == examples_seen(run)
 

@@ -1,6 +1,7 @@
 """The loop: batch sizes that move, resuming, what is recorded, and what is refused."""
 
 import json
+import re
 import shutil
 import signal
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from crescendo.experiments import train as train_module
+from crescendo.experiments.reports.write import _events
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.cache import CompilationCounter
@@ -140,10 +142,47 @@ def test_a_run_interrupted_and_resumed_is_the_run_that_was_not(staged, train_sma
     assert newest_arrays(resumed)[0] == newest_arrays(run)[0]
 
 
-def test_a_finished_run_is_left_as_it_is(staged, train_small, records):
-    before = records(staged[0])
-    assert train_small(staged[0], *STAGED, devices=8) == staged[1]
-    assert records(staged[0]) == before
+def files(run):
+    """The content of every file of a run's folder, by path."""
+    return {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_left_as_it_is(staged, train_small):
+    before = files(staged[0])
+    assert train_small(staged[0], *STAGED, "train.label = 'other'", devices=8) == staged[1]
+    assert files(staged[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("binding", "said"),
+    [
+        ("schedules.linear.peak = 2e-2", "linear.peak was 0.01 and is now 0.02"),
+        ("TOTAL_EXAMPLES = 256", "train.total_examples was 512 and is now 256"),
+        ("train.evaluate_every_examples = 64", "train.evaluate_every_examples was None and is now 64"),
+    ],
+)
+def test_a_finished_run_asked_for_otherwise_is_refused_and_left_as_it_is(staged, train_small, binding, said):
+    before = files(staged[0])
+    with pytest.raises(
+        UserError, match=rf"staged is complete, and .*{re.escape(said)}.*another folder with --run"
+    ) as told:
+        train_small(staged[0], *STAGED, binding, devices=8)
+    assert "\n" not in str(told.value)
+    assert files(staged[0]) == before
+
+
+def test_what_changes_as_a_run_goes_on_is_recorded_where_it_does(constant, train_small, tmp_path, capsys):
+    run = shutil.copytree(constant[0], tmp_path / "run")
+    train_small(run, "TOTAL_EXAMPLES = 544", "adamw.weight_decay = 0.5", "train.label = 'longer'")
+    events = [event for event in read_run(run).events if event["kind"] == "setting"]
+    assert [(event["name"], event["from"], event["to"]) for event in events] == [
+        ("optim.adamw.weight_decay", "0.1", "0.5"),
+        ("train.total_examples", "512", "544"),
+    ]
+    assert {event["examples_seen"] for event in events} == {512}
+    assert "step 32 (94%)  optim.adamw.weight_decay 0.1 → 0.5" in capsys.readouterr().out
+    assert _events(read_run(run))[0] == "94%: optim.adamw.weight_decay 0.1 → 0.5, as the run went on from step 32"
+    assert "adamw.weight_decay = 0.5" in (run / "config.gin").read_text()
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])

@@ -135,6 +135,9 @@ def critical_batch(
     check_not_set("critical_batch", {**dict.fromkeys(base), **OPTIONS}, bindings)
     configurables.bind(train, configs, bindings, own=statements(base))
     arguments = configurables.arguments(train)
+    for name in ("stop_at_loss", "stop_after_minutes", "stop_after_tokens"):
+        if arguments[name] is not None:
+            raise UserError(f"train.{name} = {arguments[name]}: branches begin all along the base run: leave it out")
     session = Session(**session_options(arguments), further_sizes=[k * batch_size for k in factors])
     starts = _starts(points, arguments["total_examples"], batch_size, branch_examples)
     # What finished branches and those to come have in common; points, factors and seeds may be added.

@@ -41,7 +41,7 @@ from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runtime import command
 from crescendo.experiments.runtime.cache import use_compilation_cache
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import file_access, replace_file, replace_json
+from crescendo.experiments.runtime.files import file_access, local_path, replace_file, replace_json
 from crescendo.experiments.runtime.interruption import deadline
 from crescendo.experiments.runtime.text import duration
 from crescendo.experiments.sweeps.batched import make_sweep
@@ -349,7 +349,7 @@ def parser() -> argparse.ArgumentParser:
     result = command.make_parser(large_batch, EXAMPLES)
     result.add_argument(
         "--prepare",
-        type=Path,
+        type=local_path,
         metavar="PATH",
         help="write the task's data as this file for --data, and do nothing else",
     )

@@ -199,6 +199,12 @@ def test_a_last_point_without_room_for_a_branch_is_refused(bindings, tmp_path):
         critical_batch(tmp_path, bindings=bindings, batch_size=16, factors=[2], points=[0.5, 0.9], branch_examples=256)
 
 
+def test_stops_are_refused_as_branches_begin_all_along_the_run(bindings, tmp_path):
+    with pytest.raises(UserError, match=r"train\.stop_at_loss = 3\.0: branches begin all along the base run: leave it"):
+        critical_batch(tmp_path / "run", bindings=[*bindings, "train.stop_at_loss = 3.0"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_base_run_that_was_trained_otherwise_is_refused(bindings, make_run, tmp_path):
     options = {"batch_size": 16, "factors": [2], "points": [0.25], "branch_examples": 128}
     folder = tmp_path / "critical"

@@ -18,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crescendo import models
+from crescendo.experiments import export as export_command
+from crescendo.experiments import generate as generate_command
 from crescendo.experiments import import_hf
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.data.tokenizer import ByteTokenizer
@@ -25,6 +27,7 @@ from crescendo.experiments.export import export
 from crescendo.experiments.generate import generate, stream
 from crescendo.experiments.runs import hf, trained
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.trainer.session import Session
 from crescendo.experiments.trainer.training import train
 from crescendo.models import ModelConfig
 from crescendo.models.decode import decode, empty_cache, sample
@@ -39,6 +42,12 @@ SHAPES = [
 def run(train_small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "small"
     return folder, train_small(folder)["loss"]
+
+
+def umask() -> int:
+    now = os.umask(0)
+    os.umask(now)
+    return now
 
 
 def random_parameters(config):
@@ -231,6 +240,8 @@ def test_what_the_format_lacks_is_named():
 def test_a_run_is_exported_and_gone_on_with(run, small_bindings, tmp_path):
     folder, loss = run
     export(folder, tmp_path / "hf")
+    readable = 0o666 & ~umask()
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "hf").iterdir()} == {readable}
     mine, theirs = trained.load(folder), trained.load(tmp_path / "hf")
     jax.tree.map(np.testing.assert_array_equal, mine.parameters, theirs.parameters)
     assert mine.tokenizer.encode("né").tolist() == theirs.tokenizer.encode("né").tolist()
@@ -241,6 +252,29 @@ def test_a_run_is_exported_and_gone_on_with(run, small_bindings, tmp_path):
     for optimizer in ("adamw", "lion"):
         bound = configurables.bind(train, ["debug.gin"], [f"train.optimizer = @{optimizer}()"], own=more)
         assert bound(run=str(tmp_path / optimizer))["loss"] == pytest.approx(loss, abs=1e-4)
+
+
+def test_an_earlier_checkpoint_is_exported_and_started_from(run, small_bindings, tmp_path, monkeypatch):
+    folder, _ = run
+    earlier, newest = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+    export_command.main([str(folder), "--to", "hf", "--at", str(earlier), "--out", str(tmp_path / "hf")])
+    at, last = trained.load(folder, earlier), trained.load(folder)
+    assert (at.examples_seen, last.examples_seen) == (earlier, newest)
+    jax.tree.map(np.testing.assert_array_equal, at.parameters, trained.load(tmp_path / "hf").parameters)
+    table = at.parameters["embedding"]["table"]
+    assert (table != last.parameters["embedding"]["table"]).any()
+    starts = []
+    monkeypatch.setattr(Session, "fresh_state", lambda self, parameters: starts.append(parameters) or 1 / 0)
+    start = [*small_bindings, f"train.initialize_from = '{folder}@{earlier}'"]
+    with pytest.raises(ZeroDivisionError):
+        configurables.bind(train, ["debug.gin"], start)(run=str(tmp_path / "more"))
+    np.testing.assert_array_equal(starts[0]["embedding"]["table"], table)
+    there = rf"no checkpoint at 7 examples: give one that it has \({earlier}, {newest}\)"
+    for call in (lambda: trained.load(folder, 7), lambda: generate_command.main([str(folder), "--at", "7"])):
+        with pytest.raises(UserError, match=there):
+            call()
+    with pytest.raises(UserError, match="in Hugging Face's format, which has no checkpoint at 7"):
+        trained.load(tmp_path / "hf", 7)
 
 
 def test_damaged_parameters_are_refused(run, tmp_path):

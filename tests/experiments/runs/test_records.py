@@ -21,6 +21,7 @@ from rich.console import Console
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from crescendo.experiments.runs.folder import provenance
 from crescendo.experiments.runs.records import TRAIN_COLUMNS, VALIDATION_COLUMNS, JsonlWriter, read_records
 from crescendo.experiments.runs.run import last_validation, read_run
 from crescendo.experiments.runtime.errors import UserError
@@ -29,6 +30,25 @@ from crescendo.experiments.trainer.observers import Observers, TensorBoardWriter
 from crescendo.experiments.trainer.progress import ProgressLine
 
 unhurried = settings(deadline=None)  # a busy machine's pauses are no failure
+
+
+def test_the_commit_is_that_of_the_packages_own_repository_or_none(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages" / "crescendo"
+    (package / "experiments" / "runs").mkdir(parents=True)
+    monkeypatch.setitem(provenance.__globals__, "__file__", str(package / "experiments" / "runs" / "folder.py"))
+
+    def commit(root: Path) -> str:
+        git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+        for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+            subprocess.run([*git, *words], check=True)
+        return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+    assert commit(tmp_path)  # the user's, in which the package is installed
+    assert provenance()["git_commit"] is None
+    with monkeypatch.context() as within_a_hook:
+        within_a_hook.setenv("GIT_DIR", str(tmp_path / ".git"))
+        assert provenance()["git_commit"] is None
+    assert commit(package) == provenance()["git_commit"]
 
 
 def train_record(step: int, *, batch_size: int = 8, loss: float = 2.5, mfu: float | None = None) -> dict:

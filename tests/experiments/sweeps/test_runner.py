@@ -284,7 +284,7 @@ run.mkdir(exist_ok=True)
 (run / "run.json").write_text(json.dumps({"name": run.name, "total_examples": 8}))
 (run / "config.gin").write_text("")
 late = run.name >= "trial-0004"
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 for seen in (4, 8):
     record = {"step": 1, "examples_seen": seen, "tokens_seen": 8, "seconds": 1.0, "batch_size": 4}
     record["loss"] = 2.0 if late else 1.0

@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import json
+import math
 import re
+import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ import pytest
 from crescendo import optim, parallel
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.data.random_text import RandomText
+from crescendo.experiments.reports.compare import compare
 from crescendo.experiments.reports.write import _bindings
 from crescendo.experiments.runs import trained
 from crescendo.experiments.runs.checkpoint import Checkpoints
@@ -21,11 +25,14 @@ from crescendo.experiments.runs.records import read_records
 from crescendo.experiments.runs.run import is_complete, read_run
 from crescendo.experiments.runs.state import Clock
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.interruption import Interrupted
 from crescendo.experiments.sweeps.finished import is_finished
 from crescendo.experiments.tasks.base import Context
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.frozen import Trainable
+from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.session import Session
+from crescendo.experiments.trainer.stopping import Stops
 from crescendo.experiments.trainer.training import make_recorder, train
 from crescendo.models import ModelConfig
 from crescendo.models.resnet import ResNetConfig
@@ -206,6 +213,123 @@ def test_what_was_pending_fits_another_batch_size(before, after, seen, steps, sk
     assert clock.examples_seen == end == seen + steps * after
     if not skipped:
         assert [record["learning_rate"] for record in trained] == pytest.approx([1e-2 * (after / 4) ** 0.5] * steps)
+
+
+STOPS = {  # of a run of 512 examples in batches of 16, rows of 32 tokens
+    "train.stop_after_tokens = 4097": (144, r"4,608 tokens reached train.stop_after_tokens = 4,097"),
+    "train.stop_at_loss = 4.5": (192, r"validation loss 4[.]\d+ reached train.stop_at_loss = 4.5"),
+    "train.stop_after_minutes = 2": (112, r"[\d.]+ minutes of training reached train.stop_after_minutes = 2"),
+}
+
+
+@pytest.fixture
+def slow_clock(monkeypatch):
+    """Every step takes 20 seconds more."""
+    step = Recorder.step
+
+    def slow(self, *arguments):
+        self.seconds += 20
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Recorder, "step", slow)
+
+
+# Their rules are quick to see by themselves (`test_stops_look_at_the_clock_and_its_validation`).
+SLOW_STOPS = [pytest.param(stop, marks=() if "tokens" in stop else pytest.mark.slow) for stop in STOPS]
+
+
+@pytest.mark.parametrize("stop", SLOW_STOPS)
+def test_a_run_ends_where_its_stop_is_evaluated_saved_and_done(
+    train_small, whole, tmp_path, records, capsys, stop, slow_clock
+):
+    folder, (end, reason) = tmp_path / "run", STOPS[stop]
+    stopped = ("train.evaluate_every_examples = 64", stop)
+    last = train_small(folder, *stopped)
+    said = capsys.readouterr().out
+    assert re.search(rf"ended at {end} of 512 examples: {reason}", said), said
+    info = json.loads((folder / "run.json").read_text())
+    assert (last["examples_seen"], info["total_examples"], info["total_tokens"]) == (end, end, 32 * end)
+    assert re.fullmatch(reason, info["ended"])
+    assert trained.load(folder).examples_seen == end
+    assert is_complete(folder)
+    assert [arm.done for arm in compare([read_run(folder)])] == [1.0]
+    # The same command says that it is done, and changes nothing.
+    before = (folder / "metrics.jsonl").read_bytes(), (folder / "run.json").read_bytes()
+    assert train_small(folder, *stopped) == last
+    assert re.search(rf"is complete \({reason}\)", capsys.readouterr().out)
+    assert ((folder / "metrics.jsonl").read_bytes(), (folder / "run.json").read_bytes()) == before
+    # Without the stop it goes on, as the run that never had one.
+    train_small(folder, stopped[0])
+    assert json.loads((folder / "run.json").read_text())["ended"] == "512 examples, its whole length"
+    steps = [[record for record in records(run) if record["kind"] == "train"] for run in (folder, whole)]
+    assert steps[0] == steps[1]
+    setting = next(event for event in read_run(folder).events if event["kind"] == "setting")
+    assert (setting["name"], setting["to"], setting["examples_seen"]) == (stop.split(" = ")[0], "None", end)
+
+
+@pytest.fixture(scope="module")
+def whole(train_small, tmp_path_factory):
+    """The folder of a run without a stop."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train_small(folder, "train.evaluate_every_examples = 64")
+    return folder
+
+
+def test_a_signal_before_the_last_evaluation_of_a_stopped_run_leaves_it_to_the_same_command(
+    train_small, tmp_path, monkeypatch
+):
+    folder, step = tmp_path / "run", Recorder.step
+
+    def interrupt(self, clock, *rest):
+        if clock.examples_seen == 64:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, clock, *rest)
+
+    monkeypatch.setattr(Recorder, "step", interrupt)
+    with pytest.raises(Interrupted) as stopped:
+        train_small(folder, "train.stop_after_tokens = 2048")
+    assert stopped.value.exit_code == 143
+    assert not is_complete(folder)
+    assert train_small(folder, "train.stop_after_tokens = 2048")["examples_seen"] == 64
+    assert is_complete(folder)
+
+
+@pytest.mark.parametrize(
+    ("stops", "said"),
+    [
+        ({}, None),
+        ({"at_loss": 3.0}, "validation loss 3 reached train.stop_at_loss = 3"),
+        ({"at_loss": 2.9}, None),
+        ({"after_minutes": 1.5}, "1.5 minutes of training reached train.stop_after_minutes = 1.5"),
+        ({"after_minutes": 1.6}, None),
+        ({"after_tokens": 256}, "256 tokens reached train.stop_after_tokens = 256"),
+        ({"after_tokens": 257}, None),
+    ],
+)
+def test_stops_look_at_the_clock_and_its_validation(stops, said):
+    task, clock = SimpleNamespace(unit="token", units_per_example=32), Clock(examples_seen=8)
+    assert Stops(**stops).reason(task, clock, 90.0, {"examples_seen": 8, "loss": 3.0}) == said
+    for earlier in ({}, {"examples_seen": 7, "loss": 3.0}, {"examples_seen": 8, "loss": math.nan}):
+        assert Stops(at_loss=3.0).reason(task, clock, 90.0, earlier) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "stops", "message"),
+    [
+        ("token", {"at_loss": 0.0}, "train.stop_at_loss = 0.0 must be above 0 and finite"),
+        ("token", {"after_minutes": math.inf}, "train.stop_after_minutes = inf must be"),
+        ("image", {"after_tokens": 8}, "train.stop_after_tokens = 8: this task counts images"),
+    ],
+)
+def test_stops_out_of_their_range_are_refused(task, stops, message):
+    with pytest.raises(UserError, match=message):
+        Stops(**stops).notes(SimpleNamespace(unit=task, units_per_example=1), 64)
+
+
+def test_tokens_that_leave_the_schedule_unfinished_are_said_aloud():
+    task = SimpleNamespace(unit="token", units_per_example=32)
+    assert "for a shorter schedule, train.total_examples = 2" in Stops(after_tokens=64).notes(task, 8)[0]
+    assert "lies past the run's 256 tokens" in Stops(after_tokens=256).notes(task, 8)[0]
 
 
 @pytest.mark.slow

@@ -34,8 +34,8 @@ def test_a_state_of_another_run_brings_its_training_along():
 
 
 def test_a_run_says_where_its_seconds_went(train_small, tmp_path: Path):
-    run = tmp_path / "run"
-    train_small(run, "train.checkpoint_every_examples = 256")
+    run, often = tmp_path / "run", "train.checkpoint_every_examples = 256"
+    train_small(run, often)
     first = spent(read_run(run))
     assert first is not None
     assert first.compiling > 0
@@ -45,11 +45,11 @@ def test_a_run_says_where_its_seconds_went(train_small, tmp_path: Path):
     assert sum(first[1:-1]) == pytest.approx(first.total)
     assert 0 < first.goodput < 1
     written = (run / "metrics.jsonl").read_bytes()
-    train_small(run)  # complete: nothing is done, and nothing is said
+    train_small(run, often)  # complete: nothing is done, and nothing is said
     assert (run / "metrics.jsonl").read_bytes() == written
 
     shutil.rmtree(run / "checkpoints" / "512")
-    train_small(run)
+    train_small(run, often)
     second = spent(read_run(run))
     assert second is not None
     trained = [record["seconds"] for record in read_records(run / "metrics.jsonl") if record["kind"] == "train"]
