@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.configs.factories import FACTORIES
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.trainer.training import train
 
@@ -38,7 +39,7 @@ def test_factories_are_called_and_kept_in_the_operative_config():
 
 
 def test_every_factory_can_be_named_and_says_what_it_takes():
-    for factories in configurables.FACTORIES.values():
+    for factories in FACTORIES.values():
         for name, factory in factories.items():
             assert factory.__doc__, name
             assert all(

@@ -13,6 +13,7 @@ import pytest
 from crescendo.experiments import train as command
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.configs import own_modules
+from crescendo.experiments.configs.factories import FACTORIES
 from crescendo.experiments.runtime.errors import UserError
 
 OWN = """
@@ -80,8 +81,8 @@ def own_file(tmp_path: Path, monkeypatch, request) -> Iterator[Callable[[str], P
     registry = configurables.gin.config._REGISTRY
     for name in [name for name, _ in registry.items() if name.startswith("own_")]:
         registry.pop(name)
-    for name in [name for name in configurables.FACTORIES if name.startswith("own_")]:
-        del configurables.FACTORIES[name]
+    for name in [name for name in FACTORIES if name.startswith("own_")]:
+        del FACTORIES[name]
 
 
 BINDINGS = (

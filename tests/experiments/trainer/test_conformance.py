@@ -12,6 +12,7 @@ import pytest
 
 from crescendo import optim, parallel
 from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.configs.factories import FACTORIES
 from crescendo.experiments.runs.state import Clock
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.session import Session, session_options
@@ -43,7 +44,7 @@ VALUES = {
 }
 # Where a required argument is one of several to choose from.
 FURTHER = {"staged": ["staged.starts_examples = [0, 32]"], "refined": [], "lars": ["lars.trust_coefficient = 0.02"]}
-POLICIES = configurables.FACTORIES["optim.policies"] | configurables.FACTORIES["optim.batch_size"]
+POLICIES = FACTORIES["optim.policies"] | FACTORIES["optim.batch_size"]
 
 
 @pytest.fixture(scope="module")
