@@ -24,7 +24,7 @@ from crescendo.experiments.runtime.interruption import Interruption
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.announcing import announce, announce_compiled
 from crescendo.experiments.trainer.observers import run_observers
-from crescendo.experiments.trainer.probes import Probe
+from crescendo.experiments.trainer.probes import Probe, Seen
 from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.run_files import RunFiles
 from crescendo.experiments.trainer.session import Session, check_positive
@@ -170,7 +170,8 @@ def train(
             _check_complete_same(folder, before, now)
             say(f"{folder} is complete{f' ({ended})' if ended else ''}; to train anew, give another folder with --run")
             return validation
-        evaluate = session.evaluation(evaluation_examples)  # compiled before anything is written
+        # Compiled before anything is written.
+        evaluate, looks = session.evaluation(evaluation_examples), [_prepared(probe, session) for probe in probes]
         wall.go_on(read_records(folder / "metrics.jsonl"), clock.seconds)
         observers = run_observers(
             folder,
@@ -188,7 +189,7 @@ def train(
         files.begin(clock, validation)
         save_every = checkpoint_every_examples or max(1, total_examples // 10)
         events = [
-            *(loop.Event(_record_probe(probe, session, recorder), probe.every_examples) for probe in probes),
+            *(_event(probe, look, recorder) for probe, look in zip(probes, looks, strict=True)),
             loop.Event(files.validate, evaluate_every_examples or max(1, total_examples // 5)),
             loop.Event(files.save, save_every, tuple(keep_checkpoints_at_examples)),
         ]
@@ -279,16 +280,19 @@ def make_recorder(
     )
 
 
-def _record_probe(probe: Probe, session: Session, recorder: Recorder) -> Callable[[Clock, TrainState], None]:
+def _prepared(probe: Probe, session: Session) -> Callable[[Clock, TrainState], Seen]:
     call = probe.call if probe.prepare is None else probe.prepare(session)
     assert call is not None
+    return call
 
-    def look(clock: Clock, state: TrainState) -> None:
-        seen = call(clock, state) or ()
+
+def _event(probe: Probe, look: Callable[[Clock, TrainState], Seen], recorder: Recorder) -> loop.Event:
+    def record(clock: Clock, state: TrainState) -> None:
+        seen = look(clock, state) or ()
         for each in (seen,) if isinstance(seen, Mapping) else seen:
             recorder.probe(clock, each, probe.kind)
 
-    return look
+    return loop.Event(record, probe.every_examples)
 
 
 def _check_folders(run: str, initialize_from: str | None, start_from: str | None) -> None:

@@ -77,7 +77,7 @@ class Text(NamedTuple):
     """The rows as a task takes them."""
 
     train: Rows
-    validation: Rows
+    held_out: dict[str, Rows]
     vocab_size: int = CONFIG.vocab_size
     sequence_length: int = LENGTH
     fingerprint: str = "random"
@@ -86,7 +86,7 @@ class Text(NamedTuple):
 
 @functools.cache
 def task(config: ModelConfig = CONFIG) -> LanguageModel:
-    return language_model(Text(rows(), rows()), config)
+    return language_model(Text(rows(), {"validation": rows()}), config)
 
 
 def optimizer():

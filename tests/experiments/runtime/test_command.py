@@ -125,10 +125,11 @@ def test_a_parameter_that_no_option_can_be_made_of_is_a_mistake():
         command.make_parser(odd)
 
 
+CONFIGURED = "module config set run"  # of every command that takes configs
 OPTIONS = {
-    batch_warmup: "config set run batch-size double-at total-examples arms largest curve learning-rates seeds minutes",
-    refine_schedule: "config set run learning-rate peak-factor norm smoothing seeds",
-    critical_batch: "config set run batch-size factors points branch-examples tolerance seeds first-seed minutes",
+    batch_warmup: f"{CONFIGURED} batch-size double-at total-examples arms largest curve learning-rates seeds minutes",
+    refine_schedule: f"{CONFIGURED} learning-rate peak-factor norm smoothing seeds",
+    critical_batch: f"{CONFIGURED} batch-size factors points branch-examples tolerance seeds first-seed minutes",
     large_batch: "task run size optimizers batch-sizes multipliers epochs train-examples seeds minutes data prepare",
 }
 
