@@ -99,7 +99,10 @@ def test_the_comparison_trains_every_arm_on_the_same_examples_and_reports(small_
     assert "warmup-8-32" in page
     assert {path.name for path in (tmp_path / "report").glob("*.png")} == {
         "batch_size.png",
+        "gradient_norm.png",
         "learning_rate.png",
+        "loss_flops.png",
+        "loss_seconds.png",
         "loss_steps.png",
         "loss_tokens.png",
         "throughput.png",
