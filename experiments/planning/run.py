@@ -15,7 +15,7 @@ from crescendo.experiments.planning.mesh import session_memory
 from crescendo.experiments.runtime import hardware
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.text import compact, duration
-from crescendo.experiments.trainer.session import MEMORY_SHARE, Session, max_microbatch_examples, passes
+from crescendo.experiments.trainer.session import MEMORY_SHARE, Session, passes
 from crescendo.parallel.tables import memory_table
 
 
@@ -107,17 +107,10 @@ def plan_run(
 
 def _largest(session: Session, device: hardware.KnownDevice) -> parallel.BatchPlan:
     """How batches are cut into the largest microbatches that fit by our own count; one example a device if none do."""
-    shards = session.layout.batch_shards
-    bound = max_microbatch_examples(session.task, session.layout, session.platform)
-    bound = min(bound, session.max_microbatch_examples or bound)
-    while True:
-        with user_values():
-            least = -(-session.policy.min_microbatches // session.layout.parts)
-            plan = parallel.plan_batches(session.sizes, shards, bound, min_microbatches=least)
-        fits = sum(session_memory(session, plan, device).values()) <= MEMORY_SHARE * device.memory_bytes
-        if fits or plan.microbatch_examples == shards:
-            return plan
-        bound = plan.microbatch_examples // 2
+    for plan in session.plans():
+        if sum(session_memory(session, plan, device).values()) <= MEMORY_SHARE * device.memory_bytes:
+            break
+    return plan
 
 
 def _hours(flops: float, kind: Any, devices: int, mfu: float, dollars_per_hour: float | None) -> str:

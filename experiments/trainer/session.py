@@ -84,7 +84,6 @@ class Session:
       groups: as given.
       strategy: as given.
       asked_examples: the length of the run, as given.
-      max_microbatch_examples: as given.
       platform: "cpu", "gpu" or "tpu".
       trainable: which parameters are trained.
       statistics: what the step measures beyond norms.
@@ -133,7 +132,7 @@ class Session:
         self.strategy = strategy
         self.seed, self.groups, self.notes = seed, tuple(groups), list[str]()
         self.compile_seconds = 0.0
-        self._max_gradient_norm, self.max_microbatch_examples = max_gradient_norm, max_microbatch_examples
+        self._max_gradient_norm, self._max_microbatch_examples = max_gradient_norm, max_microbatch_examples
         self.asked_examples = total_examples
         self._said_of_lengths: list[str] = []
         self.kernels: dict[str, list[str]] = {}
@@ -254,16 +253,8 @@ class Session:
     @functools.cached_property
     def _compiled(self) -> tuple[parallel.BatchPlan, int, jax.stages.Compiled]:
         """The step with the largest microbatch that fits the device's memory, by the compiler's own count."""
-        mesh, shards = self.layout.mesh, self.layout.batch_shards
-        bound = max_microbatch_examples(self.task, self.layout, self.platform)
-        if self.max_microbatch_examples is not None:
-            bound = min(bound, self.max_microbatch_examples)
-        limit = hardware.memory_bytes(mesh.local_devices[0])
-        while True:
-            with user_values():
-                plan = parallel.plan_batches(
-                    self.sizes, shards, bound, min_microbatches=-(-self.policy.min_microbatches // self.layout.parts)
-                )
+        limit = hardware.memory_bytes(self.layout.mesh.local_devices[0])
+        for plan in self.plans():
             total = self.asked_examples - self.asked_examples % plan.microbatch_examples
             if total == 0:
                 raise UserError(
@@ -276,11 +267,25 @@ class Session:
             if limit is None or peak <= MEMORY_SHARE * limit:
                 self._note_plan(plan, total)
                 return plan, total, compiled
-            if plan.microbatch_examples == shards:
-                raise UserError(
-                    f"one example a device needs {peak / 2**30:.1f} GiB and a device has {limit / 2**30:.1f} GiB: "
-                    "use a smaller model, model.remat = 'full', a shorter sequence, or more devices along fsdp"
+        assert limit is not None
+        raise UserError(
+            f"one example a device needs {peak / 2**30:.1f} GiB and a device has {limit / 2**30:.1f} GiB: "
+            "use a smaller model, model.remat = 'full', a shorter sequence, or more devices along fsdp"
+        )
+
+    def plans(self) -> Iterator[parallel.BatchPlan]:
+        """How batches can be cut, from the largest microbatch that makes a step faster down to one example a device."""
+        shards, parts = self.layout.batch_shards, self.layout.parts
+        bound = max_microbatch_examples(self.task, self.layout, self.platform)
+        bound = min(bound, self._max_microbatch_examples or bound)
+        while True:
+            with user_values():
+                plan = parallel.plan_batches(
+                    self.sizes, shards, bound, min_microbatches=-(-self.policy.min_microbatches // parts)
                 )
+            yield plan
+            if plan.microbatch_examples == shards:
+                return
             bound = plan.microbatch_examples // 2
 
     @contextlib.contextmanager
