@@ -12,11 +12,12 @@ from pathlib import Path
 
 from crescendo import parallel
 from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.configs import own_modules
 from crescendo.experiments.planning.mesh import describe_mesh
 from crescendo.experiments.planning.model import describe_model
 from crescendo.experiments.planning.run import add_options, options_of, plan_run
 from crescendo.experiments.runtime.cli import run_command
-from crescendo.experiments.runtime.command import plain_parser
+from crescendo.experiments.runtime.command import check_not_given, plain_parser
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.hardware import topology_devices
 from crescendo.experiments.trainer.training import train
@@ -49,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     machine = result.add_mutually_exclusive_group()
     machine.add_argument("--devices", type=int, help="how many devices (default 8, of a config 1)")
     machine.add_argument("--topology", help="compile the step for this machine: v5p:16x16x16, h100:1x1x8, ...")
+    own_modules.add_option(result)
     result.add_argument("--config", action="append", metavar="FILE.gin", help="describe the run of a config")
     result.add_argument("--set", action="append", default=[], metavar="'NAME = VALUE'", help="one gin binding of it")
     add_options(result)
@@ -77,20 +79,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
     console = output_console()
     if arguments.config or arguments.set:
-        allowed = ("config", "set", "device", "devices", "mfu", "dollars_per_hour")
-        _check_alone(options, arguments, allowed, ", and a config says its own")
+        of_mesh = {*vars(arguments)} - {"module", "config", "set", *options_of(arguments)}
+        check_not_given(options, arguments, of_mesh, " is of a mesh, and a config says its own")
         configurables.bind(train, arguments.config or ["debug.gin"], arguments.set)
         plan_run(
             console,
             settings=configurables.resolved(train),
             arguments=functools.partial(configurables.arguments, train),
             mesh_sizes=configurables.given("mesh"),
-            **options_of(arguments) | {"devices": arguments.devices or 1},
+            **options_of(arguments),
         )
         return
+    of_config = ("module", "mfu", "dollars_per_hour")
+    check_not_given(options, arguments, of_config, " is of a config: name one with --config")
     if arguments.preset:
         instead = f": say --model {arguments.preset} then, and not {arguments.preset}"
-        _check_alone(options, arguments, ("preset", "sequence_length", "device"), instead)
+        of_mesh = {*vars(arguments)} - {"preset", "sequence_length", "device"}
+        check_not_given(options, arguments, of_mesh, f" is of a mesh{instead}")
         model = ModelConfig.preset(arguments.preset)
         length = arguments.sequence_length or 1024
         describe_model(console, model, sequence_length=length, device=arguments.device)
@@ -113,15 +118,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         devices=devices,
         device=arguments.device,
     )
-
-
-def _check_alone(
-    options: argparse.ArgumentParser, arguments: argparse.Namespace, allowed: Sequence[str], instead: str
-) -> None:
-    """That no option is given that what is described has no use for."""
-    for name, value in vars(arguments).items():
-        if name not in allowed and value != options.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')} is of a mesh{instead}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.configs.settings import settings
 from crescendo.experiments.planning import run
 from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.command import check_not_given
 from crescendo.experiments.runtime.errors import UserError, hosts_lost, user_values
 from crescendo.experiments.runtime.files import local_path
 from crescendo.experiments.trainer.training import train
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--list", nargs="?", const="", metavar="WORD", help="print every setting, or those with a word in their name")
     add("--dry-run", action="store_true", help="print what the run will be and need, and train nothing")
-    add("--devices", type=int, default=1, help="how many of --device (default 1)")
+    add("--devices", type=int, help="how many of --device (default 1)")
     run.add_options(result)
     result.add_argument(
         "--join-seconds", type=float, default=300.0, help="how long to wait for the other processes (default 300)"
@@ -82,7 +83,10 @@ def list_settings(word: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    arguments = parser().parse_args(argv)
+    options = parser()
+    arguments = options.parse_args(argv)
+    if not arguments.dry_run:
+        check_not_given(options, arguments, run.options_of(arguments), " is of a plan: add --dry-run, or leave it out")
     if arguments.hosts:
         with user_values():
             hosts.join(arguments.hosts, timeout_seconds=arguments.join_seconds)

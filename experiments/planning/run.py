@@ -39,7 +39,7 @@ def plan_run(
     arguments: Callable[[Collection[str]], dict[str, Any]],
     mesh_sizes: Mapping[str, int],
     device: str | None = None,
-    devices: int = 1,
+    devices: int | None = None,
     mfu: float = 0.4,
     dollars_per_hour: float | None = None,
 ) -> None:
@@ -54,7 +54,7 @@ def plan_run(
       arguments: gives those of the session's arguments that are asked for.
       mesh_sizes: what is set of the mesh: devices along axes.
       device: a name of `hardware.KNOWN_DEVICES`; None: those here.
-      devices: how many named ones.
+      devices: how many named ones; None: one.
       mfu: the expected share of the devices' peak, in (0, 1].
       dollars_per_hour: of one device; None: no cost is told.
 
@@ -63,8 +63,10 @@ def plan_run(
     """
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu} must be above 0 and at most 1")
-    if devices < 1:
+    if devices is not None and devices < 1:
         raise UserError(f"--devices {devices} must be at least 1")
+    if devices is not None and device is None:
+        raise UserError(f"--devices {devices} needs --device NAME: without it the plan is for the devices here")
 
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -76,7 +78,7 @@ def plan_run(
         devices, memory = session.layout.mesh.size, hardware.memory_bytes(kind)
     else:
         kind = hardware.named_device(device)
-        memory = kind.memory_bytes
+        devices, memory = devices or 1, kind.memory_bytes
         with user_values():
             mesh = parallel.MeshSpec(**mesh_sizes).abstract(devices)
         options = arguments([name for name in taken if name != "mesh"])

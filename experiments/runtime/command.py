@@ -5,10 +5,11 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import local_path
 
 # What `--config` and `--set` give, which come with the parser that reads configs.
@@ -121,6 +122,32 @@ def _default(value: Any) -> str:
         return ""
     several = value if isinstance(value, list | tuple) else (value,)
     return f" (default {' '.join(f'{each:g}' if isinstance(each, float) else str(each) for each in several)})"
+
+
+def check_not_given(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, names: Collection[str], why: str
+) -> None:
+    """That options have their defaults: of a command that would do nothing with them.
+
+    Args:
+      parser: has the options.
+      arguments: what it made of the command line.
+      names: of the options, as `arguments` has them.
+      why: goes on from the option's name.
+
+    Raises:
+      UserError: names the first that hasn't.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> _ = parser.add_argument("--top-k", type=int)
+    >>> check_not_given(parser, parser.parse_args(["--top-k", "3"]), ["top_k"], " is of sampling: add --sample")
+    Traceback (most recent call last):
+    ...
+    crescendo.experiments.runtime.errors.UserError: --top-k is of sampling: add --sample
+    """
+    for name in names:
+        if getattr(arguments, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')}{why}")
 
 
 def parameter_docs(function: Callable) -> dict[str, str]:

@@ -59,10 +59,13 @@ def test_a_run_is_planned_for_devices_that_are_not_here(typed, capsys):
         (train_module.main, ["--dry-run", "--device", "abacus"], "--device abacus: known are A10, "),
         (train_module.main, ["--dry-run", "--device", "H100", "--mfu", "0"], r"--mfu 0\.0 must be above 0"),
         (train_module.main, ["--dry-run", "--device", "H100", "--devices", "0"], "--devices 0 must be at least 1"),
+        (train_module.main, ["--dry-run", "--devices", "8"], "--devices 8 needs --device NAME"),
+        (train_module.main, ["--device", "H100"], "--device is of a plan: add --dry-run"),
         (train_module.main, ["--dry-run", "--set", "LEARNING_RTE = 1"], "nearest: LEARNING_RATE"),
         (train_module.main, ["--list", "learning_rte"], "--list learning_rte: no setting"),
         (describe.main, ["--config", "debug.gin", "--fsdp", "4"], "--fsdp is of a mesh, and a config says its own"),
         (describe.main, ["--set", "LEARNING_RTE = 1"], "nearest: LEARNING_RATE"),
+        (describe.main, ["--model", "1b", "--mfu", "0.5"], "--mfu is of a config"),
         (describe.main, ["124m", "--device", "abacus"], "--device abacus: known are"),
     ],
 )
