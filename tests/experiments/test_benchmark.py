@@ -18,6 +18,7 @@ def test_overlap_counts_every_unit_of_time_once(collectives, others):
     assert overlap(collectives, others) == (len(covered), len(covered - hidden))
 
 
+@pytest.mark.slow
 def test_scaling_compares_with_one_device(capsys):
     options = ["--sequence-length", "32", "--batch-size", "2", "--steps", "1"]
     main(["benchmark", "scaling", "debug", "data", *options])

@@ -132,7 +132,7 @@ DRAWN = (
 INK = "getComputedStyle(document.querySelectorAll('.plot .scatterlayer .js-line')[{0}]).stroke"
 
 
-@pytest.mark.parametrize(("width", "touch"), [(390, True), (1280, False)])
+@pytest.mark.parametrize(("width", "touch"), [(390, True), pytest.param(1280, False, marks=pytest.mark.slow)])
 def test_the_page_draws_every_chart_without_network_or_complaint(browser: Browser, compared: Path, width: int, touch):
     browser.open(compared, width=width, touch=touch)
     # loss four times, with validation; batch size, rate, norms twice, throughput; MFU, noise twice and ratios thrice

@@ -10,7 +10,7 @@ from crescendo.experiments.tasks.language_model import language_model
 from crescendo.experiments.tasks.masked_diffusion import masked_diffusion
 from crescendo.experiments.tasks.masked_lm import masked_lm
 
-from .conftest import MESHES, assert_any_cut, assert_same_on, fresh, meshes, read
+from .conftest import MESHES, assert_any_cut, assert_same_on, fresh, read
 
 TASKS = {"masked_lm": masked_lm, "masked_diffusion": masked_diffusion}
 
@@ -35,8 +35,9 @@ def test_a_full_vocabulary_gets_rows_for_the_mask_token(text, small_model):
     assert language_model(text, small_model()).config.vocab_size == 128
 
 
-@pytest.mark.parametrize("mesh", meshes(quick="tensor 2, data 2"))
-@pytest.mark.parametrize("make", [pytest.param("masked_lm", marks=pytest.mark.slow), "masked_diffusion"], indirect=True)
+# Quick are the draws by themselves, below, and the decoder that these share with `test_language_model.py`.
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
 def test_any_mesh_will_do(make, mesh):
     task = make(dropout=0.2, z_loss=1e-3)
     # Diffusion weighs its terms by 1 / t: they round by their own size, and cancel in part (1.7e-5 was seen on a CPU).

@@ -4,10 +4,16 @@ import json
 
 import pytest
 
+from crescendo import optim
+from crescendo.experiments.data.random_text import RandomText
 from crescendo.experiments.reports.write import write_report
 from crescendo.experiments.runs import trained
 from crescendo.experiments.runs.generation import generate, stream
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.tasks.masked_lm import masked_lm
+from crescendo.experiments.trainer.probes.samples import samples
+from crescendo.experiments.trainer.session import Session
+from crescendo.models import ModelConfig
 
 SHORT = ("TOTAL_EXAMPLES = 64", "schedules.linear.warmup = 16", "train.evaluate_every_examples = 64")
 SAMPLES = (
@@ -55,7 +61,7 @@ def test_the_report_shows_them_without_control_characters(sampled, tmp_path):
 @pytest.mark.parametrize(
     ("bindings", "message"),
     [
-        (["train.task = @masked_lm"], "the task masked_lm writes no text"),
+        pytest.param(["train.task = @masked_lm"], "the task masked_lm writes no text", marks=pytest.mark.slow),
         (["samples.prompts = []"], "samples.prompts is empty"),
         (["samples.tokens = 0"], "samples.tokens = 0 must be at least 1"),
     ],
@@ -66,6 +72,20 @@ def test_what_cannot_be_sampled_is_refused_before_the_first_step(train_small, tm
     assert not [path for path in tmp_path.rglob("metrics.jsonl") if path.stat().st_size]
 
 
+def test_a_task_that_writes_no_text_is_refused_when_the_run_is_assembled():
+    session = Session(
+        task=masked_lm,
+        data=RandomText(128, 16),
+        model=ModelConfig(vocab_size=128, width=16, layers=1, heads=2, kv_heads=1, mlp_width=32),
+        optimizer=optim.adamw(1e-2),
+        batch_size=8,
+        total_examples=64,
+    )
+    with pytest.raises(UserError, match="the task masked_lm writes no text"):
+        samples(32).prepare(session)
+
+
+@pytest.mark.slow
 def test_several_devices_write_too(train_small, records, tmp_path):
     train_small(tmp_path / "run", *SHORT, *SAMPLES, "train.average_examples = 16", devices=2)
     assert sum(record["kind"] == "sample" for record in records(tmp_path / "run")) == 6

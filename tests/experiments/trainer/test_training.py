@@ -18,6 +18,7 @@ from crescendo import optim, parallel
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.data.random_text import RandomText
 from crescendo.experiments.reports.compare import compare
+from crescendo.experiments.reports.seconds import spent
 from crescendo.experiments.reports.write import _bindings
 from crescendo.experiments.runs import trained
 from crescendo.experiments.runs.checkpoint import Checkpoints
@@ -31,7 +32,8 @@ from crescendo.experiments.tasks.base import Context
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.frozen import Trainable
 from crescendo.experiments.trainer.recorder import Recorder
-from crescendo.experiments.trainer.session import Session
+from crescendo.experiments.trainer.session import Session, session_options
+from crescendo.experiments.trainer.starting import state_of
 from crescendo.experiments.trainer.stopping import Stops
 from crescendo.experiments.trainer.training import make_recorder, train
 from crescendo.models import ModelConfig
@@ -125,6 +127,15 @@ def test_a_length_that_is_no_whole_number_of_microbatches_ends_the_schedule_too(
     np.testing.assert_allclose(run_of.train["learning_rate"], expected, rtol=1e-4)
 
 
+def test_a_run_says_where_its_seconds_went(asked):
+    where = spent(read_run(asked[0]))
+    assert where is not None
+    assert min(where.compiling, where.evaluating, where.saving, where.other) > 0
+    assert where.lost == 0
+    assert sum(where[1:-1]) == pytest.approx(where.total)
+    assert 0 < where.goodput < 1
+
+
 def test_speed_is_not_identity(asked, train_small):
     """The finished run is recognised under another scan, remat and dtype."""
     folder, last = asked
@@ -148,13 +159,14 @@ def test_a_run_starts_from_another_ones_state_and_clock(train_small, tmp_path):
     np.testing.assert_allclose(second["learning_rate"], 1e-2 * (384 - middle) / 128, rtol=1e-4)
     # The same rows as the run that it left.
     np.testing.assert_allclose(second["loss"][0], first["loss"][16], rtol=1e-5)
+    session = Session(**session_options(configurables.arguments(train)))
     for wrong, message in {
-        f"'{stable}'": "must be RUN@EXAMPLES",
-        f"'{stable}@100'": "no checkpoint at 100 examples",
-        f"'{stable}@512'": "at or past the end",
+        f"{stable}": "must be RUN@EXAMPLES",
+        f"{stable}@100": "no checkpoint at 100 examples",
+        f"{stable}@384": "at or past the end",
     }.items():
         with pytest.raises(UserError, match=message):
-            train_small(tmp_path / "wrong", *shape, f"train.start_from = {wrong}", "train.total_examples = 512")
+            state_of(wrong, session)
 
 
 def test_an_update_that_is_not_finite_changes_no_parameter_and_is_counted():
