@@ -1,13 +1,13 @@
 """A run as it trains in its folder: evaluated, saved, stopped, ended."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from crescendo import optim
 from crescendo.experiments.runs.checkpoint import Checkpoints
-from crescendo.experiments.runs.records import read_records
+from crescendo.experiments.runs.records import Record
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.interruption import Interrupted, Interruption
@@ -111,19 +111,20 @@ class RunFiles:
             self.checkpoints.best = clock.examples_seen
             self.save(clock, state)
 
-    def begin(self, clock: Clock, validation: dict[str, Any]) -> None:
+    def begin(self, clock: Clock, validation: dict[str, Any], records: Sequence[Record]) -> None:
         """Records where the seconds went; the best so far is taken from the records, where its checkpoint is there.
 
         Args:
           clock: where the run stands.
           validation: the record of its evaluation there; empty where there was none.
+          records: of the run so far.
         """
         self.validation = validation
         self.tell_time(clock)
         if not self.keep_best:
             return
         there = set(self.checkpoints.saved())
-        for record in read_records(self.folder / "metrics.jsonl"):
+        for record in records:
             if record["kind"] == "validation" and record["examples_seen"] in there and record["loss"] < self.best_loss:
                 self.best_loss, self.checkpoints.best = record["loss"], record["examples_seen"]
 

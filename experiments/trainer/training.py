@@ -163,7 +163,8 @@ def train(
         if total_examples < session.total_examples:
             say(f"note: the run ends at {total_examples:,} examples: what is left after them fills no microbatch")
         before, now = run_folder.changed_settings(folder, differences) if checkpoints.saved() else ({}, {})
-        validation = _validation_at(folder, clock.examples_seen)
+        records = read_records(folder / "metrics.jsonl")
+        validation = _validation_at(records, clock.examples_seen)
         ended = stops.reason(session.task, clock, clock.seconds, validation)
         finished = ended or clock.examples_seen >= total_examples
         if finished and validation and is_complete(folder):
@@ -172,7 +173,7 @@ def train(
             return validation
         # Compiled before anything is written.
         evaluate, looks = session.evaluation(evaluation_examples), [_prepared(probe, session) for probe in probes]
-        wall.go_on(read_records(folder / "metrics.jsonl"), clock.seconds)
+        wall.go_on(records, clock.seconds)
         observers = run_observers(
             folder,
             resume_at_examples=clock.examples_seen,
@@ -186,7 +187,7 @@ def train(
         recorder.settings(clock, before, now)
         _write_begun(folder, info, operative_config(), options["data"])
         files = RunFiles(folder, session, checkpoints, recorder, evaluate, clock.examples_seen, keep_best_checkpoint)
-        files.begin(clock, validation)
+        files.begin(clock, validation, records)
         save_every = checkpoint_every_examples or max(1, total_examples // 10)
         events = [
             *(_event(probe, look, recorder) for probe, look in zip(probes, looks, strict=True)),
@@ -311,10 +312,10 @@ def _check_enough_rows(session: Session) -> None:
         )
 
 
-def _validation_at(folder: Path, examples_seen: int) -> dict[str, Any]:
+def _validation_at(records: Sequence[Record], examples_seen: int) -> dict[str, Any]:
     """The validation that was recorded there; empty where there was none."""
-    at = [r for r in read_records(folder / "metrics.jsonl") if r["kind"] == "validation"]
-    return next((record for record in at if record["examples_seen"] == examples_seen), {})
+    at = [record for record in records if record["kind"] == "validation" and record["examples_seen"] == examples_seen]
+    return dict(at[0]) if at else {}
 
 
 def _check_complete_same(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
