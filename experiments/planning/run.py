@@ -15,7 +15,7 @@ from crescendo.experiments.planning.mesh import session_memory
 from crescendo.experiments.runtime import hardware
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.text import compact, duration
-from crescendo.experiments.trainer.session import MEMORY_SHARE, Session, passes
+from crescendo.experiments.trainer.session import MEMORY_SHARE, Session, check_enough_rows, passes
 from crescendo.parallel.tables import memory_table
 
 
@@ -83,6 +83,7 @@ def plan_run(
             mesh = parallel.MeshSpec(**mesh_sizes).abstract(devices)
         options = arguments([name for name in taken if name != "mesh"])
         session = Session(**options, mesh=mesh, platform=kind.platform)
+    check_enough_rows(session)
     say(settings)
     say(str(session.task.data))
     task, total, sizes = session.task, session.asked_examples, session.policy.sizes

@@ -437,6 +437,16 @@ def passes(total_examples: int, rows: int) -> str:
     return f"{count:.2g} passes over the" if count < 10 else f"{count:,.0f} passes over the"
 
 
+def check_enough_rows(session: Session) -> None:
+    """Raises UserError for data with fewer rows than the run's largest batch."""
+    rows, largest = len(session.task.train), max(session.sizes)
+    if rows < largest:
+        raise UserError(
+            f"the data have {rows} rows, fewer than one batch of {largest}: use a smaller train.batch_size, or more "
+            "data (of text, a shorter text_data.sequence_length gives more rows)"
+        )
+
+
 def check_positive(**values: float | None) -> None:
     """Raises UserError for the first value of `train`'s that is given and isn't above 0."""
     for name, value in values.items():

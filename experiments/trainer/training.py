@@ -27,7 +27,7 @@ from crescendo.experiments.trainer.observers import run_observers
 from crescendo.experiments.trainer.probes import Probe, Seen
 from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.run_files import RunFiles
-from crescendo.experiments.trainer.session import Session, check_positive
+from crescendo.experiments.trainer.session import Session, check_enough_rows, check_positive
 from crescendo.experiments.trainer.shapes import describe_arrays
 from crescendo.experiments.trainer.starting import fresh_state, state_of
 from crescendo.experiments.trainer.stopping import Stops
@@ -139,7 +139,7 @@ def train(
     )
     _check_folders(run, initialize_from, start_from)
     wall, session = WallClock(), Session(**options)
-    _check_enough_rows(session)
+    check_enough_rows(session)
     stops = Stops(stop_at_loss, stop_after_minutes, stop_after_tokens)
     session.notes += stops.notes(session.task, options["total_examples"])
     folder, console = Path(run), Console(quiet=not hosts.is_leader())
@@ -301,15 +301,6 @@ def _check_folders(run: str, initialize_from: str | None, start_from: str | None
         local_path(folder)
     if None not in (initialize_from, start_from):
         raise UserError("give train.initialize_from (parameters) or train.start_from (a whole state), not both")
-
-
-def _check_enough_rows(session: Session) -> None:
-    rows, largest = len(session.task.train), max(session.sizes)
-    if rows < largest:
-        raise UserError(
-            f"the data have {rows} rows, fewer than one batch of {largest}: use a smaller train.batch_size, or more "
-            "data (of text, a shorter text_data.sequence_length gives more rows)"
-        )
 
 
 def _validation_at(records: Sequence[Record], examples_seen: int) -> dict[str, Any]:

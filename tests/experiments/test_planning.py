@@ -75,6 +75,13 @@ def test_mistakes_are_one_line(command, options, message):
     assert "\n" not in str(refused.value)
 
 
+def test_data_of_less_than_a_batch_are_refused_as_the_run_would(typed, tmp_path):
+    few = [*typed, "--set", "train.batch_size = 65536", "--set", "TOTAL_EXAMPLES = 131072"]
+    for command in (["--dry-run", "--device", "H100"], ["--run", str(tmp_path / "run")]):
+        with pytest.raises(UserError, match=r"the data have \d+ rows, fewer than one batch of 65536"):
+            train_module.main([*command, *few])
+
+
 def test_a_model_over_a_mesh_says_whether_it_fits(capsys):
     for fsdp, remat, verdict in (
         (8, "full", "does not fit: "),
