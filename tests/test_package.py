@@ -106,7 +106,7 @@ def test_gin_is_imported_where_configs_are_read():
 
 
 @pytest.mark.parametrize("name", [name for name in sources() if not name.endswith("__main__")])
-def test_examples_in_docstrings_run(name):
+def test_examples_in_docstrings_run(name, quick_compilation):
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as missing:
