@@ -155,6 +155,49 @@ def test_the_second_ctrl_c_ends_at_once_whatever_is_going_on(first: int):
         process.communicate()
 
 
+# An import that is cut short says a page, and one of an extension module may go on.
+IMPORTING = """
+import builtins
+import sys
+
+ours = builtins.__import__
+
+def swallowing(name, *args, **kwargs):
+    if name == "shtab":
+        print("begins", flush=True)
+        try:
+            import time
+            time.sleep(60)
+        except KeyboardInterrupt:
+            print("lost", flush=True)
+    return ours(name, *args, **kwargs)
+
+builtins.__import__ = swallowing
+sys.argv = ["crescendo", "completion", "bash"]
+from crescendo.experiments import run
+run()
+"""
+
+
+def test_ctrl_c_is_heard_while_modules_are_imported():
+    process = subprocess.Popen([sys.executable, "-c", IMPORTING], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        assert process.stdout.readline() == b"begins\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20) == (b"", None)
+        assert process.returncode == -signal.SIGINT  # 130, says the shell
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_usage_begins_with_what_was_typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/crescendo"])
+    with pytest.raises(SystemExit):
+        commands.main(["export", "runs/first"])
+    assert capsys.readouterr().err.startswith("usage: crescendo export [-h]")
+
+
 def test_a_config_of_a_run_goes_to_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
