@@ -7,11 +7,9 @@ import functools
 import inspect
 import io
 import itertools
-import os.path
 import tokenize
 from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import gin
@@ -24,6 +22,7 @@ from crescendo.experiments.configs.registration import register, register_factor
 from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.encoding import check_typed, decoded, read_text
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import local_path
 from crescendo.experiments.runtime.from_python import check_repeatable
 from crescendo.experiments.runtime.interruption import Interrupted
 
@@ -32,8 +31,8 @@ CONFIGS = resources.files("crescendo.experiments.configs")
 TYPED, OWN = "--set", "the command"
 # Parameters of an experiment that are no settings: `bind` gives them.
 GIVEN = ("operative_config", "differences", "written")
-# The files that gin's `include` names are decoded as the others are.
-gin.config._FILE_READERS.insert(0, (lambda path: io.StringIO(read_text(Path(path))), os.path.isfile))
+# The files that gin's `include` names are found and decoded as those of `--config` are.
+gin.config._FILE_READERS[:] = [(lambda path: io.StringIO(_read(path, "include")), lambda path: True)]
 
 
 def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -162,7 +161,7 @@ def _load(
     for module in own_modules.LOADED:
         _parse(f"import {module}", "--module")
     origins: dict[Binding, str] = {}
-    read = [(config, _read(config)) for config in configs]
+    read = [(config, _read(config, "--config")) for config in configs]
     for origin, text in [*read, *((OWN, each) for each in own), *((TYPED, each) for each in bindings)]:
         before = references.bound()
         _parse(text, origin)
@@ -323,15 +322,17 @@ def _settings(text: str) -> dict[tuple[str, str], dict[str, Any]]:
     return {key: resolved(values) for key, values in settings.items()}
 
 
-def _read(config: str) -> str:
-    path = Path(config)
+def _read(config: str, said: str) -> str:
+    path = local_path(config)
     if path.is_file():
         text = read_text(path)
-        check_repeatable(text, f"--config {config}")
+        check_repeatable(text, f"{said} {config}")
         return text
+    if (path / "config.gin").is_file():
+        raise UserError(f"{said} {config} is a folder: write {path / 'config.gin'}")
     if (CONFIGS / path.name).is_file() and path.name == config.removesuffix(".gin") + ".gin":
         return decoded((CONFIGS / path.name).read_bytes(), config)
-    raise UserError(f"--config {config}: no such file; Crescendo ships {', '.join(shipped())}")
+    raise UserError(f"{said} {config}: no such file; Crescendo ships {', '.join(shipped())}")
 
 
 def _parse(text: str, origin: str) -> None:
@@ -343,7 +344,7 @@ def _parse(text: str, origin: str) -> None:
         if with_quotes is not None and references.is_gin(with_quotes):
             instead = f"--set '{with_quotes}'" if origin == TYPED else with_quotes
             raise UserError(f"{origin}: {text.strip()} isn't gin: write {instead}") from None
-        raise UserError(f"{origin}: not gin: {_one_line(error)}; write NAME.PARAMETER = VALUE") from None
+        raise UserError(f"{origin}: not gin: {explained(_one_line(error))}; write NAME.PARAMETER = VALUE") from None
     except RecursionError:
         raise UserError(f"{origin}: it includes itself, or nests more deeply than can be read") from None
     except (ValueError, TypeError, KeyError, OSError, ImportError, UserError) as error:

@@ -132,6 +132,8 @@ def explained(message: str) -> str:
         written = [name for name in re.findall(r"[\w.]+", ambiguous.group(2)) if not name.startswith("gin.")]
         return f"{ambiguous.group(1)!r} means several: write {' or '.join(written)}"
     unknown_parameter = re.search(r"Configurable '?([\w.]+)'? doesn't have a parameter named '?(\w+)'?", message)
+    if message.startswith("malformed node"):
+        return "a value is no literal: write a number, 'text', a list, None, @NAME() or %MACRO"
     if unknown_factory:
         name = unknown_factory.group(1).split("/")[-1]
         return f"unknown name {name!r}{nearest(name.split('.')[-1], _known_names())}"

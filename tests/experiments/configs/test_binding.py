@@ -118,7 +118,9 @@ def test_files_are_read_as_utf8_with_or_without_a_mark_included_ones_too(tmp_pat
         (b"probe.name = '''open", r"mine\.gin: not gin: EOF in multi-line string"),
         (b"probe.number = " + b"[" * 300, r"mine\.gin: not gin: too many nested parentheses"),
         (b"import nowhere_at_all", r"mine\.gin: import nowhere_at_all: no module named nowhere_at_all here"),
-        (b"include 'nowhere.gin'", r"mine\.gin: Unable to open file: nowhere\.gin"),
+        (b"include 'nowhere.gin'", r"mine\.gin: include nowhere\.gin: no such file; Crescendo ships debug\.gin"),
+        (b"include 'gs://a/b.gin'", r"mine\.gin: gs://a/b\.gin is no path of this machine's"),
+        (b"probe.number = float('nan')", r"mine\.gin: not gin: a value is no literal: write a number"),
         (b"include 'mine.gin'", r"mine\.gin: it includes itself"),
         (b"include 'utf16.gin'", r"mine\.gin: utf16\.gin is in UTF-16"),
     ],
@@ -130,6 +132,20 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, content, 
     with pytest.raises(UserError, match=message) as refused:
         configurables.bind(probe, ["mine.gin"])
     assert "\n" not in str(refused.value)
+
+
+def test_a_config_of_ones_own_includes_one_that_ships(tmp_path):
+    config = tmp_path / "mine.gin"
+    config.write_text("include 'debug.gin'\nLEARNING_RATE = 0.5\n")
+    configurables.bind(train, [str(config)])
+    assert configurables.given("train")["batch_size"] == 8
+    assert "linear.peak = 0.5" in configurables.resolved(train)
+
+
+def test_a_runs_folder_as_a_config_is_told_of_the_file_in_it(tmp_path):
+    (tmp_path / "config.gin").touch()
+    with pytest.raises(UserError, match=rf"^--config {tmp_path} is a folder: write {tmp_path}/config\.gin$"):
+        configurables.bind(probe, [str(tmp_path)])
 
 
 def test_what_is_typed_is_utf8():
