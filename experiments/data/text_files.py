@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 from crescendo.experiments.data.documents import Documents, Utf8, digest, file_digests
 from crescendo.experiments.runtime.encoding import BEGIN_BYTES, without_mark
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import file_access
+from crescendo.experiments.runtime.files import file_access, local_path
 
 SMALLEST_DOCUMENT_BYTES = 256
 FORMAT = 2  # of the documents that are made of files: part of their identity, to be raised when they change
@@ -162,7 +162,10 @@ def _find_files(patterns: Iterable[str], setting: str) -> dict[tuple[int, int], 
     """
     every: dict[tuple[int, int], Path] = {}  # whatever links lead there
     for pattern in patterns:
-        path = Path(pattern).expanduser()
+        try:
+            path = local_path(pattern).expanduser()
+        except UserError as error:
+            raise UserError(f"{setting}: {error}") from None
         if os.path.isdir(path):
             raise UserError(f'{setting}: "{pattern}" is a folder; name its files, as in "{path}/**/*.txt"')
         files = []

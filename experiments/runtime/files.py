@@ -44,8 +44,9 @@ def local_path(path: str | os.PathLike) -> Path:
     text = os.fspath(path)
     if address := re.match(r"([a-zA-Z][\w+.-]+):/", text):
         raise UserError(
-            f"{text} is no path of this machine's: a run locks its folder and appends to files, which {address[1]}:// "
-            "can't: give a folder on a disk and copy the run there afterwards, or mount the bucket as a file-system"
+            f"{text} is no path of this machine's: files are read where they lie, and a run locks its folder and "
+            f"appends to files, which {address[1]}:// can't: give a path on a disk and copy to or from it, or mount "
+            "the bucket as a file-system"
         )
     return Path(text)
 

@@ -117,3 +117,8 @@ def test_files_to_validate_on_are_not_trained_on(tmp_path):
         text_files(f"{tmp_path}/*.txt", validation_paths=f"{tmp_path}/?.txt")
     with pytest.raises(UserError, match=r'validation_paths: "nowhere.txt" does not exist'):
         text_files(f"{tmp_path}/*.txt", validation_paths="nowhere.txt")
+
+
+def test_an_object_stores_address_is_refused_as_such():
+    with pytest.raises(UserError, match=r"^text_files.paths: gs://b/x.txt is no path of this machine"):
+        text_files(["gs://b/x.txt"])
