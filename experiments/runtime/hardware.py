@@ -88,16 +88,20 @@ def known_device(device_kind: str) -> KnownDevice | None:
 
 
 def named_device(name: str) -> KnownDevice:
-    """A device that need not be there, by its name in any case.
+    """A device that need not be there, by its name in any case, with or without spaces.
 
     Raises:
       UserError: for one that isn't known.
 
-    >>> named_device("tpu v5e").memory_bytes
-    17179869184
+    >>> named_device("tpu v5e").memory_bytes, named_device("rtx4090").name
+    (17179869184, 'RTX 4090')
     """
+
+    def plain(text: str) -> str:
+        return re.sub(r"[\s_-]", "", text).lower()
+
     for known in KNOWN_DEVICES:
-        if known.name.lower() == name.strip().lower():
+        if plain(known.name) == plain(name):
             return known
     raise UserError(f"--device {name}: known are {', '.join(known.name for known in KNOWN_DEVICES)}")
 

@@ -46,7 +46,7 @@ def test_a_run_is_planned_for_devices_that_are_not_here(typed, capsys):
     describe.main(["--config", "debug.gin", *typed, *options])
     shown = capsys.readouterr().out
     assert "on 4 x H100" in shown
-    assert re.search(r"^fits: [\d.]+ of the 80.0 GiB of a H100$", shown, re.MULTILINE)
+    assert re.search(r"^fits: [\d.]+ of the 80.0 GiB of one H100$", shown, re.MULTILINE)
     flops = float(re.search(r"([\d.e+]+) FLOPs in all", shown)[1])
     hours, dollars = map(float, re.search(r": ([\d.]+) device hours, ([\d.]+) dollars", shown).groups())
     assert hours == pytest.approx(flops / (989e12 * 0.5) / 3600, abs=0.005)
@@ -94,7 +94,7 @@ def test_a_model_over_a_mesh_says_whether_it_fits(capsys):
         assert "activations of a microbatch" in shown
         assert verdict in shown
     describe.main(["124m", "--device", "A100"])
-    assert "of the 80.0 GiB of a A100, activations not counted" in capsys.readouterr().out
+    assert "of the 80.0 GiB of one A100, activations not counted" in capsys.readouterr().out
 
 
 def kept(examples: int = 4, **changes) -> float:
