@@ -3,12 +3,13 @@
 Each is a run of the training command, in a process and a folder of its own: one that fails takes nothing with it.
 """
 
+import contextlib
 import math
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,6 +157,16 @@ def _status(row: Mapping[str, Any]) -> str:
     return row["status"] + (f": {row['why']}" if row.get("why") else "")
 
 
+@contextlib.contextmanager
+def _ended(running: Sequence[Job]) -> Iterator[None]:
+    """What still runs at its end, as where nobody reads a pipe that the sweep writes to, saves and ends with it."""
+    try:
+        yield
+    finally:
+        for job in running:
+            job.process.terminate()
+
+
 def run_points(
     folder: Path,
     draw: Callable[[], Point | None],
@@ -196,7 +207,11 @@ def run_points(
             line = outcomes.said(point, time.monotonic() - begin)
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    with Interruption() as interruption, Live(console=console, refresh_per_second=2, transient=True) as live:
+    with (
+        _ended(running),
+        Interruption() as interruption,
+        Live(console=console, refresh_per_second=2, transient=True) as live,
+    ):
         stopped = False
         while more or running:
             while more and free and not interruption.requested:

@@ -266,6 +266,29 @@ def test_a_sweep_says_what_it_does_where_there_is_no_terminal(stand_in, tmp_path
     assert ["left" in line for line in lines] == [False, True, True, True, True, False]
 
 
+def test_runs_end_with_a_sweep_whose_lines_nobody_reads_any_more(tmp_path: Path, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    started, popen = [], sweep_launchers.subprocess.Popen
+    monkeypatch.setattr(runner, "command", lambda *a: [sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(
+        sweep_launchers.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1]
+    )
+    points = iter(enumerate_points([[axis("x = [1.0, 2.0]")]]))
+    with pytest.raises((BrokenPipeError, SystemExit)):
+        runner.run_points(
+            *(tmp_path, lambda: next(points, None), lambda *a: None, lambda p: False, runner.Outcomes(tmp_path, 2)),
+            **(options(1) | {"console": Console(file=Closed())}),
+        )
+    try:
+        assert [process.wait(timeout=5) for process in started] == [-15]
+    finally:
+        for process in started:
+            process.kill()
+
+
 def test_the_last_table_keeps_the_seconds(stand_in, tmp_path: Path):
     for _ in range(2):  # of points that were finished before, too
         waiting, outcomes = iter(enumerate_points([[axis("x = [2.0, 1.0]")]])), runner.Outcomes(tmp_path, 2)
