@@ -73,6 +73,7 @@ def test_draws_follow_the_example_and_not_the_cut(batch):
     np.testing.assert_array_equal(whole, jnp.concatenate([first, second]))
 
 
+@pytest.mark.slow
 def test_the_estimate_of_a_model_that_knows_nothing_is_log_vocabulary(batch):
     """All logits are 0, so the bound is log V whatever t; its estimates must average to it."""
     nothing = jax.tree.map(jnp.zeros_like, models.initialize(CONFIG, jax.random.key(0)))

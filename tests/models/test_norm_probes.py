@@ -50,6 +50,7 @@ def test_a_layer_in_float64():
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)  # the layer computes in float32
 
 
+@pytest.mark.slow
 def test_the_fused_norm_and_rotary_change_no_gradient(problem, monkeypatch):
     """What a GPU takes for queries and keys, by the implementation of the same gradient that serves this device."""
     parameters, rows = problem

@@ -100,6 +100,7 @@ def test_both_estimators_find_the_true_noise_scale(seed, counts, noise_scale, si
         assert abs(estimate.value - trace / squared_gradient) < 4.5 * estimate.standard_error
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_the_spread_of_the_estimates():
     """Over 100 runs of 150 steps the errors, in standard errors, have mean 0 and deviation 1."""
     gradient, deviations = jnp.full(WIDTH, 0.25), jnp.full(WIDTH, 0.5)

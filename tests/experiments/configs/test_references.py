@@ -14,6 +14,7 @@ from crescendo.experiments import train as train_module
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.configs import references
 from crescendo.experiments.configs.explain import ELSEWHERE, elsewhere
+from crescendo.experiments.configs.factories import FACTORIES
 from crescendo.experiments.papers.critical_batch import critical_batch
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.sweeps.arms import compare_arms
@@ -122,6 +123,7 @@ def test_a_function_that_python_calls_by_gins_decoration_may_use_what_is_bound(t
     configurables.bind(anything, [str(tmp_path / "mine.gin")], typed)
     with pytest.raises(UserError, match=r"nothing uses lion\.b1"):
         configurables.bind(anything, [str(tmp_path / "mine.gin")], [*typed, "lion.b1 = 0.5"])
+    del FACTORIES["decorated"]  # other tests list what can be set
 
 
 def test_files_are_warned_of_once_and_by_name(tmp_path, capsys):

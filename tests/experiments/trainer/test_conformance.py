@@ -142,7 +142,8 @@ def test_all_optimizers_in_one_chain(conforms, files):
     conforms("train", lambda: None, "train.optimizer = @optim.chain()", chain, *required)
 
 
-@pytest.mark.parametrize("name", ["prodigy", *(pytest.param(n, marks=pytest.mark.slow) for n in optim.OPTIMIZERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(optim.OPTIMIZERS))
 def test_every_optimizer_under_the_shipped_schedule(name, conforms):
     """With its warmup, whose first rates are small."""
     if "learning_rate" in inspect.signature(optim.OPTIMIZERS[name]).parameters:
