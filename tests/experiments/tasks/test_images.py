@@ -16,7 +16,7 @@ from crescendo.models.norm_probes import norm_probes, with_probes
 from crescendo.models.resnet import ResNetConfig
 from crescendo.models.vit import ViTConfig
 
-from .conftest import MESHES, assert_any_cut, assert_same_on, fresh, meshes, read
+from .conftest import MESHES, assert_any_cut, assert_same_on, fresh, read
 
 MODELS = {
     "resnet": ResNetConfig(width=4, blocks=1, group_width=2),
@@ -68,8 +68,9 @@ def test_networks_have_fingerprints_of_their_own(data):
     assert len({images(data, model.for_platform("cpu")).fingerprint for model in MODELS.values()}) == 2
 
 
-@pytest.mark.parametrize("mesh", meshes(quick="data 2, fsdp 2"))
-@pytest.mark.parametrize("make", [pytest.param("resnet", marks=pytest.mark.slow), "vit"], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("make", ["resnet", "vit"], indirect=True)
 def test_any_mesh_will_do(make, mesh):
     task = make(label_smoothing=0.1)
     if isinstance(task.config, ResNetConfig) and {"tensor", "sequence"} & set(MESHES[mesh]):
