@@ -2,7 +2,6 @@
 
 import glob
 import re
-import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -95,14 +94,10 @@ def communication(loop: Loop, steps: int = 4) -> Communication | None:
             if not re.fullmatch(r"/device:GPU:\d+", plane.name):
                 continue
             streams = [line for line in plane.lines if line.name.startswith("Stream")]
-            events = [
-                (e.name, int(e.start_ns), int(e.start_ns + e.duration_ns)) for line in streams for e in line.events
-            ]
-            is_collective = ["nccl" in name.lower() for name, _, _ in events]
-            spans = {
-                wanted: [event[1:] for event, is_one in zip(events, is_collective, strict=True) if is_one == wanted]
-                for wanted in (True, False)
-            }
+            spans: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # by whether it is a collective
+            for event in (event for line in streams for event in line.events):
+                span = int(event.start_ns), int(event.start_ns + event.duration_ns)
+                spans["nccl" in event.name.lower()].append(span)
             total, exposed = overlap(spans[True], spans[False])
             return Communication(1e-9 * total / steps, 1e-9 * exposed / steps)
     return None
@@ -135,8 +130,7 @@ def scaling_table(
         examples = batch_size * layout.batch_shards
         with user_values():
             loop = prepare(model, sequence_length=sequence_length, batch_size=examples, layout=layout)
-        loop, seconds = loop.timed(steps + 3)
-        step_seconds = statistics.median(seconds[3:])
+        loop, step_seconds = loop.median_seconds(steps)
         tokens_per_second = examples * sequence_length / step_seconds
         alone = alone or tokens_per_second
         sent = traffic(loop.session.step.as_text() or "", microbatches=loop.session.plan.microbatches(examples))

@@ -55,6 +55,11 @@ class Loop(NamedTuple):
             seconds.append(time.perf_counter() - start)
         return self._replace(state=state), seconds
 
+    def median_seconds(self, steps: int) -> tuple["Loop", float]:
+        """The loop after three steps to warm up and some timed ones, and the median of those in seconds."""
+        loop, seconds = self.timed(steps + 3)
+        return loop, statistics.median(seconds[3:])
+
 
 def prepare(
     model: ModelConfig,
@@ -101,8 +106,7 @@ def measure(
 ) -> Speed:
     """Times the loop's own step (see `prepare`), after three steps to warm up."""
     loop = prepare(model, sequence_length=sequence_length, batch_size=batch_size, documents_in_row=documents_in_row)
-    _, seconds = loop.timed(steps + 3)
-    step_seconds = statistics.median(seconds[3:])
+    _, step_seconds = loop.median_seconds(steps)
     tokens_per_second = batch_size * sequence_length / step_seconds
     device = jax.devices()[0]
     peak = hardware.peak_flops_per_second(device)
