@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import file_access
+from crescendo.experiments.runtime.files import read_file
 
 # What files in other encodings begin with; UTF-32's little-endian mark begins with UTF-16's.
 OTHER_MARKS = {
@@ -102,5 +102,4 @@ def read_text(path: Path) -> str:
     Raises:
       UserError: for a file that can't be read or is not UTF-8.
     """
-    with file_access("read", path):
-        return decoded(path.read_bytes(), str(path))
+    return decoded(read_file(path), str(path))

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,32 @@ def local_path(path: str | os.PathLike) -> Path:
             "the bucket as a file-system"
         )
     return Path(text)
+
+
+def read_file(path: Path, *, limit_bytes: int = 1 << 30) -> bytes:
+    """The content of a file that somebody else may have written.
+
+    Args:
+      path: of a file; what has no end, or none yet (a pipe, a device), isn't waited for.
+      limit_bytes: more isn't read, since it couldn't be what is asked for and would fill the memory.
+
+    Raises:
+      UserError: for what can't be read, is no file, or is too large.
+
+    >>> read_file(Path(os.devnull))
+    Traceback (most recent call last):
+    ...
+    crescendo.experiments.runtime.errors.UserError: /dev/null is no file that can be read to its end: give a regular file
+    """
+    with file_access("read", path), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if stat.S_ISDIR(status.st_mode):
+            raise UserError(f"{path} is a folder: give a file in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is no file that can be read to its end: give a regular file")
+        if status.st_size > limit_bytes:
+            raise UserError(f"{path} has {status.st_size:,} bytes, above the {limit_bytes:,} that it may have")
+        return file.read(limit_bytes)
 
 
 class Appender:
