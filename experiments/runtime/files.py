@@ -62,10 +62,10 @@ def read_file(path: Path, *, limit_bytes: int = 1 << 30) -> bytes:
     Raises:
       UserError: for what can't be read, is no file, or is too large.
 
-    >>> read_file(Path(os.devnull))
+    >>> read_file(Path(os.devnull))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    crescendo.experiments.runtime.errors.UserError: /dev/null is no file that can be read to its end: give a regular file
+    crescendo.experiments.runtime.errors.UserError: /dev/null is no file that can be read to its end: ...
     """
     with file_access("read", path), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())

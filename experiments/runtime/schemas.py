@@ -4,15 +4,13 @@ A format is a class, `class Curve(Schema)`, whose annotations say what its field
 """
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pydantic
 
 from crescendo.experiments.runtime.encoding import decoded
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import read_file
-
-T = TypeVar("T")
 
 
 class Schema(pydantic.BaseModel):
@@ -38,7 +36,7 @@ class OpenSchema(Schema):
     model_config = pydantic.ConfigDict(extra="ignore")
 
 
-def read(path: Path, schema: type[T], *, way_on: str = "", limit_bytes: int = 1 << 28) -> T:
+def read[T](path: Path, schema: type[T], *, way_on: str = "", limit_bytes: int = 1 << 28) -> T:
     """The content of a file, as the schema has it.
 
     Args:
@@ -53,7 +51,7 @@ def read(path: Path, schema: type[T], *, way_on: str = "", limit_bytes: int = 1 
     return parse(read_file(path, limit_bytes=limit_bytes), schema, str(path), way_on=way_on)
 
 
-def parse(content: bytes, schema: type[T], where: str, *, way_on: str = "") -> T:
+def parse[T](content: bytes, schema: type[T], where: str, *, way_on: str = "") -> T:
     """JSON, as the schema has it.
 
     Args:
