@@ -205,10 +205,11 @@ def cells(arm: Arm, baseline: Arm) -> list[str]:
 
 
 def remark(arm: Arm) -> str:
-    """What a reader must know of the arm beside its name: its seeds, and whether it has ended."""
+    """What a reader must know of the arm beside its name: its seeds, whether it has ended, lost records."""
     seeds = f"{len(arm.runs)} seeds" if len(arm.runs) > 1 else ""
     done = f"{arm.done:.0%} done" if arm.done < 1 else ""
-    return ", ".join(filter(None, [seeds, done]))
+    lost = "records missing" if any(run.gaps for run in arm.runs) else ""
+    return ", ".join(filter(None, [seeds, done, lost]))
 
 
 def _number(value: float | None, spec: str) -> str:

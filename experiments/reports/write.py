@@ -96,8 +96,8 @@ def _measured(run: Run) -> dict[str, str]:
 
 
 def _events(run: Run) -> list[str]:
-    """The run's changes of batch size and settings, and its warnings, a sentence each."""
-    sentences = []
+    """Gaps in the run's records, its changes of batch size and settings, and its warnings, a sentence each."""
+    sentences = [str(gap) for gap in run.gaps]
     for record in run.events:
         at = f"{record['examples_seen'] / run.info['total_examples']:.0%}"
         if record["kind"] == "batch_size":

@@ -1,16 +1,19 @@
 """Checkpoints: one train state and its clock, saved by orbax in the background, restored onto any mesh.
 
 A checkpoint's number is `examples_seen`. Orbax notices a missing or cut file, not a flipped bit in an array, so each
-checkpoint also carries a fingerprint of every array, taken on the device.
+checkpoint also carries a fingerprint of every array, taken on the device, and one of all that it says of itself
+(`metadata.py`). A save is read back before it gets its name, and only then an older checkpoint goes.
 """
 
 import bisect
+import collections
 import contextlib
 import dataclasses
 import io
+import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,13 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from crescendo.experiments.runs import metadata, storage
+from crescendo.experiments.runs.metadata import DamagedError
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access
+from crescendo.optim.scaling import ScaleByLearningRateState, WithLearningRateState
+from crescendo.optim.states import find_states
 from crescendo.parallel.hosts import is_leader
 
 
@@ -51,6 +58,11 @@ def fingerprints(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def _shapes(tree: Any) -> collections.Counter:
+    """How many of a tree's arrays have each shape and dtype."""
+    return collections.Counter((tuple(x.shape), jnp.dtype(x.dtype).name) for x in jax.tree.leaves(tree))
+
+
 def _prints(tree: Any) -> list[int]:
     """The fingerprints of a tree's arrays, in the order of its leaves."""
     return [int(x) for x in jax.device_get(jax.tree.leaves(fingerprints(tree)))]
@@ -73,15 +85,15 @@ class FirstOfEach:
 
 
 @dataclasses.dataclass
-class TheBest:
-    """Keeps the checkpoint that `best()` names; an orbax preservation policy."""
+class Those:
+    """Keeps the checkpoints that `which(examples)` names, as it answers at each save; an orbax preservation policy."""
 
-    best: Callable[[], int | None]
+    which: Callable[[int], bool]
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """One answer a checkpoint."""
         del context
-        return [checkpoint.step == self.best() for checkpoint in checkpoints]
+        return [self.which(checkpoint.step) for checkpoint in checkpoints]
 
 
 @contextlib.contextmanager
@@ -107,8 +119,8 @@ def _said_once() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-class _DamagedError(Exception):
-    """Why a checkpoint can't be used."""
+class _NotReadBackError(Exception):
+    """What was written can't be read."""
 
 
 class Checkpoints:
@@ -116,6 +128,7 @@ class Checkpoints:
 
     Args:
       folder: where they are; made when it isn't there.
+      run: what the run is, kept with each (`metadata.RunIdentity`).
       keep_last: how many of the newest to keep.
       keep_every_examples: also keep one every so many examples, for ever; None: none.
       keep_at_examples: also keep the first at or after each of these, for ever.
@@ -123,19 +136,29 @@ class Checkpoints:
 
     Attributes:
       best: the checkpoint to keep besides, by its examples; None: none.
+      keep: asked at each save of every checkpoint, by its examples, whether it must stay.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
+        run: Mapping[str, Any] | None = None,
         keep_last: int = 2,
         keep_every_examples: int | None = None,
         keep_at_examples: Sequence[int] = (),
         read_only: bool = False,
     ):
+        storage.check_name(folder)
         self.best: int | None = None
-        policies: list = [checkpoint_managers.LatestN(keep_last), TheBest(lambda: self.best)]
+        self.keep: Callable[[int], bool] = lambda examples: False
+        self._run = run
+        self._written: tuple[int, dict[str, collections.Counter]] = (0, {})
+        policies: list = [
+            checkpoint_managers.LatestN(keep_last),
+            Those(lambda examples: examples == self.best),
+            Those(lambda examples: self.keep(examples)),
+        ]
         if keep_every_examples is not None:
             policies.append(FirstOfEach(lambda examples: 1 + examples // keep_every_examples))
         if keep_at_examples:
@@ -147,8 +170,9 @@ class Checkpoints:
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._read_back),
             )
-            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+            self._manager = ocp.CheckpointManager(storage.LiteralPath(folder.absolute()), options=options)
         self.folder = folder
 
     def __enter__(self) -> "Checkpoints":
@@ -175,13 +199,35 @@ class Checkpoints:
           clock: its `examples_seen` numbers the checkpoint.
           evaluation: the parameters to evaluate and to use, where they aren't the state's own.
         """
-        meta = {"clock": dataclasses.asdict(clock), "fingerprints": _prints(state)}
-        items: dict[str, Any] = {"state": ocp.args.StandardSave(state)}
-        if evaluation is not None:
-            items["evaluation"] = ocp.args.StandardSave({"parameters": evaluation})
-            meta["evaluation_fingerprints"] = _prints(evaluation)
+        self.wait()
+        items = {"state": state} if evaluation is None else {"state": state, "evaluation": {"parameters": evaluation}}
+        prints = {f"{'' if item == 'state' else 'evaluation_'}fingerprints": _prints(x) for item, x in items.items()}
+        says = metadata.sealed(clock, self._run, **prints)
+        self._written = clock.examples_seen, {item: _shapes(tree) for item, tree in items.items()}
+        saves = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
         with self._save_errors():
-            self._manager.save(clock.examples_seen, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
+            self._manager.save(clock.examples_seen, args=ocp.args.Composite(**saves, meta=ocp.args.JsonSave(says)))
+
+    def _read_back(self) -> None:
+        """Has the save that was just written on the disk, and reads it: metadata, and every array's shape and dtype.
+
+        Orbax calls this in its own thread, before the checkpoint gets its name; what it raises stops the save there.
+        """
+        number, expected = self._written
+        place = self.folder / f"{number}{ocp.utils.TMP_DIR_SUFFIX}"
+        storage.sync_folder(place)
+        try:
+            metadata.read(place, number)
+            for item, shapes in expected.items():
+                found = ocp.PyTreeCheckpointHandler().metadata(storage.LiteralPath(place.absolute() / item)).tree
+                if _shapes(found) != shapes:
+                    raise DamagedError(f"of its {sum(shapes.values())} arrays {sum(_shapes(found).values())} are there")
+        except DamagedError as problem:
+            raise _NotReadBackError(str(problem)) from None
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            if not place.is_dir():
+                raise
+            raise _NotReadBackError(str(error).strip().splitlines()[0][:120]) from error
 
     def restore(self, abstract: TrainState, report: Callable[[str], None]) -> tuple[TrainState, Clock] | None:
         """The newest complete checkpoint, or None where there is none; a damaged one is reported, and set aside.
@@ -196,8 +242,8 @@ class Checkpoints:
         damaged: list[int] = []
         for step in reversed(self.saved()):
             try:
-                restored = self._load(step, abstract)
-            except _DamagedError as problem:
+                restored = self._load(step, abstract, report)
+            except DamagedError as problem:
                 report(f"checkpoint {self.folder / str(step)} is damaged ({problem}); trying the one before it")
                 damaged.append(step)
             else:
@@ -219,7 +265,7 @@ class Checkpoints:
         self._check_saved(examples)
         try:
             return self._load(examples, abstract)
-        except _DamagedError as problem:
+        except DamagedError as problem:
             folder = self.folder / str(examples)
             raise UserError(f"checkpoint {folder} is damaged ({problem}): run it again in another folder") from None
 
@@ -253,37 +299,57 @@ class Checkpoints:
         item = "evaluation" if (self.folder / str(step) / "evaluation").is_dir() else "state"
         try:
             arrays, _ = self._read(step, restore, item)
-        except _DamagedError as problem:
+        except DamagedError as problem:
             raise UserError(
                 f"checkpoint {self.folder / str(step)} is damaged ({problem}): move it away, to take the one before it"
             ) from None
         return arrays["parameters"], step
 
-    def _load(self, step: int, abstract: TrainState) -> tuple[TrainState, Clock]:
+    def _load(
+        self, step: int, abstract: TrainState, report: Callable[[str], None] = lambda line: None
+    ) -> tuple[TrainState, Clock]:
         """One checkpoint."""
-        state, meta = self._read(step, ocp.args.StandardRestore(abstract))
-        return state, Clock(**meta["clock"])
+        state, says = self._read(step, ocp.args.StandardRestore(abstract))
+        clock = Clock(**dict(says.clock))
+        counting = find_states(state.opt_state, ScaleByLearningRateState, WithLearningRateState)
+        counts = jax.device_get([state.skipped_steps, *(each.count for each in counting)])
+        if (most := max(map(int, counts))) > clock.steps:
+            raise DamagedError(f"its clock says {clock.steps} steps, its state {most}")
+        if says.fingerprint is None:
+            report(f"checkpoint {self.folder / str(step)} is of a version whose metadata had no fingerprint yet")
+        return state, clock
 
-    def _read(self, step: int, restore: ocp.args.CheckpointArgs, item: str = "state") -> tuple[Any, dict]:
-        """A checkpoint's item, or the first arrays of it, compared with their fingerprints, and what is said of it."""
+    def _read(self, step: int, restore: ocp.args.CheckpointArgs, item: str = "state") -> tuple[Any, metadata.Metadata]:
+        """A checkpoint's item, or the first arrays of it, compared with their fingerprints, and what is said of it.
+
+        Raises:
+          DamagedError: what is in its files isn't what was saved.
+          UserError: its files can't be read.
+        """
+        folder = self.folder / str(step)
+        says = metadata.read(folder, step)
         try:
             # Readers on other threads print their own tracebacks about a damaged file; the message says it all.
             with contextlib.redirect_stderr(io.StringIO()):
-                items = self._manager.restore(
-                    step, args=ocp.args.Composite(**{item: restore}, meta=ocp.args.JsonRestore())
-                )
-        except Exception as error:
-            raise _DamagedError(str(error).splitlines()[0][:120]) from None
-        arrays, meta = items[item], items["meta"]
+                arrays = self._manager.restore(step, args=ocp.args.Composite(**{item: restore}))[item]
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # orbax and tensorstore raise what they like at files that hold something else
+            storage.check_readable(folder, error)
+            raise DamagedError(str(error).strip().splitlines()[0][:120]) from None
         prints = _prints(arrays)
-        if prints != meta["fingerprints" if item == "state" else f"{item}_fingerprints"][: len(prints)]:
-            raise _DamagedError("its arrays are not the ones that were saved")
-        return arrays, meta
+        if prints != says.of(item)[: len(prints)]:
+            raise DamagedError("its arrays are not the ones that were saved")
+        return arrays, says
 
     def _set_aside(self, damaged: list[int]) -> None:
         """Moves damaged checkpoints out of the way, so that the run can save there again."""
         for step in damaged if is_leader() else ():
-            (self.folder / str(step)).rename(self.folder.parent / f"damaged_checkpoint_{step}")
+            names = itertools.chain([""], (f"_{count}" for count in itertools.count(2)))
+            places = (self.folder.with_name(f"damaged_checkpoint_{step}{name}") for name in names)
+            free = next(place for place in places if not place.exists())
+            with file_access("write", self.folder):
+                (self.folder / str(step)).rename(free)
         if damaged:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
             self._manager.reload()
@@ -299,12 +365,15 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _save_errors(self) -> Iterator[None]:
-        """What fails while saving is the disk; orbax and tensorstore raise it as many types."""
+        """What fails while saving is mostly the disk; orbax and tensorstore raise it as many types."""
         try:
             yield
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0][:200]
+        except _NotReadBackError as error:
             raise UserError(
-                f"cannot save a checkpoint in {self.folder}: {reason}; make room, and the same command goes on from "
-                "the last one saved"
+                f"cannot save a checkpoint in {self.folder}: what was written doesn't read back ({error}); those "
+                "before it are kept: give another folder with --run, on another disk or of a plainer name"
             ) from error
+        except Exception as error:
+            if (told := storage.cannot_save(self.folder, error)) is None:
+                raise
+            raise told from error

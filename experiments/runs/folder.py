@@ -2,18 +2,19 @@
 
 import datetime
 import fcntl
+import functools
 import importlib.metadata
-import json
 import os
 import subprocess
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from crescendo.experiments.runtime.encoding import read_text
+from crescendo.experiments.runs.metadata import newest_identity, numbers
+from crescendo.experiments.runtime import schemas
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access, replace_file, replace_json
 from crescendo.parallel.hosts import is_leader
@@ -27,45 +28,78 @@ PACKAGES = ("crescendo", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Callable[[], None]]:
     """Holds the folder (made when it isn't there) for this process; the kernel lets go of it however that ends.
 
+    The folder itself is locked, and the file `.lock` in it, which says by whom. Where a file-system locks nothing but
+    files that are open for writing (NFS), the file's lock alone counts: while that file isn't deleted.
     Of several processes of one run the first holds it for all.
+
+    Yields:
+      A check that the folder which now has this name is still the one that is held: raises UserError where it isn't.
 
     Raises:
       UserError: while another process holds it, or when it can't be written.
     """
     if not is_leader():
-        yield
+        yield lambda: None
         return
-    with file_access("write", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a+")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with ExitStack() as stack:
+        with file_access("write", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, held)
+            lock = stack.enter_context((folder / ".lock").open("a+"))
+        if not _locks(lock.fileno()) or not _locks(held):
             lock.seek(0)
             raise UserError(
                 f"the run folder {folder} is in use by process {lock.read().strip() or '(unknown)'}: "
                 "wait for it to end, or give another folder with --run"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
+            )
+        with file_access("write", folder):
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+        yield functools.partial(_check_held, folder, held)
 
 
-def read_info(folder: Path) -> dict | None:
+def _locks(descriptor: int) -> bool:
+    """Locks what is open for this process; False where another one holds it.
+
+    A file-system that knows no such lock, or none on a folder, is taken for one on which nobody else holds it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _check_held(folder: Path, held: int) -> None:
+    """That the folder of this name is the one that is open as `held`."""
+    try:
+        same = os.path.samestat(folder.stat(), os.fstat(held))
+    except OSError:
+        same = False
+    if not same:
+        raise UserError(
+            f"{folder} was moved, removed or replaced while the run went on: nothing more is written there; put it "
+            "back, and the same command goes on from its last checkpoint"
+        )
+
+
+def read_info(folder: Path) -> dict[str, Any] | None:
     """The folder's `run.json`; None where there is none."""
     path = folder / "run.json"
-    if not path.exists():
-        return None
     with file_access("read", path):
-        try:
-            return json.loads(read_text(path))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is damaged ({error}): move the folder away to start anew") from None
+        if not path.exists():
+            return None
+    info = schemas.read(path, dict[str, Any], way_on="restore it, or move the folder away to start anew")
+    if not isinstance(info.get("fixed"), dict):
+        raise UserError(f"{path} doesn't say what fixes the run: restore it, or move the folder away to start anew")
+    return info
 
 
 def write_info(folder: Path, info: Mapping[str, Any], config: str) -> None:
@@ -101,25 +135,36 @@ def changed_settings(
         raise UserError(f"{path} is damaged: restore it, or give another folder with --run") from None
 
 
-def check_resumable(folder: Path, before: Mapping[str, Any], version: int, fixed: Mapping[str, Any]) -> None:
-    """That a training run is what it was when it was begun.
+def check_resumable(folder: Path, version: int, fixed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """That a training run is what it was when it was begun, by `run.json` and by its newest checkpoint.
 
     Args:
       folder: the run's.
-      before: its `run.json`.
       version: of what runs keep, as this program has it.
       fixed: see `check_same`.
 
+    Returns:
+      Its `run.json`; None where there is none.
+
     Raises:
-      UserError: a run of another version; see `check_same`.
+      UserError: a run of another version, or of which nothing says what it is; see `check_same`.
     """
-    if before.get("format") != version:
+    info, saved = read_info(folder), newest_identity(folder / "checkpoints")
+    if info is None and saved is None and numbers(folder / "checkpoints"):
         raise UserError(
-            f"the run in {folder} was begun by a version of Crescendo that keeps optimizers otherwise (format "
-            f"{before.get('format', 1)}, this one {version}) and can't go on: give another folder with --run, with "
-            f"train.initialize_from = {str(folder)!r} to take its parameters"
+            f"{folder} has checkpoints and no run.json, and nothing says of which model, data and seed they are: "
+            "restore run.json, or give another folder with --run"
         )
-    check_same(folder, before["fixed"], fixed)
+    told = [] if info is None else [(info.get("format", 1), info["fixed"])]
+    for begun_with, before in told if saved is None else [*told, (saved.format, saved.fixed)]:
+        if begun_with != version:
+            raise UserError(
+                f"the run in {folder} was begun by a version of Crescendo that keeps optimizers otherwise (format "
+                f"{begun_with}, this one {version}) and can't go on: give another folder with --run, with "
+                f"train.initialize_from = {str(folder)!r} to take its parameters"
+            )
+        check_same(folder, before, fixed)
+    return info
 
 
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -10,14 +10,14 @@ isn't known, and for a number that isn't finite, which JSON doesn't have.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import Appender, file_access, replace_file, to_json
+from crescendo.experiments.runtime.files import Appender, file_access, read_file, replace_file, to_json
 
 Record = Mapping[str, Any]
 Columns = dict[str, np.ndarray]
@@ -27,6 +27,56 @@ TRAIN_COLUMNS = (
     *("gradient_norm", "skipped_steps", "seconds", "units_per_second", "mfu"),
 )
 VALIDATION_COLUMNS = ("step", "examples_seen", "units_seen", "loss", "seconds")
+
+
+class Gap(NamedTuple):
+    """Examples on the clock whose training records aren't there once each.
+
+    >>> print(Gap(96, 128)), print(Gap(96, 128, twice=True))
+    the training records of the examples from 96 to 128 are missing
+    the training records of the examples from 96 to 128 are there twice
+    (None, None)
+    """
+
+    begin: int
+    end: int
+    twice: bool = False
+
+    def __str__(self) -> str:
+        return (
+            f"the training records of the examples from {self.begin:,} to {self.end:,} are "
+            f"{'there twice' if self.twice else 'missing'}"
+        )
+
+
+def gaps(records: Sequence[Record], *, begin: int = 0, end: int | None = None) -> list[Gap]:
+    """Where a run's training records don't follow one another: each begins on the clock where the one before it ended.
+
+    Args:
+      records: of the run, in order.
+      begin: where it began.
+      end: what its clock says; None: wherever the records end.
+
+    >>> steps = [{"kind": "train", "examples_seen": seen, "batch_size": 8} for seen in (8, 16, 40, 48)]
+    >>> gaps(steps, end=56)
+    [Gap(begin=16, end=32, twice=False), Gap(begin=48, end=56, twice=False)]
+    """
+    steps = [r for r in records if r["kind"] == "train" and (end is None or r["examples_seen"] <= end)]
+    ends = np.array([begin, *(r["examples_seen"] for r in steps)], np.int64)
+    sizes = [size if isinstance(size := r.get("batch_size"), int) else 0 for r in steps]
+    begins = np.append(ends[1:] - sizes, ends[-1] if end is None else end)
+    at = np.flatnonzero(ends != begins)
+    return [Gap(*sorted((int(ends[i]), int(begins[i]))), twice=bool(begins[i] < ends[i])) for i in at]
+
+
+def began_at(fixed: Mapping[str, Any]) -> int:
+    """The clock at which a run began, by what fixes it.
+
+    >>> began_at({"seed": 0}), began_at({"seed": 0, "start_from": "runs/stable@4096"})
+    (0, 4096)
+    """
+    examples = str(fixed.get("start_from", "")).rpartition("@")[2]
+    return int(examples) if examples.isdecimal() else 0
 
 
 class JsonlWriter:
@@ -64,19 +114,28 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     damaged = None
     with file_access("read", path):
-        lines = path.read_bytes().splitlines() if path.exists() else []
+        lines = read_file(path, limit_bytes=1 << 40).splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not {"kind", "examples_seen"} <= record.keys():
+        record = _parsed(line)
+        if record is None:
             damaged = damaged or number
         elif damaged:
             raise UserError(f"{path} is damaged at line {damaged}: remove that line to go on without its record")
         else:
             records.append(_read_back(record))
     return records
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None where it is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    seen = record.get("examples_seen")
+    return record if isinstance(seen, int) and 0 <= seen < 2**63 else None
 
 
 def _read_back(record: dict[str, Any]) -> dict[str, Any]:

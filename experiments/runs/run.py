@@ -12,7 +12,10 @@ from crescendo.experiments.runs.records import (
     TRAIN_COLUMNS,
     VALIDATION_COLUMNS,
     Columns,
+    Gap,
     Record,
+    began_at,
+    gaps,
     read_records,
 )
 from crescendo.experiments.runtime.encoding import read_text
@@ -41,6 +44,7 @@ class Run:
       validation: the same for the validation records, at least `VALIDATION_COLUMNS`.
       events: the other records (`batch_size`, `sample`, `warning`, ...), in order.
       time: the newest record of where the seconds went; empty for a run of before these were written.
+      gaps: where its training records don't follow one another.
     """
 
     folder: Path
@@ -50,6 +54,7 @@ class Run:
     validation: Columns
     events: list[dict[str, Any]]
     time: Record = field(default_factory=dict)
+    gaps: list[Gap] = field(default_factory=list)
 
     @property
     def unit(self) -> str:
@@ -88,6 +93,7 @@ def read_run(folder: Path) -> Run:
         validation=_columns([_with_units(r, unit) for r in records if r["kind"] == "validation"], VALIDATION_COLUMNS),
         events=[r for r in records if r["kind"] not in ("train", "validation", "time")],
         time=next((r for r in reversed(records) if r["kind"] == "time"), {}),
+        gaps=gaps(records, begin=began_at(info.get("fixed") or {})),
     )
 
 

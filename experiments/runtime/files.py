@@ -95,6 +95,20 @@ class Appender:
         self._file.close()
 
 
+def sync(path: Path) -> None:
+    """Has what was written to a file on the disk, whatever happens to the machine.
+
+    Raises:
+      UserError: if the disk doesn't take it, or the file has gone.
+    """
+    with file_access("write", path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Writes the whole file, or leaves the old one."""
     temporary = path.with_name(path.name + ".tmp")

@@ -4,7 +4,7 @@ Python's objects have no text that would make them again, so such a file repeats
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from crescendo.experiments.runtime.errors import UserError
@@ -23,6 +23,19 @@ def given(arguments: Mapping[str, Any]) -> str:
     """
     lines = [f"# train.{name} = {_shown(value)}" for name, value in sorted(arguments.items())]
     return "\n".join([FIRST_LINE, *lines, ""])
+
+
+def differences(earlier: str, now: str, *, but_for: Collection[str] = ()) -> tuple[dict[str, str], dict[str, str]]:
+    """What two such texts say otherwise, as far as values have a text: `(before, now)`, by name.
+
+    >>> differences(given({"batch_size": 8, "seed": 0}), given({"batch_size": 16, "seed": 0}))
+    ({'train.batch_size': '8'}, {'train.batch_size': '16'})
+    """
+    if not earlier.startswith(FIRST_LINE):
+        return {}, {}
+    then, asked = (dict(re.findall(r"^# (\S+) = (.*)$", text, re.MULTILINE)) for text in (earlier, now))
+    names = [n for n in then | asked if n not in but_for and then.get(n) != asked.get(n)]
+    return {n: then.get(n, "not set") for n in names}, {n: asked.get(n, "not set") for n in names}
 
 
 def _shown(value: Any) -> str:

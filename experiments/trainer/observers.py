@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -58,7 +58,8 @@ class Observers:
                 stack.callback(observer.close)
 
 
-# Writers that a run may ask for besides, by name: `module:class`, called with the folder and the run's name.
+# Writers that a run may ask for besides, by name: `module:class`, called with the folder and the run's name; where it
+# has a static `check()`, that raises UserError if it can't work on this machine.
 WRITERS = {"wandb": "crescendo.experiments.trainer.wandb_writer:WandbWriter"}
 
 
@@ -99,7 +100,17 @@ def run_observers(
     )
 
 
-def _writer(name: str) -> Callable[[Path, str], Observer]:
+def check_writers(writers: Sequence[str]) -> None:
+    """That the writers which a run asks for are there, before anything is compiled for it.
+
+    Raises:
+      UserError: one that isn't known, or whose package isn't installed.
+    """
+    for name in writers:
+        getattr(_writer(name), "check", lambda: None)()
+
+
+def _writer(name: str) -> Any:
     if name not in WRITERS:
         raise UserError(f"train.writers: no writer {name!r}; there are {', '.join(WRITERS)}")
     module, _, kind = WRITERS[name].partition(":")

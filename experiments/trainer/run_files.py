@@ -10,10 +10,12 @@ from crescendo.experiments.runs.checkpoint import Checkpoints
 from crescendo.experiments.runs.records import Record
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import sync
 from crescendo.experiments.runtime.interruption import Interrupted, Interruption
 from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.session import Session
 from crescendo.experiments.trainer.stopping import Stops
+from crescendo.parallel.hosts import is_leader
 
 
 @dataclasses.dataclass
@@ -26,6 +28,7 @@ class RunFiles:
       checkpoints: in the folder.
       recorder: writes its records.
       evaluate: gives the metrics of a state on held-out rows.
+      held: raises where the folder is no longer this process's.
       best_loss: the lowest validation loss so far.
       keep_best: whether the checkpoint of the lowest validation loss is kept.
       validation: the latest validation record.
@@ -37,6 +40,7 @@ class RunFiles:
     checkpoints: Checkpoints
     recorder: Recorder
     evaluate: Callable[[TrainState], dict[str, float]]
+    held: Callable[[], None]
     saved_at: int
     keep_best: bool = False
     best_loss: float = float("inf")
@@ -129,10 +133,10 @@ class RunFiles:
                 self.best_loss, self.checkpoints.best = record["loss"], record["examples_seen"]
 
     def save(self, clock: Clock, state: TrainState) -> None:
-        """Saves a checkpoint, unless this state's is saved.
+        """Saves a checkpoint, unless this state's is saved; the records that it covers are on the disk before.
 
         Raises:
-          UserError: a state that isn't finite, which would never recover.
+          UserError: a state that isn't finite, which would never recover; a folder or records that have gone.
         """
         if self.saved_at == clock.examples_seen:
             return
@@ -142,6 +146,9 @@ class RunFiles:
                 f"saved; the checkpoints in {self.folder} are good: lower the learning rate, or begin another run"
             )
         with self.recorder.wall.measure("saving"):
+            self.held()
+            if is_leader():
+                sync(self.folder / "metrics.jsonl")
             averaged = self.session.averaged(state) if optim.has_evaluation_params(state.opt_state) else None
             self.checkpoints.save(state, dataclasses.replace(clock, seconds=self.recorder.seconds), averaged)
         self.saved_at = clock.examples_seen

@@ -12,8 +12,9 @@ import jax
 from rich.console import Console
 
 from crescendo.experiments.runs import folder as run_folder
+from crescendo.experiments.runs import storage
 from crescendo.experiments.runs.checkpoint import Checkpoints
-from crescendo.experiments.runs.records import Record, read_records
+from crescendo.experiments.runs.records import Record, began_at, gaps, read_records
 from crescendo.experiments.runs.run import is_complete
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime import from_python, hardware
@@ -23,7 +24,7 @@ from crescendo.experiments.runtime.files import file_access, local_path, replace
 from crescendo.experiments.runtime.interruption import Interruption
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.announcing import announce, announce_compiled
-from crescendo.experiments.trainer.observers import run_observers
+from crescendo.experiments.trainer.observers import check_writers, run_observers
 from crescendo.experiments.trainer.probes import Probe, Seen
 from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.run_files import RunFiles
@@ -40,6 +41,9 @@ _AT_WILL = re.compile(
     r"(.*/)?(train\.(writers|mesh|strategy|max_microbatch_examples)|(mesh|strategy)\.\w+"
     rf"|\w+\.({'|'.join(SPEED_FIELDS)}|cache_directory))"
 )
+
+# That are said as a run goes on.
+_MOST_GAPS = 5
 
 FORMAT = 2
 """Of what a run's folder says of itself and of the optimizer's state: raised when either changes its shape."""
@@ -89,7 +93,7 @@ def train(
     writers: Sequence[str] = (),
     label: str | None = None,
     operative_config: Callable[[], str] | None = None,
-    differences: Callable[..., tuple[dict[str, str], dict[str, str]]] = lambda earlier, but_for: ({}, {}),
+    differences: Callable[..., tuple[dict[str, str], dict[str, str]]] | None = None,
     written: Callable[[str], str] | None = None,
     **options: Any,
 ) -> dict:
@@ -118,7 +122,8 @@ def train(
       label: the run's name in reports; the folder's when None.
       operative_config: gives the configuration text to keep with the run; `bind` passes it, else the text says what the
         run was given.
-      differences: of an earlier such text and what is set now; `bind` passes it, else nothing is known to differ.
+      differences: of an earlier such text and what is set now; `bind` passes it, else what was given is compared as far
+        as it has a text.
       written: gives a setting as the config has it; `bind` passes it.
       **options: what is trained and how: those of `Session`.
 
@@ -129,6 +134,7 @@ def train(
       UserError: for what the user can mend.
     """
     operative_config = operative_config or functools.partial(from_python.given, _set_in_python(locals()))
+    differences = differences or functools.partial(from_python.differences, now=operative_config())
     check_positive(
         evaluate_every_examples=evaluate_every_examples,
         evaluation_examples=evaluation_examples,
@@ -138,6 +144,7 @@ def train(
         max_bad_steps=max_bad_steps,
     )
     _check_folders(run, initialize_from, start_from)
+    check_writers(writers)
     wall, session = WallClock(), Session(**options)
     check_enough_rows(session)
     stops = Stops(stop_at_loss, stop_after_minutes, stop_after_tokens)
@@ -148,11 +155,12 @@ def train(
     use_compilation_cache()
     with contextlib.ExitStack() as stack:
         fixed = _fixed(session, initialize_from, start_from)
-        info = stack.enter_context(_opened(folder, session, label or folder.name, fixed, written, say))
+        info, held = stack.enter_context(_opened(folder, session, label or folder.name, fixed, written, say))
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(
             Checkpoints(
                 folder / "checkpoints",
+                run={"format": FORMAT, "fixed": fixed},
                 keep_last=keep_last_checkpoints,
                 keep_every_examples=keep_checkpoint_every_examples,
                 keep_at_examples=keep_checkpoints_at_examples,
@@ -171,6 +179,7 @@ def train(
             _check_complete_same(folder, before, now)
             say(f"{folder} is complete{f' ({ended})' if ended else ''}; to train anew, give another folder with --run")
             return validation
+        _say_of_going_on(folder, clock, records, fixed, run_folder.differing(before, now), say)
         # Compiled before anything is written.
         evaluate, looks = session.evaluation(evaluation_examples), [_prepared(probe, session) for probe in probes]
         wall.go_on(records, clock.seconds)
@@ -186,7 +195,9 @@ def train(
         recorder = make_recorder(session, observers, clock.seconds, wall)
         recorder.settings(clock, before, now)
         _write_begun(folder, info, operative_config(), options["data"])
-        files = RunFiles(folder, session, checkpoints, recorder, evaluate, clock.examples_seen, keep_best_checkpoint)
+        files = RunFiles(
+            folder, session, checkpoints, recorder, evaluate, held, clock.examples_seen, keep_best_checkpoint
+        )
         files.begin(clock, validation, records)
         save_every = checkpoint_every_examples or max(1, total_examples // 10)
         events = [
@@ -228,21 +239,22 @@ def _opened(
     fixed: dict[str, Any],
     written: Callable[[str], str] | None,
     say: Callable[[str], None],
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
     """Holds the run's folder for this process, and gives what its `run.json` is to say; compiles, and says what.
+
+    Yields:
+      That, and a check that the folder is still held.
 
     Raises:
       UserError: a folder in use, of another run, or that can't be written.
     """
-    with run_folder.locked(folder):
-        before = run_folder.read_info(folder)
-        if before is not None:
-            run_folder.check_resumable(folder, before, FORMAT, fixed)
+    with run_folder.locked(folder) as held:
+        before = run_folder.check_resumable(folder, FORMAT, fixed)
         begun = {name: value for name, value in (before or run_folder.provenance()).items() if name != "ended"}
         announce(session, written, say)
         info = _describe(session, name, fixed)
         announce_compiled(session, say)
-        yield begun | info
+        yield begun | info, held
 
 
 def _begin(
@@ -262,6 +274,28 @@ def _begin(
         say(f"starting from {start_from}, to {session.total_examples:,} examples")
         return state_of(start_from, session)
     return fresh_state(session, initialize_from), Clock(batch_size=session.policy.sizes[0])
+
+
+def _say_of_going_on(
+    folder: Path,
+    clock: Clock,
+    records: Sequence[Record],
+    fixed: Mapping[str, Any],
+    changed: str,
+    say: Callable[[str], None],
+) -> None:
+    """What a person should hear of a run that goes on: settings that are others now, records that are lost."""
+    if clock.examples_seen == (begin := began_at(fixed)):
+        return
+    if changed:
+        say(f"note: from here on {changed}")
+    elif not (folder / "config.gin").exists():
+        say(f"note: {folder} has no config.gin: whether a setting is another one now isn't known")
+    missing = gaps(records, begin=begin, end=clock.examples_seen)
+    for gap in missing[:_MOST_GAPS]:
+        say(f"note: {gap}")
+    if more := len(missing[_MOST_GAPS:]):
+        say(f"note: and {more:,} more such gaps")
 
 
 def make_recorder(
@@ -299,6 +333,7 @@ def _event(probe: Probe, look: Callable[[Clock, TrainState], Seen], recorder: Re
 def _check_folders(run: str, initialize_from: str | None, start_from: str | None) -> None:
     for folder in filter(None, (run, initialize_from, start_from)):
         local_path(folder)
+    storage.check_name(Path(run))
     if None not in (initialize_from, start_from):
         raise UserError("give train.initialize_from (parameters) or train.start_from (a whole state), not both")
 

@@ -3,6 +3,7 @@
 import contextlib
 import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,12 +32,7 @@ class WandbWriter:
     """
 
     def __init__(self, folder: Path, label: str):
-        try:
-            import wandb
-        except ModuleNotFoundError:
-            raise UserError(
-                "train.writers = ['wandb'] needs the package wandb: pip install 'crescendo[wandb]'"
-            ) from None
+        wandb = _wandb()
         place = folder / "wandb_id"
         with file_access("write", folder):
             if not place.exists():
@@ -55,6 +51,11 @@ class WandbWriter:
         self._run.define_metric("*", step_metric="examples_seen")
         self._thinned = Thinned(self._send)
 
+    @staticmethod
+    def check() -> None:
+        """Raises UserError where the package isn't installed."""
+        _wandb()
+
     def __call__(self, record: Record) -> None:
         self._thinned(record)
 
@@ -68,3 +69,11 @@ class WandbWriter:
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float | np.number)}
         seen = numbers.pop("examples_seen")
         self._run.log({"examples_seen": seen} | {f"{record['kind']}/{name}": x for name, x in numbers.items()})
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise UserError("train.writers = ['wandb'] needs the package wandb: pip install 'crescendo[wandb]'") from None
+    return wandb

@@ -21,8 +21,17 @@ from rich.console import Console
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from crescendo.experiments.reports.compare import compare, remark
+from crescendo.experiments.reports.write import _events
 from crescendo.experiments.runs.folder import provenance
-from crescendo.experiments.runs.records import TRAIN_COLUMNS, VALIDATION_COLUMNS, JsonlWriter, read_records
+from crescendo.experiments.runs.records import (
+    TRAIN_COLUMNS,
+    VALIDATION_COLUMNS,
+    JsonlWriter,
+    began_at,
+    gaps,
+    read_records,
+)
 from crescendo.experiments.runs.run import last_validation, read_run
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.text import RunningMean, compact
@@ -161,7 +170,10 @@ def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path):
     assert [record["step"] for record in read_records(path)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("damage", [b'{"kind": "tr', b"\xff\x00", b"5", b'{"step": 1}'])
+@pytest.mark.parametrize(
+    "damage",
+    [b'{"kind": "tr', b"\xff\x00", b"5", b'{"step": 1}', b'{"kind": "train", "examples_seen": "8"}', b"[" * 9999],
+)
 def test_damage_before_the_end_is_an_error_that_names_the_line(tmp_path: Path, damage: bytes):
     path = tmp_path / "metrics.jsonl"
     lines = write(path, all_records(3)).splitlines(keepends=True)
@@ -170,6 +182,52 @@ def test_damage_before_the_end_is_an_error_that_names_the_line(tmp_path: Path, d
         JsonlWriter(path, 8)
     path.write_bytes(lines[0] + damage + b"\n" + damage)  # a torn end is no damage
     assert len(read_records(path)) == 1
+
+
+@unhurried
+@given(lost=st.sets(st.integers(1, 20)), begin=st.sampled_from([0, 400]), doubled=st.booleans())
+def test_records_that_are_lost_are_known_by_the_clock(lost: set[int], begin: int, doubled: bool):
+    records = [train_record(step) for step in range(1, 21)]
+    for record in records:
+        record["examples_seen"] += begin
+    left = [record for record in records if record["step"] not in lost]
+    found = gaps(left, begin=begin, end=begin + 160)
+    missing = {step for gap in found for step in range((gap.begin - begin) // 8 + 1, (gap.end - begin) // 8 + 1)}
+    assert missing == lost
+    assert not any(gap.twice for gap in found)
+    assert len(found) == len([step for step in lost if step - 1 not in lost])
+    if doubled and left:
+        assert [gap.twice for gap in gaps([*left, left[-1]], begin=begin)][-1:] == [True]
+    assert gaps(records, begin=begin, end=begin + 80) == []  # those past the clock are dropped, and no gap
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [],
+        lambda lines: lines[:5],
+        lambda lines: [*lines[:5], b"\0" * 512],
+        lambda lines: [*lines[:5], lines[5][:40]],
+    ],
+    ids=["deleted", "cut", "NUL tail", "torn"],
+)
+def test_a_file_that_lost_its_end_is_a_gap_up_to_the_clock(tmp_path: Path, damage):
+    path = tmp_path / "metrics.jsonl"
+    lines = write(path, all_records(12)).splitlines(keepends=True)
+    path.write_bytes(b"".join(damage(lines)))
+    (gap,) = gaps(read_records(path), end=96)
+    assert (gap.begin in (0, 32), gap.end, gap.twice) == (True, 96, False)
+    assert f"from {gap.begin} to 96 are missing" in str(gap)
+
+
+def test_a_report_says_which_records_are_missing(run_folder: Path):
+    (run_folder / "run.json").write_text(json.dumps({"name": "a", "total_examples": 96, "fixed": {"seed": 0}}))
+    kept = [record for record in all_records(12) if record["kind"] != "train" or not 3 <= record["step"] <= 6]
+    write(run_folder / "metrics.jsonl", kept)
+    run = read_run(run_folder)
+    assert _events(run)[0] == "the training records of the examples from 16 to 48 are missing"
+    assert remark(compare([run])[0]) == "records missing"
+    assert began_at({"start_from": "runs/a@16"}) == 16
 
 
 def test_records_survive_a_sigkill(tmp_path: Path):
