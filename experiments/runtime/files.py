@@ -75,7 +75,7 @@ def read_file(path: Path, *, limit_bytes: int = 1 << 30) -> bytes:
             raise UserError(f"{path} is no file that can be read to its end: give a regular file")
         if status.st_size > limit_bytes:
             raise UserError(f"{path} has {status.st_size:,} bytes, above the {limit_bytes:,} that it may have")
-        return file.read(limit_bytes)
+        return file.read()
 
 
 class Appender:
