@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.cache import CompilationCounter
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.interruption import Interrupted
+from crescendo.experiments.trainer import training
 from crescendo.experiments.trainer.recorder import Recorder
 
 STAGED = ("train.batch_size = @staged()", "staged.sizes = [8, 16, 32]", "staged.starts_examples = [0, 128, 256]")
@@ -180,9 +182,36 @@ def test_what_changes_as_a_run_goes_on_is_recorded_where_it_does(constant, train
         ("train.total_examples", "512", "544"),
     ]
     assert {event["examples_seen"] for event in events} == {512}
-    assert "step 32 (94%)  optim.adamw.weight_decay 0.1 → 0.5" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (
+        "note: from here on optim.adamw.weight_decay was 0.1 and is now 0.5; train.total_examples was 512 and" in said
+    )
+    assert "step 32 (94%)  optim.adamw.weight_decay 0.1 → 0.5" in said
     assert _events(read_run(run))[0] == "94%: optim.adamw.weight_decay 0.1 → 0.5, as the run went on from step 32"
     assert "adamw.weight_decay = 0.5" in (run / "config.gin").read_text()
+
+
+def test_a_run_is_known_and_told_without_what_its_folder_lost(copy_of_staged, train_small, staged, capsys):
+    for name in ("run.json", "metrics.jsonl", "config.gin"):
+        (copy_of_staged / name).unlink()
+    with pytest.raises(UserError, match="can't go on: seed was 0 and is now 1"):
+        train_small(copy_of_staged, *STAGED, "train.seed = 1", devices=8)
+    assert not (copy_of_staged / "run.json").exists()
+    capsys.readouterr()
+    assert train_small(copy_of_staged, *STAGED, devices=8)["loss"] == staged[1]["loss"]
+    said = capsys.readouterr().out
+    assert "note: the training records of the examples from 0 to 512 are missing" in said
+    assert "has no config.gin: whether a setting is another one now isn't known" in said
+    fixed = [json.loads((run / "run.json").read_text())["fixed"] for run in (copy_of_staged, staged[0])]
+    assert fixed[0] == fixed[1]
+
+
+def test_writers_are_looked_up_before_anything_is_compiled(train_small, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "Session", pytest.fail)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for name, said in (("mlflow", "no writer 'mlflow'"), ("wandb", "needs the package wandb")):
+        with pytest.raises(UserError, match=said):
+            train_small(tmp_path / "run", f"train.writers = ['{name}']")
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
@@ -211,7 +240,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
 def test_arrays_that_are_not_those_saved_are_noticed_by_their_fingerprints(staged, copy_of_staged, train_small, capsys):
     prints, newest = newest_arrays(copy_of_staged)
     meta = newest / "meta" / "metadata"
-    meta.write_text(meta.read_text().replace(str(prints[0]), str(prints[0] ^ 1)))
+    says = json.loads(meta.read_text())
+    del says["fingerprint"]  # of all that follows
+    meta.write_text(json.dumps(says).replace(str(prints[0]), str(prints[0] ^ 1)))
     train_small(copy_of_staged, *STAGED, devices=8)
     assert "is damaged (its arrays are not the ones that were saved)" in capsys.readouterr().out.replace("\n", " ")
     assert newest_arrays(copy_of_staged)[0] == prints

@@ -541,6 +541,9 @@ def test_a_run_from_python_keeps_what_it_was_given_and_says_that_it_does_not_rep
     assert "\n# train.batch_size = 8\n" in kept
     assert "\n# train.model = ModelConfig(vocab_size=128, width=16, " in kept
     assert "\n# train.optimizer = optax." in kept
+    otherwise = options | once | {"evaluation_examples": 16}
+    with pytest.raises(UserError, match=r"is complete, and train.evaluation_examples was 8 and is now 16: undo that"):
+        train(run=str(folder), data=RandomText(128, 16), batch_size=8, total_examples=16, **otherwise)
     with pytest.raises(UserError, match=r"config.gin is of a run that was started from Python"):
         configurables.bind(train, [str(folder / "config.gin")])
     configurables.bind(train, ["debug.gin"])

@@ -1,0 +1,59 @@
+"""Readers of what a run's folder holds, as a run that goes on reads it: run.json, records, what checkpoints say."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from fuzz import Parser
+
+from crescendo.experiments.runs import folder as run_folder
+from crescendo.experiments.runs import metadata
+from crescendo.experiments.runs.records import gaps, read_records
+from crescendo.experiments.runs.state import Clock
+from crescendo.experiments.runtime.errors import UserError
+
+_FIXED = {"task": "language_model", "seed": 0, "model": {"width": 16, "dtype": None}, "arrays": {".w": "float32[8, 4]"}}
+
+
+def _steps() -> Iterator[dict]:
+    for step in range(1, 6):
+        at = {"step": step, "examples_seen": 8 * step, "tokens_seen": 1024 * step}
+        yield {"kind": "train", **at, "loss": 2.5 / step, "batch_size": 8, "seconds": 0.1, "mfu": None}
+        yield {"kind": "validation", **at, "loss": 2.5, "seconds": 0.1}
+
+
+def _records(folder: Path) -> list[Path]:
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in _steps()))
+    return [path]
+
+
+def _run_json(folder: Path) -> list[Path]:
+    path = folder / "run.json"
+    path.write_text(json.dumps({"format": 2, "name": "a", "total_examples": 64, "fixed": _FIXED}))
+    return [path]
+
+
+def _metadata(folder: Path) -> list[Path]:
+    path = folder / "16" / "meta" / "metadata"
+    path.parent.mkdir(parents=True)
+    said = metadata.sealed(Clock(16, 2, 8, 0.5), {"format": 2, "fixed": _FIXED}, [1, 2**32 - 1], [3])
+    path.write_text(json.dumps(said))
+    return [path]
+
+
+def _read_metadata(path: Path) -> None:
+    try:
+        said = metadata.read(path.parents[1], 16)
+    except metadata.DamagedError as problem:
+        raise UserError(str(problem)) from None
+    # What is taken without its fingerprint is at least a clock of its number.
+    assert dataclasses.asdict(Clock(**dict(said.clock)))["examples_seen"] == 16
+
+
+PARSERS = [
+    Parser("metrics.jsonl of a run that goes on", _records, lambda path: gaps(read_records(path), end=40)),
+    Parser("run.json of a run that goes on", _run_json, lambda path: run_folder.read_info(path.parent)),
+    Parser("metadata of a checkpoint", _metadata, _read_metadata),
+]
