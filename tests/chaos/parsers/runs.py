@@ -36,16 +36,16 @@ def _run_json(folder: Path) -> list[Path]:
 
 
 def _metadata(folder: Path) -> list[Path]:
-    path = folder / "16" / "meta" / "metadata"
-    path.parent.mkdir(parents=True)
+    meta = folder / "checkpoint" / "meta"
+    meta.mkdir(parents=True)
     said = metadata.sealed(Clock(16, 2, 8, 0.5), {"format": 2, "fixed": _FIXED}, [1, 2**32 - 1], [3])
-    path.write_text(json.dumps(said))
-    return [path]
+    (meta / "metadata").write_text(json.dumps(said))
+    return [meta.parent]
 
 
-def _read_metadata(path: Path) -> None:
+def _read_metadata(checkpoint: Path) -> None:
     try:
-        said = metadata.read(path.parents[1], 16)
+        said = metadata.read(checkpoint, 16)
     except metadata.DamagedError as problem:
         raise UserError(str(problem)) from None
     # What is taken without its fingerprint is at least a clock of its number.
