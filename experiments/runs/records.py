@@ -66,7 +66,8 @@ def gaps(records: Sequence[Record], *, begin: int = 0, end: int | None = None) -
     sizes = [size if isinstance(size := r.get("batch_size"), int) else 0 for r in steps]
     begins = np.append(ends[1:] - sizes, ends[-1] if end is None else end)
     at = np.flatnonzero(ends != begins)
-    return [Gap(*sorted((int(ends[i]), int(begins[i]))), twice=bool(begins[i] < ends[i])) for i in at]
+    pairs = [(int(ends[i]), int(begins[i])) for i in at]
+    return [Gap(min(pair), max(pair), twice=pair[1] < pair[0]) for pair in pairs]
 
 
 def began_at(fixed: Mapping[str, Any]) -> int:

@@ -183,16 +183,7 @@ def train(
         # Compiled before anything is written.
         evaluate, looks = session.evaluation(evaluation_examples), [_prepared(probe, session) for probe in probes]
         wall.go_on(records, clock.seconds)
-        observers = run_observers(
-            folder,
-            resume_at_examples=clock.examples_seen,
-            total_examples=total_examples,
-            label=info["name"],
-            unit=session.task.unit,
-            writers=writers,
-        )
-        stack.callback(observers.close)
-        recorder = make_recorder(session, observers, clock.seconds, wall)
+        recorder = _opened_recorder(stack, folder, session, info, clock, wall, writers)
         recorder.settings(clock, before, now)
         _write_begun(folder, info, operative_config(), options["data"])
         files = RunFiles(
@@ -296,6 +287,28 @@ def _say_of_going_on(
         say(f"note: {gap}")
     if more := len(missing[_MOST_GAPS:]):
         say(f"note: and {more:,} more such gaps")
+
+
+def _opened_recorder(
+    stack: contextlib.ExitStack,
+    folder: Path,
+    session: Session,
+    info: Mapping[str, Any],
+    clock: Clock,
+    wall: WallClock,
+    writers: Sequence[str],
+) -> Recorder:
+    """The recorder of a run in a folder from the clock on; the stack closes who sees its records."""
+    observers = run_observers(
+        folder,
+        resume_at_examples=clock.examples_seen,
+        total_examples=info["total_examples"],
+        label=info["name"],
+        unit=session.task.unit,
+        writers=writers,
+    )
+    stack.callback(observers.close)
+    return make_recorder(session, observers, clock.seconds, wall)
 
 
 def make_recorder(
