@@ -329,10 +329,11 @@ class Checkpoints:
         folder = self.folder / str(step)
         says = metadata.read(folder, step)
         try:
+            storage.check_regular(folder)
             # Readers on other threads print their own tracebacks about a damaged file; the message says it all.
             with contextlib.redirect_stderr(io.StringIO()):
                 arrays = self._manager.restore(step, args=ocp.args.Composite(**{item: restore}))[item]
-        except (MemoryError, jax.errors.JaxRuntimeError):
+        except (DamagedError, MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # orbax and tensorstore raise what they like at files that hold something else
             storage.check_readable(folder, error)

@@ -21,6 +21,9 @@ Count = Annotated[int, pydantic.Field(ge=0)]
 Print = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
 
 
+_NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
 class DamagedError(Exception):
     """Why a checkpoint can't be used."""
 
@@ -104,8 +107,10 @@ def read(checkpoint: Path, number: int) -> Metadata:
     try:
         content = read_file(path)
     except UserError as error:
-        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError) and checkpoint.is_dir():
-            raise DamagedError("its metadata are missing") from None
+        # What is there and no file, or nothing, is damage; what the system keeps from being read isn't.
+        is_damage = error.__cause__ is None or isinstance(error.__cause__, _NO_FILE)
+        if is_damage and checkpoint.exists():
+            raise DamagedError("its metadata are missing, or no file") from None
         raise
     try:
         says = schemas.parse(content, Metadata, "its metadata")

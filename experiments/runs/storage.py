@@ -9,6 +9,7 @@ from pathlib import Path
 
 from etils import epath
 
+from crescendo.experiments.runs.metadata import DamagedError
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import sync
 
@@ -81,6 +82,19 @@ def cannot_save(folder: Path, error: Exception) -> UserError | None:
         f"cannot save a checkpoint in {folder}: {os.strerror(number)}; {way_on}, and the same command goes on from the "
         "last one saved"
     )
+
+
+def check_regular(checkpoint: Path) -> None:
+    """That there are but files and folders in a checkpoint: orbax would wait for a pipe to say something.
+
+    Raises:
+      DamagedError: names what is something else.
+    """
+    for folder, folders, files in os.walk(checkpoint):
+        for path in (Path(folder, name) for name in files):
+            if path.exists() and not path.is_file():
+                raise DamagedError(f"its {path.relative_to(checkpoint)} is no file")
+        folders[:] = [name for name in folders if not os.path.islink(os.path.join(folder, name))]
 
 
 def check_readable(checkpoint: Path, error: Exception) -> None:

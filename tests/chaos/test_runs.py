@@ -1,12 +1,31 @@
 """What a run's folder is called and what goes missing from it, by the command itself, in processes of their own."""
 
+import shutil
 import signal
 
+import jax
+import jax.numpy as jnp
 import pytest
-from faults import assert_clean, checkpoints, errors, examples_seen, fingerprints, finish, half_saved, kill, wait_until
+from faults import (
+    assert_clean,
+    checkpoints,
+    errors,
+    examples_seen,
+    fingerprints,
+    finish,
+    half_saved,
+    kill,
+    random_moments,
+    times,
+    wait_until,
+)
+from spoil import spoil
 
 from crescendo.experiments.reports.compare import compare, remark
+from crescendo.experiments.runs.checkpoint import Checkpoints
 from crescendo.experiments.runs.run import read_run
+from crescendo.experiments.runs.state import Clock, TrainState
+from crescendo.experiments.runtime.errors import UserError
 
 BINDINGS = ("TOTAL_EXAMPLES = 4096", "train.batch_size = 16", "train.checkpoint_every_examples = 512")
 
@@ -119,3 +138,36 @@ def test_a_run_that_goes_on_at_another_rate_says_so(start_train, tmp_path):
     assert any(
         line.startswith("note: from here on ") and "0.01 and is now 0.02" in line for line in output.splitlines()
     )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Two checkpoints of a small state."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    with Checkpoints(folder, run={"format": 2, "fixed": {"seed": 0}}) as keeper:
+        for seen in (8, 16):
+            keeper.save(state(seen), Clock(seen, seen // 8, 8))
+    return folder
+
+
+def state(value: float) -> TrainState:
+    return TrainState({"w": jnp.arange(4096.0) * value, "b": jnp.zeros(2)}, (), jnp.int32(0), jnp.int32(0))
+
+
+@pytest.mark.chaos
+def test_a_spoilt_checkpoint_is_never_taken_for_a_whole_one(saved, tmp_path):
+    choose = random_moments()
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
+    for trial in range(times(200)):
+        copy = shutil.copytree(saved, tmp_path / str(trial) / "checkpoints")
+        how, lines = spoil(copy / "16", choose), []
+        with Checkpoints(copy) as keeper:
+            try:
+                found, clock = keeper.restore(wanted, lines.append)
+            except UserError as error:
+                assert "cannot read" in str(error), how
+                assert len(str(error).splitlines()) == 1
+                continue
+        assert found.parameters["w"].tolist() == state(clock.examples_seen).parameters["w"].tolist(), how
+        assert (clock.examples_seen, len(lines)) in ((16, 0), (8, 1)), (how, lines)
+        shutil.rmtree(copy.parent)
