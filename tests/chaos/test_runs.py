@@ -165,9 +165,13 @@ def test_a_spoilt_checkpoint_is_never_taken_for_a_whole_one(saved, tmp_path):
             try:
                 found, clock = keeper.restore(wanted, lines.append)
             except UserError as error:
-                assert "cannot read" in str(error), how
-                assert len(str(error).splitlines()) == 1
-                continue
+                told = str(error)
+            else:
+                told = ""
+        if told:
+            assert told.startswith("cannot read"), how
+            assert len(told.splitlines()) == 1, how
+            continue
         assert found.parameters["w"].tolist() == state(clock.examples_seen).parameters["w"].tolist(), how
         assert (clock.examples_seen, len(lines)) in ((16, 0), (8, 1)), (how, lines)
         shutil.rmtree(copy.parent)
