@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import glob
 import logging
 import os
 import re
@@ -49,6 +50,7 @@ def open_source(
     try:
         with _quiet():
             builder = tfds.builder(name, data_dir=data_directory)
+            _check_name(os.fspath(builder.data_path), called)
             prepared = builder.is_prepared()
         if not prepared:
             if not download:
@@ -85,6 +87,15 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def _check_name(folder: str, called: str) -> None:
+    """That TFDS finds what it keeps in a folder: it takes `x[1]` for a pattern, and finds nothing there."""
+    if glob.escape(folder) != folder:
+        raise UserError(
+            f"{folder}: TFDS takes [, * and ? in a folder's name for a pattern and finds nothing there: give another "
+            f"one with {called}.data_directory, or for the cache with XDG_CACHE_HOME"
+        )
 
 
 class Images:

@@ -117,6 +117,8 @@ def read(checkpoint: Path, number: int) -> Metadata:
         everything = schemas.parse(content, dict[str, Any], "its metadata")
     except UserError as error:
         raise DamagedError(str(error)) from None
+    if says.fingerprint is None and says.run is not None:
+        raise DamagedError("its metadata have lost their fingerprint")
     if says.fingerprint not in (None, _fingerprint(everything)):
         raise DamagedError("its metadata are not the ones that were saved")
     if says.clock.examples_seen != number:

@@ -63,21 +63,22 @@ def gaps(records: Sequence[Record], *, begin: int = 0, end: int | None = None) -
     """
     steps = [r for r in records if r["kind"] == "train" and (end is None or r["examples_seen"] <= end)]
     ends = np.array([begin, *(r["examples_seen"] for r in steps)], np.int64)
-    sizes = [size if isinstance(size := r.get("batch_size"), int) else 0 for r in steps]
+    sizes = [size if isinstance(size := r.get("batch_size"), int) and 0 <= size < 2**63 else 0 for r in steps]
     begins = np.append(ends[1:] - sizes, ends[-1] if end is None else end)
     at = np.flatnonzero(ends != begins)
     pairs = [(int(ends[i]), int(begins[i])) for i in at]
     return [Gap(min(pair), max(pair), twice=pair[1] < pair[0]) for pair in pairs]
 
 
-def began_at(fixed: Mapping[str, Any]) -> int:
-    """The clock at which a run began, by what fixes it.
+def began_at(fixed: Any) -> int:
+    """The clock at which a run began, by what fixes it, as `run.json` has it.
 
     >>> began_at({"seed": 0}), began_at({"seed": 0, "start_from": "runs/stable@4096"})
     (0, 4096)
     """
-    examples = str(fixed.get("start_from", "")).rpartition("@")[2]
-    return int(examples) if examples.isdecimal() else 0
+    start = fixed.get("start_from") if isinstance(fixed, Mapping) else None
+    examples = str(start).rpartition("@")[2]
+    return int(examples) if examples.isdecimal() and len(examples) < 19 else 0
 
 
 class JsonlWriter:

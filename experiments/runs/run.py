@@ -93,7 +93,7 @@ def read_run(folder: Path) -> Run:
         validation=_columns([_with_units(r, unit) for r in records if r["kind"] == "validation"], VALIDATION_COLUMNS),
         events=[r for r in records if r["kind"] not in ("train", "validation", "time")],
         time=next((r for r in reversed(records) if r["kind"] == "time"), {}),
-        gaps=gaps(records, begin=began_at(info.get("fixed") or {})),
+        gaps=gaps(records, begin=began_at(info.get("fixed"))),
     )
 
 
