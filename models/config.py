@@ -1,10 +1,12 @@
 """The shape of a decoder, and the presets."""
 
 import dataclasses
-import math
 from typing import Any, Literal
 
+from crescendo.ranges import Count, Decay, NotNegative, Positive, check_fields
+
 Remat = Literal["none", "dots", "full"]
+Dtype = Literal["float32", "bfloat16"]
 
 SPEED_FIELDS = ("scan_layers", "remat", "dtype")
 """The fields of a model that say how fast it runs and not what it computes."""
@@ -44,50 +46,38 @@ class ModelConfig:
         on accelerators, float32 on the CPU.
 
     Raises:
-      ValueError: for a size below 1, heads that don't divide, a base or an epsilon that isn't above 0, or a dropout
-        outside of [0, 1).
+      ValueError: for a field out of its range, or heads that don't divide.
 
     >>> ModelConfig.preset("debug").head_size
     32
     """
 
-    vocab_size: int = 384
-    width: int = 128
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int = 2
-    mlp_width: int = 384
-    head_width: int | None = None
+    vocab_size: Count = 384
+    width: Count = 128
+    layers: Count = 3
+    heads: Count = 4
+    kv_heads: Count = 2
+    mlp_width: Count = 384
+    head_width: Count | None = None
     qk_norm: bool = True
     tied_head: bool = True
-    logit_soft_cap: float | None = None
-    z_loss: float = 0.0
-    rope_theta: float = 10_000.0
-    norm_epsilon: float = 1e-6
-    dropout: float = 0.0
+    logit_soft_cap: Positive | None = None
+    z_loss: NotNegative = 0.0
+    rope_theta: Positive = 10_000.0
+    norm_epsilon: Positive = 1e-6
+    dropout: Decay = 0.0
     scan_layers: bool | None = None
     remat: Remat = "none"
-    dtype: str | None = None
+    dtype: Dtype | None = None
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        check_fields(self)
         if self.heads % self.kv_heads:
             raise ValueError(f"heads = {self.heads} must be a multiple of kv_heads = {self.kv_heads}")
         if self.head_width is None and self.width % self.heads:
             raise ValueError(f"width = {self.width} must be a multiple of heads = {self.heads}, or set head_width")
         if self.head_size < 2 or self.head_size % 2:
             raise ValueError(f"a head of width {self.head_size} must be even: rotary positions turn pairs")
-        for name in ("rope_theta", "norm_epsilon"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)} must be above 0 and finite")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
-        if self.remat not in ("none", "dots", "full"):
-            raise ValueError(f"remat = {self.remat!r} must be one of 'none', 'dots', 'full'")
-        if self.dtype not in (None, "float32", "bfloat16"):
-            raise ValueError(f"dtype = {self.dtype!r} must be 'float32', 'bfloat16' or None")
 
     @property
     def identity(self) -> dict[str, Any]:

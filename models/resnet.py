@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crescendo.models import axes, functional
-from crescendo.models.config import identity
+from crescendo.models.config import Dtype, identity
 from crescendo.models.layers import Linear, parameter
 from crescendo.models.layout import ONE_DEVICE, Layout
 from crescendo.pallas_kernels.rms_norm.examples import for_examples
+from crescendo.ranges import Count, Positive, check_fields
 
 STAGES = 3
 PICTURES = (axes.BATCH, None, None, None)
@@ -38,7 +39,7 @@ class ResNetConfig:
         accelerators, float32 on the CPU.
 
     Raises:
-      ValueError: for a size below 1, or a width that groups don't divide.
+      ValueError: for a field out of its range, or a width that groups don't divide.
 
     >>> ResNetConfig(width=12)
     Traceback (most recent call last):
@@ -46,22 +47,18 @@ class ResNetConfig:
     ValueError: width = 12 must be a multiple of group_width = 8
     """
 
-    classes: int = 10
-    in_channels: int = 1
-    width: int = 16
-    blocks: int = 3
-    group_width: int = 8
-    norm_epsilon: float = 1e-5
-    dtype: str | None = None
+    classes: Count = 10
+    in_channels: Count = 1
+    width: Count = 16
+    blocks: Count = 3
+    group_width: Count = 8
+    norm_epsilon: Positive = 1e-5
+    dtype: Dtype | None = None
 
     def __post_init__(self):
-        for name in ("classes", "in_channels", "width", "blocks", "group_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        check_fields(self)
         if self.width % self.group_width:
             raise ValueError(f"width = {self.width} must be a multiple of group_width = {self.group_width}")
-        if self.dtype not in (None, "float32", "bfloat16"):
-            raise ValueError(f"dtype = {self.dtype!r} must be 'float32', 'bfloat16' or None")
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crescendo.models import axes, functional
-from crescendo.models.config import ModelConfig, Remat, identity
+from crescendo.models.config import Dtype, ModelConfig, Remat, identity
 from crescendo.models.layers import Linear, RMSNorm, parameter
 from crescendo.models.layout import ONE_DEVICE, Layout
 from crescendo.models.transformer import RESIDUAL, stacked_blocks, through_blocks
+from crescendo.ranges import Count, Decay, Positive, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,31 +32,29 @@ class ViTConfig:
       width, layers, heads, mlp_width, qk_norm, norm_epsilon, dropout, scan_layers, remat, dtype: see `ModelConfig`.
 
     Raises:
-      ValueError: for a size below 1, patches or heads that don't divide, and what `ModelConfig` refuses.
+      ValueError: for a field out of its range, patches or heads that don't divide, and what `ModelConfig` refuses.
 
     >>> ViTConfig().patches
     64
     """
 
-    image_size: int = 32
-    patch_size: int = 4
-    in_channels: int = 1
-    classes: int = 10
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    mlp_width: int = 384
+    image_size: Count = 32
+    patch_size: Count = 4
+    in_channels: Count = 1
+    classes: Count = 10
+    width: Count = 128
+    layers: Count = 4
+    heads: Count = 4
+    mlp_width: Count = 384
     qk_norm: bool = True
-    norm_epsilon: float = 1e-6
-    dropout: float = 0.0
+    norm_epsilon: Positive = 1e-6
+    dropout: Decay = 0.0
     scan_layers: bool | None = None
     remat: Remat = "none"
-    dtype: str | None = None
+    dtype: Dtype | None = None
 
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "in_channels", "classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        check_fields(self)
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size = {self.image_size} must be a multiple of patch_size = {self.patch_size}")
         _ = self.blocks  # which checks the rest

@@ -3,23 +3,24 @@
 import jax
 import optax
 
-from crescendo.optim.checks import check_constants
+from crescendo.optim.checks import Rate
 from crescendo.optim.masks import LayerAxis, Mask, as_mask
 from crescendo.optim.precision import in_float32
 from crescendo.optim.registry import OPTIMIZERS
 from crescendo.optim.scaling import with_learning_rate
+from crescendo.ranges import Count, Decay, NotNegative, Positive
 
 
 @OPTIMIZERS
 def adafactor(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rate,
     *,
-    decay_rate: float = 0.8,
-    clipping_threshold: float = 1.0,
+    decay_rate: Decay = 0.8,
+    clipping_threshold: Positive = 1.0,
     multiply_by_parameter_scale: bool = True,
-    momentum: float | None = None,
-    weight_decay: float = 0.0,
-    min_dim_size_to_factor: int = 128,
+    momentum: Decay | None = None,
+    weight_decay: NotNegative = 0.0,
+    min_dim_size_to_factor: Count = 128,
     mask: Mask = None,
     layer_axis: LayerAxis = None,
     moment_dtype: jax.typing.DTypeLike | None = None,
@@ -52,13 +53,6 @@ def adafactor(
     >>> print(updates)
     [-0.5]
     """
-    check_constants(
-        decay_rate=decay_rate,
-        clipping_threshold=clipping_threshold,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        min_dim_size_to_factor=min_dim_size_to_factor,
-    )
     return in_float32(
         with_learning_rate(
             lambda rate: optax.adafactor(

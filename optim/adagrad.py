@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from crescendo.optim.checks import check_constants
+from crescendo.optim.checks import Rate
 from crescendo.optim.masks import LayerAxis, Mask
 from crescendo.optim.precision import in_float32, widen
 from crescendo.optim.registry import OPTIMIZERS, TRANSFORMS
 from crescendo.optim.scaling import scale_by_learning_rate
 from crescendo.optim.weight_decay import add_decayed_weights
+from crescendo.ranges import NotNegative
 
 
 class ScaleByAdagradNormState(NamedTuple):
@@ -22,7 +23,7 @@ class ScaleByAdagradNormState(NamedTuple):
 
 
 @TRANSFORMS
-def scale_by_adagrad_norm(initial_accumulator: float = 0.1) -> optax.GradientTransformationExtraArgs:
+def scale_by_adagrad_norm(initial_accumulator: NotNegative = 0.1) -> optax.GradientTransformationExtraArgs:
     r"""Divide the gradient by the root of all squared gradient norms so far, over all parameters: one rate for all.
 
     .. math::
@@ -44,7 +45,6 @@ def scale_by_adagrad_norm(initial_accumulator: float = 0.1) -> optax.GradientTra
     >>> print(updates, state.sum_of_squares)
     [0.6 0.8] 25.0
     """
-    check_constants(initial_accumulator=initial_accumulator)
 
     def init(params: optax.Params) -> ScaleByAdagradNormState:
         del params
@@ -69,10 +69,10 @@ def scale_by_adagrad_norm(initial_accumulator: float = 0.1) -> optax.GradientTra
 
 @OPTIMIZERS
 def adagrad_norm(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rate,
     *,
-    initial_accumulator: float = 0.1,
-    weight_decay: float = 0.0,
+    initial_accumulator: NotNegative = 0.1,
+    weight_decay: NotNegative = 0.0,
     mask: Mask = None,
     layer_axis: LayerAxis = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -95,7 +95,6 @@ def adagrad_norm(
     >>> print(optimizer.update(jnp.array([3.0, 4.0]), optimizer.init(jnp.ones(2)), jnp.ones(2))[0])
     [-0.3 -0.4]
     """
-    check_constants(weight_decay=weight_decay)
     return in_float32(
         optax.chain(
             scale_by_adagrad_norm(initial_accumulator),
@@ -107,11 +106,11 @@ def adagrad_norm(
 
 @OPTIMIZERS
 def adagrad(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rate,
     *,
-    initial_accumulator: float = 0.1,
-    eps: float = 1e-7,
-    weight_decay: float = 0.0,
+    initial_accumulator: NotNegative = 0.1,
+    eps: NotNegative = 1e-7,
+    weight_decay: NotNegative = 0.0,
     mask: Mask = None,
     layer_axis: LayerAxis = None,
     moment_dtype: jax.typing.DTypeLike | None = None,
@@ -140,7 +139,6 @@ def adagrad(
     >>> print(optimizer.update(jnp.array([3.0, 4.0]), optimizer.init(jnp.ones(2)), jnp.ones(2))[0])
     [-0.5 -0.5]
     """
-    check_constants(initial_accumulator=initial_accumulator, eps=eps, weight_decay=weight_decay)
     return in_float32(
         optax.chain(
             optax.scale_by_rss(initial_accumulator, eps),

@@ -3,22 +3,23 @@
 import jax
 import optax
 
-from crescendo.optim.checks import check_constants
+from crescendo.optim.checks import Rate
 from crescendo.optim.masks import LayerAxis, Mask
 from crescendo.optim.precision import in_float32
 from crescendo.optim.registry import OPTIMIZERS
 from crescendo.optim.scaling import scale_by_learning_rate
 from crescendo.optim.weight_decay import add_decayed_weights
+from crescendo.ranges import Decay, NotNegative
 
 
 @OPTIMIZERS
 def adamw(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rate,
     *,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 0.1,
+    b1: Decay = 0.9,
+    b2: Decay = 0.95,
+    eps: NotNegative = 1e-8,
+    weight_decay: NotNegative = 0.1,
     mask: Mask = None,
     layer_axis: LayerAxis = None,
     moment_dtype: jax.typing.DTypeLike | None = None,
@@ -55,7 +56,6 @@ def adamw(
     >>> print(optax.apply_updates(params, updates))
     [ 0.5 -0.5]
     """
-    check_constants(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return in_float32(
         optax.chain(
             optax.scale_by_adam(b1=b1, b2=b2, eps=eps, nesterov=nesterov),
@@ -68,12 +68,12 @@ def adamw(
 
 @OPTIMIZERS
 def nadamw(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rate,
     *,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 0.1,
+    b1: Decay = 0.9,
+    b2: Decay = 0.95,
+    eps: NotNegative = 1e-8,
+    weight_decay: NotNegative = 0.1,
     mask: Mask = None,
     layer_axis: LayerAxis = None,
     moment_dtype: jax.typing.DTypeLike | None = None,

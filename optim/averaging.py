@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from crescendo.optim.checks import check_constants
 from crescendo.optim.precision import widen
 from crescendo.optim.registry import COMBINATORS
 from crescendo.optim.scaling import update_with_factor
 from crescendo.optim.states import find_states
+from crescendo.ranges import Positive
 
 
 class AverageWeightsState(NamedTuple):
@@ -35,7 +35,9 @@ class AverageWeightsState(NamedTuple):
 
 
 @COMBINATORS
-def average_weights(optimizer: optax.GradientTransformation, examples: float) -> optax.GradientTransformationExtraArgs:
+def average_weights(
+    optimizer: optax.GradientTransformation, examples: Positive
+) -> optax.GradientTransformationExtraArgs:
     r"""`optimizer`, with an exponential average of the parameters after each update, for evaluation.
 
     .. math::
@@ -66,7 +68,6 @@ def average_weights(optimizer: optax.GradientTransformation, examples: float) ->
     >>> print(params, evaluation_params(state, params))  # (3 e^-2 + 2) / (e^-2 + 1)
     [2.] [2.1192029]
     """
-    check_constants(examples=examples)
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: optax.Params) -> AverageWeightsState:

@@ -7,16 +7,18 @@ size decided by update n is that of batch n + 2. So the device never waits for t
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from annotated_types import Ge, MinLen
 
 from crescendo.optim.registry import POLICIES
 from crescendo.optim.scaling import learning_rate_factor, update_with_factor
 from crescendo.optim.states import find_states
+from crescendo.ranges import Count
 
 
 class BatchStats(NamedTuple):
@@ -56,6 +58,9 @@ class BatchStats(NamedTuple):
     coordinate_variance_ratio: jax.Array | None = None
 
 
+Coupling = Literal["linear", "sqrt", "none"]
+"""How the learning rate follows the batch size; see `adaptive_batch_size`."""
+
 STATISTICS = ("layers", "norm_layers", "dot_products", "coordinates")
 """What a loop measures only on demand; see `BatchStats`."""
 
@@ -91,7 +96,7 @@ class BatchSizePolicy(NamedTuple):
 
 
 @POLICIES
-def constant(batch_size: int) -> BatchSizePolicy:
+def constant(batch_size: Count) -> BatchSizePolicy:
     """The same batch size throughout the run.
 
     Args:
@@ -100,18 +105,16 @@ def constant(batch_size: int) -> BatchSizePolicy:
     >>> constant(32).sizes
     (32,)
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size} must be at least 1")
     return by_threshold([batch_size], [0], "constant")._replace(stays="")
 
 
 @POLICIES
 def staged(
-    sizes: Sequence[int],
+    sizes: Annotated[Sequence[Count], MinLen(1)],
     *,
-    starts_examples: Sequence[int] | None = None,
-    starts_tokens: Sequence[int] | None = None,
-    sequence_length: int | None = None,
+    starts_examples: Sequence[Annotated[int, Ge(0)]] | None = None,
+    starts_tokens: Sequence[Annotated[int, Ge(0)]] | None = None,
+    sequence_length: Count | None = None,
 ) -> BatchSizePolicy:
     """Size i from threshold i on: `sizes[max {i : starts[i] <= examples seen}]`.
 
@@ -138,10 +141,8 @@ def staged(
             return staged(sizes, starts_examples=[-(-start // tokens) for start in starts_tokens])
 
         return by_tokens("staged", of_rows, sequence_length)
-    if not sizes or len(sizes) != len(starts_examples):
+    if len(sizes) != len(starts_examples):
         raise ValueError(f"{len(sizes)} sizes and {len(starts_examples)} starts: give each size its start")
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"sizes = {list(sizes)}: each must be at least 1 example")
     if starts_examples[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts_examples)):
         raise ValueError(f"starts {list(starts_examples)} (in examples) must begin with 0 and increase")
     return by_threshold(sizes, starts_examples, "staged threshold")
@@ -176,14 +177,12 @@ def by_tokens(
         own (`BatchSizePolicy.for_rows`) the policy can't be asked.
 
     Raises:
-      ValueError: a length below 1; of `for_rows`, another one than `sequence_length`; at `update`, none yet.
+      ValueError: of `for_rows`, another one than `sequence_length`; at `update`, none yet.
 
     >>> policy = staged([4, 8], starts_tokens=[0, 1000])
     >>> policy.for_rows(10).first_change_examples, policy.for_rows(40).first_change_examples
     (100, 25)
     """
-    if sequence_length is not None and sequence_length < 1:
-        raise ValueError(f"{name}.sequence_length = {sequence_length} must be at least 1 token")
 
     def for_rows(tokens: int) -> BatchSizePolicy:
         if sequence_length not in (None, tokens):
@@ -238,7 +237,7 @@ class AdaptiveBatchSizeState(NamedTuple):
 def adaptive_batch_size(
     optimizer: optax.GradientTransformation,
     policy: BatchSizePolicy,
-    coupling: str = "sqrt",
+    coupling: Coupling = "sqrt",
     *,
     base_batch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:

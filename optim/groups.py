@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import fnmatch
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from crescendo.optim.masks import leaves_with_paths
 from crescendo.optim.registry import OPTIMIZERS
 from crescendo.optim.scaling import update_with_factor
 from crescendo.optim.states import nodes
+from crescendo.ranges import NotNegative, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +33,14 @@ class ParameterGroup:
 
     path: str | None = None
     axis: str | None = None
-    learning_rate: float = 1.0
-    weight_decay: float = 1.0
+    learning_rate: NotNegative = 1.0
+    weight_decay: NotNegative = 1.0
     frozen: bool = False
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.axis is None):
             raise ValueError(f"a group needs either a path or an axis, got path {self.path!r} and axis {self.axis!r}")
-        for name in ("learning_rate", "weight_decay"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{self}: {name} = {value} must be at least 0 and finite: 1 changes nothing")
+        check_fields(self)
 
     def __str__(self) -> str:
         return f"group {self.path!r}" if self.axis is None else f"group of axis {self.axis!r}"
@@ -56,8 +53,8 @@ class ParameterGroup:
 def group(
     path: str | None = None,
     axis: str | None = None,
-    learning_rate: float = 1.0,
-    weight_decay: float = 1.0,
+    learning_rate: NotNegative = 1.0,
+    weight_decay: NotNegative = 1.0,
     frozen: bool = False,
 ) -> ParameterGroup:
     """A `ParameterGroup`, for configs.

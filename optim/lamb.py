@@ -3,23 +3,24 @@
 import jax
 import optax
 
-from crescendo.optim.checks import check_constants
+from crescendo.optim.checks import Rate
 from crescendo.optim.masks import LayerAxis, Mask
 from crescendo.optim.precision import in_float32
 from crescendo.optim.registry import OPTIMIZERS
 from crescendo.optim.scaling import scale_by_learning_rate
 from crescendo.optim.trust_ratio import PhiClip, scale_by_layer_trust_ratio
 from crescendo.optim.weight_decay import add_decayed_weights
+from crescendo.ranges import Decay, NotNegative
 
 
 @OPTIMIZERS
 def lamb(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rate,
     *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-6,
-    weight_decay: float = 0.01,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps: NotNegative = 1e-6,
+    weight_decay: NotNegative = 0.01,
     mask: Mask = None,
     trust_mask: Mask = None,
     phi_clip: PhiClip = None,
@@ -65,7 +66,6 @@ def lamb(
     >>> print(f"{jnp.linalg.norm(updates):.4f} {optax.tree_utils.tree_get(state, 'trust_ratio')[0]:.3f}")
     2.5000 3.536
     """
-    check_constants(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return in_float32(
         optax.chain(
             optax.scale_by_adam(b1=b1, b2=b2, eps=eps),

@@ -5,12 +5,13 @@ from typing import Any
 import jax
 import optax
 
-from crescendo.optim.checks import check_constants
+from crescendo.optim.checks import Rate
 from crescendo.optim.masks import LayerAxis, Mask
 from crescendo.optim.precision import in_float32
 from crescendo.optim.registry import OPTIMIZERS, TRANSFORMS
 from crescendo.optim.scaling import scale_by_learning_rate
 from crescendo.optim.trust_ratio import TrustRatioState, layer_norm, layerwise, safe_ratio
+from crescendo.ranges import Decay, NotNegative, Positive
 
 
 class ScaleByLarsState(TrustRatioState):
@@ -25,8 +26,8 @@ class ScaleByLarsState(TrustRatioState):
 @TRANSFORMS
 def scale_by_lars(
     *,
-    weight_decay: float = 0.0,
-    trust_coefficient: float = 0.001,
+    weight_decay: NotNegative = 0.0,
+    trust_coefficient: Positive = 0.001,
     mask: Mask = None,
     trust_mask: Mask = None,
     layer_axis: LayerAxis = None,
@@ -45,7 +46,6 @@ def scale_by_lars(
     >>> print(transform.update(jnp.array([[1.0]]), transform.init(params), params)[0])
     [[2.]]
     """
-    check_constants(weight_decay=weight_decay, trust_coefficient=trust_coefficient)
 
     def rule(grad: jax.Array, param: jax.Array, axis: int | None, decay: Any) -> tuple[jax.Array, jax.Array]:
         strength = 0.0 if decay is None else weight_decay * decay
@@ -58,12 +58,12 @@ def scale_by_lars(
 
 @OPTIMIZERS
 def lars(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rate,
     *,
-    momentum: float = 0.9,
+    momentum: Decay = 0.9,
     nesterov: bool = False,
-    weight_decay: float = 1e-4,
-    trust_coefficient: float = 0.001,
+    weight_decay: NotNegative = 1e-4,
+    trust_coefficient: Positive = 0.001,
     mask: Mask = None,
     trust_mask: Mask = None,
     layer_axis: LayerAxis = None,
@@ -103,7 +103,6 @@ def lars(
     >>> print(updates)
     [[-1.5  2. ]]
     """
-    check_constants(momentum=momentum)
     return in_float32(
         optax.chain(
             scale_by_lars(

@@ -3,21 +3,22 @@
 import jax
 import optax
 
-from crescendo.optim.checks import check_constants
+from crescendo.optim.checks import Rate
 from crescendo.optim.masks import LayerAxis, Mask
 from crescendo.optim.precision import in_float32
 from crescendo.optim.registry import OPTIMIZERS
 from crescendo.optim.scaling import scale_by_learning_rate
 from crescendo.optim.weight_decay import add_decayed_weights
+from crescendo.ranges import Decay, NotNegative
 
 
 @OPTIMIZERS
 def lion(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rate,
     *,
-    b1: float = 0.9,
-    b2: float = 0.99,
-    weight_decay: float = 1.0,
+    b1: Decay = 0.9,
+    b2: Decay = 0.99,
+    weight_decay: NotNegative = 1.0,
     mask: Mask = None,
     layer_axis: LayerAxis = None,
     moment_dtype: jax.typing.DTypeLike | None = None,
@@ -52,7 +53,6 @@ def lion(
     >>> print(optimizer.update(params, optimizer.init(params), params)[0])
     [-0.5  0.5]
     """
-    check_constants(b1=b1, b2=b2, weight_decay=weight_decay)
     return in_float32(
         optax.chain(
             optax.scale_by_lion(b1=b1, b2=b2),

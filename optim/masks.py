@@ -6,17 +6,19 @@ A transformer that scans over its layers stores them stacked: a norm scale has s
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import optax
 
+from crescendo.ranges import Leaves
+
 Path = tuple[str, ...]
-LayerAxis = Callable[[Path], int | None] | int | Any | None
+LayerAxis = Annotated[Callable[[Path], int | None] | int | Any | None, Leaves((int,))]
 """Where layers are stacked: a function of the path, or a pytree prefix of `int | None`; None: `stacked_axis`."""
 
-Mask = Callable[[optax.Params], Any] | bool | Any | None
+Mask = Annotated[Callable[[optax.Params], Any] | bool | Any | None, Leaves((bool,))]
 """Which parameters: a function of the parameters, or a pytree prefix of booleans; None: `is_matrix` decides."""
 
 _VECTOR_NAMES = frozenset({"bias", "scale"})

@@ -8,24 +8,25 @@ import numpy as np
 import optax
 from optax import contrib
 
-from crescendo.optim.checks import check_constants
+from crescendo.optim.checks import Rate
 from crescendo.optim.masks import LayerAxis, Mask, as_mask, is_matrix, layer_axes, leaves_with_paths
 from crescendo.optim.precision import in_float32
 from crescendo.optim.registry import OPTIMIZERS
 from crescendo.optim.scaling import with_learning_rate
+from crescendo.ranges import Count, Decay, NotNegative, Positive
 
 
 @OPTIMIZERS
 def muon(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rate,
     *,
-    momentum: float = 0.95,
+    momentum: Decay = 0.95,
     nesterov: bool = True,
-    newton_schulz_steps: int = 5,
-    rms: float = 0.2,
-    weight_decay: float = 0.1,
-    adam_b1: float = 0.9,
-    adam_b2: float = 0.95,
+    newton_schulz_steps: Count = 5,
+    rms: Positive = 0.2,
+    weight_decay: NotNegative = 0.1,
+    adam_b1: Decay = 0.9,
+    adam_b2: Decay = 0.95,
     mask: Mask = None,
     layer_axis: LayerAxis = None,
     dimensions: Callable[[optax.Params], Any] | None = None,
@@ -64,14 +65,6 @@ def muon(
     >>> updates["blocks"]["kernel"].shape
     (3, 4, 4)
     """
-    check_constants(
-        momentum=momentum,
-        newton_schulz_steps=newton_schulz_steps,
-        rms=rms,
-        weight_decay=weight_decay,
-        adam_b1=adam_b1,
-        adam_b2=adam_b2,
-    )
     return in_float32(
         with_learning_rate(
             lambda rate: contrib.muon(

@@ -28,10 +28,10 @@ import numpy as np
 import optax
 
 from crescendo.optim.batch_size import BatchStats
-from crescendo.optim.checks import check_constants
 from crescendo.optim.masks import LayerAxis, Path, layer_axes, leaves_with_paths
 from crescendo.optim.precision import squares
 from crescendo.optim.registry import TRANSFORMS
+from crescendo.ranges import Decay
 
 Number = jax.Array | float
 
@@ -228,7 +228,7 @@ class GradientNoiseScaleState(NamedTuple):
 
 @TRANSFORMS
 def gradient_noise_scale(
-    decay: float = 0.99, *, groups: Groups = None, norm_layers: bool = False, layer_axis: LayerAxis = None
+    decay: Decay = 0.99, *, groups: Groups = None, norm_layers: bool = False, layer_axis: LayerAxis = None
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the gradient noise scale in its state, fed by the extra argument `batch_stats`; updates pass unchanged.
 
@@ -258,7 +258,6 @@ def gradient_noise_scale(
     >>> print(noise_scale(state).value)
     6.0
     """
-    check_constants(decay=decay)
     if groups is not None:
         group_indices({}, groups)
 

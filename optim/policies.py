@@ -9,19 +9,21 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Gt, Le, Lt
 
 from crescendo.optim.batch_size import BatchSizePolicy, BatchStats, by_threshold, by_tokens
-from crescendo.optim.checks import check_constants
 from crescendo.optim.noise_scale import Averages, add_microbatches, add_norm_layers, excess, no_averages, read_averages
 from crescendo.optim.registry import POLICIES
+from crescendo.ranges import INT32, Count, Decay, NotNegative, Positive, Start, checked
 
 
-def doubling_ladder(start: int, cap: int) -> tuple[int, ...]:
+@checked
+def doubling_ladder(start: Count, cap: Count) -> tuple[int, ...]:
     """start, 2 start, 4 start, ..., up to `cap`, in examples.
 
     Raises:
@@ -30,15 +32,13 @@ def doubling_ladder(start: int, cap: int) -> tuple[int, ...]:
     >>> doubling_ladder(6, 30)
     (6, 12, 24)
     """
-    if start < 1:
-        raise ValueError(f"start = {start} must be at least 1 example")
     if cap < start:
         raise ValueError(f"cap = {cap} is under start = {start}: raise the cap or lower the start")
     return tuple(start * 2**i for i in range((cap // start).bit_length()))
 
 
 @POLICIES
-def geometric_warmup(start: int, end: int, *, warmup_examples: int) -> BatchSizePolicy:
+def geometric_warmup(start: Count, end: Count, *, warmup_examples: Start) -> BatchSizePolicy:
     r"""B = start (end / start)^(t / warmup), rounded down to the ladder: the batch doubles at even intervals.
 
     With t the examples seen: `end` is reached at `warmup_examples`. Coupling: "sqrt" for Adam and its kin, "linear" for
@@ -72,10 +72,10 @@ def geometric_warmup(start: int, end: int, *, warmup_examples: int) -> BatchSize
 @POLICIES
 def critical_batch_following(
     curve: str | Path | Mapping[str, Any],
-    start: int,
-    cap: int,
+    start: Count,
+    cap: Count,
     *,
-    sequence_length: int | None = None,
+    sequence_length: Count | None = None,
     fingerprint: str | None = None,
     lower_bound: bool = False,
 ) -> BatchSizePolicy:
@@ -213,16 +213,16 @@ class NormLayersFollowingState(NoiseScaleFollowingState):
 
 @POLICIES
 def noise_scale_following(
-    start: int,
-    cap: int,
+    start: Count,
+    cap: Count,
     *,
-    ratio: float = 1.0,
-    hysteresis: float = 0.1,
-    decay: float = 0.99,
-    confidence: float = 2.0,
-    min_updates: int = 20,
+    ratio: Positive = 1.0,
+    hysteresis: NotNegative = 0.1,
+    decay: Annotated[float, Gt(0), Lt(1)] = 0.99,
+    confidence: NotNegative = 2.0,
+    min_updates: Annotated[int, Ge(2), INT32] = 20,
     shrink: bool = False,
-    source: str = "gradient",
+    source: Literal["gradient", "norm_layers"] = "gradient",
 ) -> BatchSizePolicy:
     """Keeps B near `ratio` times the gradient noise scale: doubles at ratio B_noise >= 2 B (1 + hysteresis).
 
@@ -257,19 +257,6 @@ def noise_scale_following(
     ((8, 16, 32, 64), (), 2)
     """
     sizes = doubling_ladder(start, cap)
-    if not 0 < ratio < math.inf:
-        raise ValueError(f"ratio = {ratio} must be finite and above 0: 1 keeps the batch at the noise scale")
-    if not 0 <= hysteresis < math.inf:
-        raise ValueError(f"hysteresis = {hysteresis} must be finite and at least 0: 0.1 asks for 10% past the boundary")
-    if not 0 <= confidence < math.inf:
-        raise ValueError(f"confidence = {confidence} must be finite and at least 0: try 2 standard errors")
-    if min_updates < 2:
-        raise ValueError(f"min_updates = {min_updates} must be at least 2: one step has no standard error")
-    check_constants(decay=decay)
-    if decay == 0:
-        raise ValueError("decay = 0 leaves no average to be sure of: try 0.99")
-    if source not in ("gradient", "norm_layers"):
-        raise ValueError(f"source = {source!r} must be 'gradient' or 'norm_layers'")
     add = add_microbatches if source == "gradient" else add_norm_layers
     state_of = NoiseScaleFollowingState if source == "gradient" else NormLayersFollowingState
     table, last = np.array(sizes, np.int32), len(sizes) - 1
@@ -323,7 +310,14 @@ _NORM_TESTS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @POLICIES
-def norm_test(start: int, cap: int, *, eta: float = 0.25, variant: str = "norm", decay: float = 0.0) -> BatchSizePolicy:
+def norm_test(
+    start: Count,
+    cap: Count,
+    *,
+    eta: Annotated[float, Gt(0), Le(1)] = 0.25,
+    variant: Literal["norm", "inner_product", "coordinate"] = "norm",
+    decay: Decay = 0.0,
+) -> BatchSizePolicy:
     r"""AdAdaGrad's adaptive sampling: the batch grows until the gradient's variance is a given share of its norm.
 
     With g the mean gradient of the batch, g_i that of microbatch i of b examples, and an example's variance estimated
@@ -366,11 +360,6 @@ def norm_test(start: int, cap: int, *, eta: float = 0.25, variant: str = "norm",
     16
     """
     sizes = doubling_ladder(start, cap)
-    if not 0 < eta <= 1:
-        raise ValueError(f"eta = {eta} must be above 0 and at most 1: try 0.25")
-    if variant not in _NORM_TESTS:
-        raise ValueError(f"unknown variant {variant!r} of the norm test: use {', '.join(_NORM_TESTS)}")
-    check_constants(decay=decay)
     statistics, reason = _NORM_TESTS[variant]
     table = np.array(sizes, np.int32)
 

@@ -5,22 +5,23 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from crescendo.optim.checks import check_constants
+from crescendo.optim.checks import Rate
 from crescendo.optim.precision import in_float32
 from crescendo.optim.registry import OPTIMIZERS
 from crescendo.optim.scaling import with_learning_rate
+from crescendo.ranges import Decay, NotNegative, Positive
 
 
 @OPTIMIZERS
 def prodigy(
-    learning_rate: optax.ScalarOrSchedule = 1.0,
+    learning_rate: Rate = 1.0,
     *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    initial_rate: float = 1e-6,
-    rate_coefficient: float = 1.0,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps: NotNegative = 1e-8,
+    weight_decay: NotNegative = 0.0,
+    initial_rate: Positive = 1e-6,
+    rate_coefficient: Positive = 1.0,
     safeguard_warmup: bool = False,
     moment_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -51,14 +52,6 @@ def prodigy(
     >>> print(prodigy().update(jnp.ones(1), prodigy().init(jnp.ones(1)), jnp.ones(1))[0].shape)
     (1,)
     """
-    check_constants(
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        weight_decay=weight_decay,
-        initial_rate=initial_rate,
-        rate_coefficient=rate_coefficient,
-    )
 
     def make(rate: jax.Array) -> optax.GradientTransformationExtraArgs:
         rule = contrib.prodigy(

@@ -10,18 +10,20 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.ndimage
+from annotated_types import Ge, MultipleOf
 
 from crescendo.optim.precision import widen
 from crescendo.optim.registry import SCHEDULES, TRANSFORMS
 from crescendo.optim.run_length import OfRun, ends_with_the_run
-from crescendo.optim.schedule_parts import check, with_warmup
+from crescendo.optim.schedule_parts import check_length, with_warmup
+from crescendo.ranges import INT32, NotNegative, Positive
 
 
 class RecordGradientNormsState(NamedTuple):
@@ -39,7 +41,9 @@ class RecordGradientNormsState(NamedTuple):
 
 
 @TRANSFORMS
-def record_gradient_norms(slots: int = 512) -> optax.GradientTransformationExtraArgs:
+def record_gradient_norms(
+    slots: Annotated[int, Ge(2), INT32, MultipleOf(2)] = 512,
+) -> optax.GradientTransformationExtraArgs:
     """Keep the history of the gradient's l1 and l2 norms over all parameters; the updates pass unchanged.
 
     Chain it first, so that it sees the gradients. The state has a fixed size: when all slots are full, neighbours are
@@ -59,8 +63,6 @@ def record_gradient_norms(slots: int = 512) -> optax.GradientTransformationExtra
     >>> print(recorded_norms(state))
     GradientNorms(clock=array([ 0., 32., 64.]), l1=array([7., 7., 7.]), l2=array([5., 5., 5.]))
     """
-    if slots < 2 or slots % 2:
-        raise ValueError(f"slots must be an even number of at least 2, got {slots}")
 
     def init(params: optax.Params) -> RecordGradientNormsState:
         del params
@@ -230,7 +232,9 @@ def save_refined(path: str | Path, norms: Norms, *, norm: str = "l1", smoothing:
 
 
 @SCHEDULES
-def refined(peak: float, total: float | None = None, *, path: str | Path, warmup: float = 0) -> optax.Schedule | OfRun:
+def refined(
+    peak: NotNegative, total: Positive | None = None, *, path: str | Path, warmup: NotNegative = 0
+) -> optax.Schedule | OfRun:
     """The refined schedule that `save_refined` wrote to `path`, with a peak and a length of its own.
 
     The curve is stretched over [0, total], whatever the length of the run that it was recorded in.
@@ -280,7 +284,7 @@ def _interpolated(
     peak: float, total: float, *, warmup: float, fractions: np.ndarray, multipliers: np.ndarray
 ) -> optax.Schedule:
     """The schedule through the given points, linear in between."""
-    check(peak, total, warmup)
+    check_length(total, warmup)
 
     def schedule(t: jax.Array) -> jax.Array:
         x, y = jnp.asarray(fractions, t.dtype), jnp.asarray(multipliers, t.dtype)

@@ -2,7 +2,7 @@
 
 A function enters one where it is defined, as a decoration. `crescendo.optim` imports every module of its folder, so a
 new file with a decorated function is all that a new one takes: configs, the common tests and the documentation read
-these tables.
+these tables. Ranges stand in the function's annotations, `b1: Decay = 0.9`, and a value beyond them is a ValueError.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import optax
 
 from crescendo.optim.run_length import OfRun
+from crescendo.ranges import checked
 
 if TYPE_CHECKING:
     from crescendo.optim.batch_size import BatchSizePolicy  # which registers policies of its own
 
 
 class Registry[T](dict[str, Callable[..., T]]):
-    """Functions that return a T, by their names, in order of definition; a decorator that leaves them as they are.
+    """Functions that return a T, by their names, in order of definition; a decorator, under which they are `checked`.
 
     Raises:
       ValueError: (as a decorator) a name that a function of another module has.
@@ -36,8 +37,8 @@ class Registry[T](dict[str, Callable[..., T]]):
             raise ValueError(
                 f"{function.__module__} defines {function.__name__!r}, which {other.__module__} has: take another name"
             )
-        self[function.__name__] = function
-        return function
+        self[function.__name__] = checked(function)
+        return self[function.__name__]  # type: ignore[return-value]
 
 
 OPTIMIZERS: Registry[optax.GradientTransformationExtraArgs] = Registry()

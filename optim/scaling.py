@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from crescendo.optim.checks import check_learning_rate
+from crescendo.optim.checks import Rate, check_learning_rate
 from crescendo.optim.registry import TRANSFORMS
 from crescendo.optim.run_length import LengthWarning, OfRun
 from crescendo.optim.states import nodes, spread
@@ -38,7 +38,7 @@ class ScaleByLearningRateState(NamedTuple):
 
 
 @TRANSFORMS
-def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+def scale_by_learning_rate(learning_rate: Rate) -> optax.GradientTransformationExtraArgs:
     r"""Multiply the update by -f eta(t), where t is the extra argument `examples_seen` if the caller passes it.
 
     Without `examples_seen` t is the number of updates made, as in `optax.scale_by_learning_rate`, so that what is

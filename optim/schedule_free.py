@@ -1,28 +1,30 @@
 """Schedule-Free AdamW: an average of the iterates in place of a decay of the rate."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import optax
+from annotated_types import Gt, Lt
 from optax import contrib
 
-from crescendo.optim.checks import check_constants
+from crescendo.optim.checks import Rate
 from crescendo.optim.masks import LayerAxis, Mask
 from crescendo.optim.precision import in_float32
 from crescendo.optim.registry import OPTIMIZERS
 from crescendo.optim.scaling import scale_by_parameter, with_learning_rate
 from crescendo.optim.weight_decay import add_decayed_weights
+from crescendo.ranges import Decay, NotNegative
 
 
 @OPTIMIZERS
 def schedule_free(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rate,
     *,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 0.1,
-    weight_power: float = 2.0,
+    b1: Annotated[float, Gt(0), Lt(1)] = 0.9,
+    b2: Decay = 0.95,
+    eps: NotNegative = 1e-8,
+    weight_decay: NotNegative = 0.1,
+    weight_power: NotNegative = 2.0,
     mask: Mask = None,
     layer_axis: LayerAxis = None,
     moment_dtype: jax.typing.DTypeLike | None = None,
@@ -53,9 +55,6 @@ def schedule_free(
     >>> print(f"{update:.4f}")
     -0.5000
     """
-    check_constants(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, weight_power=weight_power)
-    if not isinstance(b1, jax.core.Tracer) and b1 == 0:
-        raise ValueError("b1 = 0 must be above 0: the average is the parameters' share b1, try 0.9")
 
     def make(rate: jax.Array) -> optax.GradientTransformationExtraArgs:
         adam_without_momentum = optax.chain(

@@ -19,18 +19,29 @@ schedule when the loop tells it the length (`total_examples`). Only `constant` a
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import optax
+from annotated_types import Gt, Le
 
 from crescendo.optim.registry import SCHEDULES
 from crescendo.optim.run_length import LengthError, ends_with_the_run, with_total
-from crescendo.optim.schedule_parts import between, check, decay_weight, half_cosine, progress, with_warmup
+from crescendo.optim.schedule_parts import (
+    Shape,
+    between,
+    check_length,
+    decay_weight,
+    half_cosine,
+    progress,
+    with_warmup,
+)
+from crescendo.ranges import Decay, Fraction, NotNegative, Positive
 
 
 @SCHEDULES
-def constant(peak: float, total: float | None = None, *, warmup: float = 0) -> optax.Schedule:
+def constant(peak: NotNegative, total: Positive | None = None, *, warmup: NotNegative = 0) -> optax.Schedule:
     """`peak` after the warmup, for ever; `total` is only checked.
 
     Raises:
@@ -39,13 +50,15 @@ def constant(peak: float, total: float | None = None, *, warmup: float = 0) -> o
     >>> float(constant(0.5)(7))
     0.5
     """
-    check(peak, math.inf if total is None else total, warmup)
+    check_length(math.inf if total is None else total, warmup)
     return with_warmup(lambda t: peak * jnp.ones_like(t), warmup)
 
 
 @SCHEDULES
 @ends_with_the_run
-def linear(peak: float, total: float, *, warmup: float = 0, end_fraction: float = 0.0) -> optax.Schedule:
+def linear(
+    peak: NotNegative, total: Positive, *, warmup: NotNegative = 0, end_fraction: Fraction = 0.0
+) -> optax.Schedule:
     """Linear decay: eta(t) = peak * ((1 - u) + end_fraction * u), u = (t - warmup) / (total - warmup).
 
     Decay to 0 is the baseline that any other schedule must beat.
@@ -66,13 +79,15 @@ def linear(peak: float, total: float, *, warmup: float = 0, end_fraction: float 
     >>> float(linear(1.0, 10, end_fraction=0.5)(5))
     0.75
     """
-    check(peak, total, warmup, end_fraction=end_fraction)
+    check_length(total, warmup)
     return with_warmup(lambda t: peak * between(1.0, end_fraction, progress(t, warmup, total)), warmup)
 
 
 @SCHEDULES
 @ends_with_the_run
-def cosine(peak: float, total: float, *, warmup: float = 0, end_fraction: float = 0.0) -> optax.Schedule:
+def cosine(
+    peak: NotNegative, total: Positive, *, warmup: NotNegative = 0, end_fraction: Fraction = 0.0
+) -> optax.Schedule:
     """Half a cosine: eta(t) = peak * (end_fraction + (1 - end_fraction) * (1 + cos(pi u)) / 2), u as in `linear`.
 
     Args and Raises: as `linear`.
@@ -83,21 +98,21 @@ def cosine(peak: float, total: float, *, warmup: float = 0, end_fraction: float 
     >>> print(f"{cosine(1.0, 4)(1):.4f}")
     0.8536
     """
-    check(peak, total, warmup, end_fraction=end_fraction)
+    check_length(total, warmup)
     return with_warmup(lambda t: peak * between(1.0, end_fraction, half_cosine(progress(t, warmup, total))), warmup)
 
 
 @SCHEDULES
 @ends_with_the_run
 def wsd(
-    peak: float,
-    total: float,
+    peak: NotNegative,
+    total: Positive,
     *,
-    warmup: float = 0,
-    decay: float | None = None,
-    shape: str = "linear",
-    end_fraction: float = 0.0,
-    half_lives: float = 5.0,
+    warmup: NotNegative = 0,
+    decay: NotNegative | None = None,
+    shape: Shape = "linear",
+    end_fraction: Fraction = 0.0,
+    half_lives: NotNegative = 5.0,
 ) -> optax.Schedule:
     """Warmup, stable, decay: constant at `peak`, then eta = peak * (f + (1 - f) * w(u)) over the last `decay` counts.
 
@@ -129,7 +144,7 @@ def wsd(
     (1.0, 0.5, 0.0)
     """
     decay = total / 10 if decay is None else decay
-    check(peak, total, warmup, decay=decay, end_fraction=end_fraction)
+    check_length(total, warmup, decay=decay)
     weight = decay_weight(shape, half_lives)
     return with_warmup(
         lambda t: peak * between(end_fraction, 1.0, weight(progress(t, total - decay, total))),
@@ -140,7 +155,7 @@ def wsd(
 @SCHEDULES
 @ends_with_the_run
 def rex(
-    peak: float, total: float, *, warmup: float = 0, curvature: float = 0.5, end_fraction: float = 0.0
+    peak: NotNegative, total: Positive, *, warmup: NotNegative = 0, curvature: Decay = 0.5, end_fraction: Fraction = 0.0
 ) -> optax.Schedule:
     """Reflected exponential: w = z / ((1 - d) + d z), z = 1 - u, u as in `linear`, d = `curvature`.
 
@@ -158,9 +173,7 @@ def rex(
     >>> print(f"{rex(1.0, 4)(2):.4f}")
     0.6667
     """
-    check(peak, total, warmup, end_fraction=end_fraction)
-    if not 0 <= curvature < 1:
-        raise ValueError(f"curvature must be at least 0 and below 1, got {curvature}: the paper's is 0.5")
+    check_length(total, warmup)
 
     def schedule(t: jax.Array) -> jax.Array:
         z = 1 - progress(t, warmup, total)
@@ -172,17 +185,17 @@ def rex(
 @SCHEDULES
 @ends_with_the_run
 def power(
-    peak: float,
-    total: float,
+    peak: NotNegative,
+    total: Positive,
     *,
-    batch_size: float | None = None,
-    tokens_per_count: float = 1,
-    amplitude: float = 4.6,
-    exponent: float = -0.51,
-    warmup: float = 0,
-    decay: float | None = None,
-    shape: str = "linear",
-    end_fraction: float = 0.0,
+    batch_size: Positive | None = None,
+    tokens_per_count: Positive = 1,
+    amplitude: Positive = 4.6,
+    exponent: Annotated[float, Le(0)] = -0.51,
+    warmup: NotNegative = 0,
+    decay: NotNegative | None = None,
+    shape: Shape = "linear",
+    end_fraction: Fraction = 0.0,
 ) -> optax.Schedule:
     """A power law in the tokens seen: eta(n) = min(peak, batch_size * amplitude * n^exponent), then a decay.
 
@@ -214,12 +227,7 @@ def power(
     0.0200 0.0151
     """
     decay = total / 10 if decay is None else decay
-    check(peak, total, warmup, decay=decay, end_fraction=end_fraction)
-    for name, value in dict(batch_size=batch_size, tokens_per_count=tokens_per_count, amplitude=amplitude).items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
-    if not exponent <= 0:
-        raise ValueError(f"exponent must be at most 0, got {exponent}: the paper's is -0.51")
+    check_length(total, warmup, decay=decay)
     weight = decay_weight(shape)
 
     def at_batch_size(batch_size: jax.typing.ArrayLike) -> optax.Schedule:
@@ -246,14 +254,14 @@ def power(
 
 @SCHEDULES
 def infinite(
-    peak: float,
-    total: float | None = None,
+    peak: NotNegative,
+    total: Positive | None = None,
     *,
-    cooldown: float,
-    warmup: float = 0,
-    decay: float | None = None,
-    constant_fraction: float = 0.55,
-    end_fraction: float = 0.1,
+    cooldown: Positive,
+    warmup: NotNegative = 0,
+    decay: NotNegative | None = None,
+    constant_fraction: Fraction = 0.55,
+    end_fraction: Annotated[float, Gt(0), Le(1)] = 0.1,
 ) -> optax.Schedule:
     """Warmup, half a cosine over `cooldown` counts to a constant rate, and an exponential anneal on demand.
 
@@ -282,14 +290,9 @@ def infinite(
     """
     horizon = math.inf if total is None else total
     decay = 0 if total is None else total / 10 if decay is None else decay
-    fractions = {"constant_fraction": constant_fraction, "end_fraction": end_fraction}
-    check(peak, horizon, warmup, cooldown=cooldown, decay=decay, **fractions)
-    if cooldown == 0:
-        raise ValueError("cooldown must be above 0, got 0: for a constant rate after the warmup use constant")
-    if not 0 < end_fraction <= constant_fraction:
-        raise ValueError(
-            f"end_fraction must be above 0 and at most constant_fraction {constant_fraction}, got {end_fraction}"
-        )
+    check_length(horizon, warmup, cooldown=cooldown, decay=decay)
+    if end_fraction > constant_fraction:
+        raise ValueError(f"end_fraction must be at most constant_fraction {constant_fraction}, got {end_fraction}")
 
     def schedule(t: jax.Array) -> jax.Array:
         rate = peak * between(1.0, constant_fraction, half_cosine(progress(t, warmup, warmup + cooldown)))
@@ -304,13 +307,13 @@ def infinite(
 @SCHEDULES
 @ends_with_the_run
 def rewarm(
-    peak: float,
-    total: float,
+    peak: NotNegative,
+    total: Positive,
     *,
-    start: float = 0,
-    warmup: float | None = None,
-    start_fraction: float = 0.0,
-    end_fraction: float = 0.1,
+    start: NotNegative = 0,
+    warmup: NotNegative | None = None,
+    start_fraction: Fraction = 0.0,
+    end_fraction: Fraction = 0.1,
 ) -> optax.Schedule:
     """Warm up again and decay by half a cosine, for going on with a trained model on new data.
 
@@ -337,7 +340,7 @@ def rewarm(
     (0.0, 0.5, 1.0, 0.1)
     """
     warmup = (total - start) / 100 if warmup is None else warmup
-    check(peak, total, warmup, start=start, start_fraction=start_fraction, end_fraction=end_fraction)
+    check_length(total, warmup, start=start)
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         t = jnp.asarray(count, float)
@@ -351,12 +354,12 @@ def rewarm(
 @SCHEDULES
 @ends_with_the_run
 def step(
-    peak: float,
-    total: float,
+    peak: NotNegative,
+    total: Positive,
     *,
-    boundaries: Sequence[float] | None = None,
-    factor: float = 0.1,
-    warmup: float = 0,
+    boundaries: Sequence[NotNegative] | None = None,
+    factor: Fraction = 0.1,
+    warmup: NotNegative = 0,
 ) -> optax.Schedule:
     """A staircase: the rate is multiplied by `factor` at every boundary.
 
@@ -378,9 +381,7 @@ def step(
     [1.   0.5  0.25]
     """
     edges = [total / 2, 3 * total / 4] if boundaries is None else list(boundaries)
-    check(peak, total, warmup)
-    if not 0 <= factor <= 1:
-        raise ValueError(f"factor must be from 0 to 1, got {factor}")
+    check_length(total, warmup)
     if edges != sorted(set(edges)) or any(not warmup <= edge < total for edge in edges):
         raise LengthError(f"boundaries must rise strictly from warmup {warmup} to below total {total}, got {edges}")
 

@@ -3,21 +3,22 @@
 import jax
 import optax
 
-from crescendo.optim.checks import check_constants
+from crescendo.optim.checks import Rate
 from crescendo.optim.masks import LayerAxis, Mask
 from crescendo.optim.precision import in_float32
 from crescendo.optim.registry import OPTIMIZERS
 from crescendo.optim.scaling import scale_by_learning_rate
 from crescendo.optim.weight_decay import add_decayed_weights
+from crescendo.ranges import Decay, NotNegative
 
 
 @OPTIMIZERS
 def sgd(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rate,
     *,
-    momentum: float = 0.9,
+    momentum: Decay = 0.9,
     nesterov: bool = False,
-    weight_decay: float = 0.0,
+    weight_decay: NotNegative = 0.0,
     mask: Mask = None,
     layer_axis: LayerAxis = None,
     moment_dtype: jax.typing.DTypeLike | None = None,
@@ -40,7 +41,6 @@ def sgd(
     >>> print(sgd(0.5).update(jnp.ones(1), sgd(0.5).init(jnp.ones(1)), jnp.ones(1))[0])
     [-0.5]
     """
-    check_constants(momentum=momentum, weight_decay=weight_decay)
     return in_float32(
         optax.chain(
             add_decayed_weights(weight_decay, mask, layer_axis),

@@ -4,25 +4,26 @@ import jax
 import optax
 from optax import contrib
 
-from crescendo.optim.checks import check_constants
+from crescendo.optim.checks import Rate
 from crescendo.optim.masks import LayerAxis, Mask, as_mask
 from crescendo.optim.precision import in_float32
 from crescendo.optim.registry import OPTIMIZERS
 from crescendo.optim.scaling import with_learning_rate
+from crescendo.ranges import Count, Decay, NotNegative, Positive, Seed
 
 
 @OPTIMIZERS
 def sophia(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rate,
     *,
-    b1: float = 0.965,
-    b2: float = 0.99,
-    eps: float = 1e-8,
-    gamma: float = 0.01,
-    clip_threshold: float = 1.0,
-    update_interval: int = 10,
-    weight_decay: float = 0.1,
-    seed: int = 0,
+    b1: Decay = 0.965,
+    b2: Decay = 0.99,
+    eps: NotNegative = 1e-8,
+    gamma: Positive = 0.01,
+    clip_threshold: Positive = 1.0,
+    update_interval: Count = 10,
+    weight_decay: NotNegative = 0.1,
+    seed: Seed = 0,
     mask: Mask = None,
     layer_axis: LayerAxis = None,
     moment_dtype: jax.typing.DTypeLike | None = None,
@@ -58,15 +59,6 @@ def sophia(
     >>> print(sophia(0.5).update(params, sophia(0.5).init(params), params, obj_fn=lambda w: w @ w / 2)[0])
     [-0.5 -0.5]
     """
-    check_constants(
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        gamma=gamma,
-        clip_threshold=clip_threshold,
-        update_interval=update_interval,
-        weight_decay=weight_decay,
-    )
     return in_float32(
         with_learning_rate(
             lambda rate: contrib.sophia(

@@ -3,16 +3,20 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from crescendo.ranges import Count, check_fields
+
 # From the slowest links to the fastest: neighbours along the last axis talk most.
 AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
 # Several machines or slices are joined by slow links, so they take their factor from these axes, in this order.
 SLOW_AXES = ("data", "stage", "fsdp", "expert", "sequence", "tensor")
+Extent = Literal[-1] | Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +38,17 @@ class MeshSpec:
     {'stage': 1, 'data': 4, 'fsdp': 1, 'expert': 1, 'sequence': 1, 'tensor': 2}
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
-    expert: int = 1
-    stage: int = 1
+    data: Extent = -1
+    fsdp: Extent = 1
+    tensor: Extent = 1
+    sequence: Extent = 1
+    expert: Extent = 1
+    stage: Extent = 1
 
     def __post_init__(self):
-        sizes = [getattr(self, axis) for axis in AXES]
-        if sizes.count(-1) > 1 or any(size != -1 and size < 1 for size in sizes):
-            raise ValueError(f"mesh {self}: each must be at least 1, and one of them may be -1")
+        check_fields(self)
+        if [getattr(self, axis) for axis in AXES].count(-1) > 1:
+            raise ValueError(f"mesh {self}: only one of them may be -1")
 
     def __str__(self) -> str:
         shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -101,14 +105,14 @@ class MeshSpec:
 
 
 def make_mesh(
-    data: int = -1,
-    fsdp: int = 1,
-    tensor: int = 1,
-    sequence: int = 1,
-    expert: int = 1,
-    stage: int = 1,
+    data: Extent = -1,
+    fsdp: Extent = 1,
+    tensor: Extent = 1,
+    sequence: Extent = 1,
+    expert: Extent = 1,
+    stage: Extent = 1,
     *,
-    devices: Sequence | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """`MeshSpec(...).make(devices)`.
 

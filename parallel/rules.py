@@ -1,7 +1,9 @@
 """Where each logical axis lives: tables from logical axis name to mesh axes, a few for each strategy."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
+
+from crescendo.ranges import Count, OneOf, checked
 
 Table = dict[str, tuple[str, ...]]
 
@@ -71,7 +73,8 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-def strategy(name: str = "fsdp", *, ulysses: int = 1) -> Strategy:
+@checked
+def strategy(name: Annotated[str, OneOf(STRATEGIES)] = "fsdp", *, ulysses: Count = 1) -> Strategy:
     """One of `STRATEGIES` by name.
 
     Args:
@@ -85,10 +88,6 @@ def strategy(name: str = "fsdp", *, ulysses: int = 1) -> Strategy:
     >>> strategy("zero1").optimizer["embed"]
     ('fsdp', 'sequence')
     """
-    if name not in STRATEGIES:
-        raise ValueError(f"no sharding strategy {name!r}; there are {', '.join(STRATEGIES)}")
-    if ulysses < 1:
-        raise ValueError(f"ulysses = {ulysses} must be at least 1")
     return dataclasses.replace(STRATEGIES[name], ulysses=ulysses)
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import gin
 from gin import config_parser
 
-from crescendo.experiments.configs import own_modules, references
+from crescendo.experiments.configs import checks, own_modules, references
 from crescendo.experiments.configs.explain import explained, quoted
 from crescendo.experiments.configs.references import MACRO, Binding
 from crescendo.experiments.configs.registration import register, register_factories
+from crescendo.experiments.runtime import arguments as checked_arguments
 from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.encoding import check_typed, decoded, read_text
 from crescendo.experiments.runtime.errors import UserError
@@ -76,8 +77,7 @@ def bind(
     """
     origins = _load(experiment, configs, bindings, own)
     wrapped, reached = register(experiment), references.follow(_name(experiment))
-    references.check_calls(reached)
-    references.check_optimizers(_name(experiment), reached)
+    checks.check_all(_name(experiment), reached)
     idle = [binding for binding in origins if binding not in reached.used]
     for binding in idle:
         if origins[binding] == TYPED:
@@ -200,7 +200,10 @@ def arguments(experiment: Callable, names: Collection[str] | None = None) -> dic
     if missing := [name for name in names or () if name not in given]:
         raise UserError(f"{experiment.__name__}.{missing[0]} is not set: set it in a config or with --set")
     with _own_errors():  # gin calls a factory when its reference is copied
-        return copy.deepcopy({name: value for name, value in given.items() if names is None or name in names})
+        made = copy.deepcopy({name: value for name, value in given.items() if names is None or name in names})
+    of_bound = {name: value for name, value in made.items() if name in bound}
+    checked_arguments.fit(of_bound, inspect.signature(experiment).parameters, experiment.__name__)
+    return made | of_bound
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable
 from types import ModuleType
-from typing import get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import optax
 
@@ -14,14 +14,16 @@ import crescendo.optim as optim
 from crescendo.experiments import data, tasks
 from crescendo.experiments.trainer import probes
 from crescendo.models import ModelConfig
+from crescendo.models.config import PRESETS
 from crescendo.models.resnet import ResNetConfig
 from crescendo.models.vit import ViTConfig
 from crescendo.optim import batch_size
 from crescendo.optim.groups import group
 from crescendo.parallel import make_mesh, strategy
+from crescendo.ranges import OneOf
 
 
-def model(preset: str = "debug", **changes) -> ModelConfig:
+def model(preset: str = "debug", **changes: Any) -> ModelConfig:
     """`ModelConfig.preset(preset)` with the fields that are not None changed.
 
     Args:
@@ -31,9 +33,16 @@ def model(preset: str = "debug", **changes) -> ModelConfig:
 
 
 # Gin checks names against the signature, so the fields are spelled out there.
-_fields = get_type_hints(ModelConfig)
+_fields = get_type_hints(ModelConfig, include_extras=True)
 model.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [inspect.Parameter("preset", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="debug", annotation=str)]
+    [
+        inspect.Parameter(
+            "preset",
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default="debug",
+            annotation=Annotated[str, OneOf(PRESETS)],
+        )
+    ]
     + [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_fields[f.name] | None)
         for f in dataclasses.fields(ModelConfig)

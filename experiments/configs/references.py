@@ -20,10 +20,7 @@ import gin
 from gin import config_parser
 
 from crescendo.experiments.configs.explain import elsewhere, nearest
-from crescendo.experiments.configs.factories import FACTORIES
 from crescendo.experiments.runtime.command import parameter_docs
-from crescendo.experiments.runtime.errors import UserError
-from crescendo.optim import TRANSFORMS
 from crescendo.parallel.hosts import is_leader
 
 MACRO = "gin.macro"
@@ -40,7 +37,7 @@ class Binding(NamedTuple):
         """As it is written."""
         if self.selector == MACRO:
             return self.scope
-        return f"{self.scope}{'/' if self.scope else ''}{_short(self.selector)}.{self.parameter}"
+        return f"{self.scope}{'/' if self.scope else ''}{short(self.selector)}.{self.parameter}"
 
 
 class Reached(NamedTuple):
@@ -113,7 +110,7 @@ def resolved(experiment: str, without: Collection[str] = ()) -> str:
         if selector.startswith("gin."):
             continue
         given = {binding.parameter: value for binding, value in effective(scope, selector).items()}
-        for parameter in _signature(selector).parameters.values():
+        for parameter in signature_of(selector).parameters.values():
             if parameter.name in given:
                 value = _text(given[parameter.name])
             elif parameter.default is not parameter.empty:
@@ -150,7 +147,7 @@ def _text(value: Any, scope: str = "", *, written_out: bool = False) -> str:
             if not written_out or selector.startswith("gin."):
                 return repr(value)
             arguments = [f"{each.parameter}={_text(its, inner, written_out=True)}" for each, its in given.items()]
-            return f"{_short(selector)}({', '.join(arguments)})" if value.evaluate else _short(selector)
+            return f"{short(selector)}({', '.join(arguments)})" if value.evaluate else short(selector)
         case list() | tuple():
             inside = ", ".join(_text(each, scope, written_out=written_out) for each in value)
             return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' if len(value) == 1 else ''})"
@@ -164,13 +161,13 @@ def why_unused(binding: Binding, reached: Reached) -> str:
     """Says that nothing uses a binding, and what would, in one line."""
     top = _unused_reader(binding, reached)
     belongs = (
-        "" if top[:2] == binding[:2] else f", which is for {top if top.selector == MACRO else _short(top.selector)}"
+        "" if top[:2] == binding[:2] else f", which is for {top if top.selector == MACRO else short(top.selector)}"
     )
     if top.selector == MACRO:
         return f"nothing reads the macro {binding}{belongs}{_instead_of(top.scope, reached)}"
     if any(selector == top.selector for _, selector in reached.calls):
         inner = [each for each in reached.used if each[1:] == top[1:]]
-        instead = f"what is called takes {inner[0]}" if inner else f"{_short(top.selector)} isn't called there"
+        instead = f"what is called takes {inner[0]}" if inner else f"{short(top.selector)} isn't called there"
     else:
         instead = _place(top.selector, reached)
     return f"nothing uses {binding}{belongs}: {instead}"
@@ -182,7 +179,7 @@ def _instead_of(macro: str, reached: Reached) -> str:
         str(Binding("", selector, parameter))
         for _, selector in reached.calls
         if not selector.startswith("gin.")
-        for parameter in _signature(selector).parameters
+        for parameter in signature_of(selector).parameters
         if parameter.lower() == macro.lower()
     }
     if parameters and macro.upper() not in read:
@@ -217,11 +214,11 @@ def _place(selector: str, reached: Reached) -> str:
         _possible(selector, scope, caller, parameter)
         for scope, caller in reached.calls
         if not caller.startswith("gin.")
-        for parameter in _signature(caller).parameters.values()
+        for parameter in signature_of(caller).parameters.values()
     ]
     rank, text = min(places, key=lambda place: place[0], default=(None, ""))
     return (
-        text if rank is not None and rank < len(_RANKS) else f"refer to it, as @{_short(selector)}(), where it belongs"
+        text if rank is not None and rank < len(_RANKS) else f"refer to it, as @{short(selector)}(), where it belongs"
     )
 
 
@@ -246,7 +243,7 @@ def _possible(selector: str, scope: str, caller: str, parameter: inspect.Paramet
         _names_type(annotation, made),
         table in [_kind(each)[0] for each in held],
     )
-    binding, name = Binding(scope, caller, parameter.name), f"@{_short(selector)}"
+    binding, name = Binding(scope, caller, parameter.name), f"@{short(selector)}"
     name += "" if "Callable[..." in annotation else "()"
     if "Sequence[" in annotation and "str | " not in annotation:
         name = f"[{name}]"
@@ -268,57 +265,6 @@ def _kind(selector: str) -> tuple[str, Any]:
     return selector.rpartition(".")[0], made
 
 
-def check_calls(reached: Reached) -> None:
-    """That `@name()` stands where what a function makes is wanted, and `@name` where the function is.
-
-    Raises:
-      UserError: names the first that doesn't.
-    """
-    for binding, value in reached.used.items():
-        if not _is_ours(binding.selector) or binding.parameter not in _signature(binding.selector).parameters:
-            continue
-        annotation = _signature(binding.selector).parameters[binding.parameter].annotation
-        # Such as `task: Callable[..., Task]`; a schedule, `Callable[[Numeric], Numeric]`, is what a factory makes.
-        wants_function = "Callable[..." in str(annotation)
-        for reference in references(value):
-            table = reference.configurable.selector.rpartition(".")[0]
-            if table not in FACTORIES or reference.evaluate != wants_function:
-                continue
-            if annotation in (Any, object) and table not in ("data", "models"):
-                continue
-            bare = repr(reference).removesuffix("()")
-            if wants_function:
-                raise UserError(f"{binding} = {bare}() is wanted as the function itself: write {binding} = {bare}")
-            raise UserError(f"{binding} = {bare} is the function itself: write {bare}() for what it makes")
-
-
-def check_optimizers(experiment: str, reached: Reached) -> None:
-    """That no transform without a learning rate is an experiment's optimizer: its updates point along the gradient.
-
-    Raises:
-      UserError: names it.
-    """
-    value = reached.used.get(Binding("", experiment, "optimizer"))
-    for reference in references(value):
-        selector = reference.configurable.selector
-        name = selector.rpartition(".")[2]
-        if (
-            name in TRANSFORMS
-            and selector.startswith("optim.")
-            and "learning_rate" not in _signature(selector).parameters
-        ):
-            owner = _short(experiment)
-            raise UserError(
-                f"{owner}.optimizer = @{name}() has no learning rate, and would climb: set {owner}.optimizer = "
-                f"@chain(), chain.transforms = [@{name}(), @scale_by_learning_rate()] and "
-                "scale_by_learning_rate.learning_rate"
-            )
-
-
-def _is_ours(selector: str) -> bool:
-    return selector.rpartition(".")[0] in {*FACTORIES, "experiments"}
-
-
 def _called_from_python(selector: str) -> bool:
     """Whether a module holds gin's own version of a function, so that Python's calls of it read what is bound."""
     configurable = gin.config._REGISTRY[selector]
@@ -331,11 +277,11 @@ def _function(selector: str) -> Any:
     return gin.config._REGISTRY[selector].wrapped
 
 
-def _signature(selector: str) -> inspect.Signature:
+def signature_of(selector: str) -> inspect.Signature:
     return inspect.signature(_function(selector))
 
 
-def _short(selector: str) -> str:
+def short(selector: str) -> str:
     """The shortest end of a complete name that means it."""
     parts = selector.split(".")
     ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))

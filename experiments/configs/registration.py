@@ -2,15 +2,14 @@
 
 import functools
 import inspect
-import re
 from collections.abc import Callable
 
 import gin
-import typeguard
 from gin import config_parser, selector_map
 
 from crescendo.experiments.configs import own_modules
 from crescendo.experiments.configs.factories import FACTORIES, optax_factories
+from crescendo.experiments.runtime import arguments
 from crescendo.experiments.runtime.errors import UserError, user_values
 
 
@@ -21,18 +20,8 @@ def checked(factory: Callable, called: str | None = None) -> Callable:
     @functools.wraps(factory)
     def call(*args, **kwargs):
         bound = _all_given(signature, called, args, kwargs)
-        for name, value in bound.arguments.items():
-            annotation, kind = signature.parameters[name].annotation, signature.parameters[name].kind
-            if annotation is inspect.Parameter.empty or kind in (kind.VAR_KEYWORD, kind.VAR_POSITIONAL):
-                continue
-            try:
-                typeguard.check_type(value, annotation)
-            except typeguard.TypeCheckError:
-                wanted = getattr(annotation, "__name__", None) or str(annotation)
-                if re.search(r"[|\[]", str(annotation)):
-                    wanted = str(annotation).replace("typing.", "").replace("collections.abc.", "")
-                raise UserError(f"{called}.{name} = {value!r} must be {wanted}") from None
-        return factory(*args, **kwargs)
+        arguments.fit(bound.arguments, signature.parameters, called)
+        return factory(*bound.args, **bound.kwargs)
 
     call.__signature__ = signature  # type: ignore[attr-defined]
     return call
@@ -62,14 +51,20 @@ def _all_given(signature: inspect.Signature, called: str, args: tuple, kwargs: d
     return bound
 
 
-def _bound(factory: Callable, called: str) -> Callable:
-    """`factory`, whose missing arguments are a `UserError`; a library's own annotations are not checked."""
+def _of_a_library(factory: Callable, called: str) -> Callable:
+    """`factory`, whose missing arguments and complaints are a `UserError`; its annotations are its own."""
     signature = inspect.signature(factory)
 
     @functools.wraps(factory)
     def call(*args, **kwargs):
         _all_given(signature, called, args, kwargs)
-        return factory(*args, **kwargs)
+        try:
+            return factory(*args, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:  # a library's own words for values that a person gave
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise UserError(f"{called}: {first or type(error).__name__}") from None
 
     return call
 
@@ -95,7 +90,7 @@ def register_factories() -> None:
             gin.external_configurable(checked(user_values()(factory), name), name=name, module=module)
     for module, factories in optax_factories().items():
         for name, factory in factories.items():
-            gin.external_configurable(_bound(user_values()(factory), f"{module}.{name}"), name=name, module=module)
+            gin.external_configurable(_of_a_library(factory, f"{module}.{name}"), name=name, module=module)
 
 
 def _process_import(context: gin.config.ParseContext, statement: config_parser.ImportStatement) -> None:

@@ -13,7 +13,9 @@ from numpy.typing import ArrayLike
 from crescendo.experiments.data.documents import digest, file_digests
 from crescendo.experiments.data.fashion_mnist import read_fashion_mnist
 from crescendo.experiments.data.tfds import open_source
+from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.ranges import Count
 
 FORMAT = 1  # of the split: part of every fingerprint, to be raised when it changes
 FASHION_MNIST_CLASSES = 10
@@ -127,10 +129,11 @@ class ImageData:
         )
 
 
+@checked
 def image_data(
     name: str = "fashion_mnist",
     *,
-    validation_examples: int = 5000,
+    validation_examples: Count = 5000,
     data_directory: str | os.PathLike | None = None,
     download: bool = False,
 ) -> ImageData:
@@ -150,8 +153,6 @@ def image_data(
     Raises:
       UserError: if there is no such data set, it is not prepared, its images differ in shape, or it is too small.
     """
-    if validation_examples < 1:
-        raise UserError(f"image_data.validation_examples = {validation_examples} must be at least 1")
     splits: dict[str, Any]
     if name == "fashion_mnist" and not download and _outside_tfds(data_directory):
         splits = {

@@ -9,8 +9,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Gt, Lt
 
 from crescendo.experiments.data.corpus import TRAIN, VALIDATION, tokenize
 from crescendo.experiments.data.documents import Documents, digest
@@ -19,8 +21,10 @@ from crescendo.experiments.data.preparation import cache_root, prepared
 from crescendo.experiments.data.rows import Rows
 from crescendo.experiments.data.stdlib_text import stdlib_text
 from crescendo.experiments.data.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, parse_tokenizer
+from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.encoding import read_text
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.ranges import Count
 
 FORMAT = 1  # of the rows: part of every identity, to be raised when they change
 FILES = 2  # of what is kept on disk, likewise of the folders' names alone
@@ -76,12 +80,13 @@ class TextData:
         )
 
 
+@checked
 def text_data(
     documents: Documents | None = None,
     *,
     tokenizer: str = "bytes",
-    sequence_length: int = 128,
-    validation_fraction: float = 0.05,
+    sequence_length: Count = 128,
+    validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05,
     cache_directory: str | os.PathLike | None = None,
 ) -> TextData:
     """Tokenizes and packs documents, or opens what an earlier call prepared.
@@ -116,10 +121,6 @@ def text_data(
       >>> data.tokenizer.decode(data.train[0]["tokens"][:20])
       'line 100 of a poem'
     """
-    if sequence_length < 1:
-        raise UserError(f"text_data.sequence_length = {sequence_length} must be at least 1")
-    if not 0 < validation_fraction < 1:
-        raise UserError(f"text_data.validation_fraction = {validation_fraction} must lie between 0 and 1, as 0.05 does")
     documents = documents or stdlib_text(cache_directory=cache_directory)
     corpus = _prepare(documents, tokenizer, sequence_length, validation_fraction, cache_root(cache_directory))
     pairs = corpus.summary["pairs"]

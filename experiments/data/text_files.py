@@ -10,24 +10,29 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
+
+from annotated_types import Ge
 
 from crescendo.experiments.data.documents import Documents, Utf8, digest, file_digests
+from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.encoding import BEGIN_BYTES, without_mark
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access, local_path
+from crescendo.ranges import INT32
 
 SMALLEST_DOCUMENT_BYTES = 256
 FORMAT = 2  # of the documents that are made of files: part of their identity, to be raised when they change
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # by suffix, as Arrow calls them
 
 
+@checked
 def text_files(
     paths: str | Sequence[str],
     *,
     validation_paths: str | Sequence[str] | Mapping[str, str | Sequence[str]] = (),
     field: str = "text",
-    document_bytes: int = 16384,
+    document_bytes: Annotated[int, Ge(SMALLEST_DOCUMENT_BYTES), INT32] = 16384,
     errors: Literal["strict", "replace"] = "strict",
 ) -> Documents:
     """Local text files in UTF-8, with or without a byte order mark; .gz and .zst are unpacked as they are read.
@@ -62,8 +67,6 @@ def text_files(
       ...     list(text_files([f"{folder}/*.jsonl"]).read())
       [b'to be', b'or not to be']
     """
-    if document_bytes < SMALLEST_DOCUMENT_BYTES:
-        raise UserError(f"text_files.document_bytes = {document_bytes} must be at least {SMALLEST_DOCUMENT_BYTES}")
     Utf8("text_files", errors)  # refuses what it doesn't know
     reading = _Reading(field, document_bytes, errors)
     named = validation_paths if isinstance(validation_paths, Mapping) else {"validation": validation_paths}

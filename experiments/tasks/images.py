@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.tasks.base import Context, Loss, RowArray, Source, Tree, refuse_outside
 from crescendo.experiments.tasks.text import DROPOUT, fingerprint
@@ -17,6 +18,7 @@ from crescendo.models import resnet, vit
 from crescendo.models.classification import classification_accuracy, classification_loss
 from crescendo.models.resnet import ResNetConfig
 from crescendo.models.vit import ViTConfig
+from crescendo.ranges import Decay
 
 
 class Pictures(Protocol):
@@ -156,7 +158,8 @@ class Images:
         )
 
 
-def images(data: Pictures, model: ResNetConfig | ViTConfig, *, label_smoothing: float = 0.0) -> Images:
+@checked
+def images(data: Pictures, model: ResNetConfig | ViTConfig, *, label_smoothing: Decay = 0.0) -> Images:
     """The task of classifying images, whose bytes are brought to -1 .. 1.
 
     Args:
@@ -171,8 +174,6 @@ def images(data: Pictures, model: ResNetConfig | ViTConfig, *, label_smoothing: 
         raise UserError(
             f"train.data: {data} has no images with classes, which the task images is about: use @image_data()"
         )
-    if not 0 <= label_smoothing < 1:
-        raise UserError(f"images.label_smoothing = {label_smoothing} must be at least 0 and below 1")
     if isinstance(model, ViTConfig) and max(data.shape[:2]) > model.image_size:
         raise UserError(
             f"vit.image_size = {model.image_size} is smaller than pictures of {data.shape[0]} x {data.shape[1]}: "

@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Annotated
 
 import jax
+from annotated_types import Gt, Le
 
-from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.tasks.base import Context, Loss, Tree
 from crescendo.experiments.tasks.text import MASKS, Text, TextTask
 from crescendo.models import ModelConfig
@@ -59,7 +61,8 @@ class MaskedLM(TextTask):
         )
 
 
-def masked_lm(data: Text, model: ModelConfig, *, mask_fraction: float = 0.15) -> MaskedLM:
+@checked
+def masked_lm(data: Text, model: ModelConfig, *, mask_fraction: Annotated[float, Gt(0), Le(1)] = 0.15) -> MaskedLM:
     """The task of predicting masked tokens (Devlin et al., 2019, https://arxiv.org/abs/1810.04805).
 
     Of the chosen tokens 80% are shown as the mask token, 10% as a random one and 10% as they are.
@@ -72,6 +75,4 @@ def masked_lm(data: Text, model: ModelConfig, *, mask_fraction: float = 0.15) ->
     Raises:
       UserError: for a fraction out of its range.
     """
-    if not 0 < mask_fraction <= 1:
-        raise UserError(f"masked_lm.mask_fraction = {mask_fraction} must be above 0 and at most 1, as 0.15 is")
     return MaskedLM(data, model, mask_fraction)

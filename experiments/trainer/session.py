@@ -9,7 +9,7 @@ import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, Mesh
 from crescendo import optim, parallel
 from crescendo.experiments.runs.state import TrainState
 from crescendo.experiments.runtime import hardware
+from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.tasks.base import Source, Task
 from crescendo.experiments.tasks.language_model import language_model
@@ -32,13 +33,14 @@ from crescendo.experiments.trainer.optimizer_checks import check_optimizer
 from crescendo.experiments.trainer.shapes import abstract_batch, abstract_state, initial_state, state_shardings
 from crescendo.experiments.trainer.step import make_step
 from crescendo.models.norm_probes import norm_scales
-from crescendo.optim.batch_size import BatchSizePolicy, constant, stays_throughout
+from crescendo.optim.batch_size import BatchSizePolicy, Coupling, constant, stays_throughout
 from crescendo.optim.checks import check_real
 from crescendo.optim.groups import ParameterGroup
 from crescendo.optim.noise_scale import required_statistics
 from crescendo.optim.run_length import LengthError, LengthWarning
 from crescendo.pallas_kernels.op import choices, target
 from crescendo.parallel.layout import SecondDerivativeError
+from crescendo.ranges import Count, OneOf, Positive, Seed
 
 # Past this many tokens on a device a larger microbatch makes no step faster, and only takes memory (on two shared
 # CPU cores, the debug model: 14,300 tokens/s in microbatches of 512 tokens, 7,900 in ones of 1,024).
@@ -96,39 +98,29 @@ class Session:
       UserError: for a value out of its range, or a model that mesh and data don't fit.
     """
 
+    @functools.partial(checked, called="train")
     def __init__(
         self,
         *,
         data: Any,
         model: Any,
         optimizer: optax.GradientTransformation,
-        batch_size: int | BatchSizePolicy,
-        total_examples: int,
+        batch_size: Count | BatchSizePolicy,
+        total_examples: Count,
         task: Callable[..., Task] = language_model,
-        coupling: str = "sqrt",
-        base_batch_size: int | None = None,
+        coupling: Coupling = "sqrt",
+        base_batch_size: Count | None = None,
         noise_scale: optax.GradientTransformation | None = None,
         mesh: Mesh | AbstractMesh | None = None,
-        strategy: str | parallel.Strategy = "fsdp",
-        seed: int = 0,
+        strategy: Annotated[str, OneOf(parallel.STRATEGIES)] | parallel.Strategy = "fsdp",
+        seed: Seed = 0,
         groups: Sequence[ParameterGroup] = (),
-        average_examples: int | None = None,
-        max_gradient_norm: float | None = 1.0,
-        max_microbatch_examples: int | None = None,
-        further_sizes: Sequence[int] = (),
+        average_examples: Count | None = None,
+        max_gradient_norm: Positive | None = 1.0,
+        max_microbatch_examples: Count | None = None,
+        further_sizes: Sequence[Count] = (),
         platform: str | None = None,
     ):
-        check_positive(
-            total_examples=total_examples,
-            base_batch_size=base_batch_size,
-            average_examples=average_examples,
-            max_gradient_norm=max_gradient_norm,
-            max_microbatch_examples=max_microbatch_examples,
-        )
-        if total_examples >= 2**31:
-            raise UserError(
-                f"train.total_examples = {total_examples} must be below 2^31, the range of the device's clock"
-            )
         self.strategy = strategy
         self.seed, self.groups, self.notes = seed, tuple(groups), list[str]()
         self.compile_seconds = 0.0
@@ -445,13 +437,6 @@ def check_enough_rows(session: Session) -> None:
             f"the data have {rows} rows, fewer than one batch of {largest}: use a smaller train.batch_size, or more "
             "data (of text, a shorter text_data.sequence_length gives more rows)"
         )
-
-
-def check_positive(**values: float | None) -> None:
-    """Raises UserError for the first value of `train`'s that is given and isn't above 0."""
-    for name, value in values.items():
-        if value is not None and not value > 0:
-            raise UserError(f"train.{name} = {value} must be above 0")
 
 
 def session_options(arguments: Mapping[str, Any]) -> dict[str, Any]:

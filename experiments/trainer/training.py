@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from rich.console import Console
@@ -18,23 +18,25 @@ from crescendo.experiments.runs.records import Record, began_at, gaps, read_reco
 from crescendo.experiments.runs.run import is_complete
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime import from_python, hardware
+from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.cache import CompilationCounter, use_compilation_cache
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access, local_path, replace_file
 from crescendo.experiments.runtime.interruption import Interruption
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.announcing import announce, announce_compiled
-from crescendo.experiments.trainer.observers import check_writers, run_observers
+from crescendo.experiments.trainer.observers import WRITERS, check_writers, run_observers
 from crescendo.experiments.trainer.probes import Probe, Seen
 from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.run_files import RunFiles
-from crescendo.experiments.trainer.session import Session, check_enough_rows, check_positive
+from crescendo.experiments.trainer.session import Session, check_enough_rows
 from crescendo.experiments.trainer.shapes import describe_arrays
 from crescendo.experiments.trainer.starting import fresh_state, state_of
 from crescendo.experiments.trainer.stopping import Stops
 from crescendo.experiments.trainer.wall_clock import WallClock
 from crescendo.models.config import SPEED_FIELDS
 from crescendo.parallel import hosts
+from crescendo.ranges import Count, OneOf, Positive, Tokens
 
 # Settings that say how fast a run is, who sees it and where data are kept, and not what it computes.
 _AT_WILL = re.compile(
@@ -72,25 +74,26 @@ def with_options_of(options: Callable, *, without: Sequence[str]) -> Callable[[C
     return decorate
 
 
+@checked
 @with_options_of(Session, without=("further_sizes", "platform"))
 def train(
     *,
     run: str,
     initialize_from: str | None = None,
     start_from: str | None = None,
-    evaluate_every_examples: int | None = None,
-    evaluation_examples: int = 512,
-    checkpoint_every_examples: int | None = None,
-    keep_last_checkpoints: int = 2,
-    keep_checkpoint_every_examples: int | None = None,
-    keep_checkpoints_at_examples: Sequence[int] = (),
+    evaluate_every_examples: Count | None = None,
+    evaluation_examples: Count = 512,
+    checkpoint_every_examples: Count | None = None,
+    keep_last_checkpoints: Count = 2,
+    keep_checkpoint_every_examples: Count | None = None,
+    keep_checkpoints_at_examples: Sequence[Count] = (),
     keep_best_checkpoint: bool = False,
     probes: Sequence[Probe] = (),
-    stop_at_loss: float | None = None,
-    stop_after_minutes: float | None = None,
-    stop_after_tokens: int | None = None,
-    max_bad_steps: int = 10,
-    writers: Sequence[str] = (),
+    stop_at_loss: Positive | None = None,
+    stop_after_minutes: Positive | None = None,
+    stop_after_tokens: Tokens | None = None,
+    max_bad_steps: Count = 10,
+    writers: Sequence[Annotated[str, OneOf(WRITERS)]] = (),
     label: str | None = None,
     operative_config: Callable[[], str] | None = None,
     differences: Callable[..., tuple[dict[str, str], dict[str, str]]] | None = None,
@@ -135,14 +138,6 @@ def train(
     """
     operative_config = operative_config or functools.partial(from_python.given, _set_in_python(locals()))
     differences = differences or functools.partial(from_python.differences, now=operative_config())
-    check_positive(
-        evaluate_every_examples=evaluate_every_examples,
-        evaluation_examples=evaluation_examples,
-        checkpoint_every_examples=checkpoint_every_examples,
-        keep_last_checkpoints=keep_last_checkpoints,
-        keep_checkpoint_every_examples=keep_checkpoint_every_examples,
-        max_bad_steps=max_bad_steps,
-    )
     _check_folders(run, initialize_from, start_from)
     check_writers(writers)
     wall, session = WallClock(), Session(**options)

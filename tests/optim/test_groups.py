@@ -100,8 +100,8 @@ def test_a_group_of_nothing(wrong, message):
     [
         ({}, "needs either a path or an axis"),
         ({"path": "a", "axis": "b"}, "needs either a path or an axis"),
-        ({"path": "a", "learning_rate": -1.0}, "group 'a': learning_rate = -1.0 must be at least 0 and finite"),
-        ({"axis": "a", "weight_decay": math.nan}, "group of axis 'a': weight_decay = nan must be at least 0"),
+        ({"path": "a", "learning_rate": -1.0}, "learning_rate = -1.0 must be at least 0 and finite"),
+        ({"axis": "a", "weight_decay": math.nan}, "weight_decay = nan must be at least 0"),
     ],
 )
 def test_bad_groups(options, message):

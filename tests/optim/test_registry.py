@@ -153,7 +153,8 @@ def test_a_name_is_taken_once():
     def adamw():
         """Of this module."""
 
-    assert table(adamw) is adamw is table["adamw"]
-    assert table(adamw) is adamw  # a module that is reloaded
+    assert table(adamw) is table["adamw"]
+    assert table["adamw"].__wrapped__ is adamw
+    assert table(adamw) is table["adamw"]  # a module that is reloaded
     with pytest.raises(ValueError, match=r"optim.adamw defines 'adamw', which .*test_registry has: take another name"):
         table(optim.adamw)

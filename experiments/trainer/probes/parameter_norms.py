@@ -4,24 +4,25 @@ import jax
 import jax.numpy as jnp
 
 from crescendo.experiments.runs.state import Clock, TrainState
+from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.trainer.probes import Probe
+from crescendo.ranges import Count
 
 
-def parameter_norms(every_examples: int) -> Probe:
+@checked
+def parameter_norms(every_examples: Count) -> Probe:
     """The l2 norm of every parameter, all its layers together, by path: `norm/blocks/mlp/up/kernel`.
 
     Args:
       every_examples: how often, at least 1.
 
     Raises:
-      ValueError: an interval below 1.
+      UserError: an interval below 1.
 
     >>> probe = parameter_norms(64)
     >>> print(probe.call(Clock(), TrainState({"head": jnp.array([3.0, 4.0])}, (), 0, 0)))
     {'norm/head': 5.0}
     """
-    if every_examples < 1:
-        raise ValueError(f"parameter_norms.every_examples = {every_examples} must be at least 1")
 
     @jax.jit
     def norms(parameters):

@@ -1,22 +1,26 @@
 """What a language model writes while it trains."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+from annotated_types import MinLen
 
 from crescendo import optim
 from crescendo.experiments.runs.generation import generate, stream
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runs.trained import Trained
 from crescendo.experiments.runtime import hardware
+from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.trainer.probes import Probe
 from crescendo.experiments.trainer.session import MEMORY_SHARE, Session
+from crescendo.ranges import Count
 
 
-def samples(every_examples: int, prompts: Sequence[str] = ("",), tokens: int = 64) -> Probe:
+@checked
+def samples(every_examples: Count, prompts: Annotated[Sequence[str], MinLen(1)] = ("",), tokens: Count = 64) -> Probe:
     """How the model goes on from some texts, in records of the kind `sample` with `prompt` and `text`.
 
     Tokens are drawn from the model's own distribution, by keys that are functions of the clock and the prompt's place:
@@ -29,18 +33,12 @@ def samples(every_examples: int, prompts: Sequence[str] = ("",), tokens: int = 6
       tokens: at most so many behind each.
 
     Raises:
-      ValueError: a number below 1, or no prompts.
-      UserError: when the run is assembled, for another task than a language model, several processes, or no room for
-        the parameters on one device.
+      UserError: a number below 1, or no prompts; when the run is assembled, for another task than a language model,
+        several processes, or no room for the parameters on one device.
 
     >>> samples(1024, prompts=["Once"]).every_examples
     1024
     """
-    for name, value in (("every_examples", every_examples), ("tokens", tokens)):
-        if value < 1:
-            raise ValueError(f"samples.{name} = {value} must be at least 1")
-    if not prompts:
-        raise ValueError('samples.prompts is empty: give at least one, such as [""]')
 
     def prepare(session: Session):
         _check(session)
