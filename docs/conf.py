@@ -1,10 +1,13 @@
 """The documentation site: `make docs` builds it, with no network and with every warning an error."""
 
 import importlib
+import inspect
 import os
 import re
 import tomllib
 from pathlib import Path
+
+from crescendo.ranges import told
 
 # Modules are imported to read their docstrings: on the CPU, wherever the site is built.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -50,6 +53,19 @@ def _escape(app, what, name, obj, options, lines):
             lines[i] = re.sub(r"(`[^`]*`)(?=[^\W_])", r"\1\\ ", line)  # a role ends where a word does
 
 
+def _ranges(app, what, name, obj, options, lines):
+    """Behind what is said of a parameter stands its range, which its annotation has."""
+    try:
+        parameters = inspect.signature(obj).parameters if callable(obj) else {}
+    except (TypeError, ValueError):  # without a signature
+        return
+    for i in range(len(lines)):
+        found = re.match(r"^  (\w+): ", lines[i])
+        if found and found[1] in parameters and (said := told(parameters[found[1]].annotation)):
+            end = next((j for j in range(i + 1, len(lines)) if not lines[j].startswith("    ")), len(lines)) - 1
+            lines[end] = f"{lines[end].removesuffix('.')} ({said})."
+
+
 def _modules(folder: str) -> list[str]:
     """The modules of a folder by their names, then those of the folders in it; private ones are left out."""
     paths = sorted((_ROOT / folder).rglob("*.py"), key=lambda path: (path.parent, path.stem != "__init__", path.stem))
@@ -80,4 +96,5 @@ def _list_modules(app, page, source):
 
 def setup(app):
     app.connect("source-read", _list_modules)
+    app.connect("autodoc-process-docstring", _ranges, priority=90)
     app.connect("autodoc-process-docstring", _escape, priority=100)

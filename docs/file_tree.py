@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "design.md"
-TOPS = ("models", "optim", "parallel", "pallas_kernels", "experiments")
+TOPS = ("models", "optim", "parallel", "pallas_kernels", "ranges", "experiments")
 BEGIN, END = "<!-- the tree: written by docs/file_tree.py -->\n", "<!-- the end of the tree -->\n"
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 
 from crescendo import parallel
 from crescendo.experiments.configs import binding as configurables
@@ -28,6 +27,7 @@ from crescendo.experiments.tasks.base import Task
 from crescendo.experiments.trainer.evaluate import make_evaluation
 from crescendo.experiments.trainer.session import max_microbatch_examples
 from crescendo.experiments.trainer.training import train
+from crescendo.pallas_kernels.console import plain_console
 
 EXAMPLES = """examples:
   crescendo evaluate runs/debug
@@ -142,8 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     use_compilation_cache()
     data = _sets(arguments.run, arguments.data, arguments.field) if arguments.data else None
     task, seen, evaluations = evaluate(arguments.run, data=data, at=arguments.at, examples=arguments.examples)
-    console = Console()
-    console.print(f"{arguments.run} at {seen:,} examples", highlight=False, soft_wrap=True, markup=False)
+    console = plain_console()
+    console.print(f"{arguments.run} at {seen:,} examples", highlight=False, soft_wrap=True)
     lines = [
         ((name, f"{rows:,}" if rows == of_rows else f"{rows:,} of {of_rows:,}"), means)
         for name, (rows, of_rows, means) in evaluations.items()

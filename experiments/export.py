@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from rich.console import Console
 
 from crescendo.experiments.runs import hf, trained
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import local_path
+from crescendo.pallas_kernels.console import plain_console
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.export runs/lm_30m --to hf
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
     config = export(arguments.run, out, arguments.at)
     kind = "Qwen3" if config.qk_norm else "Llama"
-    Console().print(f"{out}: a {kind} model of {config.layers} layers", highlight=False, soft_wrap=True)
+    plain_console().print(f"{out}: a {kind} model of {config.layers} layers", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

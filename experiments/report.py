@@ -7,7 +7,6 @@ as the mean of its seeds and their standard deviation.
 import argparse
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.text import Text
 
 from crescendo.experiments.reports.compare import arms_table, compare, headline
@@ -17,6 +16,7 @@ from crescendo.experiments.reports.write import write_arms
 from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.files import local_path
+from crescendo.pallas_kernels.console import plain_console
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints the comparison of run folders and writes its report."""
     arguments = parser().parse_args(argv)
     arms = compare([read_run(run) for run in arguments.runs])
-    console = Console()
+    console = plain_console()
     console.print(arms_table(arms))
     if (held_out := held_out_table(arms)) is not None:
         console.print()

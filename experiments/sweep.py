@@ -11,8 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.runs.run import is_complete
 from crescendo.experiments.runtime.cli import run_command
@@ -22,6 +20,7 @@ from crescendo.experiments.sweeps.finished import check_points, check_used
 from crescendo.experiments.sweeps.launchers import Local, Ray
 from crescendo.experiments.sweeps.points import axis, enumerate_points, samples, spaces, zipped
 from crescendo.experiments.sweeps.runner import Outcomes, finish_sweep, run_points, slurm_script
+from crescendo.pallas_kernels.console import plain_console
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.sweep --grid 'LEARNING_RATE = [1e-3, 3e-3]' --grid 'train.batch_size = [8, 32]'
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     typed = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(typed)
-    configs, folder, console = arguments.config or ["debug.gin"], arguments.run, Console()
+    configs, folder, console = arguments.config or ["debug.gin"], arguments.run, plain_console()
     if bool(arguments.parts) == bool(arguments.search):
         raise UserError("give either --grid and --zip or --search; a search takes a list as NAME = choice(VALUE, ...)")
     for name in ("jobs", "trials"):

@@ -73,7 +73,7 @@ def list_settings(word: str) -> None:
     Raises:
       UserError: where there is none.
     """
-    table = Table("setting", "default", "what it is", box=None, pad_edge=False)
+    table = Table("setting", "default", "range", "what it is", box=None, pad_edge=False)
     for setting in settings(train, word):
         table.add_row(*map(Text, setting))
     if not table.row_count:

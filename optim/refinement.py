@@ -23,7 +23,7 @@ from crescendo.optim.precision import widen
 from crescendo.optim.registry import SCHEDULES, TRANSFORMS
 from crescendo.optim.run_length import OfRun, ends_with_the_run
 from crescendo.optim.schedule_parts import check_length, with_warmup
-from crescendo.ranges import INT32, NotNegative, Positive
+from crescendo.ranges import INT32, NotNegative, Positive, checked
 
 
 class RecordGradientNormsState(NamedTuple):
@@ -185,12 +185,13 @@ def refine(norms: Norms, *, norm: str = "l1", smoothing: float = 0.1) -> np.ndar
     return multipliers / multipliers.max()
 
 
+@checked
 def refined_schedule(
-    peak: float,
+    peak: NotNegative,
     norms: Norms,
-    total: float | None = None,
+    total: Positive | None = None,
     *,
-    warmup: float = 0,
+    warmup: NotNegative = 0,
     norm: str = "l1",
     smoothing: float = 0.1,
 ) -> optax.Schedule | OfRun:

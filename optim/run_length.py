@@ -77,10 +77,14 @@ def ends_with_the_run(factory: Callable[..., optax.Schedule]) -> Callable[..., A
         return OfRun(of)
 
     parameters = dict(signature.parameters)
-    parameters["total"] = parameters["total"].replace(default=None, annotation=float | None)
+    parameters["total"] = parameters["total"].replace(default=None, annotation=_or_none(parameters["total"].annotation))
     signature_of_run = signature.replace(parameters=list(parameters.values()), return_annotation=optax.Schedule | OfRun)
     make.__signature__ = signature_of_run  # type: ignore[attr-defined]
     return make
+
+
+def _or_none(annotation: Any) -> Any:
+    return f"{annotation} | None" if isinstance(annotation, str) else annotation | None
 
 
 def with_total(schedule: optax.Schedule, total: float) -> optax.Schedule:

@@ -9,6 +9,20 @@ from rich.console import Console
 WIDTH = 1000  # columns, where nobody sees where a line ends: no table comes near
 
 
+def plain_console(**options: Any) -> Console:
+    """A console that shows text as it is: `[x]` in a folder's name is no markup, and `:x:` no emoji.
+
+    All consoles are made here, since a name that a person chose would otherwise vanish from a message, or end it.
+
+    Args:
+      options: of `rich.console.Console`.
+
+    >>> plain_console().print("runs/a[/b]:+1:", highlight=False)
+    runs/a[/b]:+1:
+    """
+    return Console(markup=False, emoji=False, **options)
+
+
 def output_console(**options: Any) -> Console:
     """A console for standard output, whose tables are as wide as their cells where that is no terminal.
 
@@ -22,5 +36,5 @@ def output_console(**options: Any) -> Console:
     False
     """
     if sys.stdout.isatty():
-        return Console(**options)
-    return Console(force_terminal=False, width=None if "COLUMNS" in os.environ else WIDTH, **options)
+        return plain_console(**options)
+    return plain_console(force_terminal=False, width=None if "COLUMNS" in os.environ else WIDTH, **options)

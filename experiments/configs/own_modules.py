@@ -17,10 +17,18 @@ from crescendo.experiments.runtime.errors import UserError
 _PACKAGE = Path(__file__).resolve().parents[2]
 LOADED: list[str] = []
 """The modules that were asked for, in order: configs that are read later import them."""
+ANY_IMPORTS = False
+"""Whether configs may import what the command line doesn't name: `--allow-imports`."""
+
+
+class _AllowImports(argparse.Action):
+    def __call__(self, *_: object) -> None:
+        global ANY_IMPORTS
+        ANY_IMPORTS = True
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--module` to a command that reads configs."""
+    """Adds `--module` and `--allow-imports` to a command that reads configs."""
     parser.add_argument(
         "--module",
         action="append",
@@ -29,6 +37,25 @@ def add_option(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.py",
         help="a Python file of your own, or a module's name: configs can name its functions; may be repeated",
     )
+    parser.add_argument(
+        "--allow-imports",
+        action=_AllowImports,
+        nargs=0,
+        default=False,
+        help="let configs import any module, which runs its code; else only those that --module names",
+    )
+
+
+def check_import(name: str) -> None:
+    """That a config may import a module: importing runs code, and a config may be anyone's.
+
+    Raises:
+      UserError: for one that the command line doesn't name, unless `--allow-imports` is given.
+    """
+    if not ANY_IMPORTS and name not in LOADED:
+        shown = "dynamic_registration" if name.startswith("__gin__") else f"import {name}"
+        fix = "" if name.startswith("__gin__") else f"name it with --module {name}, or "
+        raise UserError(f"{shown}: configs import nothing by themselves, as that runs code: {fix}add --allow-imports")
 
 
 def load(text: str) -> str:

@@ -95,6 +95,7 @@ def register_factories() -> None:
 
 def _process_import(context: gin.config.ParseContext, statement: config_parser.ImportStatement) -> None:
     """`import NAME` in a config: what the module defines can then be named, under the module's name."""
+    own_modules.check_import(statement.module)
     if not statement.module.startswith("__gin__."):
         module = own_modules.imported(statement.module, f"import {statement.module}")
         offered = own_modules.offered(module)

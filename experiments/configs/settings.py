@@ -8,6 +8,7 @@ from crescendo.experiments.configs.binding import GIVEN
 from crescendo.experiments.configs.factories import FACTORIES, optax_factories
 from crescendo.experiments.configs.references import default_text
 from crescendo.experiments.runtime.command import parameter_docs
+from crescendo.ranges import told
 
 
 class Setting(NamedTuple):
@@ -16,11 +17,13 @@ class Setting(NamedTuple):
     Attributes:
       name: `FUNCTION.PARAMETER`.
       default: as a config would write it, or "required".
+      range: what it may be, in words; empty where any value of its type will do.
       says: its first sentence.
     """
 
     name: str
     default: str
+    range: str
     says: str
 
 
@@ -34,6 +37,8 @@ def settings(experiment: Callable, word: str = "") -> Iterator[Setting]:
     >>> from crescendo.experiments.trainer.training import train
     >>> next(settings(train, "total_examples")).default
     'required'
+    >>> next(settings(train, "adamw.b2")).range
+    'at least 0 and below 1'
     """
     tables = {**FACTORIES, **(optax_factories() if word else {})}
     ours = [name for factories in FACTORIES.values() for name in factories]
@@ -50,7 +55,8 @@ def settings(experiment: Callable, word: str = "") -> Iterator[Setting]:
             if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or hidden:
                 continue
             if word.lower() in name.lower():
-                yield Setting(name, default_text(parameter), _first_sentence(said.get(parameter.name, "")))
+                says = _first_sentence(said.get(parameter.name, ""))
+                yield Setting(name, default_text(parameter), told(parameter.annotation), says)
 
 
 def _first_sentence(text: str) -> str:

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from crescendo.experiments.data.preparation import progress
 from crescendo.experiments.runtime import cache
 from crescendo.experiments.runtime.encoding import check_utf8
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import replace_file
+from crescendo.pallas_kernels.console import plain_console
 
 REPLACEMENT = "\ufffd"
 SETTLED_SECONDS = 2.0  # a file changed more lately may change again within a tick of its file system's clock
@@ -140,4 +139,4 @@ class Utf8:
 
 @functools.cache
 def _say_once(message: str) -> None:
-    Console(stderr=True).print(message, highlight=False, soft_wrap=True, markup=False)
+    plain_console(stderr=True).print(message, highlight=False, soft_wrap=True)

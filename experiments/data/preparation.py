@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from crescendo.experiments.runtime import cache
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import local_path
+from crescendo.pallas_kernels.console import plain_console
 
 PROGRESS_AFTER_SECONDS = 1.0
 
@@ -73,7 +73,9 @@ def _lock(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            Console(stderr=True).print("waiting for another process that prepares the same data ...", highlight=False)
+            plain_console(stderr=True).print(
+                "waiting for another process that prepares the same data ...", highlight=False
+            )
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -85,8 +87,8 @@ def progress(description: str, total_bytes: int | None) -> Iterator[Callable[[in
     >>> with progress("counting", total_bytes=10) as advance:
     ...     advance(10)
     """
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = plain_console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
     task = bar.add_task(description, total=total_bytes)
     began = time.monotonic()

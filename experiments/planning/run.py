@@ -69,7 +69,7 @@ def plan_run(
         raise UserError(f"--devices {devices} needs --device NAME: without it the plan is for the devices here")
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(line, highlight=False, soft_wrap=True)
 
     taken = [name for name in inspect.signature(Session).parameters if name not in ("further_sizes", "platform")]
     if device is None:

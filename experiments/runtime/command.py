@@ -7,10 +7,11 @@ import sys
 import types
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import local_path
+from crescendo.ranges import Refused, complaint, fitted, told
 
 # What `--config` and `--set` give, which come with the parser that reads configs.
 _PARAMETERS = {"config": "configs", "set": "bindings"}
@@ -33,8 +34,8 @@ def make_parser(
 
     A parameter `batch_size: int = 2` is the option `--batch-size N`; one without a default is required. Types are int,
     float, str, Path, any of these `| None`, a `Sequence` of them (several words), `Literal` (a choice) and bool (a
-    flag). The help of an option is what the docstring says of its parameter below `Args:`, and its default; other
-    parameters between backticks become their options.
+    flag). The help of an option is what the docstring says of its parameter below `Args:`, its range and its
+    default; other parameters between backticks become their options.
 
     Args:
       function: annotated, with a docstring in Google's style, whose first paragraph describes the command.
@@ -61,7 +62,7 @@ def make_parser(
     parser = start(" ".join(text.partition("\n\n")[0].split()), examples)
     parser.prog = f"crescendo {function.__name__}"
     there = {_PARAMETERS.get(action.dest, action.dest) for action in parser._actions}
-    said, hints = _arguments_section(text), get_type_hints(function)
+    said, hints = _arguments_section(text), get_type_hints(function, include_extras=True)
     parameters = inspect.signature(function).parameters
     for name, parameter in parameters.items():
         if name in there:
@@ -70,8 +71,7 @@ def make_parser(
             raise TypeError(f"{function.__name__}: {name} needs an annotation and a line below Args:")
         help_text = re.sub("`([^`]+)`", lambda match: _spelled(match[1], parameters), said[name])
         required = parameter.default is parameter.empty
-        if not required:
-            help_text += _default(parameter.default)
+        help_text += _notes(hints[name], None if required else parameter.default)
         options = _kind(f"{function.__name__}.{name}", hints[name], None if required else parameter.default)
         if required:
             options["required"] = True
@@ -80,11 +80,21 @@ def make_parser(
 
 
 def call(function: Callable, arguments: argparse.Namespace) -> Any:
-    """Calls `function` with what a parser of `make_parser` read; `--config` not given is the function's own default."""
+    """Calls `function` with what a parser of `make_parser` read; `--config` not given is the function's own default.
+
+    Raises:
+      UserError: for a value out of its parameter's range.
+    """
     values = {_PARAMETERS.get(name, name): value for name, value in vars(arguments).items()}
     values = {name: value for name, value in values.items() if name in inspect.signature(function).parameters}
     if values.get("configs", ()) is None:
         del values["configs"]
+    hints, signature = get_type_hints(function, include_extras=True), inspect.signature(function).parameters
+    for name, value in values.items():
+        try:
+            fitted(value, hints[name])
+        except Refused as refused:
+            raise UserError(complaint(value, _option(name), signature[name], refused)) from None
     return function(**values)
 
 
@@ -99,6 +109,8 @@ def _spelled(name: str, parameters: Any) -> str:
 def _kind(name: str, annotation: Any, default: Any) -> dict[str, Any]:
     """What `add_argument` takes for an annotation."""
     arguments = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _kind(name, arguments[0], default)
     if get_origin(annotation) in (Union, types.UnionType) and len(arguments) == 2 and types.NoneType in arguments:
         return _kind(name, next(each for each in arguments if each is not types.NoneType), default)
     if get_origin(annotation) is Sequence:
@@ -116,12 +128,20 @@ def _kind(name: str, annotation: Any, default: Any) -> dict[str, Any]:
     raise TypeError(f"{name}: no option can be made of {annotation}")
 
 
-def _default(value: Any) -> str:
-    """For the help; nothing where the text has to say what no value means."""
-    if value is None or value is False or value == ():
-        return ""
-    several = value if isinstance(value, list | tuple) else (value,)
-    return f" (default {' '.join(f'{each:g}' if isinstance(each, float) else str(each) for each in several)})"
+def _notes(annotation: Any, default: Any) -> str:
+    """For the help: a number's range, and the default; not that, where the text has to say what no value means."""
+    notes = [] if _is_choice(annotation) else [told(annotation)]
+    if default is not None and default is not False and default != ():
+        several = default if isinstance(default, list | tuple) else (default,)
+        shown = " ".join(f"{each:g}" if isinstance(each, float) else str(each) for each in several)
+        notes.append(f"default {shown}")
+    notes = [note for note in notes if note]
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
+def _is_choice(annotation: Any) -> bool:
+    """Whether argparse shows what there is."""
+    return get_origin(annotation) is Literal or any(map(_is_choice, get_args(annotation)))
 
 
 def check_not_given(

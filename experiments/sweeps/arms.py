@@ -23,6 +23,7 @@ from crescendo.experiments.runtime.interruption import deadline, interrupted_at
 from crescendo.experiments.sweeps.finished import is_finished
 from crescendo.experiments.sweeps.runner import finite_loss
 from crescendo.experiments.trainer.training import train
+from crescendo.pallas_kernels.console import plain_console
 
 # The macro that a swept learning rate binds.
 LEARNING_RATE = "LEARNING_RATE"
@@ -103,7 +104,7 @@ def compare_arms(
         run of another configuration.
       Interrupted: when `minutes` are over or the process is asked to stop, with trials left.
     """
-    stop, console = deadline(minutes), Console()
+    stop, console = deadline(minutes), plain_console()
     if seeds < 1:
         raise UserError(f"--seeds {seeds} must be at least 1")
     rates = list(dict.fromkeys(learning_rates))

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.configs import own_modules
 from crescendo.experiments.reports.write import Points, write_report
 from crescendo.experiments.runs.records import read_records
 from crescendo.experiments.runs.run import is_complete
@@ -54,6 +55,7 @@ def command(
     bindings = [binding for binding in bindings if binding not in unused]
     parts = [sys.executable, "-m", "crescendo.experiments.train", "--run", str(folder / point.name)]
     parts += [part for module in modules for part in ("--module", module)]
+    parts += ["--allow-imports"] if own_modules.ANY_IMPORTS else []
     parts += [part for config in configs for part in ("--config", config)]
     return parts + [part for binding in (*bindings, *point.bindings) for part in ("--set", binding)]
 
@@ -205,7 +207,7 @@ def run_points(
     def say(point: Point) -> None:
         if not console.is_terminal:
             line = outcomes.said(point, time.monotonic() - begin)
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(line, highlight=False, soft_wrap=True)
 
     with (
         _ended(running),

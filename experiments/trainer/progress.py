@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from crescendo.experiments.runtime.text import RunningMean, compact, duration
+from crescendo.pallas_kernels.console import plain_console
 
 
 class ProgressLine:
@@ -38,7 +39,7 @@ class ProgressLine:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._total_examples, self._label, self._clock = total_examples, label, clock
-        self._console = console or Console()
+        self._console = console or plain_console()
         # Drawn only when a record comes: a drawing thread would compete with the loop that dispatches steps.
         terminal = self._console.is_terminal and not self._console.is_dumb_terminal
         self._live = Live(console=self._console, auto_refresh=False) if terminal else None

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-from rich.console import Console
 
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs import storage
@@ -35,6 +34,7 @@ from crescendo.experiments.trainer.starting import fresh_state, state_of
 from crescendo.experiments.trainer.stopping import Stops
 from crescendo.experiments.trainer.wall_clock import WallClock
 from crescendo.models.config import SPEED_FIELDS
+from crescendo.pallas_kernels.console import plain_console
 from crescendo.parallel import hosts
 from crescendo.ranges import Count, OneOf, Positive, Tokens
 
@@ -144,8 +144,8 @@ def train(
     check_enough_rows(session)
     stops = Stops(stop_at_loss, stop_after_minutes, stop_after_tokens)
     session.notes += stops.notes(session.task, options["total_examples"])
-    folder, console = Path(run), Console(quiet=not hosts.is_leader())
-    say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    folder, console = Path(run), plain_console(quiet=not hosts.is_leader())
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
     counter = CompilationCounter()
     use_compilation_cache()
     with contextlib.ExitStack() as stack:

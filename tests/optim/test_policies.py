@@ -405,8 +405,14 @@ def test_policies_that_compare_microbatches_ask_for_two():
         (lambda: policies.noise_scale_following(8, 4), "cap = 4 is under start = 8: raise the cap"),
         (lambda: policies.noise_scale_following(8, 16, ratio=math.nan), "ratio = nan must be above 0 and finite"),
         (lambda: policies.noise_scale_following(8, 16, ratio=0.0), r"ratio = 0.0 must be above 0 and finite"),
-        (lambda: policies.noise_scale_following(8, 16, hysteresis=-0.1), "hysteresis = -0.1 must be at least 0 and finite"),
-        (lambda: policies.noise_scale_following(8, 16, confidence=math.inf), "confidence = inf must be at least 0 and finite"),
+        (
+            lambda: policies.noise_scale_following(8, 16, hysteresis=-0.1),
+            "hysteresis = -0.1 must be at least 0 and finite",
+        ),
+        (
+            lambda: policies.noise_scale_following(8, 16, confidence=math.inf),
+            "confidence = inf must be at least 0 and finite",
+        ),
         (lambda: policies.noise_scale_following(8, 16, decay=1.0), "decay = 1.0 must be above 0 and below 1"),
         (lambda: policies.noise_scale_following(8, 16, decay=0.0), "decay = 0.0 must be above 0 and below 1"),
         (lambda: policies.noise_scale_following(8, 16, min_updates=1), "min_updates = 1 must be at least 2"),

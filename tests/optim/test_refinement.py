@@ -172,13 +172,13 @@ def test_bad_norms(norms, options, message):
 
 def test_bad_recordings():
     for slots in (0, 7):
-        with pytest.raises(ValueError, match=f"slots = {slots} must be at least 2 and below 2\\^31 and a multiple of 2"):
+        with pytest.raises(ValueError, match=f"slots = {slots} must be at least 2 and below 2.31 and a multiple of 2"):
             optim.record_gradient_norms(slots)
     with pytest.raises(ValueError, match="holds no gradient norms"):
         optim.recorded_norms(optax.adam(0.1).init(jnp.ones(2)))
     with pytest.raises(ValueError, match="only 1 finite gradient norms were recorded"):
         optim.recorded_norms(run([1.0, np.nan]))
-    with pytest.raises(ValueError, match="total must be above 0"):
+    with pytest.raises(ValueError, match="total = 0 must be above 0"):
         optim.refined_schedule(1.0, [1.0, 1.0], 0)
 
 

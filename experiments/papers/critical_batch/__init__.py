@@ -39,6 +39,7 @@ from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.batch_sizes import FixedBatchSizes
 from crescendo.experiments.trainer.session import Session, session_options
 from crescendo.experiments.trainer.training import make_recorder, train
+from crescendo.pallas_kernels.console import plain_console
 
 PAPER = Paper(
     title="Critical batch size revisited",
@@ -123,7 +124,7 @@ def critical_batch(
     """
     factors = sorted({1, *factors})
     _check(batch_size, factors, points, branch_examples, tolerance, seeds)
-    stop, console = deadline(minutes), Console()
+    stop, console = deadline(minutes), plain_console()
     use_compilation_cache()
     base: Bindings = {
         "train.batch_size": batch_size,

@@ -47,6 +47,7 @@ from crescendo.experiments.runtime.text import duration
 from crescendo.experiments.sweeps.batched import make_sweep
 from crescendo.experiments.sweeps.cells import Cells
 from crescendo.experiments.tasks.base import Task
+from crescendo.pallas_kernels.console import plain_console
 
 PAPER = Paper(
     title="Large batch optimization for deep learning: training BERT in 76 minutes",
@@ -131,7 +132,7 @@ def large_batch(
             raise UserError(f"--optimizers {name}: no such optimizer; the task has {', '.join(chosen.recipes)}")
     _check_positive(batch_sizes=sizes, multipliers=multipliers, epochs=[epochs], seeds=[seeds])
     _check_positive(train_examples=[train_examples])
-    stop, console = deadline(minutes), Console()
+    stop, console = deadline(minutes), plain_console()
     folder = Path(f"runs/large_batch_{task}") if run is None else run
     arrays = chosen.prepare() if data is None else load_prepared(data, chosen)
     train = split(arrays, "train", train_examples or scale.train_examples)
@@ -318,7 +319,7 @@ def prepare(path: Path, task: str, *, train_examples: int | None = None) -> None
     _check_positive(train_examples=[train_examples])
     arrays = chosen.prepare()
     save_prepared(path, chosen, {k: x[:train_examples] if k.startswith("train/") else x for k, x in arrays.items()})
-    Console().print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", highlight=False, soft_wrap=True)
+    plain_console().print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", highlight=False, soft_wrap=True)
 
 
 def _choose(task: str, size: str) -> tuple[Workload, Size]:
