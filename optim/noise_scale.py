@@ -20,7 +20,7 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +152,7 @@ def _means(averages: Averages) -> jax.Array:
     return averages.moments / _weight(averages)
 
 
-Groups = str | Callable[[Path], str] | None
+Groups = Literal["layer", "parameter"] | Callable[[Path], str] | None
 """How parameters are grouped: "layer", "parameter", or a function from a path (a tuple of names) to a group's name."""
 
 

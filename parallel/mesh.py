@@ -3,10 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
+from annotated_types import MinLen
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
@@ -112,7 +113,7 @@ def make_mesh(
     expert: Extent = 1,
     stage: Extent = 1,
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Annotated[Sequence[jax.Device], MinLen(1)] | None = None,
 ) -> Mesh:
     """`MeshSpec(...).make(devices)`.
 

@@ -175,7 +175,7 @@ def _on_device(number: float) -> float:
         with np.errstate(over="ignore", under="ignore"):
             x = float(_float_type()(number))
     except OverflowError:
-        return math.copysign(math.inf, number)
+        return math.inf if number > 0 else -math.inf
     return 0.0 if abs(x) < float(np.finfo(_float_type()).tiny) else x
 
 
