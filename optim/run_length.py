@@ -1,12 +1,13 @@
 """Schedules whose length is that of the run, known only when a loop says it."""
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
+
+from crescendo.ranges import readable_signature
 
 
 class LengthError(ValueError):
@@ -60,7 +61,7 @@ def ends_with_the_run(factory: Callable[..., optax.Schedule]) -> Callable[..., A
 
     What doesn't depend on the length is checked at once. A schedule that is given a length keeps it as its `total`.
     """
-    signature = inspect.signature(factory)
+    signature = readable_signature(factory)
 
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> Any:
@@ -77,14 +78,12 @@ def ends_with_the_run(factory: Callable[..., optax.Schedule]) -> Callable[..., A
         return OfRun(of)
 
     parameters = dict(signature.parameters)
-    parameters["total"] = parameters["total"].replace(default=None, annotation=_or_none(parameters["total"].annotation))
+    total = parameters["total"]
+    ranged = total.annotation if not isinstance(total.annotation, str) else float
+    parameters["total"] = total.replace(default=None, annotation=ranged | None)
     signature_of_run = signature.replace(parameters=list(parameters.values()), return_annotation=optax.Schedule | OfRun)
     make.__signature__ = signature_of_run  # type: ignore[attr-defined]
     return make
-
-
-def _or_none(annotation: Any) -> Any:
-    return f"{annotation} | None" if isinstance(annotation, str) else annotation | None
 
 
 def with_total(schedule: optax.Schedule, total: float) -> optax.Schedule:

@@ -2,19 +2,21 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from annotated_types import Ge, Le
 
 from crescendo.optim.masks import LayerAxis, Mask, as_mask, layer_axes, leaves_with_paths
 from crescendo.optim.precision import squares
 from crescendo.optim.registry import TRANSFORMS
 from crescendo.optim.states import spread
+from crescendo.ranges import NotNegative
 
-PhiClip = tuple[float, float] | None
+PhiClip = tuple[NotNegative, Annotated[float, Ge(0), Le(math.inf)]] | None
 
 
 class TrustRatioState(NamedTuple):
@@ -180,6 +182,6 @@ def safe_ratio(w: jax.Array, g: jax.Array, numerator: jax.Array, denominator: ja
 
 
 def check_phi_clip(phi_clip: PhiClip) -> None:
-    """Raises ValueError unless 0 <= lo <= hi."""
-    if phi_clip is not None and not 0 <= phi_clip[0] <= phi_clip[1]:
+    """Raises ValueError unless lo <= hi."""
+    if phi_clip is not None and not phi_clip[0] <= phi_clip[1]:
         raise ValueError(f"phi_clip must be (lo, hi) with 0 <= lo <= hi, got {phi_clip}")

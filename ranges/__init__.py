@@ -372,7 +372,7 @@ def checked[F: Callable[..., Any]](function: F) -> F:
     Raises:
       ValueError: (when called) see `fit_arguments`.
     """
-    signature = inspect.signature(function)
+    signature = readable_signature(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -384,6 +384,14 @@ def checked[F: Callable[..., Any]](function: F) -> F:
         return function(*bound.args, **bound.kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def readable_signature(function: Callable) -> inspect.Signature:
+    """The signature, with annotations that are text evaluated where they can be."""
+    try:
+        return inspect.signature(function, eval_str=True)
+    except NameError:
+        return inspect.signature(function)
 
 
 @functools.cache

@@ -28,7 +28,7 @@ def _run_command(main: Callable[[], object]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)  # gin adds where in a config a call stood
         sys.exit(2)
     except Interrupted as stopped:
         print(stopped)

@@ -85,6 +85,13 @@ class Loss(NamedTuple):
     extra: Mapping[str, jax.Array] = {}
 
 
+class Model(Protocol):
+    """A model's configuration."""
+
+    def for_platform(self, platform: str) -> Any:
+        """The configuration with what it leaves open decided for "cpu", "gpu" or "tpu"."""
+
+
 class Task(Protocol):
     """What is trained.
 

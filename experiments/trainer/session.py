@@ -22,7 +22,7 @@ from crescendo.experiments.runs.state import TrainState
 from crescendo.experiments.runtime import hardware
 from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.errors import UserError, user_values
-from crescendo.experiments.tasks.base import Source, Task
+from crescendo.experiments.tasks.base import Model, Source, Task
 from crescendo.experiments.tasks.language_model import language_model
 from crescendo.experiments.trainer.compilation import peak_bytes
 from crescendo.experiments.trainer.evaluate import evaluation_parameters, make_evaluation, make_row_losses
@@ -103,7 +103,7 @@ class Session:
         self,
         *,
         data: Any,
-        model: Any,
+        model: Model,
         optimizer: optax.GradientTransformation,
         batch_size: Count | BatchSizePolicy,
         total_examples: Count,

@@ -125,4 +125,4 @@ def test_every_setting_is_listed_with_its_default_and_a_line(capsys):
         called = name.partition(" = ")[0]
         assert called in every or called.replace("linear.", "schedules.linear.") in every, name
     train_module.main(["--list", "Max_Gradient"])
-    assert re.search(r"train.max_gradient_norm +1.0 +clip the mean gradient", capsys.readouterr().out)
+    assert re.search(r"train.max_gradient_norm +1.0 +above 0 +clip the mean gradient", capsys.readouterr().out)

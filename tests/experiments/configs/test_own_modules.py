@@ -15,6 +15,7 @@ from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.configs import own_modules
 from crescendo.experiments.configs.factories import FACTORIES
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.trainer.training import train
 
 OWN = """
 from __future__ import annotations
@@ -70,6 +71,7 @@ def assembled(
 def own_file(tmp_path: Path, monkeypatch, request) -> Iterator[Callable[[str], Path]]:
     """`own_file(text)`: a file of a name of its own; what this process has loaded is forgotten afterwards."""
     monkeypatch.setattr(own_modules, "LOADED", [])
+    monkeypatch.setattr(own_modules, "ANY_IMPORTS", False)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def write(text: str) -> Path:
@@ -105,6 +107,7 @@ def test_what_a_module_defines_can_be_named_without_any_registration(own_file, b
     if by == "module":
         command.parser().parse_args(["--module", str(path)])
     else:  # as a run's config.gin says it
+        command.parser().parse_args(["--allow-imports"])
         sys.path.insert(0, str(path.parent))
         bindings.insert(0, f"import {path.stem}")
     made = configurables.bind(assembled, [], bindings)()
@@ -118,6 +121,49 @@ def test_what_a_module_defines_can_be_named_without_any_registration(own_file, b
         configurables.bind(assembled, [], [*bindings, f"{by}_sgd.momentum = 'much'"])()
     with pytest.raises(UserError, match=f"unknown name '{by}_sdg'; nearest: {by}_sgd"):
         configurables.bind(assembled, [], [*bindings, f"assembled.optimizer = @{by}_sdg()"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "import {name}",
+            "import {name}: configs import nothing .*: name it with --module {name}, or add --allow-imports",
+        ),
+        ("import os", "import os: configs import nothing by themselves, as that runs code: .*--allow-imports$"),
+        ("from os import path", "import os.path: configs import nothing"),
+        ("from os import path as p", "import os.path: configs import nothing"),
+        (
+            "from __gin__ import dynamic_registration",
+            "dynamic_registration: configs import nothing .* --allow-imports$",
+        ),
+        ("train.seed = @os.getpid()", "unknown name 'os.getpid'"),
+        ("train.seed = @os/getpid()", "unknown name 'getpid'"),
+    ],
+)
+def test_a_config_runs_no_code_of_its_own(own_file, tmp_path, text, message):
+    path = own_file("raise SystemExit('this ran')\n")
+    sys.path.insert(0, str(path.parent))
+    text, message = (each.format(name=path.stem) for each in (text, message))
+    config = tmp_path / "theirs.gin"
+    config.write_text(f"include 'debug.gin'\n{text}\n")
+    inner = tmp_path / "inner.gin"
+    inner.write_text(f"include '{config}'\n")
+    for configs, typed in (([str(config)], []), ([str(inner)], []), (["debug.gin"], [text])):
+        with pytest.raises(UserError, match=message) as refused:
+            configurables.bind(train, configs, typed)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_runs_own_config_goes_on_where_the_module_is_named_again(own_file, tmp_path):
+    path = own_file(OWN)
+    config = tmp_path / "config.gin"
+    config.write_text(f"import {path.stem}\n" + "\n".join(BINDINGS).replace("@Own", f"@{path.stem}.Own"))
+    sys.path.insert(0, str(path.parent))
+    with pytest.raises(UserError, match="configs import nothing by themselves"):
+        configurables.bind(assembled, [str(config)])
+    command.parser().parse_args(["--module", str(path)])
+    assert configurables.bind(assembled, [str(config)])()["model"].width == 8
 
 
 def test_a_name_that_crescendo_has_too_is_written_out(own_file):
@@ -153,6 +199,7 @@ def test_a_module_that_is_not_there_or_whose_name_is_taken_is_refused(own_file, 
     ):
         with pytest.raises(UserError, match=f"--module {re.escape(given)}: {message}"):
             own_modules.load(given)
+    command.parser().parse_args(["--allow-imports"])
     with pytest.raises(UserError, match=r"--set: import nothing_here: no module named nothing_here here.*--module"):
         configurables.bind(assembled, [], ["import nothing_here"])
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from crescendo.experiments import sweep
 from crescendo.experiments import train as train_module
 from crescendo.experiments.configs import binding as configurables
-from crescendo.experiments.configs import references
+from crescendo.experiments.configs import own_modules, references
 from crescendo.experiments.configs.explain import ELSEWHERE, elsewhere
 from crescendo.experiments.configs.factories import FACTORIES
 from crescendo.experiments.papers.critical_batch import critical_batch
@@ -118,6 +118,7 @@ def test_a_function_that_python_calls_by_gins_decoration_may_use_what_is_bound(t
         "@gin.configurable\ndef outer(optimizer=None):\n    return inner()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(own_modules, "ANY_IMPORTS", True)
     (tmp_path / "mine.gin").write_text("import decorated\n")
     typed = ["anything.inner = @outer()", "inner.size = 5", "outer.optimizer = @adamw()", "adamw.learning_rate = 1.0"]
     configurables.bind(anything, [str(tmp_path / "mine.gin")], typed)

@@ -9,6 +9,8 @@ import pytest
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.papers import batch_warmup, critical_batch, large_batch, refine_schedule
 from crescendo.experiments.runtime import command
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.ranges import Count, Positive
 
 
 def experiment(
@@ -125,7 +127,7 @@ def test_a_parameter_that_no_option_can_be_made_of_is_a_mistake():
         command.make_parser(odd)
 
 
-CONFIGURED = "module config set run"  # of every command that takes configs
+CONFIGURED = "module allow-imports config set run"  # of every command that takes configs
 OPTIONS = {
     batch_warmup: f"{CONFIGURED} batch-size double-at total-examples arms largest curve learning-rates seeds minutes",
     refine_schedule: f"{CONFIGURED} learning-rate peak-factor norm smoothing seeds",
@@ -141,3 +143,26 @@ def test_the_options_of_each_command(paper):
         f"--{name}" for name in OPTIONS[paper].split()
     ]
     assert all(action.help for action in actions)
+
+
+def test_ranges_are_shown_and_checked():
+    def cook(*, minutes: Positive, seeds: Sequence[Count] = (1,), how: Literal["hot", "cold"] = "hot") -> None:
+        """Cooks.
+
+        Args:
+          minutes: how long.
+          seeds: of what.
+          how: it is served.
+        """
+
+    parser = command.make_parser(cook)
+    text = " ".join(parser.format_help().split())
+    assert "how long (above 0)" in text
+    assert "of what (each at least 1; default 1)" in text
+    for typed, message in (
+        (["--minutes", "0"], "--minutes = 0.0 must be above 0 and finite"),
+        (["--minutes", "inf"], "--minutes = inf must be above 0 and finite"),
+        (["--minutes", "1", "--seeds", "1", "0"], r"--seeds = \[1, 0\] must each be at least 1 and below 2\^31"),
+    ):
+        with pytest.raises(UserError, match=f"^{message}$"):
+            command.call(cook, parser.parse_args(typed))
