@@ -208,10 +208,10 @@ def _may_be(value: Any, kind: Any) -> bool:
 def _each(value: Any, origin: Any, kinds: tuple, is_a: Any, bounds: tuple) -> Any:
     least = max((each.min_length for each in bounds if isinstance(each, MinLen)), default=0)
     if len(value) < least:
-        raise Refused(f"at least {least} of them")
+        raise Refused(f"at least {least} long")
     if origin is tuple and kinds[-1:] != (...,):
         if len(value) != len(kinds):
-            raise Refused(words(tuple[kinds]), of_type=True)
+            raise Refused(f"tuple[{', '.join(map(words, kinds))}]", of_type=True)
         items = [_item(each, kind, is_a) for each, kind in zip(value, kinds, strict=True)]
     else:
         items = [_item(each, kinds[0], is_a) for each in value]
@@ -408,7 +408,7 @@ def check_fields(instance: Any) -> None:
     Raises:
       ValueError: see `fit_arguments`.
     """
-    parameters = parameters_of(type(instance))
+    parameters = parameters_of(instance.__class__)
     values = {name: getattr(instance, name) for name in parameters}
     before = dict(values)
     fit_arguments(values, parameters)

@@ -93,8 +93,8 @@ ast.literal_eval(text)
 """
     assert sorted(set(dangers(ast.parse(source)))) == sorted(
         {
-            "pickle", "yaml", "eval", "exec", "compile", "__import__", "import_module", "system", "popen", "allow_pickle",
-            "shell", "torch.load", "weights_only", "run_path", "literal_eval",
+            "pickle", "yaml", "eval", "exec", "compile", "__import__", "import_module", "system", "popen",
+            "allow_pickle", "shell", "torch.load", "weights_only", "run_path", "literal_eval",
         }
     )  # fmt: skip
 

@@ -89,7 +89,7 @@ def test_a_start_past_the_clock_is_never_reached():
         (dict(sizes=[2], starts_examples=[0], starts_tokens=[0]), "either starts_examples or starts_tokens"),
         (dict(sizes=[2], starts_tokens=[0], sequence_length=0), "sequence_length = 0 must be at least 1"),
         (dict(sizes=[2, 4], starts_examples=[0]), "2 sizes and 1 starts"),
-        (dict(sizes=[], starts_examples=[]), r"sizes = \[\] must be at least 1 of them"),
+        (dict(sizes=[], starts_examples=[]), r"sizes = \[\] must be at least 1 long"),
         (dict(sizes=[2, 0], starts_examples=[0, 8]), r"sizes = \[2, 0\] must each be at least 1"),
         (dict(sizes=[2, 4], starts_examples=[1, 8]), r"starts \[1, 8\] .* must begin with 0 and increase"),
         (dict(sizes=[2, 4, 8], starts_examples=[0, 8, 8]), "must begin with 0 and increase"),

@@ -41,7 +41,7 @@ REFUSED = [
     (True, Count, "int"), (True, float, "float"), (1.5, Count, "int"), ("1", Count, "int"), (None, Count, "int"),
     (True, Literal[-1] | Count, r"-1 \| int"), (0, Literal[-1] | Count, r"at least 1 and below 2\^31"),
     (True, Count | str, r"int \| str"), ([1, 0], Sequence[Count], r"each at least 1 and below 2\^31"),
-    ("ab", Sequence[str], r"Sequence\[str\]"), ([], Annotated[Sequence[Count], MinLen(1)], "at least 1 of them"),
+    ("ab", Sequence[str], r"Sequence\[str\]"), ([], Annotated[Sequence[Count], MinLen(1)], "at least 1 long"),
     ({"a": 0}, Mapping[str, Count], "each at least 1"), ({1: 1}, Mapping[str, Count], "by str"),
     (3, Annotated[int, MultipleOf(2)], "a multiple of 2"), ("c", Annotated[str, OneOf("ab")], "one of a, b"),
     ("c", Literal["a", "b"], "'a' or 'b'"), ((1.0,), tuple[float, float], r"tuple\[float, float\]"),

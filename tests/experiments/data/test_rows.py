@@ -233,8 +233,8 @@ def test_a_seed_out_of_range_is_refused(data, seed):
     ("arguments", "message"),
     [
         ({"sequence_length": 0}, r"sequence_length = 0 must be at least 1"),
-        ({"validation_fraction": 0.0}, r"validation_fraction = 0\.0 must lie between 0 and 1"),
-        ({"validation_fraction": 1.5}, r"validation_fraction = 1\.5 must lie between 0 and 1"),
+        ({"validation_fraction": 0.0}, r"validation_fraction = 0\.0 must be above 0 and below 1"),
+        ({"validation_fraction": 1.5}, r"validation_fraction = 1\.5 must be above 0 and below 1"),
         ({"tokenizer": "bpe:7"}, r"at least 257"),
         ({"documents": documents_of([])}, r"a test corpus is empty: it has no document with any text"),
         ({"documents": documents_of(["", ""])}, r"a test corpus is empty"),

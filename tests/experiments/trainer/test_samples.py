@@ -62,7 +62,7 @@ def test_the_report_shows_them_without_control_characters(sampled, tmp_path):
     ("bindings", "message"),
     [
         pytest.param(["train.task = @masked_lm"], "the task masked_lm writes no text", marks=pytest.mark.slow),
-        (["samples.prompts = []"], "samples.prompts is empty"),
+        (["samples.prompts = []"], r"samples.prompts = \[\] must be at least 1 long"),
         (["samples.tokens = 0"], "samples.tokens = 0 must be at least 1"),
     ],
 )
