@@ -171,7 +171,7 @@ def _load(
     try:
         gin.finalize()
     except ValueError as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(explained(_one_line(error))) from None
     return origins
 
 

@@ -34,6 +34,9 @@ def check_calls_end(reached: Reached) -> None:
         for reference in references(value):
             if reference.configurable.selector.startswith("experiments."):
                 raise UserError(f"{binding} = {reference!r}: an experiment can't stand within a configuration")
+    for scope, selector in reached.calls:
+        if selector == "gin.singleton" and not effective(scope, selector):
+            raise UserError(f"{scope}{'/' if scope else ''}singleton.constructor is not set: name what it makes once")
     ended: set[tuple[str, str]] = set()
 
     def follow_down(call: tuple[str, str], above: tuple[tuple[str, str], ...]) -> None:

@@ -119,7 +119,7 @@ def quoted(statement: str) -> str | None:
 def _is_literal(word: str) -> bool:
     try:
         ast.literal_eval(word)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return False
     return True
 
@@ -132,6 +132,8 @@ def explained(message: str) -> str:
         written = [name for name in re.findall(r"[\w.]+", ambiguous.group(2)) if not name.startswith("gin.")]
         return f"{ambiguous.group(1)!r} means several: write {' or '.join(written)}"
     unknown_parameter = re.search(r"Configurable '?([\w.]+)'? doesn't have a parameter named '?(\w+)'?", message)
+    if without_value := re.search(r"No bindings specified for '(.*?)/gin\.macro'", message):
+        return f"%{without_value[1]} has no value: bind it, {without_value[1]} = VALUE"
     if message.startswith("malformed node"):
         return "a value is no literal: write a number, 'text', a list, None, @NAME() or %MACRO"
     if unknown_factory:

@@ -214,7 +214,7 @@ def test_bad_decay(decay):
 
 
 def test_bad_groups_and_missing_statistics():
-    with pytest.raises(ValueError, match="groups = 'layers' must be 'layer', 'parameter' or a function"):
+    with pytest.raises(ValueError, match="groups = 'layers' must be 'layer' or 'parameter'"):
         optim.gradient_noise_scale(groups="layers")
     for options, message in (
         ({"groups": "layer"}, "measure the statistic 'layers'"),

@@ -60,7 +60,10 @@ def test_every_shipped_config_names_only_what_there_is():
         (["probe.numbr = 3"], r"--set: probe has no parameter 'numbr'; nearest: number"),
         (["adamm.weight_decay = 3"], r"--set: unknown name 'adamm'; nearest: adamw"),
         (["probe.factory = @stagedd()", "probe.number = 1"], r"unknown name 'stagedd'; nearest: staged"),
-        (["probe.number = %MISSING"], r"MISSING"),
+        (["probe.number = %MISSING"], r"^%MISSING has no value: bind it, MISSING = VALUE$"),
+        (["probe.factory = @a/singleton()", "probe.number = 1"], r"^a/singleton.constructor is not set: name what it"),
+        (["probe.number = " + "-" * 5000 + "1"], r"^--set: probe.number = ---.* isn't gin: write|.* \.\.\. -*"),
+        (["probe.name = {[]: 1}"], r"--set: unhashable type: 'list'$"),
         (
             ["constant.peak = 1.0"],
             r"'constant' means several: write optim.batch_size.constant or optim.schedules.const",
