@@ -61,7 +61,8 @@ def _ranges(app, what, name, obj, options, lines):
         return
     for i in range(len(lines)):
         found = re.match(r"^  (\w+): ", lines[i])
-        if found and found[1] in parameters and (said := told(parameters[found[1]].annotation)):
+        said = told(parameters[found[1]].annotation) if found and found[1] in parameters else ""
+        if said and "'" not in said:  # choices are said there
             end = next((j for j in range(i + 1, len(lines)) if not lines[j].startswith("    ")), len(lines)) - 1
             lines[end] = f"{lines[end].removesuffix('.')} ({said})."
 

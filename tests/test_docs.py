@@ -5,6 +5,7 @@ import contextlib
 import doctest
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import pytest
 
+from crescendo import optim
 from crescendo.experiments import __main__ as command_table
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.runtime.errors import UserError
@@ -257,3 +259,13 @@ def test_a_guide_works_as_it_stands(page, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_the_pages_of_the_api_show_ranges():
+    spec = importlib.util.spec_from_file_location("conf", ROOT / "docs" / "conf.py")
+    conf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conf)
+    lines = inspect.getdoc(optim.lamb).splitlines()
+    conf._ranges(None, "function", "lamb", optim.lamb, None, lines)
+    assert "  b2: decay of the second moment (at least 0 and below 1)." in lines
+    assert "  phi_clip: (lo, hi) of phi; None: phi(x) = x (each at least 0)." in lines
