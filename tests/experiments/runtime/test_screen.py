@@ -29,6 +29,7 @@ def test_reports_show_names_as_they_are(make_run, odd, capsys, monkeypatch):
     assert "lr[1e-3]" in shown
 
 
+@pytest.mark.slow
 def test_a_run_says_its_folder_and_its_label_as_they_are(small_bindings, odd, capsys):
     bound = configurables.bind(
         train,

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from crescendo.experiments import sweep
 from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.configs import own_modules
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.sweeps import launchers as sweep_launchers
 from crescendo.experiments.sweeps import plots as sweep_plots
@@ -393,3 +394,10 @@ def test_the_report_of_a_sweep_shows_every_point(stand_in, tmp_path: Path):
         ("2.0000", "done", "2.0"),
         ("–", "failed: exit code 1: error: value = -1.0 must be above 0", "-1.0"),
     ]
+
+
+def test_the_runs_of_a_sweep_may_import_what_it_may(tmp_path, monkeypatch):
+    (point,) = enumerate_points([[axis("LEARNING_RATE = [1e-3]")]])
+    assert "--allow-imports" not in runner.command(point, tmp_path, ["debug.gin"], [])
+    monkeypatch.setattr(own_modules, "ANY_IMPORTS", True)
+    assert "--allow-imports" in runner.command(point, tmp_path, ["debug.gin"], [])
