@@ -58,6 +58,9 @@ def check_optimizer(optimizer: optax.GradientTransformation, parameters: Tree, p
 def climbs(optimizer: optax.GradientTransformation, parameters: Tree) -> bool:
     """Whether a few updates by one gradient point along it; tried on arrays of the parameters' ranks, two numbers wide.
 
+    Raises:
+      UserError: an optimizer that can't compute with the values that it was given.
+
     >>> climbs(optax.scale_by_adam(), {"w": jnp.ones((4, 4))}), climbs(optax.adam(0.1), {"w": jnp.ones((4, 4))})
     (True, False)
     """
@@ -83,8 +86,13 @@ def climbs(optimizer: optax.GradientTransformation, parameters: Tree) -> bool:
 
     try:
         return bool(along(gradients, weights) > 0)
-    except (TypeError, ValueError):
+    except (TypeError, OverflowError) as error:
+        if "required" not in str(error):  # such as a text where a library's optimizer has a rate
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"train.optimizer can't make an update of what it was given: {first}") from None
         return False  # it asks for more than this, which the training step has or names
+    except ValueError:
+        return False
 
 
 def _kinds(state: Tree) -> str:

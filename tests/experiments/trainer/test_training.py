@@ -31,6 +31,7 @@ from crescendo.experiments.sweeps.finished import is_finished
 from crescendo.experiments.tasks.base import Context
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.frozen import Trainable
+from crescendo.experiments.trainer.optimizer_checks import climbs
 from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.session import Session, session_options
 from crescendo.experiments.trainer.starting import state_of
@@ -549,3 +550,9 @@ def test_a_run_from_python_keeps_what_it_was_given_and_says_that_it_does_not_rep
         is_finished(folder)
     assert _bindings(kept)["train.batch_size"] == "8"
     assert _bindings(kept)["started"] == "from Python"
+
+
+@pytest.mark.parametrize("optimizer", [optax.adam("fast"), optax.adam(0.1, b1=[1]), optax.adamw(0.1, weight_decay={})])
+def test_a_librarys_optimizer_of_no_numbers_is_refused(optimizer):
+    with pytest.raises(UserError, match=r"^train\.optimizer can't make an update of what it was given: [^\n]*$"):
+        climbs(optimizer, {"w": jnp.ones((4, 4))})
