@@ -47,7 +47,7 @@ def check_moment_dtype(dtype: jax.typing.DTypeLike | None) -> None:
         return
     try:
         floating = jnp.issubdtype(dtype, jnp.floating)
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):  # a text that numpy reads as several dtypes
         floating = False
     if not floating:
         raise ValueError(f"moment_dtype must be a floating dtype, such as float32 or bfloat16, got {shown(dtype)}")

@@ -93,9 +93,9 @@ def test_mask_that_matches_nothing(name, mask):
             optim.OPTIMIZERS[name](0.1, **{mask: empty}).init(PARAMS)
 
 
-@pytest.mark.parametrize("dtype", ["int32", "no such"])
+@pytest.mark.parametrize("dtype", ["int32", "no such", ","])
 def test_bad_moment_dtype(dtype):
-    with pytest.raises((ValueError, TypeError), match=r"moment_dtype must be a floating dtype|no such"):
+    with pytest.raises(ValueError, match="moment_dtype must be a floating dtype"):
         optim.adamw(0.1, moment_dtype=dtype)
 
 
