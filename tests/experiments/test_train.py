@@ -209,7 +209,7 @@ def test_a_run_is_known_and_told_without_what_its_folder_lost(copy_of_staged, tr
 def test_writers_are_looked_up_before_anything_is_compiled(train_small, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "Session", pytest.fail)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    for name, said in (("mlflow", "no writer 'mlflow'"), ("wandb", "needs the package wandb")):
+    for name, said in (("mlflow", "must each be one of wandb"), ("wandb", "needs the package wandb")):
         with pytest.raises(UserError, match=said):
             train_small(tmp_path / "run", f"train.writers = ['{name}']")
 
