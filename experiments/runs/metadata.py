@@ -15,7 +15,7 @@ import pydantic
 from crescendo.experiments.runs.state import Clock
 from crescendo.experiments.runtime import schemas
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import read_file
+from crescendo.experiments.runtime.files import file_access, read_file
 
 Count = Annotated[int, pydantic.Field(ge=0)]
 Print = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
@@ -127,8 +127,13 @@ def read(checkpoint: Path, number: int) -> Metadata:
 
 
 def numbers(checkpoints: Path) -> list[int]:
-    """The numbers of the checkpoints in a folder, increasing; none where it isn't there."""
-    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    """The numbers of the checkpoints in a folder, increasing; none where it isn't there.
+
+    Raises:
+      UserError: the folder can't be read.
+    """
+    with file_access("read", checkpoints):
+        names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal() and name.isascii())
 
 

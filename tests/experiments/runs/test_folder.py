@@ -1,6 +1,7 @@
 """A run's folder: held by one process, known by what its checkpoints say, and followed where it goes."""
 
 import json
+import os
 
 import pytest
 
@@ -91,3 +92,17 @@ def test_a_run_json_that_is_none_is_one_line(tmp_path, content):
     with pytest.raises(UserError, match=r"run.json.*restore it, or move the folder away to start anew") as told:
         run_folder.check_resumable(tmp_path, 2, FIXED)
     assert "\n" not in str(told.value)
+
+
+def test_checkpoints_that_may_not_be_read_are_that(tmp_path):
+    checkpoint(tmp_path, 8, None)
+    user, folder = os.geteuid(), tmp_path / "checkpoints"
+    folder.chmod(0)
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root may read everything
+        with pytest.raises(UserError, match=r"cannot read .*: Permission denied"):
+            run_folder.check_resumable(tmp_path, 2, FIXED)
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o700)
