@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from crescendo.experiments.data.preparation import progress
-from crescendo.experiments.runtime import cache
+from crescendo.experiments.data.preparation import progress, say
+from crescendo.experiments.runtime import cache, schemas
 from crescendo.experiments.runtime.encoding import check_utf8
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import replace_file
-from crescendo.pallas_kernels.console import plain_console
+from crescendo.experiments.runtime.files import open_file, replace_file, to_json
 
 REPLACEMENT = "\ufffd"
+MOST_DOCUMENT_BYTES = 128 << 20  # of a document, and of a line of JSON: a few times as much memory is needed at once
 SETTLED_SECONDS = 2.0  # a file changed more lately may change again within a tick of its file system's clock
 
 
@@ -49,30 +49,55 @@ def file_digests(paths: Sequence[Path]) -> list[str]:
     inode (ctime) can't be set back.
 
     Raises:
+      UserError: for what is no file.
       OSError: for a file that can't be read.
     """
     stats = [(os.path.realpath(path), path.stat()) for path in paths]
     facts = [(name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
     known = cache.folder() / "digests" / f"{digest(facts)}.json"
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(known.read_bytes())
+    with contextlib.suppress(UserError):  # not there, or damaged
+        kept = schemas.read(known, _Digests)
+        if kept.digest == digest(kept.files) and len(kept.files) == len(paths):
+            return kept.files
     digests = []
     now = time.time()
     with progress(f"hashing {len(paths)} files", sum(s.st_size for _, s in stats)) as advance:
         for path, (_, stat) in zip(paths, stats, strict=True):
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 digests.append(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
             advance(stat.st_size)
     if all(s.st_ctime < now - SETTLED_SECONDS for _, s in stats):
         with contextlib.suppress(OSError):  # a cache that can't be written only costs time
             known.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(known, json.dumps(digests).encode())
+            replace_file(known, to_json({"files": digests, "digest": digest(digests)}))
     return digests
+
+
+class _Digests(schemas.Schema):
+    """Kept hashes of files, and a hash of these."""
+
+    files: list[str]
+    digest: str
 
 
 def digest(content: object) -> str:
     """A hash of what JSON can hold."""
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def refuse_longer(size_bytes: int, where: str) -> None:
+    """Raises a UserError for more than `MOST_DOCUMENT_BYTES`.
+
+    >>> refuse_longer(2**31, "a.jsonl, line 2")
+    Traceback (most recent call last):
+    ...
+    crescendo.experiments.runtime.errors.UserError: a.jsonl, line 2 has more than the 134,217,728 bytes that a ...
+    """
+    if size_bytes > MOST_DOCUMENT_BYTES:
+        raise UserError(
+            f"{where} has more than the {MOST_DOCUMENT_BYTES:,} bytes that a document may have: split it, or write it "
+            "as a .txt file, which is cut into documents"
+        )
 
 
 class Utf8:
@@ -106,8 +131,13 @@ class Utf8:
           offset: of the content there.
 
         Raises:
-          UserError: what isn't UTF-8, where errors are strict.
+          UserError: what isn't UTF-8, where errors are strict, and what is longer than a document may be.
         """
+        refuse_longer(len(content), where)
+        return self.mended(content, where, offset)
+
+    def mended(self, content: bytes, where: str, offset: int = 0) -> bytes:
+        """The same of what is no document, but holds some."""
         if self._strict:
             return check_utf8(content, where, offset=offset, way_on=self._way_on)
         text = content.decode(errors="replace").encode()
@@ -117,7 +147,9 @@ class Utf8:
     def encoded(self, text: str, where: str) -> bytes:
         """A text that is decoded already, such as JSON's, in which there may be half of a surrogate pair."""
         try:
-            return text.encode()
+            content = text.encode()
+            refuse_longer(len(content), where)
+            return content
         except UnicodeEncodeError as error:
             if self._strict:
                 raise UserError(f"{where} has half of a surrogate pair, which is no text{self._way_on}") from error
@@ -137,6 +169,4 @@ class Utf8:
             self._first = where
 
 
-@functools.cache
-def _say_once(message: str) -> None:
-    plain_console(stderr=True).print(message, highlight=False, soft_wrap=True)
+_say_once = functools.cache(say)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from crescendo.experiments.data import manifest
 from crescendo.experiments.runtime import cache
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import local_path
@@ -23,15 +24,19 @@ def cache_root(directory: str | os.PathLike | None = None) -> Path:
     return cache.folder() if directory is None else local_path(directory).expanduser().absolute()
 
 
-def prepared(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Returns `folder`, first built if it is not there.
+def prepared(folder: Path, build: Callable[[Path], None], *, made_of: str = "", by_block: str = "") -> Path:
+    """Returns `folder`, first built if it is not there, and anew if it isn't as it was built.
 
     `build` fills a temporary folder that is then renamed, so a process killed meanwhile leaves nothing that counts; of
-    several processes one builds and the others wait for it. The lock is the kernel's and ends with its holder.
+    several processes one builds and the others wait for it. The lock is the kernel's and ends with its holder. What was
+    built has a manifest, with which the folder is compared at every use; one without (an older version made it, or it
+    was lost) can't be told from a damaged one, and is built anew too.
 
     Args:
-      folder: where the result shall be; its name must say all that the result depends on.
+      folder: where the result shall be; its name must say all that the result depends on, but for `made_of`.
       build: writes the result into the folder that it is given.
+      made_of: a digest of other prepared data that the result depends on.
+      by_block: see `manifest.check`.
 
     Raises:
       UserError: if the disk is full or can't be written.
@@ -43,20 +48,23 @@ def prepared(folder: Path, build: Callable[[Path], None]) -> Path:
       ...     (folder / "text").read_text()
       'hello'
     """
-    if folder.is_dir():
+    if _problem(folder, made_of, by_block) is None:
         return folder
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder.with_name(f".{folder.name}.lock")):
-            if not folder.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
+            if (problem := _problem(folder, made_of, by_block)) is not None:
+                if problem:
+                    say(f"{folder} is not as it was prepared ({problem}): preparing it anew")
+                _remove(partial)
                 partial.mkdir()
                 try:
                     build(partial)
-                    partial.rename(folder)
+                    manifest.write(partial, made_of)
+                    _replace(folder, partial)
                 finally:
-                    shutil.rmtree(partial, ignore_errors=True)
+                    _remove(partial)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(
@@ -66,16 +74,48 @@ def prepared(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
+def _problem(folder: Path, made_of: str, by_block: str) -> str | None:
+    """Why a folder can't be used; empty if it isn't there, None if it can."""
+    if not os.path.lexists(folder):
+        return ""
+    try:
+        manifest.check(folder, made_of, by_block)
+    except manifest.DamagedError as problem:
+        return str(problem)
+    return None
+
+
+def _replace(folder: Path, by: Path) -> None:
+    """Another process may have the old files mapped: they are renamed and unlinked, never written."""
+    old = folder.with_name(f".{folder.name}.old")
+    _remove(old)
+    if os.path.lexists(folder):
+        folder.rename(old)
+    by.rename(folder)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """A folder, or whatever stands in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def say(message: str) -> None:
+    """A line for people, as it is."""
+    plain_console(stderr=True).print(message, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Holds the file lock `path`, and says so if it must wait."""
-    with open(path, "w") as file:
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            plain_console(stderr=True).print(
-                "waiting for another process that prepares the same data ...", highlight=False
-            )
+            say("waiting for another process that prepares the same data ...")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

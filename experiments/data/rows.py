@@ -1,5 +1,6 @@
 """Rows of tokens, read anywhere by one integer, and the endless shuffled stream of them."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +32,7 @@ class Rows:
       packing: where in `tokens` each row's pieces lie.
       sequence_length: tokens in a row.
       bytes_per_token: of the text behind them, a label being a token; None where it isn't known.
+      before_reading: called with where the ranges of `tokens` that are about to be read begin and end, int64 [ranges].
 
     Example:
       >>> from crescendo.experiments.data.packing import pack
@@ -42,9 +44,16 @@ class Rows:
     """
 
     def __init__(
-        self, tokens: np.ndarray, packing: Packing, sequence_length: int, bytes_per_token: float | None = None
+        self,
+        tokens: np.ndarray,
+        packing: Packing,
+        sequence_length: int,
+        bytes_per_token: float | None = None,
+        *,
+        before_reading: Callable[[np.ndarray, np.ndarray], None] = lambda begins, ends: None,
     ):
         self.sequence_length, self.bytes_per_token = sequence_length, bytes_per_token
+        self._before_reading = before_reading
         self._tokens = np.asarray(tokens)  # a plain view of the memory map: np.memmap's own indexing is slower
         self._packing = Packing(*map(np.asarray, packing))
 
@@ -69,6 +78,8 @@ class Rows:
         within_row = np.arange(pieces.sum()) - np.repeat(first, pieces)
         piece = np.repeat(row_offsets[row_numbers], pieces) + within_row
         start, length = starts[piece], lengths[piece]
+        text = start != PADDING
+        self._before_reading(start[text], start[text] + length[text] + 1)  # labels are a token further
 
         # Rows are full, padding included, so the pieces cover the batch without gaps.
         begin = np.cumsum(length, dtype=np.int64) - length

@@ -3,7 +3,6 @@
 documents -> held-out split by document hash -> tokens on disk -> packed rows -> a shuffled endless stream.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -14,15 +13,16 @@ from typing import Annotated
 import numpy as np
 from annotated_types import Gt, Lt
 
-from crescendo.experiments.data.corpus import TRAIN, VALIDATION, tokenize
+from crescendo.experiments.data.corpus import TRAIN, VALIDATION, Summary, tokenize
 from crescendo.experiments.data.documents import Documents, digest
+from crescendo.experiments.data.manifest import Blocks
 from crescendo.experiments.data.packing import Packing, pack
 from crescendo.experiments.data.preparation import cache_root, prepared
 from crescendo.experiments.data.rows import Rows
 from crescendo.experiments.data.stdlib_text import stdlib_text
 from crescendo.experiments.data.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, parse_tokenizer
+from crescendo.experiments.runtime import schemas
 from crescendo.experiments.runtime.arguments import checked
-from crescendo.experiments.runtime.encoding import read_text
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.ranges import Count
 
@@ -123,7 +123,7 @@ def text_data(
     """
     documents = documents or stdlib_text(cache_directory=cache_directory)
     corpus = _prepare(documents, tokenizer, sequence_length, validation_fraction, cache_root(cache_directory))
-    pairs = corpus.summary["pairs"]
+    pairs = corpus.summary.pairs
     for split in (split for split in (TRAIN, VALIDATION) if split not in (documents.held_out or {})):
         if pairs[split] < sequence_length:
             raise UserError(
@@ -170,25 +170,28 @@ class _Prepared:
     tokens: Path
     rows: Path
     sequence_length: int
-    summary: dict
+    of_bytes: bool
+    summary: Summary
 
     def text_data(self, held_out: Iterable[str] | None = None) -> TextData:
         """The corpus, opened, with these held-out sets; None: all of them."""
-        tokenizer_file = self.tokens / "tokenizer.json"
-        pairs = self.summary["pairs"]
+        pairs = self.summary.pairs
         return TextData(
             train=self._open(TRAIN),
             held_out={split: self._open(split) for split in held_out or [each for each in pairs if each != TRAIN]},
-            tokenizer=SubwordTokenizer.load(tokenizer_file) if tokenizer_file.exists() else ByteTokenizer(),
-            documents=self.summary["documents"],
+            tokenizer=ByteTokenizer() if self.of_bytes else SubwordTokenizer.load(self.tokens / "tokenizer.json"),
+            documents=self.summary.documents,
             tokens=sum(pairs.values()),
-            fingerprint=digest([FORMAT, self.summary["digest"], self.sequence_length]),
+            fingerprint=digest([FORMAT, self.summary.digest, self.sequence_length]),
         )
 
     def _open(self, split: str) -> Rows:
         packing = Packing(*(_load_array(self.rows / f"{split}_{name}.npy") for name in Packing._fields))
-        tokens, pairs = _load_array(self.tokens / f"{split}_tokens.npy"), self.summary["pairs"][split]
-        return Rows(tokens, packing, self.sequence_length, self.summary["bytes"][split] / pairs if pairs else None)
+        name, pairs = f"{split}_tokens.npy", self.summary.pairs[split]
+        tokens = _load_array(self.tokens / name)
+        bytes_per_token = self.summary.bytes[split] / pairs if pairs else None
+        blocks = Blocks(self.tokens, name, tokens)
+        return Rows(tokens, packing, self.sequence_length, bytes_per_token, before_reading=blocks.check)
 
 
 def _prepare(
@@ -202,25 +205,26 @@ def _prepare(
     spec = parse_tokenizer(tokenizer)
     identities = {name: of.identity for name, of in sets.items()}
     key = digest([FORMAT, FILES, documents.identity, spec.identity, validation_fraction, identities])
-    corpus = prepared(root / "tokens" / key, lambda folder: tokenize(documents, spec.make, validation_fraction, folder))
-    summary = json.loads(read_text(corpus / "summary.json"))
+    corpus = prepared(
+        root / "tokens" / key,
+        lambda folder: tokenize(documents, spec.make, validation_fraction, folder),
+        by_block="*_tokens.npy",
+    )
+    summary = schemas.read(corpus / "summary.json", Summary)
     for name, of in sets.items():
-        if not summary["pairs"][name]:
+        if not summary.pairs[name]:
             raise UserError(f"the held-out set {name} ({of.source}) is empty: it has no document with any text")
 
     def pack_splits(folder: Path) -> None:
-        for split in summary["pairs"]:
+        for split in summary.pairs:
             offsets = _load_array(corpus / f"{split}_offsets.npy")
             for name, array in pack(offsets, sequence_length)._asdict().items():
                 np.save(folder / f"{split}_{name}.npy", array)
 
-    rows = prepared(root / "rows" / f"{key}-{sequence_length}", pack_splits)
-    return _Prepared(corpus, rows, sequence_length, summary)
+    rows = prepared(root / "rows" / f"{key}-{sequence_length}", pack_splits, made_of=summary.digest)
+    return _Prepared(corpus, rows, sequence_length, spec.identity == "bytes", summary)
 
 
-def _load_array(path: Path) -> np.ndarray:
+def _load_array(path: Path) -> np.memmap:
     """Memory-maps a prepared array."""
-    try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete the folder {path.parent} and try again") from error
+    return np.load(path, mmap_mode="r")

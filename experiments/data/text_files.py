@@ -12,9 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
-from crescendo.experiments.data.documents import Documents, Utf8, digest, file_digests
+from crescendo.experiments.data.documents import (
+    MOST_DOCUMENT_BYTES,
+    Documents,
+    Utf8,
+    digest,
+    file_digests,
+    refuse_longer,
+)
 from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.encoding import BEGIN_BYTES, without_mark
 from crescendo.experiments.runtime.errors import UserError
@@ -23,6 +30,8 @@ from crescendo.ranges import INT32
 
 SMALLEST_DOCUMENT_BYTES = 256
 FORMAT = 2  # of the documents that are made of files: part of their identity, to be raised when they change
+MOST_JSON_BYTES = 1 << 30  # of a .json file, unpacked
+PARQUET_BATCH_BYTES = 32 << 20  # of text that is decoded at a time
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # by suffix, as Arrow calls them
 
 
@@ -52,7 +61,8 @@ def text_files(
         held-out sets by name, such as {"validation": "old/*.txt", "news": "news/*.txt"}. Where none is called
         "validation", that set is split off from the documents as ever.
       field: the field of an object, or the column of a .parquet file, that holds the text.
-      document_bytes: the most bytes of a document from a .txt or .md file, at least 256.
+      document_bytes: the most bytes of a document from a .txt or .md file, at least 256; no document of any file may
+        have more than 128 MiB, and no .json file more than 1 GiB.
       errors: "strict" refuses bytes that are not UTF-8; with "replace" U+FFFD stands for them, and how often is said.
 
     Raises:
@@ -253,8 +263,8 @@ def _cut(rest: bytes, file: BinaryIO, most_bytes: int) -> Iterator[bytes]:
 
 
 def _lines(path: Path, file: BinaryIO, utf8: Utf8) -> Iterator[tuple[str, str]]:
-    """`(where, text)` of every line that isn't blank."""
-    for number, line in enumerate(file, start=1):
+    """`(where, text)` of every line that isn't blank; of a line that is too long no more is read."""
+    for number, line in enumerate(iter(lambda: file.readline(MOST_DOCUMENT_BYTES + 1), b""), start=1):
         where = f"{path}, line {number}"
         text = utf8(without_mark(line, where), where).decode()  # files put together have marks inside
         if text.strip():
@@ -268,14 +278,32 @@ def _read_jsonl(path: Path, reading: _Reading, utf8: Utf8) -> Iterator[bytes]:
 
 
 def _read_json(path: Path, reading: _Reading, utf8: Utf8) -> Iterator[bytes]:
-    with _opened(path) as file:
-        begin = [line for _, line in itertools.islice(_lines(path, file, Utf8("text_files", "replace")), 2)]
-    if len(begin) < 2 or not _is_object(begin[0]):
-        with _opened(path) as file:
-            text = utf8(without_mark(file.read(), str(path)), str(path)).decode()
-        yield from _documents_in(_parsed(text, str(path)) if text.strip() else [], path, reading.field, utf8)
-    else:
+    if _begins_with_an_object_a_line(path):
         yield from _read_jsonl(path, reading, utf8)
+        return
+    with _opened(path) as file:
+        chunks, size = [], 0
+        while chunk := file.read(1 << 20):
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > MOST_JSON_BYTES:
+                raise UserError(
+                    f"{path} has more than the {MOST_JSON_BYTES:,} bytes that a .json file may have, since it is read "
+                    "as a whole: write an object a line, as .jsonl"
+                )
+    text = utf8.mended(without_mark(b"".join(chunks), str(path)), str(path)).decode()
+    yield from _documents_in(_parsed(text, str(path)) if text.strip() else [], path, reading.field, utf8)
+
+
+def _begins_with_an_object_a_line(path: Path) -> bool:
+    """Whether a .json file is one of lines, as .jsonl is: its first two that aren't blank tell."""
+    try:
+        with _opened(path) as file:
+            lines = _lines(path, file, Utf8("text_files", "replace"))
+            begin = [line for _, line in itertools.islice(lines, 2)]
+    except UserError:  # a line that is too long, for one
+        return False
+    return len(begin) == 2 and _is_object(begin[0])
 
 
 def _is_object(line: str) -> bool:
@@ -337,13 +365,28 @@ def _read_parquet(path: Path, reading: _Reading, utf8: Utf8) -> Iterator[bytes]:
             if field not in file.schema_arrow.names:
                 raise UserError(_no_field(str(path), field, file.schema_arrow.names))
             row = 0
-            for batch in file.iter_batches(columns=[field]):
-                for text in batch.column(0).cast(pa.binary()).to_pylist():
-                    if text is not None:
-                        yield utf8(text, f"{path}, row {row}")
-                    row += 1
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(_rows_at_a_time(file, group, path, field), [group], [field]):
+                    for text in batch.column(0).cast(pa.large_binary()):
+                        if text.is_valid:
+                            yield utf8(text.as_py(), f"{path}, row {row}")
+                        row += 1
     except pa.ArrowException as error:
         raise UserError(f'{path}, column "{field}": {error}') from error
+
+
+def _rows_at_a_time(file: Any, group: int, path: Path, field: str) -> int:
+    """How many rows of a group have about `PARQUET_BATCH_BYTES` of text, by the file's own account.
+
+    Raises:
+      UserError: where a row must be longer than a document may be.
+    """
+    about = file.metadata.row_group(group)
+    columns = (about.column(number) for number in range(about.num_columns))
+    size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
+    each = size // max(1, about.num_rows)
+    refuse_longer(each, f"{path}, row group {group}, by its mean a row")
+    return min(max(PARQUET_BATCH_BYTES // max(1, each), 1), 65536)
 
 
 _READERS: dict[str, Callable[[Path, _Reading, Utf8], Iterator[bytes]]] = {

@@ -1,8 +1,10 @@
 """Tokenizers: bytes, and subwords through the `tokenizers` library."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,13 +14,17 @@ import tokenizers
 from numpy.typing import ArrayLike
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from crescendo.experiments.runtime.encoding import read_text
+from crescendo.experiments.data.tokenizer_file import MOST_FILE_BYTES, one_line, read_tokenizer
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import read_file
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 FILE_FORMAT = 2  # of what is made of a tokenizer.json: part of its identity, to be raised when that changes
 SMALLEST_BPE = 257  # every byte, and the end of text
+PIECE_BYTES = 256 << 10  # a longer document is tokenized in pieces of about this size
+MOST_PIECE_BYTES = 32 << 20  # the library takes up to a hundred times the memory of its text
+_END_OF_WORD = re.compile(r"\w(?=[ \n])")
 
 
 class Tokenizer(Protocol):
@@ -35,6 +41,9 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, documents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, lengths) of UTF-8 documents: integers [sum of lengths], all in a row, and int64 [documents]."""
+
+    def pieces(self, document: bytes) -> Iterator[bytes]:
+        """A long document in parts of about `PIECE_BYTES`, whose tokens in a row are those of the whole."""
 
     def decode(self, tokens: ArrayLike) -> str:
         """The text of tokens, end-of-text tokens left out; a character cut at the edge becomes U+FFFD."""
@@ -62,6 +71,9 @@ class ByteTokenizer:
     def encode_batch(self, documents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         lengths = np.fromiter(map(len, documents), np.int64, len(documents))
         return np.frombuffer(b"".join(documents), np.uint8), lengths
+
+    def pieces(self, document: bytes) -> Iterator[bytes]:
+        return (document[begin : begin + PIECE_BYTES] for begin in range(0, len(document), PIECE_BYTES))
 
     def decode(self, tokens: ArrayLike) -> str:
         tokens = np.asarray(tokens)
@@ -111,6 +123,12 @@ class SubwordTokenizer:
         self.end_of_text = vocabulary[known[0]]
         self.vocab_size = max(vocabulary.values()) + 1  # token numbers may have gaps
         self._spelled = self._characters(known[0])
+        splits = model.pre_tokenizer
+        self._cut_at_words = (
+            isinstance(splits, pre_tokenizers.ByteLevel)
+            and (splits.use_regex, splits.add_prefix_space, model.normalizer) == (True, False, None)
+            and all(token.special for token in model.get_added_tokens_decoder().values())
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "SubwordTokenizer":
@@ -119,22 +137,40 @@ class SubwordTokenizer:
         Raises:
           UserError: if the file does not exist, is no tokenizer, or has no end-of-text token.
         """
-        content = read_text(Path(path))
+        model = read_tokenizer(read_file(Path(path), limit_bytes=MOST_FILE_BYTES), str(path))
         try:
-            return cls(tokenizers.Tokenizer.from_str(content))
+            return cls(model)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        except Exception as error:  # the library raises nothing more specific
-            raise UserError(f"{path} is not a tokenizer.json file ({error})") from error
 
     def encode(self, text: str) -> np.ndarray:
-        return self._without_end(self._model.encode(text, add_special_tokens=False).ids).astype(np.int32)
+        with _encoding("a text"):
+            ids = self._model.encode(text, add_special_tokens=False).ids
+        return self._without_end(ids).astype(np.int32)
 
     def encode_batch(self, documents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         texts = [document.decode() for document in documents]
-        encoded = [self._without_end(e.ids) for e in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+        with _encoding("a document"):
+            encodings = self._model.encode_batch_fast(texts, add_special_tokens=False)
+        encoded = [self._without_end(e.ids) for e in encodings]
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return np.concatenate([np.empty(0, np.uint32), *encoded]), lengths
+
+    def pieces(self, document: bytes) -> Iterator[bytes]:
+        """See `Tokenizer`; where cutting could change the tokens, as in text without words, a part is longer.
+
+        Raises:
+          UserError: for a part of more than `MOST_PIECE_BYTES`.
+        """
+        for piece in _cut_at_words(document) if self._cut_at_words else [document]:
+            if len(piece) > MOST_PIECE_BYTES:
+                begin = document[:40].decode(errors="ignore")
+                raise UserError(
+                    f"a document of {len(document):,} bytes, which begins with {begin!r}, has {len(piece):,} that this "
+                    f"tokenizer takes only at once, above the {MOST_PIECE_BYTES:,} that it may: split the document, or "
+                    'use text_data.tokenizer = "bytes"'
+                )
+            yield piece
 
     def decode(self, tokens: ArrayLike) -> str:
         tokens = np.asarray(tokens)  # not all files call their end-of-text token special
@@ -176,6 +212,28 @@ class SubwordTokenizer:
         return np.concatenate([parts[0], *(part for rest in parts[1:] for part in (spelled, rest[1:]))])
 
 
+def _cut_at_words(document: bytes) -> Iterator[bytes]:
+    """Parts of about `PIECE_BYTES`, cut between a word and a space or a line's end.
+
+    GPT-2's expression has no match across such a place, and looks only ahead, so the tokens are those of the whole.
+    """
+    text, begin = document.decode(), 0
+    while begin < len(text):
+        word = _END_OF_WORD.search(text, begin + PIECE_BYTES)
+        end = word.end() if word else len(text)
+        yield text[begin:end].encode()
+        begin = end
+
+
+@contextlib.contextmanager
+def _encoding(what: str) -> Iterator[None]:
+    """Around calls of the library, which raises `Exception` itself."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"the tokenizer can't encode {what} ({one_line(error)})") from error
+
+
 def train_bpe(documents: Iterable[bytes], vocab_size: int) -> SubwordTokenizer:
     """Trains a byte-level byte-pair encoding.
 
@@ -204,7 +262,12 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int) -> SubwordTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator((document.decode() for document in documents), trainer)
+    texts = (
+        piece.decode()
+        for document in documents
+        for piece in ([document] if len(document) <= PIECE_BYTES else _cut_at_words(document))
+    )
+    model.train_from_iterator(texts, trainer)
     return SubwordTokenizer(model)
 
 
@@ -240,5 +303,5 @@ def parse_tokenizer(spec: str) -> TokenizerSpec:
             f'text_data.tokenizer = "{spec}" is neither "bytes", nor "bpe:VOCAB_SIZE", nor a tokenizer.json file'
         )
     tokenizer = SubwordTokenizer.load(spec)
-    digest = hashlib.blake2b(Path(spec).read_bytes(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(read_file(Path(spec)), digest_size=16).hexdigest()
     return TokenizerSpec(f"json:{FILE_FORMAT}:{digest}", lambda documents: tokenizer)

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from crescendo.experiments.runtime.errors import UserError
 
@@ -52,11 +52,28 @@ def local_path(path: str | os.PathLike) -> Path:
     return Path(text)
 
 
+def open_file(path: Path) -> BinaryIO:
+    """Opens a file that somebody else may have written, to read it.
+
+    Raises:
+      UserError: for what has no end, or none yet (a pipe, a device), which isn't waited for, and for a folder.
+      OSError: for what can't be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path} is a folder: give a file in it")
+    raise UserError(f"{path} is no file that can be read to its end: give a regular file")
+
+
 def read_file(path: Path, *, limit_bytes: int = 1 << 30) -> bytes:
     """The content of a file that somebody else may have written.
 
     Args:
-      path: of a file; what has no end, or none yet (a pipe, a device), isn't waited for.
+      path: of a file; see `open_file`.
       limit_bytes: more isn't read, since it couldn't be what is asked for and would fill the memory.
 
     Raises:
@@ -67,14 +84,10 @@ def read_file(path: Path, *, limit_bytes: int = 1 << 30) -> bytes:
     ...
     crescendo.experiments.runtime.errors.UserError: /dev/null is no file that can be read to its end: ...
     """
-    with file_access("read", path), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        status = os.fstat(file.fileno())
-        if stat.S_ISDIR(status.st_mode):
-            raise UserError(f"{path} is a folder: give a file in it")
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path} is no file that can be read to its end: give a regular file")
-        if status.st_size > limit_bytes:
-            raise UserError(f"{path} has {status.st_size:,} bytes, above the {limit_bytes:,} that it may have")
+    with file_access("read", path), open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit_bytes:
+            raise UserError(f"{path} has {size:,} bytes, above the {limit_bytes:,} that it may have")
         return file.read()
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import glob
+import hashlib
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from crescendo.experiments.data import documents
+from crescendo.experiments.data import documents, manifest
 from crescendo.experiments.data.corpus import held_out
 from crescendo.experiments.data.preparation import prepared
 from crescendo.experiments.data.stdlib_text import stdlib_files, stdlib_identity, stdlib_text
@@ -94,7 +95,7 @@ def test_files_are_hashed_once_and_anew_when_they_change(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "SETTLED_SECONDS", -1.0)
     assert documents.file_digests(paths) == first
     with monkeypatch.context() as unreadable:
-        unreadable.setattr("builtins.open", None)
+        unreadable.setattr(hashlib, "file_digest", None)
         assert documents.file_digests(paths) == first
     write(tmp_path / "new", "c")
     os.replace(tmp_path / "new", paths[1])
@@ -528,5 +529,5 @@ prepared(pathlib.Path(sys.argv[1]), build)
         process.kill()
     assert not (tmp_path / "data").exists()
     folder = prepared(tmp_path / "data", lambda folder: (folder / "whole").write_text("done"))
-    assert [path.name for path in folder.iterdir()] == ["whole"]
+    assert sorted(path.name for path in folder.iterdir()) == [manifest.NAME, "whole"]
     assert not list(tmp_path.glob("**/half"))

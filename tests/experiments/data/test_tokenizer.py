@@ -142,7 +142,7 @@ def test_a_bad_choice_is_refused(spec, message):
 def test_a_bad_tokenizer_file_is_refused(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer\.json file"):
+    with pytest.raises(UserError, match=r"tokenizer\.json .*not a tokenizer\.json file"):
         parse_tokenizer(str(path))
     path.write_bytes(b"{\xff}")
     with pytest.raises(UserError, match=r"tokenizer\.json: byte 0xff at offset 1 is not UTF-8"):
