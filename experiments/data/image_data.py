@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from crescendo.experiments.data.documents import digest, file_digests
-from crescendo.experiments.data.fashion_mnist import read_fashion_mnist
-from crescendo.experiments.data.tfds import open_source
+from crescendo.experiments.data.documents import digest
+from crescendo.experiments.data.fashion_mnist import CLASSES, read_fashion_mnist
+from crescendo.experiments.data.tfds import open_source, refuse_other_pixels
 from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.ranges import Count
 
 FORMAT = 1  # of the split: part of every fingerprint, to be raised when it changes
-FASHION_MNIST_CLASSES = 10
 
 
 class ImageRows:
@@ -158,7 +157,10 @@ def image_data(
         splits = {
             split: ImageRows(*read_fashion_mnist(split, idx_directory=data_directory)) for split in ("train", "test")
         }
-        classes, identity = FASHION_MNIST_CLASSES, _rows_digest(splits)
+        shapes = {split: rows.images.shape[1:] for split, rows in splits.items()}
+        if shapes["train"] != shapes["test"]:
+            raise UserError(f"{name} has images of {shapes['train']} to train on and of {shapes['test']} to test")
+        classes, identity = CLASSES, _rows_digest(splits)
     else:
         in_tfds, classes, identity = _tfds_splits(name, data_directory, download)
         splits = dict(in_tfds)
@@ -190,22 +192,21 @@ def _tfds_splits(
     name: str, data_directory: str | os.PathLike | None, download: bool
 ) -> tuple[dict[str, DecodedRows], int, str]:
     """The splits of a TFDS set, how many classes it has, and a hash of its name and contents."""
-    import tensorflow_datasets as tfds  # takes a second to import
-
     features = ["image", "label"]
-    source, full_name, files = open_source(name, "train", data_directory, download, features, "image_data")
-    info = tfds.builder(name, data_dir=data_directory).info
-    classes = getattr(info.features["label"], "num_classes", None)
+    source = open_source(name, "train", data_directory, download, features, "image_data")
+    full_name, digests = source.full_name, source.digests()
+    classes = getattr(source.features["label"], "num_classes", None)
     if not classes:
-        raise UserError(f'TFDS data set "{name}": its feature "label" is {info.features["label"]}, not a class')
+        raise UserError(f'TFDS data set "{name}": its feature "label" is {source.features["label"]}, not a class')
+    refuse_other_pixels(source, "image")
     shape = np.shape(source[0]["image"])
     splits = {"train": DecodedRows(source, full_name, shape)}
     for split in ("validation", "test"):
-        if split in info.splits:
-            held_out, _, more = open_source(name, split, data_directory, False, features, "image_data")
+        if split in source.splits:
+            held_out = open_source(name, split, data_directory, False, features, "image_data")
             splits[split] = DecodedRows(held_out, full_name, shape)
-            files += more
-    return splits, classes, digest([full_name, file_digests([Path(file) for file in files])])
+            digests += held_out.digests()
+    return splits, classes, digest([full_name, digests])
 
 
 def _rows_digest(splits: dict[str, ImageRows]) -> str:

@@ -41,7 +41,7 @@ def text_files(
     *,
     validation_paths: str | Sequence[str] | Mapping[str, str | Sequence[str]] = (),
     field: str = "text",
-    document_bytes: Annotated[int, Ge(SMALLEST_DOCUMENT_BYTES), INT32] = 16384,
+    document_bytes: Annotated[int, Ge(SMALLEST_DOCUMENT_BYTES), Le(MOST_DOCUMENT_BYTES)] = 16384,
     errors: Literal["strict", "replace"] = "strict",
 ) -> Documents:
     """Local text files in UTF-8, with or without a byte order mark; .gz and .zst are unpacked as they are read.

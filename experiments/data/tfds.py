@@ -2,16 +2,58 @@
 
 import contextlib
 import difflib
-import glob
 import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from crescendo.experiments.data.documents import file_digests
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import open_file
+
+MOST_METADATA_BYTES = 64 << 20  # of a file of JSON in a data set's folder
+
+
+class Opened(Sequence[dict[str, Any]]):
+    """One split of a TFDS data set, by number; what TFDS can't read of it is a `UserError`.
+
+    Args:
+      source: TFDS' own.
+      info: TFDS' own, of the data set.
+      files: that hold the split.
+
+    Attributes:
+      full_name: with the configuration and the version.
+      features: by name.
+      splits: the names of all.
+      files: as given.
+    """
+
+    def __init__(self, source: Any, info: Any, files: Sequence[Path]):
+        self._source, self.files = source, files
+        self.full_name, self.features, self.splits = info.full_name, info.features, list(info.splits)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, number: Any) -> Any:
+        """One example, a dict of features."""
+        with _refusals(f"{self.full_name}, example {number}"):
+            return self._source[number]
+
+    def take(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Several examples, read together."""
+        with _refusals(f"{self.full_name}, examples {numbers[0]} to {numbers[-1]}"):
+            return self._source.__getitems__(numbers)
+
+    def digests(self) -> list[str]:
+        """A hash of each file."""
+        with _refusals(self.full_name):
+            return file_digests(self.files)
 
 
 def open_source(
@@ -21,7 +63,7 @@ def open_source(
     download: bool,
     features: Sequence[str],
     called: str,
-) -> tuple[Any, str, list[str]]:
+) -> Opened:
     """Opens one split of a TFDS data set for random access.
 
     Args:
@@ -32,12 +74,9 @@ def open_source(
       features: the features to decode; the others come as stored.
       called: the function whose `download` and `data_directory` these are.
 
-    Returns:
-      (source, full_name, files): source[i] is a dict of features, full_name has the configuration and the version, and
-      files are the paths that hold the split.
-
     Raises:
-      UserError: if there is no such data set, split or feature, or it is not prepared for random access.
+      UserError: if there is no such data set, split or feature, it is not prepared for random access, or its folder is
+        damaged or names code of its own.
     """
     import tensorflow_datasets as tfds  # takes a second to import
 
@@ -47,11 +86,17 @@ def open_source(
         raise UserError(
             f'TFDS data set "{name}": names with a namespace are looked up on the network; use text_files instead'
         )
-    try:
-        with _quiet():
-            builder = tfds.builder(name, data_dir=data_directory)
-            _check_name(os.fspath(builder.data_path), called)
-            prepared = builder.is_prepared()
+    with _refusals(f'TFDS data set "{name}", split "{split}"'), _no_imports():
+        try:
+            _check_files(name, data_directory)
+            with _quiet():
+                builder = tfds.builder(name, data_dir=data_directory)
+                prepared = builder.is_prepared()
+        except tfds.core.DatasetNotFoundError as error:
+            near = difflib.get_close_matches(name.partition("/")[0], tfds.list_builders(with_community_datasets=False))
+            raise UserError(
+                f'no TFDS data set "{name}"' + (f": did you mean {', '.join(near)}?" if near else "")
+            ) from error
         if not prepared:
             if not download:
                 raise UserError(
@@ -66,15 +111,56 @@ def open_source(
             if feature not in builder.info.features:
                 raise UserError(f'TFDS data set "{name}" has no feature "{feature}": it has {", ".join(skipped)}')
         source = builder.as_data_source(split, decoders=skipped)
-        files = [str(path) for path in builder.info.splits[split].filepaths]
-        return source, builder.info.full_name, files
-    except tfds.core.DatasetNotFoundError as error:
-        near = difflib.get_close_matches(name.partition("/")[0], tfds.list_builders(with_community_datasets=False))
-        raise UserError(
-            f'no TFDS data set "{name}"' + (f": did you mean {', '.join(near)}?" if near else "")
-        ) from error
-    except (AssertionError, NotImplementedError, ValueError) as error:
-        raise UserError(f'TFDS data set "{name}", split "{split}": {" ".join(str(error).split())}') from error
+        files = [Path(path) for path in builder.info.splits[split].filepaths]
+        return Opened(source, builder.info, files)
+
+
+def _check_files(name: str, data_directory: str | os.PathLike | None) -> None:
+    """Refuses, in the folder of a data set, what TFDS would wait for or fill the memory with."""
+    import tensorflow_datasets as tfds
+
+    data_set = tfds.core.naming.parse_builder_name_kwargs(name)[0].name
+    for directory in tfds.core.utils.file_utils.list_data_dirs(given_data_dir=data_directory):
+        for folder, _, names in os.walk(Path(directory).expanduser() / data_set):
+            for path in (Path(folder, each) for each in names):
+                with open_file(path) as file:
+                    size = os.fstat(file.fileno()).st_size
+                if path.suffix == ".json" and size > MOST_METADATA_BYTES:
+                    raise UserError(f"{path} has {size:,} bytes, above the {MOST_METADATA_BYTES:,} that it may have")
+
+
+@contextlib.contextmanager
+def _no_imports() -> Iterator[None]:
+    """TFDS imports the module of whatever feature a data set's folder names; here features are those that there are."""
+    import tensorflow_datasets as tfds
+
+    connector = tfds.features.FeatureConnector
+    import_and_find = vars(connector)["cls_from_name"]
+
+    def find(cls: type, name: str) -> type:
+        if name not in cls._registered_features:  # type: ignore[attr-defined]
+            raise UserError(
+                f"the data set names the feature {name!r}, which isn't TFDS' own, and a data set's code isn't imported"
+            )
+        return import_and_find.__get__(None, cls)(name)
+
+    connector.cls_from_name = classmethod(find)
+    try:
+        yield
+    finally:
+        connector.cls_from_name = import_and_find
+
+
+@contextlib.contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Around TFDS, each of whose many parts says in its own way what is wrong with a folder."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{what}: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -89,19 +175,17 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _check_name(folder: str, called: str) -> None:
-    """That TFDS finds what it keeps in a folder: it takes `x[1]` for a pattern, and finds nothing there."""
-    if glob.escape(folder) != folder:
-        raise UserError(
-            f"{folder}: TFDS takes [, * and ? in a folder's name for a pattern and finds nothing there: give another "
-            f"one with {called}.data_directory, or for the cache with XDG_CACHE_HOME"
-        )
+def refuse_other_pixels(source: Opened, image: str) -> None:
+    """Refuses pictures whose pixels aren't bytes: as bytes, floats would become others."""
+    if (dtype := getattr(source.features[image], "np_dtype", None)) != np.uint8:
+        raise UserError(f'{source.full_name}: the feature "{image}" is {dtype}, and pictures must be uint8')
 
 
 class Images:
     """Labelled images by number: images[i] is {"image": uint8 [H, W, C], "label": int}."""
 
-    def __init__(self, source: Sequence[dict[str, Any]], image: str, label: str):
+    def __init__(self, source: Opened, image: str, label: str):
+        refuse_other_pixels(source, image)
         self._source, self._image, self._label = source, image, label
 
     def __len__(self) -> int:
@@ -140,5 +224,5 @@ def tfds_images(
     References:
       https://www.tensorflow.org/datasets/catalog/overview
     """
-    source, _, _ = open_source(name, split, data_directory, download, [image, label], "tfds_images")
+    source = open_source(name, split, data_directory, download, [image, label], "tfds_images")
     return Images(source, image, label)

@@ -3,10 +3,9 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Literal
 
-from crescendo.experiments.data.documents import Documents, Utf8, digest, file_digests
+from crescendo.experiments.data.documents import Documents, Utf8, digest
 from crescendo.experiments.data.tfds import open_source
 from crescendo.experiments.runtime.errors import UserError
 
@@ -60,19 +59,19 @@ def _documents(
     errors: Literal["strict", "replace"],
 ) -> Documents:
     """Of one split."""
-    source, full_name, files = open_source(name, split, data_directory, download, [feature], "tfds_text")
+    source = open_source(name, split, data_directory, download, [feature], "tfds_text")
+    full_name = source.full_name
 
     def read() -> Iterator[bytes]:
         utf8 = Utf8("tfds_text", errors)
         for begin in range(0, len(source), TFDS_READ_EXAMPLES):
             numbers = range(begin, min(begin + TFDS_READ_EXAMPLES, len(source)))
-            for number, example in zip(numbers, source.__getitems__(numbers), strict=True):
+            for number, example in zip(numbers, source.take(numbers), strict=True):
                 text = example[feature]
                 if not isinstance(text, bytes):
                     raise UserError(f'TFDS data set "{name}": feature "{feature}" is {type(text).__name__}, not text')
                 yield utf8(text, f"{full_name} {split}[{number}]")
         utf8.report(f"{full_name} {split}")
 
-    paths = [Path(file) for file in files]
-    identity = f"tfds {digest([full_name, split, feature, errors, file_digests(paths)])}"
-    return Documents(f"{full_name} {split}", identity, read, sum(path.stat().st_size for path in paths))
+    identity = f"tfds {digest([full_name, split, feature, errors, source.digests()])}"
+    return Documents(f"{full_name} {split}", identity, read, sum(path.stat().st_size for path in source.files))

@@ -23,7 +23,7 @@ KNOWN_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 FILE_FORMAT = 2  # of what is made of a tokenizer.json: part of its identity, to be raised when that changes
 SMALLEST_BPE = 257  # every byte, and the end of text
 PIECE_BYTES = 256 << 10  # a longer document is tokenized in pieces of about this size
-MOST_PIECE_BYTES = 32 << 20  # the library takes up to a hundred times the memory of its text
+MOST_PIECE_BYTES = 16 << 20  # the library takes 170 to 330 bytes of memory for one of text
 _END_OF_WORD = re.compile(r"\w(?=[ \n])")
 
 
@@ -163,13 +163,7 @@ class SubwordTokenizer:
           UserError: for a part of more than `MOST_PIECE_BYTES`.
         """
         for piece in _cut_at_words(document) if self._cut_at_words else [document]:
-            if len(piece) > MOST_PIECE_BYTES:
-                begin = document[:40].decode(errors="ignore")
-                raise UserError(
-                    f"a document of {len(document):,} bytes, which begins with {begin!r}, has {len(piece):,} that this "
-                    f"tokenizer takes only at once, above the {MOST_PIECE_BYTES:,} that it may: split the document, or "
-                    'use text_data.tokenizer = "bytes"'
-                )
+            _refuse_longer(piece, document)
             yield piece
 
     def decode(self, tokens: ArrayLike) -> str:
@@ -225,6 +219,16 @@ def _cut_at_words(document: bytes) -> Iterator[bytes]:
         begin = end
 
 
+def _refuse_longer(piece: bytes, document: bytes) -> None:
+    if len(piece) > MOST_PIECE_BYTES:
+        begin = document[:40].decode(errors="ignore")
+        raise UserError(
+            f"a document of {len(document):,} bytes, which begins with {begin!r}, has {len(piece):,} that a tokenizer "
+            f"takes only at once, above the {MOST_PIECE_BYTES:,} that it may: split the document, or use "
+            'text_data.tokenizer = "bytes"'
+        )
+
+
 @contextlib.contextmanager
 def _encoding(what: str) -> Iterator[None]:
     """Around calls of the library, which raises `Exception` itself."""
@@ -262,12 +266,14 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int) -> SubwordTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (
-        piece.decode()
-        for document in documents
-        for piece in ([document] if len(document) <= PIECE_BYTES else _cut_at_words(document))
-    )
-    model.train_from_iterator(texts, trainer)
+
+    def texts() -> Iterator[str]:
+        for document in documents:
+            for piece in [document] if len(document) <= PIECE_BYTES else _cut_at_words(document):
+                _refuse_longer(piece, document)
+                yield piece.decode()
+
+    model.train_from_iterator(texts(), trainer)
     return SubwordTokenizer(model)
 
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from crescendo.experiments.data.fashion_mnist import read_fashion_mnist
+from crescendo.experiments.data.npz import Expected, check_arrays, read_npz
 from crescendo.experiments.data.rows import Rows
 from crescendo.experiments.data.text_data import text_data
 from crescendo.experiments.runtime.errors import UserError
@@ -27,6 +28,7 @@ from crescendo.models.resnet import ResNetConfig
 VALIDATION_IMAGES = 5000
 TEXT_HELD_OUT = 0.1
 TEXT_LENGTH = 128
+SPLITS = ("train", "validation", "test")
 
 # The trust ratio gives a layer's step a length of its own, so LARS' rate follows the batch as Adam's does; and what has
 # no ratio (norm scales) moves by plain SGD, so the coefficient is chosen for a rate that suits SGD.
@@ -84,6 +86,8 @@ class Workload:
         the rules have to carry them half as far.
       prepare: reads the data, `SPLIT/NAME` -> array for the splits train, validation and test; what is no split's has a
         plain name.
+      arrays: of a split, by name: what files of prepared data must have for each.
+      shared_arrays: what is no split's.
       make: `(model configuration, arrays) -> Task`.
       side_by_side: whether the learning rates of a sweep train in one batched program, on accelerators. Matrix products
         batch well there; convolutions with a kernel for each member become grouped ones, which are slow.
@@ -97,6 +101,8 @@ class Workload:
     optimizers: tuple[str, ...]
     base_batch_size: int
     prepare: Callable[[], Arrays]
+    arrays: Mapping[str, Expected]
+    shared_arrays: Mapping[str, Expected]
     make: Callable[[Any, Arrays], Task]
     side_by_side: bool
 
@@ -159,13 +165,17 @@ class PreparedImages(NamedTuple):
 
 def make_masked_lm(model: ModelConfig, arrays: Arrays) -> Task:
     """An encoder over bytes; the mask token is the first row of the table that no byte uses."""
-    length = arrays["train/tokens"].shape[1]
-    data = PreparedText(int(arrays["mask_token"]), length, fingerprint(arrays))
+    length, mask_token = arrays["train/tokens"].shape[1], int(arrays["mask_token"])
+    refuse_outside(arrays, "tokens", mask_token)
+    refuse_outside(arrays, "positions", length)
+    refuse_outside(arrays, "segment_ids", length + 1)
+    data = PreparedText(mask_token, length, fingerprint(arrays))
     return masked_lm(data, model.for_platform(jax.default_backend()))
 
 
 def make_classifier(model: ResNetConfig, arrays: Arrays) -> Task:
     """A residual network on pictures."""
+    refuse_outside(arrays, "labels", model.classes)
     data = PreparedImages(arrays["train/images"].shape[1:], model.classes, fingerprint(arrays))
     return images(data, model.for_platform(jax.default_backend()))
 
@@ -180,16 +190,33 @@ def load_prepared(path: str | os.PathLike, task: Workload) -> Arrays:
     """Reads what `save_prepared` wrote.
 
     Raises:
-      UserError: if the file isn't there, isn't such a file, or holds another task's data.
+      UserError: if the file isn't there, isn't such a file, holds another task's data, or arrays of a split that don't
+        belong together.
     """
-    try:
-        with file_access("read", Path(path)), np.load(path) as file:
-            arrays = dict(file)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a file of prepared data ({error}): write it with --prepare") from error
+    arrays = read_npz(Path(path))
     if str(arrays.pop("task", "")) != task.name:
         raise UserError(f"{path} holds no data of the task {task.name}: write it with --task {task.name} --prepare")
+    expected = {f"{name}/{field}": each for name in SPLITS for field, each in task.arrays.items()}
+    check_arrays(arrays, {**expected, **task.shared_arrays}, str(path))
+    for name in SPLITS:
+        lengths = {field: len(array) for field, array in split(arrays, name, None).items()}
+        if len(set(lengths.values())) > 1 or 0 in lengths.values():
+            raise UserError(f"{path}: the arrays of {name} must have one length, of at least 1, and have {lengths}")
+        for field in task.arrays:
+            shape, of_train = arrays[f"{name}/{field}"].shape[1:], arrays[f"train/{field}"].shape[1:]
+            if shape != of_train:
+                raise UserError(f"{path}: {name}/{field} has rows of {shape}, and train/{field} of {of_train}")
     return arrays
+
+
+def refuse_outside(arrays: Arrays, field: str, end: int) -> None:
+    """Raises a UserError for an array, of any split, whose entries don't all lie in 0..end - 1."""
+    for name in SPLITS:
+        array = arrays[f"{name}/{field}"]
+        if array.min() < 0 or array.max() >= end:
+            raise UserError(
+                f"prepared data: {name}/{field} has {array.min()} to {array.max()}, and they must lie in 0..{end - 1}"
+            )
 
 
 def split(arrays: Arrays, name: str, examples: int | None) -> Arrays:
@@ -243,6 +270,8 @@ TASKS = {
             optimizers=("adamw", "lars", "lamb", "lion"),
             base_batch_size=512,
             prepare=prepare_text,
+            arrays=dict.fromkeys(("tokens", "segment_ids", "positions"), Expected("i", 2)),
+            shared_arrays={"mask_token": Expected("i", 0)},
             make=make_masked_lm,
             side_by_side=True,
         ),
@@ -277,6 +306,8 @@ TASKS = {
             optimizers=("sgd", "adamw", "lars", "lamb", "lion"),
             base_batch_size=1024,
             prepare=prepare_images,
+            arrays={"images": Expected("u", 4), "labels": Expected("iu", 1)},
+            shared_arrays={},
             make=make_classifier,
             side_by_side=False,
         ),

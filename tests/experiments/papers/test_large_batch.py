@@ -16,6 +16,7 @@ from rich.console import Console
 
 from crescendo import optim
 from crescendo.experiments.data.fashion_mnist import read_fashion_mnist
+from crescendo.experiments.data.npz import Expected
 from crescendo.experiments.papers import large_batch as experiment
 from crescendo.experiments.papers.large_batch import Cell, example_order, large_batch
 from crescendo.experiments.papers.large_batch import recipes as large_batch_tasks
@@ -86,7 +87,8 @@ def data(tmp_path, monkeypatch):
     """A file of data for the task "toy": the quadratic, by the recipes of the pictures."""
     x = np.random.default_rng(0).normal(loc=1.0, size=(108, 3)).astype(np.float32)
     arrays = {"train/x": x[:64], "validation/x": x[64:88], "test/x": x[88:]}
-    toy = dataclasses.replace(TASKS["images"], name="toy", make=lambda model, arrays: Quadratic())
+    of_toy = {"arrays": {"x": Expected("f", 2)}, "make": lambda model, arrays: Quadratic()}
+    toy = dataclasses.replace(TASKS["images"], name="toy", **of_toy)
     monkeypatch.setitem(TASKS, "toy", toy)
     path = tmp_path / "toy.npz"
     save_prepared(path, toy, arrays)
@@ -294,7 +296,7 @@ def test_data_of_another_task_or_no_data_are_refused(data, tmp_path):
     with pytest.raises(UserError, match="holds no data of the task images"):
         load_prepared(data, TASKS["images"])
     (tmp_path / "other.npz").write_bytes(b"not a zip file")
-    with pytest.raises(UserError, match=r"other\.npz is not a file of prepared data"):
+    with pytest.raises(UserError, match=r"other\.npz is no \.npz file"):
         load_prepared(tmp_path / "other.npz", TASKS["images"])
 
 
