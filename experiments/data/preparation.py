@@ -17,6 +17,7 @@ from crescendo.experiments.runtime.files import local_path
 from crescendo.pallas_kernels.console import plain_console
 
 PROGRESS_AFTER_SECONDS = 1.0
+SHOWN_EVERY_SECONDS = 0.1
 
 
 def cache_root(directory: str | os.PathLike | None = None) -> Path:
@@ -131,12 +132,18 @@ def progress(description: str, total_bytes: int | None) -> Iterator[Callable[[in
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
     task = bar.add_task(description, total=total_bytes)
-    began = time.monotonic()
+    began = shown = time.monotonic()
+    since = 0
 
     def advance(done_bytes: int) -> None:
-        bar.advance(task, done_bytes)
-        if time.monotonic() - began > PROGRESS_AFTER_SECONDS:
-            bar.start()  # does nothing if already started
+        nonlocal shown, since
+        since += done_bytes
+        now = time.monotonic()
+        if now - shown > SHOWN_EVERY_SECONDS:  # a bar takes longer than a small document
+            bar.advance(task, since)
+            shown, since = now, 0
+            if now - began > PROGRESS_AFTER_SECONDS:
+                bar.start()  # does nothing if already started
 
     try:
         yield advance
