@@ -7,7 +7,6 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -109,7 +108,7 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-def _read(file: IO[bytes], most_bytes: int) -> bytes:
+def _read(file: gzip.GzipFile, most_bytes: int) -> bytes:
     """What is left of a file, or its begin: memory is taken for what is there, and not for what should be."""
     chunks, left = [], most_bytes
     while left and (chunk := file.read(min(left, 1 << 20))):

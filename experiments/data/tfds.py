@@ -1,10 +1,15 @@
 """Opens data sets of the TFDS catalogue as indexable sources, with no TensorFlow and, unless asked, no network."""
 
+import atexit
 import contextlib
 import difflib
+import functools
+import glob
 import logging
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +91,8 @@ def open_source(
         raise UserError(
             f'TFDS data set "{name}": names with a namespace are looked up on the network; use text_files instead'
         )
+    if data_directory is not None:
+        data_directory = _no_pattern(Path(data_directory).expanduser().absolute())
     with _refusals(f'TFDS data set "{name}", split "{split}"'), _no_imports():
         try:
             _check_files(name, data_directory)
@@ -113,6 +120,18 @@ def open_source(
         source = builder.as_data_source(split, decoders=skipped)
         files = [Path(path) for path in builder.info.splits[split].filepaths]
         return Opened(source, builder.info, files)
+
+
+@functools.cache
+def _no_pattern(directory: Path) -> Path:
+    """A path of a folder that TFDS doesn't take for a pattern: a link to it, if need be, while the process lives."""
+    if glob.escape(str(directory)) == str(directory):
+        return directory
+    folder = tempfile.mkdtemp(prefix="tfds-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    link = Path(folder, "data")
+    link.symlink_to(directory)
+    return link
 
 
 def _check_files(name: str, data_directory: str | os.PathLike | None) -> None:

@@ -1,5 +1,6 @@
 """Files: disks that are full, files that are half written, said and handled in one place."""
 
+import io
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from crescendo.experiments.runtime.errors import UserError
 
@@ -52,7 +53,7 @@ def local_path(path: str | os.PathLike) -> Path:
     return Path(text)
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> io.BufferedReader:
     """Opens a file that somebody else may have written, to read it.
 
     Raises:

@@ -125,6 +125,12 @@ def test_another_file_format_and_pixels_that_are_no_bytes_are_refused(texts):
     refused(texts, "train")
 
 
+def test_a_folder_whose_name_is_a_pattern_is_that_folder(whole_texts, tmp_path):
+    shutil.copytree(whole_texts, tmp_path / "lr[1e-3]*")
+    (tmp_path / "lr1").mkdir()
+    assert len(list(tfds_text("crescendo_texts", data_directory=tmp_path / "lr[1e-3]*").read())) == 3
+
+
 # IDX.
 
 
