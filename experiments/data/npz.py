@@ -11,7 +11,7 @@ from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
 
-from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.errors import UserError, in_short
 from crescendo.experiments.runtime.files import file_access, open_file
 
 MOST_BYTES = 8 << 30  # of all arrays, unpacked
@@ -56,7 +56,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         try:
             return _arrays(file, str(path))
         except _BAD_ARCHIVE as error:
-            raise UserError(f"{path} is no .npz file, or is damaged ({' '.join(str(error).split())[:120]})") from error
+            raise UserError(f"{path} is no .npz file, or is damaged ({in_short(error)})") from error
 
 
 def check_arrays(arrays: Mapping[str, np.ndarray], expected: Mapping[str, Expected], where: str) -> None:
@@ -103,7 +103,7 @@ def _array(file: IO[bytes], size_bytes: int, where: str) -> np.ndarray:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, in_fortran_order, dtype = read(file)
     except (*_BAD_HEADER, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
-        raise UserError(f"{where} has no header of an .npy file ({' '.join(str(error).split())[:120]})") from error
+        raise UserError(f"{where} has no header of an .npy file ({in_short(error)})") from error
     if dtype.hasobject or dtype.kind not in "biufU" or not dtype.itemsize:
         raise UserError(f"{where} is of {dtype}: it must be numbers")
     size, has = math.prod(shape) * dtype.itemsize, size_bytes - file.tell()

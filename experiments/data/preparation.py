@@ -59,13 +59,12 @@ def prepared(folder: Path, build: Callable[[Path], None], *, made_of: str = "", 
                 if problem:
                     say(f"{folder} is not as it was prepared ({problem}): preparing it anew")
                 _remove(partial)
-                partial.mkdir()
-                try:
+                with _own_folder(partial) as check_own:
                     build(partial)
+                    check_own()
                     manifest.write(partial, made_of)
+                    check_own()
                     _replace(folder, partial)
-                finally:
-                    _remove(partial)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(
@@ -84,6 +83,33 @@ def _problem(folder: Path, made_of: str, by_block: str) -> str | None:
     except manifest.DamagedError as problem:
         return str(problem)
     return None
+
+
+@contextmanager
+def _own_folder(path: Path) -> Iterator[Callable[[], None]]:
+    """Makes a folder and gives what raises when it isn't this one any more; at the end it is gone.
+
+    Where somebody removes the lock of a process that builds, another one begins anew in its place. While a folder is
+    open its inode is nobody else's.
+    """
+    path.mkdir()
+    opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def is_own() -> bool:
+        return path.is_dir() and os.path.samestat(os.fstat(opened), os.stat(path))
+
+    def check_own() -> None:
+        if not is_own():
+            raise UserError(
+                f"another process prepares the same data in {path.parent}, since a lock there was removed: start again"
+            )
+
+    try:
+        yield check_own
+    finally:
+        if is_own():
+            _remove(path)
+        os.close(opened)
 
 
 def _replace(folder: Path, by: Path) -> None:

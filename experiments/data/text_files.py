@@ -24,7 +24,7 @@ from crescendo.experiments.data.documents import (
 )
 from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.encoding import BEGIN_BYTES, without_mark
-from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.errors import UserError, in_short
 from crescendo.experiments.runtime.files import file_access, local_path
 from crescendo.ranges import INT32
 
@@ -123,9 +123,9 @@ def _documents(files: Sequence[Path], patterns: Sequence[str], reading: _Reading
             except OSError as error:
                 if path.suffix in COMPRESSIONS and error.errno is None:
                     raise UserError(
-                        f"{path} can't be decompressed ({error}): get the file again, or unpack it yourself"
+                        f"{path} can't be decompressed ({in_short(error)}): get the file again, or unpack it yourself"
                     ) from error
-                raise UserError(f"can't read {path}: {error.strerror or error}") from error
+                raise UserError(f"can't read {path}: {error.strerror or in_short(error)}") from error
         if _digests(files) != digests:
             raise UserError(f"{source}: files changed while they were read; start again")
         utf8.report(source)
@@ -372,7 +372,7 @@ def _read_parquet(path: Path, reading: _Reading, utf8: Utf8) -> Iterator[bytes]:
                             yield utf8(text.as_py(), f"{path}, row {row}")
                         row += 1
     except pa.ArrowException as error:
-        raise UserError(f'{path}, column "{field}": {error}') from error
+        raise UserError(f'{path}, column "{field}": {in_short(error)}') from error
 
 
 def _rows_at_a_time(file: Any, group: int, path: Path, field: str) -> int:

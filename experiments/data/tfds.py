@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from crescendo.experiments.data.documents import file_digests
-from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.errors import UserError, in_short
 from crescendo.experiments.runtime.files import open_file
 
 MOST_METADATA_BYTES = 64 << 20  # of a file of JSON in a data set's folder
@@ -178,8 +178,7 @@ def _refusals(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{what}: {reason}") from error
+        raise UserError(f"{what}: {in_short(error, most=300)}") from error
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ import tokenizers
 from numpy.typing import ArrayLike
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from crescendo.experiments.data.tokenizer_file import MOST_FILE_BYTES, one_line, read_tokenizer
-from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.data.tokenizer_file import MOST_FILE_BYTES, read_tokenizer
+from crescendo.experiments.runtime.errors import UserError, in_short
 from crescendo.experiments.runtime.files import read_file
 
 END_OF_TEXT = "<|endoftext|>"
@@ -235,7 +235,7 @@ def _encoding(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UserError(f"the tokenizer can't encode {what} ({one_line(error)})") from error
+        raise UserError(f"the tokenizer can't encode {what} ({in_short(error)})") from error
 
 
 def train_bpe(documents: Iterable[bytes], vocab_size: int) -> SubwordTokenizer:

@@ -6,7 +6,7 @@ import pydantic
 import tokenizers
 
 from crescendo.experiments.runtime import schemas
-from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.errors import UserError, in_short
 
 MOST_FILE_BYTES = 1 << 28
 SPARE_NUMBERS = 1024  # may be unused in any vocabulary, and in a large one as many as are used
@@ -58,7 +58,7 @@ def read_tokenizer(content: bytes, where: str) -> Any:
     try:
         model = tokenizers.Tokenizer.from_str(content.decode("utf-8-sig"))
     except Exception as error:  # the library raises nothing more specific
-        raise UserError(f"{where} is not a tokenizer.json file that can be used ({one_line(error)})") from error
+        raise UserError(f"{where} is not a tokenizer.json file that can be used ({in_short(error)})") from error
     for token in file.added_tokens:
         if (number := model.token_to_id(token.content)) != token.id:
             raise UserError(f"{where}: the added token {token.content!r} has the number {token.id}, and is {number}")
@@ -82,8 +82,3 @@ def check_numbers(vocabulary: dict[str, int], where: str) -> None:
         for token, number in vocabulary.items():
             if (other := names.setdefault(number, token)) is not token:
                 raise UserError(f"{where}: the tokens {other!r} and {token!r} have one number, {number}")
-
-
-def one_line(error: BaseException) -> str:
-    """What a library says, in a line of bearable length."""
-    return " ".join(str(error).split())[:200]

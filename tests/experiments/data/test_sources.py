@@ -513,6 +513,38 @@ def test_one_of_two_processes_builds_and_the_other_waits(tmp_path, capfd):
     assert "waiting for another process" in capfd.readouterr().err
 
 
+def test_a_process_whose_lock_is_removed_does_not_take_anothers_half_for_whole(tmp_path):
+    begun, go_on = (threading.Event(), threading.Event()), (threading.Event(), threading.Event())
+    ended = [None, None]
+
+    def build(number, folder):
+        (folder / "half").write_text(str(number))
+        begun[number].set()
+        assert go_on[number].wait(timeout=60)
+        if number == 1:
+            (folder / "whole").write_text("done")
+
+    def prepare(number):
+        try:
+            ended[number] = prepared(tmp_path / "data", lambda folder: build(number, folder))
+        except UserError as error:
+            ended[number] = str(error)
+
+    threads = [threading.Thread(target=prepare, args=(number,)) for number in range(2)]
+    threads[0].start()
+    assert begun[0].wait(timeout=60)
+    (tmp_path / ".data.lock").unlink()
+    threads[1].start()
+    assert begun[1].wait(timeout=60)
+    for number in range(2):
+        go_on[number].set()
+        threads[number].join(timeout=60)
+    assert ended[0].startswith("another process prepares the same data in")
+    assert ended[1] == tmp_path / "data"
+    assert {path.name for path in ended[1].iterdir()} == {"half", "whole", manifest.NAME}
+    assert (ended[1] / "half").read_text() == "1"
+
+
 def test_a_killed_preparation_is_started_anew(tmp_path):
     script = """
 import sys, time, pathlib
