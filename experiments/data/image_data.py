@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from crescendo.experiments.data.documents import digest
 from crescendo.experiments.data.fashion_mnist import CLASSES, read_fashion_mnist
-from crescendo.experiments.data.tfds import open_source, refuse_other_pixels
+from crescendo.experiments.data.tfds import Opened, open_source, refuse_other_pixels
 from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.ranges import Count
@@ -53,7 +52,7 @@ class DecodedRows:
       shape: of every image.
     """
 
-    def __init__(self, source: Sequence[dict[str, Any]], name: str, shape: tuple[int, int, int]):
+    def __init__(self, source: Opened, name: str, shape: tuple[int, int, int]):
         self._source, self._name, self._shape = source, name, shape
 
     def __len__(self) -> int:

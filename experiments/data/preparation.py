@@ -1,5 +1,6 @@
-"""Prepared data on disk: built once, by one process, and there only when complete."""
+"""Prepared data on disk: built once, by one process, there only when complete, and anew when damaged."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -17,6 +18,7 @@ from crescendo.experiments.runtime.files import local_path
 from crescendo.pallas_kernels.console import plain_console
 
 PROGRESS_AFTER_SECONDS = 1.0
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SHOWN_EVERY_SECONDS = 0.1
 
 
@@ -66,9 +68,10 @@ def prepared(folder: Path, build: Callable[[Path], None], *, made_of: str = "", 
                     check_own()
                     _replace(folder, partial)
     except OSError as error:
-        reason = error.strerror or str(error)
+        # Libraries that say no number have run out of room.
+        way_on = "free some space there" if error.errno in (None, *NO_ROOM) else "mend that"
         raise UserError(
-            f"can't prepare data in {folder.parent}: {reason}; free some space there, or name another folder with "
+            f"can't prepare data in {folder.parent}: {error.strerror or error}; {way_on}, or name another folder with "
             "text_data.cache_directory or $XDG_CACHE_HOME"
         ) from error
     return folder

@@ -23,7 +23,7 @@ from crescendo.experiments.runtime.files import open_file
 MOST_METADATA_BYTES = 64 << 20  # of a file of JSON in a data set's folder
 
 
-class Opened(Sequence[dict[str, Any]]):
+class Opened:
     """One split of a TFDS data set, by number; what TFDS can't read of it is a `UserError`.
 
     Args:
@@ -45,7 +45,7 @@ class Opened(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, number: Any) -> Any:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         """One example, a dict of features."""
         with _refusals(f"{self.full_name}, example {number}"):
             return self._source[number]

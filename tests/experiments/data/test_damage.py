@@ -200,7 +200,9 @@ def test_what_cannot_be_built_anew_is_said(cache, monkeypatch):
     def fail(folder):
         raise OSError(30, "Read-only file system")
 
-    with pytest.raises(UserError, match=r"can't prepare data in .*tokens: Read-only file system"):
+    with pytest.raises(
+        UserError, match=r"can't prepare data in .*tokens: Read-only file system; mend that, or name another"
+    ):
         prepared(folder, fail)
     assert not (folder / "tokenizer.json").exists()
 
