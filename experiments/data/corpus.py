@@ -100,7 +100,7 @@ def tokenize(
     if not any(writer.documents for writer in splits.values()):
         raise UserError(f"the corpus {documents.source} is empty: it has no document with any text")
     summary = Summary(
-        source=documents.source,
+        source=documents.source.encode(errors="replace").decode(),  # a path may have bytes that are no text
         documents=sum(writer.documents for writer in splits.values()),
         pairs={split: writer.pairs for split, writer in splits.items()},
         bytes={split: writer.bytes for split, writer in splits.items()},

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crescendo.experiments.data.text_data import text_data
 from crescendo.experiments.data.text_files import COMPRESSIONS, text_files
 from crescendo.experiments.runtime.errors import UserError
 
@@ -122,3 +124,14 @@ def test_files_to_validate_on_are_not_trained_on(tmp_path):
 def test_an_object_stores_address_is_refused_as_such():
     with pytest.raises(UserError, match=r"^text_files.paths: gs://b/x.txt is no path of this machine"):
         text_files(["gs://b/x.txt"])
+
+
+def test_a_path_may_have_bytes_that_are_no_text(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    with open(folder + b"/a.txt", "wb") as file:
+        file.write(b"".join(b"line %d of a text\n" % i for i in range(200)))
+    corpus = text_files(os.fsdecode(folder) + "/a.txt", document_bytes=256)
+    arguments = {"sequence_length": 16, "validation_fraction": 0.3, "cache_directory": tmp_path / "cache"}
+    first, second = (text_data(corpus, **arguments) for _ in range(2))
+    assert first.fingerprint == second.fingerprint
