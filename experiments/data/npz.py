@@ -11,8 +11,9 @@ from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
 
-from crescendo.experiments.runtime.errors import UserError, in_short
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access, open_file
+from crescendo.experiments.runtime.text import in_short
 
 MOST_BYTES = 8 << 30  # of all arrays, unpacked
 # What `zipfile` raises for archives that are damaged, encrypted or of a kind that it doesn't know.

@@ -24,9 +24,9 @@ from crescendo.experiments.data.documents import (
 )
 from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.encoding import BEGIN_BYTES, without_mark
-from crescendo.experiments.runtime.errors import UserError, in_short
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access, local_path
-from crescendo.ranges import INT32
+from crescendo.experiments.runtime.text import in_short
 
 SMALLEST_DOCUMENT_BYTES = 256
 FORMAT = 2  # of the documents that are made of files: part of their identity, to be raised when they change

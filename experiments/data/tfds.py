@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from crescendo.experiments.data.documents import file_digests
-from crescendo.experiments.runtime.errors import UserError, in_short
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import open_file
+from crescendo.experiments.runtime.text import in_short
 
 MOST_METADATA_BYTES = 64 << 20  # of a file of JSON in a data set's folder
 

@@ -15,8 +15,9 @@ from numpy.typing import ArrayLike
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from crescendo.experiments.data.tokenizer_file import MOST_FILE_BYTES, read_tokenizer
-from crescendo.experiments.runtime.errors import UserError, in_short
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import read_file
+from crescendo.experiments.runtime.text import in_short
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")

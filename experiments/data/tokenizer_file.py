@@ -6,7 +6,8 @@ import pydantic
 import tokenizers
 
 from crescendo.experiments.runtime import schemas
-from crescendo.experiments.runtime.errors import UserError, in_short
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.text import in_short
 
 MOST_FILE_BYTES = 1 << 28
 SPARE_NUMBERS = 1024  # may be unused in any vocabulary, and in a large one as many as are used

@@ -72,12 +72,3 @@ def hosts_lost() -> Iterator[None]:
             f"another process of this run has ended ({str(error).strip().splitlines()[0][:120]}): see its own output; "
             "the same command on every host goes on from the last checkpoint"
         ) from None
-
-
-def in_short(error: BaseException, most: int = 200) -> str:
-    """What a library says, in a line of bearable length.
-
-    >>> in_short(ValueError("no header\\n  at byte 5\\n"))
-    'no header at byte 5'
-    """
-    return " ".join(str(error).split())[:most] or type(error).__name__

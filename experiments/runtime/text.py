@@ -1,4 +1,4 @@
-"""Numbers for people: short, and smoothed."""
+"""Numbers and messages for people: short, and smoothed."""
 
 import math
 
@@ -46,3 +46,12 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def in_short(error: BaseException, most: int = 200) -> str:
+    """What a library says, in a line of bearable length.
+
+    >>> in_short(ValueError("no header\\n  at byte 5\\n"))
+    'no header at byte 5'
+    """
+    return " ".join(str(error).split())[:most] or type(error).__name__
