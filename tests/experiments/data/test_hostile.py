@@ -130,12 +130,13 @@ def test_documents_can_be_cut_no_longer_than_they_may_be(tmp_path):
 # Memory, in a process of its own.
 
 MEASURE = """
-import resource, sys
+import re, sys
 from crescendo.experiments.data.text_data import text_data
 from crescendo.experiments.data.text_files import text_files
 from crescendo.experiments.runtime.errors import UserError
 import pyarrow.parquet
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+# Of this process alone: what `getrusage` says begins with the memory of the one that started it.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
 before = peak()
 for path in sys.argv[3:]:
     try:
@@ -170,23 +171,25 @@ def hostile(folder, scale):
     words = b"the quick brown fox and caf\xc3\xa9 \\u00e9 "
     noise = np.random.default_rng(0)
     texts = [b'{"text": "text %d"}\n' % i for i in range(9999)]
+    pairs = b"".join(b'{"text": "%02d"}\n' % i for i in range(100))
     lines = (b'{"text": "%d %s"}\n' % (i, words * (100 * million // len(words))) for i in range(4))
     return {
         "one line": written(folder / "line.txt", [numbers] * 2000),
         "empty": written(folder / "empty.jsonl", [*[b'{"text": ""}\n' * million] * 10, *texts]),
         "bad": written(folder / "bad.txt", (noise.bytes(million) for _ in range(200))),
         "lines": written(folder / "lines.jsonl", [*lines, *texts]),
-        "letters": written(folder / "letters.jsonl", [b'{"text": "a"}\n{"text": "b"}\n' * million] * 5),
+        "letters": written(folder / "letters.jsonl", [pairs * (10 * million // 100)]),
         "one document": written(folder / "one.jsonl", [b'{"text": "', *[b"y" * million] * 2000, b'"}\n']),
     }
 
 
 def test_memory_is_bounded_by_batches_and_not_by_files(tmp_path):
-    """A two-hundredth of the full scale: 10 MB in one line, 50,000 empty documents, 1 MB that is no UTF-8."""
+    """A two-hundredth of the full scale, but for one line of 40 MB, which would be seen if it were held at once."""
     files = hostile(tmp_path, 1 / 200)
+    files["one line"].write_bytes(files["one line"].read_bytes() * 4)
     of = [files[name] for name in ("one line", "empty", "bad", "lines")]
     memory, says = zip(*measured(tmp_path / "cache", *of, errors="replace"), strict=True)
-    assert says[0].startswith("611 documents, 10,000,611 tokens")
+    assert says[0].startswith("2,442 documents, 40,002,442 tokens")
     assert says[1].startswith("9,999 documents, ")
     assert says[2].startswith("6")
     assert says[3].startswith("10,003 documents, 1,8")
