@@ -92,8 +92,9 @@ def open_source(
         raise UserError(
             f'TFDS data set "{name}": names with a namespace are looked up on the network; use text_files instead'
         )
-    if data_directory is not None:
-        data_directory = _no_pattern(Path(data_directory).expanduser().absolute())
+    given = data_directory or os.environ.get("TFDS_DATA_DIR")
+    if given and glob.escape(os.fspath(given)) != os.fspath(given):
+        data_directory = _link_to(Path(given).expanduser().absolute())
     with _refusals(f'TFDS data set "{name}", split "{split}"'), _no_imports():
         try:
             _check_files(name, data_directory)
@@ -107,8 +108,9 @@ def open_source(
             ) from error
         if not prepared:
             if not download:
+                folder = str(builder.data_path).replace(str(data_directory), str(given)) if given else builder.data_path
                 raise UserError(
-                    f'TFDS data set "{name}" is not prepared in {builder.data_path}: to download and prepare it add '
+                    f'TFDS data set "{name}" is not prepared in {folder}: to download and prepare it add '
                     f"--set '{called}.download = True', or name the folder that has it by {called}.data_directory"
                 )
             builder = tfds.builder(name, data_dir=data_directory, file_format="array_record")
@@ -124,10 +126,8 @@ def open_source(
 
 
 @functools.cache
-def _no_pattern(directory: Path) -> Path:
-    """A path of a folder that TFDS doesn't take for a pattern: a link to it, if need be, while the process lives."""
-    if glob.escape(str(directory)) == str(directory):
-        return directory
+def _link_to(directory: Path) -> Path:
+    """A link to a folder whose path TFDS takes for a pattern and finds nothing; it is there while the process lives."""
     folder = tempfile.mkdtemp(prefix="tfds-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     link = Path(folder, "data")

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -125,10 +126,14 @@ def test_another_file_format_and_pixels_that_are_no_bytes_are_refused(texts):
     refused(texts, "train")
 
 
-def test_a_folder_whose_name_is_a_pattern_is_that_folder(whole_texts, tmp_path):
-    shutil.copytree(whole_texts, tmp_path / "lr[1e-3]*")
+def test_a_folder_whose_name_is_a_pattern_is_that_folder(whole_texts, tmp_path, monkeypatch):
+    folder = shutil.copytree(whole_texts, tmp_path / "lr[1e-3]*")
     (tmp_path / "lr1").mkdir()
-    assert len(list(tfds_text("crescendo_texts", data_directory=tmp_path / "lr[1e-3]*").read())) == 3
+    assert len(list(tfds_text("crescendo_texts", data_directory=folder).read())) == 3
+    with pytest.raises(UserError, match=rf"is not prepared in {re.escape(str(folder))}/mnist"):
+        tfds_text("mnist", data_directory=folder)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
+    assert len(list(tfds_text("crescendo_texts").read())) == 3
 
 
 # IDX.
