@@ -3,6 +3,11 @@
 A format is a class, `class Curve(Schema)`, whose annotations say what its fields may be; pydantic checks them.
 """
 
+import collections
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,11 @@ class OpenSchema(Schema):
     model_config = pydantic.ConfigDict(extra="ignore")
 
 
+STRICT, OPEN = Schema.model_config, OpenSchema.model_config | pydantic.ConfigDict(extra="allow")
+"""The same of a `TypedDict` (`pydantic.with_config`), for code that takes the content as a mapping; with the
+second what else is there stays."""
+
+
 def read[T](path: Path, schema: type[T], *, way_on: str = "", limit_bytes: int = 1 << 28) -> T:
     """The content of a file, as the schema has it.
 
@@ -61,14 +71,46 @@ def parse[T](content: bytes, schema: type[T], where: str, *, way_on: str = "") -
       way_on: what to do about it.
 
     Raises:
-      UserError: for what is no JSON, nests too deeply, or isn't what the schema says: names the first such field, with
-        its value.
+      UserError: for what is no JSON, nests too deeply, says something twice, or isn't what the schema says: names the
+        first such field, with its value.
     """
     text = decoded(content, where)
+    with _said(where, way_on):
+        found = _adapter(schema).validate_json(text, strict=True)
+    json.loads(text, object_pairs_hook=functools.partial(_check_once, where, way_on))
+    return found
+
+
+def checked[T](content: object, schema: type[T], where: str, *, way_on: str = "") -> T:
+    """What was read already, as the schema has it.
+
+    Raises:
+      UserError: see `parse`.
+
+    >>> checked({"steps": 3}, dict[str, int], "here")
+    {'steps': 3}
+    """
+    with _said(where, way_on):
+        return _adapter(schema).validate_python(content, strict=True)
+
+
+# Making one takes longer than using it.
+_adapter: Callable[[Any], pydantic.TypeAdapter[Any]] = functools.cache(pydantic.TypeAdapter)
+
+
+@contextlib.contextmanager
+def _said(where: str, way_on: str) -> Iterator[None]:
     try:
-        return pydantic.TypeAdapter(schema).validate_json(text)
+        yield
     except pydantic.ValidationError as error:
         raise UserError(told(error, where) + (f"; {way_on}" if way_on else "")) from None
+
+
+def _check_once(where: str, way_on: str, pairs: Sequence[tuple[str, Any]]) -> None:
+    """That no name of an object is there twice: which one is meant, readers disagree on."""
+    if len(dict(pairs)) < len(pairs):
+        (twice, _), *_ = collections.Counter(name for name, _ in pairs).most_common()
+        raise UserError(f"{where} has {_shown(twice)} twice in one object" + (f"; {way_on}" if way_on else ""))
 
 
 def told(error: pydantic.ValidationError, where: str) -> str:
@@ -76,13 +118,15 @@ def told(error: pydantic.ValidationError, where: str) -> str:
     errors = error.errors(include_url=False, include_context=False)
     first = errors[0]
     says = first["msg"][:1].lower() + first["msg"][1:]
-    place = ".".join(str(part) for part in first["loc"])
+    place = repr(".".join(str(part)[:60] for part in first["loc"]))[1:-1]
     if first["type"] == "json_invalid":
         return f"{where} is damaged ({says})"
     if first["type"] == "missing":
         return f"{where} has no {place}"
     if first["type"] == "extra_forbidden":
         return f"{where}: {place} isn't understood"
+    if first["type"] == "value_error":
+        return f"{where}: {f'{place}: ' if place else ''}{first['msg'].removeprefix('Value error, ')}"
     return f"{where}: {f'{place} = ' if place else ''}{_shown(first['input'])}: {says}"
 
 

@@ -39,6 +39,15 @@ def compact(value: float) -> str:
     return f"{value:.3g}"
 
 
+def visible(text: str) -> str:
+    """The text with U+FFFD for what a page or a terminal doesn't show, or takes for an order.
+
+    >>> visible("a\\x1b[2Jb\\tc")
+    'a�[2Jb\\tc'
+    """
+    return text if text.isprintable() else "".join(x if x.isprintable() or x in "\n\t" else "\ufffd" for x in text)
+
+
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds: 3,723 is `1:02:03`."""
     if not math.isfinite(seconds):
