@@ -5,9 +5,8 @@ rungs of a ladder that starts at the initial size and doubles, so whatever divid
 """
 
 import itertools
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from annotated_types import Ge, Gt, Le, Lt
 
+from crescendo.optim import measured
 from crescendo.optim.batch_size import BatchSizePolicy, BatchStats, by_threshold, by_tokens
 from crescendo.optim.noise_scale import Averages, add_microbatches, add_norm_layers, excess, no_averages, read_averages
 from crescendo.optim.registry import POLICIES
@@ -86,8 +86,9 @@ def critical_batch_following(
     Coupling: "sqrt" (each doubling multiplies the learning rate by sqrt 2, under a schedule over tokens).
 
     Args:
-      curve: a JSON file, or its content: `tokens`, increasing, `critical_batch_size` in examples at each, and, for
-        `lower_bound`, `interval`, a pair [low, high] at each; `fingerprint`, of the model and data it was measured on.
+      curve: a JSON file, or its content (`measured.CriticalBatchCurve`): `tokens`, increasing, `critical_batch_size` in
+        examples at each, and, for `lower_bound`, `interval`, a pair [low, high] at each; `fingerprint`, of the model
+        and data it was measured on.
       start: the initial batch size, in examples.
       cap: the batch never grows past it.
       sequence_length: tokens in an example; None: those of the data, which the training loop knows.
@@ -97,7 +98,7 @@ def critical_batch_following(
 
     Raises:
       ValueError: a cap under the start; a curve that can't be read, is empty, doesn't increase in tokens, has values
-        that are negative or not finite, or another fingerprint.
+        that are negative or not finite, fields that aren't a curve's, or another fingerprint.
 
     References:
       Merrill et al., 2025, `Critical Batch Size Revisited <https://arxiv.org/abs/2505.23971>`_
@@ -146,36 +147,18 @@ def _read_curve(
 ) -> tuple[np.ndarray, np.ndarray, str | None]:
     """Tokens and critical batch sizes, checked, and the curve's fingerprint."""
     name = "the curve" if isinstance(curve, Mapping) else str(curve)
-    wrong = f"{name} is not a curve of critical batch sizes"
-    try:
-        content = curve if isinstance(curve, Mapping) else json.loads(Path(curve).read_text(encoding="utf-8-sig"))
-        tokens = np.array(content["tokens"], np.float64)
-        values = np.array(content["interval" if lower_bound else "critical_batch_size"], np.float64)
-        measured_on = content.get("fingerprint")
-    except OSError as error:
-        raise ValueError(f"cannot read the curve {name}: {error.strerror}; give the file that was measured") from None
-    except KeyError as error:
-        raise ValueError(f"{wrong}: it has no {error}; measure one") from None
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"{wrong}: it needs the lists tokens and critical_batch_size; measure one") from None
-    if tokens.size == 0:
-        raise ValueError(f"{name} is empty: measure at least one point")
-    if tokens.ndim != 1 or values.shape != tokens.shape + (2,) * lower_bound:
-        raise ValueError(f"{wrong}: {tokens.size} tokens and values of shape {values.shape}; give one for each")
+    content = measured.read(curve, measured.CriticalBatchCurve, "curve", "a curve of critical batch sizes: measure one")
+    values: Sequence[float] = content.critical_batch_size
     if lower_bound:
-        values = values[:, 0]
-    for a, b in itertools.pairwise(tokens):
-        if not a < b:
-            raise ValueError(f"{name} does not increase in tokens: {b:g} follows {a:g}; sort it, each point once")
-    for at, value in zip(tokens, values, strict=True):
-        if not (0 <= at < math.inf and 0 <= value < math.inf):
-            raise ValueError(f"{name} says {value:g} examples at {at:g} tokens: both must be finite and at least 0")
-    if fingerprint is not None and measured_on != fingerprint:
+        if content.interval is None:
+            raise ValueError(f"{name} has no interval, of which lower_bound = True reads the lower ends: measure one")
+        values = [low for low, _ in content.interval]
+    if fingerprint is not None and content.fingerprint != fingerprint:
         raise ValueError(
-            f"{name} was measured on another model or data (fingerprint {measured_on}, not {fingerprint}): "
+            f"{name} was measured on another model or data (fingerprint {content.fingerprint}, not {fingerprint}): "
             f"measure it on this"
         )
-    return tokens, values, measured_on
+    return np.array(content.tokens), np.array(values), content.fingerprint
 
 
 def _too_near(start: int, cap: int) -> str:

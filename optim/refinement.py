@@ -19,6 +19,7 @@ import optax
 import scipy.ndimage
 from annotated_types import Ge, MultipleOf
 
+from crescendo.optim import measured
 from crescendo.optim.precision import widen
 from crescendo.optim.registry import SCHEDULES, TRANSFORMS
 from crescendo.optim.run_length import OfRun, ends_with_the_run
@@ -228,8 +229,14 @@ def save_refined(path: str | Path, norms: Norms, *, norm: str = "l1", smoothing:
     {"fractions": [0.0, 0.5, 1.0], "multipliers": [1.0, 0.5, 0.0], "norm": "l1", "smoothing": 0.1}
     """
     fractions, multipliers = _curve(norms, norm, smoothing)
-    content = {"fractions": fractions.tolist(), "multipliers": multipliers.tolist()}
-    Path(path).write_text(json.dumps(content | {"norm": norm, "smoothing": smoothing}) + "\n", encoding="utf-8")
+    content = {
+        "fractions": fractions.tolist(),
+        "multipliers": multipliers.tolist(),
+        "norm": norm,
+        "smoothing": smoothing,
+    }
+    written = measured.RefinedSchedule.model_validate(content).model_dump()
+    Path(path).write_text(json.dumps(written) + "\n", encoding="utf-8")
 
 
 @SCHEDULES
@@ -247,8 +254,7 @@ def refined(
       warmup: examples over which the rate rises.
 
     Raises:
-      ValueError: a file that isn't one, and as `schedules.linear`.
-      FileNotFoundError: no such file.
+      ValueError: a file that can't be read or isn't one, and as `schedules.linear`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -257,15 +263,8 @@ def refined(
     >>> float(schedule(25))
     0.375
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        fractions, multipliers = np.array(content["fractions"]), np.array(content["multipliers"])
-        valid = fractions.shape == multipliers.shape and fractions.size >= 2 and np.all(np.diff(fractions) >= 0)
-        valid = valid and fractions[0] == 0 and fractions[-1] == 1 and np.all((multipliers >= 0) & (multipliers <= 1))
-    except (ValueError, KeyError, TypeError):
-        valid = False
-    if not valid:
-        raise ValueError(f"{path} is not a refined schedule: write it with save_refined")
+    curve = measured.read(path, measured.RefinedSchedule, "schedule", "a refined schedule: write it with save_refined")
+    fractions, multipliers = np.array(curve.fractions), np.array(curve.multipliers)
     return _interpolated(peak, total, warmup=warmup, fractions=fractions, multipliers=multipliers)
 
 

@@ -6,7 +6,6 @@ run will do as the first one: its norms are in its `metrics.jsonl`.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +18,11 @@ from crescendo.experiments.configs.statements import Call
 from crescendo.experiments.papers import Paper
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs.run import read_run
-from crescendo.experiments.runtime import command
+from crescendo.experiments.runtime import command, schemas
 from crescendo.experiments.runtime.cli import run_command
-from crescendo.experiments.runtime.encoding import read_text
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.sweeps.arms import LEARNING_RATE, Trial, compare_arms
+from crescendo.optim.measured import RefinedSchedule
 from crescendo.optim.refinement import GradientNorms, save_refined
 
 PAPER = Paper(
@@ -53,6 +52,8 @@ def recorded_norms(run: Path) -> GradientNorms:
       UserError: for a run that made fewer than two steps.
     """
     train_columns = read_run(run).train
+    if "gradient_l1_norm" not in train_columns:
+        raise UserError(f"{run} recorded no gradient_l1_norm: train it again, or give another run")
     norms = np.stack([train_columns["gradient_l1_norm"], train_columns["gradient_norm"]])
     good = np.isfinite(norms).all(axis=0) & (norms > 0).all(axis=0)
     if good.sum() < 2:
@@ -127,11 +128,8 @@ def refine_schedule(
 
 def _options(path: Path) -> dict[str, Any]:
     """With which a refined schedule was written."""
-    try:
-        content = json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): give another folder with --run") from None
-    return {name: content.get(name) for name in ("norm", "smoothing")}
+    content = schemas.read(path, RefinedSchedule, way_on="give another folder with --run")
+    return {"norm": content.norm, "smoothing": content.smoothing}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 
 import jax
@@ -118,11 +119,16 @@ GOOD = {"fingerprint": "a", "tokens": [0, 10], "critical_batch_size": [1, 2]}
         (GOOD | {"tokens": [], "critical_batch_size": []}, "the curve is empty: measure at least one point"),
         (GOOD | {"tokens": [10, 10]}, "does not increase in tokens: 10 follows 10"),
         (GOOD | {"tokens": [10, 5]}, "does not increase in tokens: 5 follows 10"),
-        (GOOD | {"tokens": [0, float("nan")]}, "does not increase in tokens: nan follows 0"),
-        (GOOD | {"critical_batch_size": [1]}, "2 tokens and values of shape"),
-        (GOOD | {"critical_batch_size": [1, -2]}, "says -2 examples at 10 tokens"),
-        (GOOD | {"critical_batch_size": [1, float("inf")]}, "says inf examples at 10 tokens"),
-        (GOOD | {"critical_batch_size": ["many", 2]}, "needs the lists tokens and critical_batch_size"),
+        (GOOD | {"tokens": [0, float("nan")]}, r"tokens\.1: input should be a finite number"),
+        (GOOD | {"tokens": [0, 1e17]}, r"tokens\.1: input should be less than or equal to 9007199254740992"),
+        (GOOD | {"critical_batch_size": [1]}, "has 2 tokens and 1 of critical_batch_size: give one for each"),
+        (GOOD | {"critical_batch_size": [1, -2]}, r"batch_size\.1: input should be greater than or equal to 0"),
+        (GOOD | {"critical_batch_size": [1, float("inf")]}, r"batch_size\.1: input should be a finite number"),
+        (GOOD | {"critical_batch_size": ["many", 2]}, r"batch_size\.0: input should be a valid number"),
+        (GOOD | {"critical_batch_size": [1, True]}, r"batch_size\.1: input should be a valid number"),
+        (GOOD | {"interval": [[0, 1], [3, 4]]}, r"says 2 examples at 10 tokens, outside of its interval \[3, 4.0\]"),
+        (GOOD | {"interval": [[0, 1]]}, "has 2 tokens and 1 of interval"),
+        (GOOD | {"unit": "tokens"}, "unit isn't understood"),
         ({"tokens": [1]}, "it has no 'critical_batch_size'"),
         (GOOD | {"fingerprint": "b"}, r"another model or data \(fingerprint b, not a\)"),
         ({**GOOD, "fingerprint": None}, r"another model or data \(fingerprint None, not a\)"),
@@ -135,7 +141,13 @@ def test_bad_curves(curve, message):
 
 def test_bad_curve_files(tmp_path):
     (tmp_path / "curve.json").write_text("{")
-    for name, message in (("none.json", "cannot read the curve .*none.json"), ("curve.json", "is not a curve")):
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (
+        ("none.json", r"cannot read .*none.json: No such file"),
+        ("curve.json", r"curve.json is not a curve .*invalid JSON"),
+        ("pipe", "pipe is no file that can be read to its end"),
+        ("", "cannot read .*: Is a directory"),
+    ):
         with pytest.raises(ValueError, match=message):
             policies.critical_batch_following(tmp_path / name, 4, 8, sequence_length=1)
 

@@ -142,7 +142,14 @@ def test_saved_and_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"fractions": [0, 1], "multipliers": [1]}', '[1, 2]',
-                                     '{"fractions": [0, 1], "multipliers": [2, 0]}'])  # fmt: skip
+                                     '{"fractions": [0, 1], "multipliers": [2, 0]}', "[" * 100_000,
+                                     '{"fractions": [0, 1], "multipliers": [NaN, 0]}',
+                                     '{"fractions": [0, 1], "multipliers": [1, 1e999]}',
+                                     '{"fractions": [0, 1], "multipliers": [true, 0]}',
+                                     '{"fractions": [0, 0, 1], "multipliers": [1, 1, 0]}',
+                                     '{"fractions": [0, 1], "multipliers": [0, 0]}',
+                                     '{"fractions": [0, 1], "multipliers": [1, 0], "power": 2}',
+                                     '{"fractions": [0, 1], "multipliers": [1, 0], "norm": "l3"}'])  # fmt: skip
 def test_a_file_that_is_no_schedule(tmp_path, content):
     path = tmp_path / "bad.json"
     path.write_text(content)
