@@ -17,6 +17,7 @@ class Cells[Key: tuple](Results[Key]):
       name: of the file in it: what cells are called, with `.jsonl`.
       cells: all of them, named tuples of one kind; records hold their fields. More may be asked for later on.
       fixed: what finished cells and those to come must have in common.
+      record: the schema of a line, as `Results` takes it.
 
     Raises:
       UserError: names each of `fixed` that differs from before.
@@ -35,8 +36,10 @@ class Cells[Key: tuple](Results[Key]):
     crescendo.experiments.runtime.interruption.Interrupted: 1 of 2 parts are left in ...
     """
 
-    def __init__(self, folder: Path, name: str, cells: Sequence[Key], fixed: Mapping[str, Any]):
-        super().__init__(folder, name, type(cells[0]))
+    def __init__(
+        self, folder: Path, name: str, cells: Sequence[Key], fixed: Mapping[str, Any], record: Any = dict[str, Any]
+    ):
+        super().__init__(folder, name, type(cells[0]), record)
         self.check_same(fixed)
         self.cells = list(cells)
         self._stopped_by: str | None = None

@@ -13,10 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
+from pydantic import Field, with_config
 from rich.console import Console
 
 from crescendo.experiments.configs import binding as configurables
@@ -27,7 +28,7 @@ from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs.checkpoint import Checkpoints
 from crescendo.experiments.runs.run import Run, read_run
 from crescendo.experiments.runs.state import Clock, TrainState
-from crescendo.experiments.runtime import command
+from crescendo.experiments.runtime import command, schemas
 from crescendo.experiments.runtime.cache import use_compilation_cache
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access, replace_file, replace_json
@@ -39,6 +40,7 @@ from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.batch_sizes import FixedBatchSizes
 from crescendo.experiments.trainer.session import Session, session_options
 from crescendo.experiments.trainer.training import make_recorder, train
+from crescendo.optim.measured import CriticalBatchCurve
 from crescendo.pallas_kernels.console import plain_console
 
 PAPER = Paper(
@@ -69,9 +71,19 @@ The same command goes on where it stopped: a finished branch is never run again.
 class Branch(NamedTuple):
     """One continuation: from which base run, from where, and with how many times its batch."""
 
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    examples: Annotated[int, Field(ge=1, lt=2**63)]
+    factor: Annotated[int, Field(ge=1, lt=2**31)]
+
+
+@with_config(schemas.STRICT)
+class BranchRecord(TypedDict):
+    """A line of `branches.jsonl`: a branch, and its loss at each evaluation, null where it wasn't finite."""
+
     seed: int
     examples: int
     factor: int
+    losses: Annotated[list[float | None], Field(min_length=EVALUATIONS, max_length=EVALUATIONS)]
 
 
 # The command's options for what it binds.
@@ -154,7 +166,7 @@ def critical_batch(
     numbers = range(first_seed, first_seed + seeds)
     every = [Branch(seed, start, factor) for seed in numbers for start in starts for factor in factors]
     with run_folder.locked(run):
-        branches = Cells(run, "branches.jsonl", every, fixed)
+        branches = Cells(run, "branches.jsonl", every, fixed, BranchRecord)
         for seed in numbers:
             name = f"base-seed{seed}"
             of_seed = statements({"train.seed": seed, "train.keep_checkpoints_at_examples": starts})
@@ -186,7 +198,7 @@ def _starts(points: Sequence[float], total_examples: int, batch_size: int, branc
 
 def _show(folder: Path, curve: dict[str, Any], runs: Sequence[Run], console: Console) -> None:
     """Writes the curve and its picture, and prints a line for each point."""
-    replace_json(folder / "critical_batch.json", curve)
+    replace_json(folder / "critical_batch.json", CriticalBatchCurve.model_validate(curve).model_dump())
     with file_access("write", folder):
         replace_file(folder / "critical_batch.png", draw(curve, runs))
     columns = (curve[key] for key in ("tokens", "critical_batch_size", "interval"))

@@ -18,11 +18,12 @@ import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field, with_config
 from rich.console import Console
 
 from crescendo import optim, parallel
@@ -38,7 +39,7 @@ from crescendo.experiments.papers.large_batch.recipes import (
 )
 from crescendo.experiments.papers.large_batch.results import draw, summarize, table
 from crescendo.experiments.runs import folder as run_folder
-from crescendo.experiments.runtime import command
+from crescendo.experiments.runtime import command, schemas
 from crescendo.experiments.runtime.cache import use_compilation_cache
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access, local_path, replace_file, replace_json
@@ -80,8 +81,35 @@ class Cell(NamedTuple):
     """One optimizer at one batch size with one seed; its learning rates are swept together."""
 
     optimizer: str
+    batch_size: Annotated[int, Field(ge=1, lt=2**31)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+
+@with_config(schemas.STRICT)
+class SweptRun(TypedDict):
+    """A run of a cell's sweep; null for what wasn't finite."""
+
+    multiplier: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0)] | None
+    first_loss: float | None
+    train_loss: float | None
+    validation_loss: float | None
+    validation_accuracy: Annotated[float, Field(ge=0, le=1)] | None
+    test_loss: float | None
+    test_accuracy: Annotated[float, Field(ge=0, le=1)] | None
+
+
+@with_config(schemas.STRICT)
+class CellRecord(TypedDict):
+    """A line of `cells.jsonl`: a cell, and a run for each multiplier."""
+
+    optimizer: str
     batch_size: int
     seed: int
+    steps: Annotated[int, Field(ge=1)]
+    seconds: Annotated[float, Field(ge=0)]
+    device: str
+    runs: Annotated[list[SweptRun], Field(min_length=1)]
 
 
 def large_batch(
@@ -157,7 +185,8 @@ def large_batch(
     use_compilation_cache()
     every = [Cell(name, size, seed) for size, name, seed in itertools.product(sizes, names, range(seeds))]
     with run_folder.locked(folder):
-        cells = Cells(folder, "cells.jsonl", every, fixed)
+        cells = Cells(folder, "cells.jsonl", every, fixed, CellRecord)
+        _check_swept(cells, multipliers)
         if cells.left:
             stack = jax.tree.map(lambda *parts: np.concatenate(parts), *held_out)
             inputs = jax.device_put((train, stack))
@@ -172,6 +201,16 @@ def large_batch(
         console.print(f"{folder / 'results.json'}, {folder / 'large_batch.png'}", highlight=False, soft_wrap=True)
     cells.check_finished()
     return summary
+
+
+def _check_swept(cells: Cells[Cell], multipliers: Sequence[float]) -> None:
+    """That every finished cell has a run for each multiplier."""
+    for record in cells.finished:
+        if (swept := [run["multiplier"] for run in record["runs"]]) != list(multipliers):
+            raise UserError(
+                f"{cells.path}: {record['optimizer']} at batch {record['batch_size']} seed {record['seed']} has the "
+                f"multipliers {swept}, not {list(multipliers)}: remove its line, and it is run again"
+            )
 
 
 def run_cells(

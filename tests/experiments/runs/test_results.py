@@ -3,18 +3,27 @@
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import pytest
+from pydantic import with_config
 
 from crescendo.experiments.runs.results import Results
+from crescendo.experiments.runtime import schemas
 from crescendo.experiments.runtime.errors import UserError
 
 
 class Part(NamedTuple):
     seed: int
     factor: int
+
+
+@with_config(schemas.STRICT)
+class PartRecord(TypedDict):
+    seed: int
+    factor: int
+    losses: list[float | None]
 
 
 def open_list(folder: Path) -> Results[Part]:
@@ -57,6 +66,38 @@ def test_a_list_of_something_else_is_one_clear_error(tmp_path: Path):
     (tmp_path / "parts.jsonl").write_text('{"seed": 0}\n')
     with pytest.raises(UserError, match=r"parts.jsonl has no seed, factor at line 1: remove that line"):
         open_list(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"seed": 0, "factor": 2.0}, "line 2: factor = 2.0: input should be a valid integer"),
+        ({"seed": True, "factor": 2}, "line 2: seed = True: input should be a valid integer"),
+        ({"seed": [0], "factor": 2}, r"line 2: seed = \[0\]: input should be a valid integer"),
+        ([0, 2], "has no seed, factor at line 2"),
+        ({"seed": 0, "factor": 2, "losses": [1.0, "x"]}, r"line 2: losses.1 = 'x': input should be a valid number"),
+        (
+            {"seed": 0, "factor": 2, "losses": [1.0, math.inf]},
+            r"line 2: losses.1 = inf: input should be a finite number",
+        ),
+        ({"seed": 0, "factor": 2}, "line 2 has no losses"),
+        ({"seed": 0, "factor": 2, "losses": [], "note": 1}, "line 2: note isn't understood"),
+        ('{"seed": 0, "factor": 2, "seed": 1, "losses": []}', "line 2 has 'seed' twice in one object"),
+        ({"seed": 0, "factor": 1, "losses": [2.0]}, "line 2 is the second of seed = 0, factor = 1, and another"),
+    ],
+)
+def test_a_line_that_is_no_result_is_named(tmp_path: Path, line, message: str):
+    first = {"seed": 0, "factor": 1, "losses": [1.5, None]}
+    second = line if isinstance(line, str) else json.dumps(line)
+    (tmp_path / "parts.jsonl").write_text(f"{json.dumps(first)}\n{second}\n")
+    with pytest.raises(UserError, match=rf"parts\.jsonl:? {message}"):
+        Results(tmp_path, "parts.jsonl", Part, PartRecord)
+
+
+def test_a_line_that_stands_there_twice_is_one_result(tmp_path: Path):
+    line = json.dumps({"seed": 0, "factor": 1, "losses": [1.5]}) + "\n"
+    (tmp_path / "parts.jsonl").write_text(2 * line)
+    assert list(Results(tmp_path, "parts.jsonl", Part, PartRecord).records) == [Part(0, 1)]
 
 
 def test_settings_that_change_the_meaning_are_named(tmp_path: Path):
