@@ -98,7 +98,7 @@ def _task(run: Run, data: TextData | None) -> tuple[Task, int]:
     with user_values():
         model = given["model"].for_platform(jax.default_backend())
         task = given["task"](data=given.get("data", data), model=model)
-    if data is None and task.data.fingerprint != run.info["fixed"]["data"]:
+    if data is None and task.data.fingerprint != run.info.get("fixed", {}).get("data"):
         raise UserError(f"the data of {run.folder} are not what they were when it trained: name files with --data")
     return task, given["evaluation_examples"]
 
@@ -109,7 +109,7 @@ def _sets(folder: Path, words: Sequence[str], field: str) -> TextData:
     for word in words:
         name, _, path = word.partition("=") if re.match(r"[A-Za-z][\w-]*=", word) else ("data", "", word)
         paths.setdefault(name, []).append(path)
-    length, tokenizer = read_run(folder).info["sequence_length"], folder / "tokenizer.json"
+    length, tokenizer = read_run(folder).said("sequence_length"), folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise UserError(f"{folder} has no tokenizer.json, so that it can't read files: leave --data out")
     try:

@@ -1,31 +1,21 @@
 """A run folder, read back."""
 
-import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from crescendo.experiments.runs.records import (
-    TRAIN_COLUMNS,
-    VALIDATION_COLUMNS,
-    Columns,
-    Gap,
-    Record,
-    began_at,
-    gaps,
-    read_records,
-)
-from crescendo.experiments.runtime.encoding import read_text
+from crescendo.experiments.runs import kinds
+from crescendo.experiments.runs.info import read_info
+from crescendo.experiments.runs.records import Columns, Gap, Record, began_at, gaps, read_records
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import file_access
+from crescendo.experiments.runtime.files import read_file
+from crescendo.experiments.runtime.text import visible
 
 
 def last_validation(folder: Path) -> dict:
     """The newest validation record of a run."""
-    records = [record for record in read_records(folder / "metrics.jsonl") if record["kind"] == "validation"]
+    path = folder / "metrics.jsonl"
+    records = kinds.of_kind(read_records(path), "validation", path)
     if not records:
         raise UserError(f"{folder} has no validation yet: let it train to its end, or raise train.total_examples")
     return records[-1]
@@ -61,9 +51,20 @@ class Run:
         """What is counted beside examples: "token", "image"."""
         return str(self.info.get("unit", "token"))
 
+    def said(self, name: str) -> Any:
+        """What `run.json` says of something that it need not say.
+
+        Raises:
+          UserError: where it doesn't.
+        """
+        if name not in self.info:
+            raise UserError(f"{self.folder / 'run.json'} has no {name}: restore it, or train the run again")
+        return self.info[name]
+
     @property
     def name(self) -> str:
-        return " ".join(str(self.info["name"]).split())
+        """On one line, as it can be shown."""
+        return visible(" ".join(self.info["name"].split()))
 
 
 def read_run(folder: Path) -> Run:
@@ -75,31 +76,33 @@ def read_run(folder: Path) -> Run:
     path, config = folder / "run.json", folder / "config.gin"
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no run.json; name a folder that a training run wrote")
-    try:
-        with file_access("read", folder):
-            info = json.loads(read_text(path))
-            config_text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else ""
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); restore it or leave this run out") from None
-    if missing := {"name", "total_examples"} - set(info if isinstance(info, dict) else ()):
-        raise UserError(f"{path} has no {' and no '.join(sorted(missing))}; restore it or leave this run out")
-    records = read_records(path.with_name("metrics.jsonl"))
+    info: dict[str, Any] = {**read_info(path)}
+    metrics = path.with_name("metrics.jsonl")
+    records = read_records(metrics)
     unit = f"{info.get('unit', 'token')}s_"
+    columns = {}
+    for kind in kinds.COLUMNS:
+        found = kinds.columns([record for record in records if record["kind"] == kind], kind, metrics)
+        columns[kind] = _with_units(found, unit)
+        kinds.check_columns(columns[kind], kind, metrics)
+    for kind in kinds.EVENTS:
+        kinds.of_kind(records, kind, metrics)
     return Run(
         folder=folder,
         info=info,
-        config=config_text,
-        train=_columns([_with_units(r, unit) for r in records if r["kind"] == "train"], TRAIN_COLUMNS),
-        validation=_columns([_with_units(r, unit) for r in records if r["kind"] == "validation"], VALIDATION_COLUMNS),
-        events=[r for r in records if r["kind"] not in ("train", "validation", "time")],
+        config=read_file(config).decode(errors="replace") if config.exists() else "",
+        train=columns["train"],
+        validation=columns["validation"],
+        events=[r for r in records if r["kind"] not in (*kinds.COLUMNS, "time")],
         time=next((r for r in reversed(records) if r["kind"] == "time"), {}),
         gaps=gaps(records, begin=began_at(info.get("fixed"))),
     )
 
 
-def _with_units(record: Record, unit: str) -> dict[str, Any]:
-    """The record with what its names call by the run's unit also under `units_`."""
-    return {**record, **{f"units_{name.removeprefix(unit)}": x for name, x in record.items() if name.startswith(unit)}}
+def _with_units(columns: Columns, unit: str) -> Columns:
+    """The columns with what their names call by the run's unit also under `units_`."""
+    named = {f"units_{name.removeprefix(unit)}": values for name, values in columns.items() if name.startswith(unit)}
+    return columns | named
 
 
 def is_complete(folder: Path) -> bool:
@@ -108,14 +111,3 @@ def is_complete(folder: Path) -> bool:
         return False
     run = read_run(folder)
     return bool(len(run.validation["loss"])) and run.validation["examples_seen"][-1] >= run.info["total_examples"]
-
-
-def _columns(records: list[dict[str, Any]], names: tuple[str, ...]) -> Columns:
-    """The records' numbers by name, each an array with one value per record."""
-    every = dict.fromkeys((*names, *(name for record in records for name in record)))
-    columns = {name: [record.get(name) for record in records] for name in every}
-    return {
-        name: np.array([math.nan if value is None else value for value in values])
-        for name, values in columns.items()
-        if all(value is None or isinstance(value, int | float) for value in values)
-    }

@@ -21,6 +21,7 @@ from rich.text import Text
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.configs import own_modules
 from crescendo.experiments.reports.write import Points, write_report
+from crescendo.experiments.runs import kinds
 from crescendo.experiments.runs.records import read_records
 from crescendo.experiments.runs.run import is_complete
 from crescendo.experiments.runtime.errors import UserError
@@ -62,7 +63,8 @@ def command(
 
 def losses(run: Path) -> list[tuple[int, float]]:
     """The validation losses of a run so far, with the examples seen."""
-    records = [record for record in read_records(run / "metrics.jsonl") if record["kind"] == "validation"]
+    path = run / "metrics.jsonl"
+    records = kinds.of_kind(read_records(path), "validation", path)
     return [(record["examples_seen"], finite_loss(record["loss"])) for record in records]
 
 
@@ -80,9 +82,10 @@ class Outcomes:
 
     def put(self, point: Point, status: str, why: str = "") -> None:
         """Records a point's status: waiting, running, done, pruned, failed (and why), interrupted."""
-        records = read_records(self.folder / point.name / "metrics.jsonl")
-        seen = [finite_loss(record["loss"]) for record in records if record["kind"] == "validation"]
-        times = [record["wall_seconds"] for record in records if record["kind"] == "time"]
+        path = self.folder / point.name / "metrics.jsonl"
+        records = read_records(path)
+        seen = [finite_loss(record["loss"]) for record in kinds.of_kind(records, "validation", path)]
+        times = [record["wall_seconds"] for record in kinds.of_kind(records, "time", path)]
         self.rows[point.name] = {
             "status": status,
             "values": point.values,

@@ -338,7 +338,28 @@ def test_new_numbers_become_columns_and_other_values_do_not(run_folder: Path):
         (None, "is not a run folder: it has no run.json"),
         ('{"name": "x"', "run.json is damaged"),
         ('{"name": "x"}', "run.json has no total_examples"),
-        ("[]", "run.json has no name and no total_examples"),
+        ("[]", r"run.json: \[\]: input should be an object"),
+        ('{"name": 3, "total_examples": 8}', "run.json: name = 3: input should be a valid string"),
+        (
+            '{"name": "x", "total_examples": 0}',
+            "run.json: total_examples = 0: input should be greater than or equal to 1",
+        ),
+        ('{"name": "x", "total_examples": 8.0}', "run.json: total_examples = 8.0: input should be a valid integer"),
+        ('{"name": "x", "total_examples": 8, "total_examples": 9}', "run.json has 'total_examples' twice"),
+        ('{"name": "x", "total_examples": 8, "unit": "a b"}', "run.json: unit = 'a b': string should match pattern"),
+        (
+            '{"name": "x", "total_examples": 8, "flops_per_token": "6"}',
+            "flops_per_token = '6' must be a number of at least 0",
+        ),
+        (
+            '{"name": "x", "total_examples": 8, "fixed": {"model": []}}',
+            r"fixed.model = \[\]: input should be an object",
+        ),
+        (
+            '{"name": "x", "total_examples": 8, "fixed": {"arrays": {"a": "float32[-1]"}}}',
+            r"arrays.a = 'float32\[-1\]'",
+        ),
+        ('{"name": "x", "more": ' + "[" * 100_000, r"run.json is damaged \(invalid JSON: recursion limit exceeded"),
     ],
 )
 def test_what_is_no_run_is_a_clear_error(tmp_path: Path, content: str | None, message: str):
@@ -346,6 +367,54 @@ def test_what_is_no_run_is_a_clear_error(tmp_path: Path, content: str | None, me
         (tmp_path / "run.json").write_text(content)
     with pytest.raises(UserError, match=f"{tmp_path}.*{message}"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("train", {"loss": "low"}, "train records: loss is no number in one of them"),
+        ("train", {"loss": True}, "train records: loss is no number in one of them"),
+        ("train", {"loss": 10**400}, "train records: loss is no number in one of them"),
+        ("train", {"learning_rate": [1e-3]}, "train records: learning_rate is no number in one of them"),
+        ("train", {"batch_size": 8.0}, "train records: batch_size is missing or no whole number in one of them"),
+        ("train", {"step": None}, "train records: step is missing or no whole number in one of them"),
+        ("train", {"step": 2**70}, "train records: step is no number in one of them"),
+        ("train", {"batch_size": 0}, "train record 3: batch_size = 0 must be a whole number of at least 1"),
+        ("train", {"microbatches": 1.5}, "train record 3: microbatches = 1.5 must be a whole number of at least 1"),
+        ("train", {"tokens_seen": -3}, "train record 3: units_seen = -3 must be a whole number of at least 0"),
+        ("train", {"seconds": -0.5}, "train record 3: seconds = -0.5 must be at least 0"),
+        ("train", {"gradient_norm": 1.7e308}, r"train record 3: gradient_norm = 1.7e\+308 is beyond 1e\+300"),
+        ("validation", {"loss": {}}, "validation records: loss is no number in one of them"),
+        (
+            "validation",
+            {"examples_seen": 96},
+            "validation record 3: examples_seen = 64 lies before that of the record b",
+        ),
+        ("batch_size", {"to": "16"}, "batch_size records: 0.to = '16': input should be a valid integer"),
+        ("batch_size", {"reason": None}, "batch_size records: 0.reason = None: input should be a valid string"),
+        ("warning", {"message": ["x"]}, r"warning records: 0.message = \['x'\]: input should be a valid string"),
+        ("warning", {"step": -1}, "warning records: 0.step = -1: input should be greater than or equal to 0"),
+        ("sample", {"text": 3}, "sample records: 0.text = 3: input should be a valid string"),
+        ("time", {"wall_seconds": "1"}, "time records: 0.wall_seconds = '1': input should be a valid number"),
+    ],
+)
+def test_a_record_that_is_none_of_its_kind_is_named(run_folder: Path, kind: str, change: dict, message: str):
+    at = {"step": 8, "examples_seen": 64, "tokens_seen": 8192, "seconds": 0.1}
+    spent = {f"{part}_seconds": 0.1 for part in ("wall", "compile", "evaluation", "saving", "lost")}
+    more = [
+        {"kind": "sample", **at, "prompt": "a", "text": "b"},
+        {"kind": "time", **at, **spent},
+        {"kind": "probe", **at, "of": "a probe's own", "norm": 1.0},
+        {"kind": "validation", **at, "loss": 1.0},
+    ]
+    records = [*all_records(8), *more]
+    write(run_folder / "metrics.jsonl", records)
+    read_run(run_folder)
+    of_kind = [record for record in records if record["kind"] == kind]
+    of_kind[min(2 if kind == "train" else 1, len(of_kind) - 1)] |= change
+    write(run_folder / "metrics.jsonl", records)
+    with pytest.raises(UserError, match=rf"metrics\.jsonl: {message}"):
+        read_run(run_folder)
 
 
 def masked(data: bytes) -> int:
