@@ -1,7 +1,7 @@
 """Decoders in the format of Hugging Face's transformers: Llama, or Qwen3 where queries and keys are normalised.
 
-The two differ from each other in that alone, and from `crescendo.models` in names and in the layout of matrices: theirs
-are outputs x inputs, one tensor a layer, with a head's rows together.
+They differ from `crescendo.models` in names and in the layout of matrices: theirs are outputs x inputs, one tensor a
+layer, with a head's rows together.
 """
 
 import dataclasses
@@ -9,159 +9,28 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import typeguard
+from pydantic import Field
 
-from crescendo.experiments.runtime.encoding import read_text
+from crescendo.experiments.runs.hf_config import hf_config, model_config
+from crescendo.experiments.runtime import schemas
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access
+from crescendo.experiments.runtime.text import visible
 from crescendo.models import ModelConfig
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-# What a folder may ask for that the decoder here doesn't do, by the value that means nothing is asked for.
-WRITTEN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "use_sliding_window": False}
-PLAIN = WRITTEN | {
-    "attention_dropout": 0.0,
-    "layer_types": None,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-    "rope_interleaved": False,
-    "rope_type": "default",
-}
-# What the decoder is made of.
-READ = {
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "tie_word_embeddings"),
-}
-# What says nothing of its function: where it comes from, how it is loaded, initialised and generated with. A width of
-# sliding windows is one, since they aren't used.
-NO_FUNCTION = {
-    *("_name_or_path", "architectures", "transformers_version", "transformers.js_config", "torch_dtype", "dtype"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "max_position_embeddings", "initializer_range"),
-    *("use_cache", "pretraining_tp", "sliding_window", "max_window_layers", "is_llama_config", "unsloth_version"),
-    *("attn_implementation", "_attn_implementation_autoset", "return_dict", "output_attentions"),
-    *("output_hidden_states", "torchscript", "auto_map"),
-}
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
+MOST_HEADER_BYTES = 100_000_000
 INDEX = "model.safetensors.index.json"
 
 
-def hf_config(config: ModelConfig, *, end_of_text: int, max_length: int) -> dict[str, Any]:
-    """The content of `config.json`.
+class _Index(schemas.Schema):
+    """Which file of the folder holds which tensor, where weights are in several."""
 
-    Args:
-      config: the decoder.
-      end_of_text: the token before and after each document.
-      max_length: the longest row trained on.
-
-    Raises:
-      UserError: for a decoder that neither format can hold.
-
-    >>> hf_config(ModelConfig(), end_of_text=256, max_length=128)["model_type"]
-    'qwen3'
-    """
-    if config.logit_soft_cap is not None:
-        raise UserError(
-            f"model.logit_soft_cap = {config.logit_soft_cap}: neither Llama nor Qwen3 caps its logits; "
-            "only a model trained with None can be exported"
-        )
-    kind = "qwen3" if config.qk_norm else "llama"
-    return {
-        "architectures": [ARCHITECTURES[kind]],
-        "model_type": kind,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "rms_norm_eps": config.norm_epsilon,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "tie_word_embeddings": config.tied_head,
-        "max_position_embeddings": max_length,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "torch_dtype": "float32",
-        **WRITTEN,
-    }
-
-
-def model_config(content: Mapping[str, Any], origin: str) -> ModelConfig:
-    """The decoder that a `config.json` describes.
-
-    Raises:
-      UserError: for another architecture, a feature that the decoder here lacks, or a setting that it doesn't know;
-        the message names it.
-
-    >>> model_config(hf_config(ModelConfig(), end_of_text=256, max_length=128), "config.json") == ModelConfig(
-    ...     head_width=32
-    ... )
-    True
-    """
-    kind = content.get("model_type")
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise UserError(f"{origin}: model_type = {kind!r} can't be imported; {' and '.join(ARCHITECTURES)} can")
-    content = _settings(content, origin)
-    _check_used(content, origin)
-    heads: Any = content.get("num_attention_heads")
-    # Qwen3's heads are 128 wide unless the file says otherwise.
-    head_width = content.get("head_dim") or (128 if kind == "qwen3" else None)
-    try:
-        config = ModelConfig(
-            vocab_size=content["vocab_size"],
-            width=content["hidden_size"],
-            layers=content["num_hidden_layers"],
-            heads=content["num_attention_heads"],
-            kv_heads=content.get("num_key_value_heads", heads),
-            mlp_width=content["intermediate_size"],
-            head_width=head_width or content["hidden_size"] // heads,
-            qk_norm=kind == "qwen3",
-            tied_head=content.get("tie_word_embeddings", False),
-            rope_theta=float(content.get("rope_theta", 10_000.0)),
-            norm_epsilon=content["rms_norm_eps"],
-        )
-        for field in dataclasses.fields(config):
-            typeguard.check_type(getattr(config, field.name), field.type)
-    except KeyError as missing:
-        raise UserError(f"{origin} has no {missing}: is it the config.json of a {kind} model?") from None
-    except typeguard.TypeCheckError as error:
-        raise UserError(f"{origin}: {field.name} = {getattr(config, field.name)!r:.99}: {error}") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{origin}: {error}") from None
-    return config
-
-
-def _settings(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """What a file asks for, without what is null; the rotary settings of all places where files have them, together."""
-    settings = {name: value for name, value in content.items() if value is not None}
-    layers = settings.get("layer_types")
-    if isinstance(layers, list) and all(layer == "full_attention" for layer in layers):
-        del settings["layer_types"]
-    for place in ("rope_parameters", "rope_scaling"):
-        rotary = settings.pop(place, {})
-        if not isinstance(rotary, Mapping):
-            raise UserError(f"{origin}: {place} = {rotary!r} is no object")
-        for name, value in rotary.items():
-            name = "rope_type" if name == "type" else name
-            if value is not None and settings.setdefault(name, value) != value:
-                raise UserError(f"{origin}: {name} is both {settings[name]!r} and {value!r}: leave the right one")
-    return settings
-
-
-def _check_used(settings: Mapping[str, Any], origin: str) -> None:
-    """That every setting is one that the decoder has, or one that changes nothing."""
-    for name, value in settings.items():
-        if name in PLAIN and value != PLAIN[name]:
-            raise UserError(f"{origin}: {name} = {value!r:.99} can't be imported; the decoder here has {PLAIN[name]!r}")
-        if name not in PLAIN.keys() | READ | NO_FUNCTION:
-            raise UserError(
-                f"{origin}: {name} = {value!r:.99} is not known to the decoder here: remove it from the file if the "
-                "model is the same without it"
-            )
+    metadata: dict[str, Any] | None = None
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/\\]+\.safetensors$")]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,26 +162,6 @@ def write_folder(folder: Path, config: ModelConfig, parameters: Mapping, tokeniz
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
-def _files_of_index(folder: Path) -> set[str]:
-    """The files that hold the weights, where these are several and a list of them is there."""
-    if not (folder / INDEX).is_file():
-        return set()
-    try:
-        return set(_read_object(folder / INDEX)["weight_map"].values())
-    except (KeyError, AttributeError, TypeError):
-        raise UserError(f"{folder / INDEX} has no weight_map of tensors' names to files' names") from None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no object: is it that of a model?")
-    return content
-
-
 def read_config(folder: Path) -> ModelConfig:
     """The decoder of a folder.
 
@@ -322,39 +171,82 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json: name a folder in Hugging Face's format")
-    return model_config(_read_object(path), str(path))
+    return model_config(schemas.read(path, dict[str, Any]), str(path))
 
 
 def read_parameters(folder: Path, config: ModelConfig) -> dict:
     """The parameters of a folder, of one safetensors file or several.
 
     Raises:
-      UserError: if there are none, one of several is missing, they are no floating-point numbers, or they don't fit the
-        configuration.
+      UserError: if there are none, one of several is missing, they are no finite floating-point numbers, or they don't
+        fit the configuration or the index.
     """
-    from safetensors import SafetensorError, safe_open
-
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} has no .safetensors file: other formats of weights can't be imported")
-    if missing := sorted(_files_of_index(folder) - {path.name for path in files}):
+    index = _read_index(folder)
+    if missing := sorted(set((index or {}).values()) - {path.name for path in files}):
         raise UserError(
             f"{folder} lacks {', '.join(missing[:3])}, which its {INDEX} names: copy all of its files there"
         )
     tensors: dict[str, np.ndarray] = {}
     for path in files:
+        for name, array in _read_tensors(path):
+            if name in tensors:
+                raise UserError(f"{path}: {name} is in another file too: leave one of them in {folder}")
+            if index is not None and index.get(name) != path.name:
+                raise UserError(f"{path}: {name} isn't where {INDEX} says: restore both")
+            tensors[name] = array
+    if lacking := sorted((index or {}).keys() - tensors.keys()):
+        raise UserError(f"{folder} has no tensor {lacking[0]}, which its {INDEX} names: restore its files")
+    return model_parameters(config, tensors, str(folder))
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """The file of each tensor; None where the folder has no list of them."""
+    path = folder / INDEX
+    return schemas.read(path, _Index).weight_map if path.exists() else None
+
+
+def _check_header(path: Path) -> None:
+    """That the header of a file of safetensors, behind its length in 8 bytes, names no tensor twice."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size <= MOST_HEADER_BYTES:  # beyond that safetensors refuses it
+            schemas.parse(file.read(min(size, path.stat().st_size)), dict[str, Any], f"{path}: its header")
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether all numbers are; a sum shows it three times as fast, where it doesn't overflow."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(array.sum()) or np.isfinite(array).all())
+
+
+def _read_tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a file, float32.
+
+    Raises:
+      UserError: for a file that is none or is damaged, and for numbers that aren't floating-point or finite.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with file_access("read", path):
+        if not path.is_file():
+            raise UserError(f"{path} is no file that can be read to its end: give a regular file")
+        _check_header(path)
         try:
-            with file_access("read", path), safe_open(path, framework="flax") as file:
+            with safe_open(path, framework="flax") as file:
                 for name in file.keys():  # noqa: SIM118
+                    where = f"{path}: {visible(name)}"
                     if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
                         raise UserError(
-                            f"{path}: {name} is in {kind}: quantized weights can't be imported; save them in one of "
+                            f"{where} is in {kind}: quantized weights can't be imported; save them in one of "
                             f"{', '.join(FLOATS)}"
                         )
-                    if name in tensors:
-                        raise UserError(f"{path}: {name} is in another file too: leave one of them in {folder}")
                     # JAX's array: NumPy has no bfloat16 of its own.
-                    tensors[name] = np.asarray(file.get_tensor(name), np.float32)
+                    array = np.asarray(file.get_tensor(name), np.float32)
+                    if not _is_finite(array):
+                        raise UserError(f"{where} holds numbers that aren't finite: restore the file")
+                    yield name, array
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error})") from None
-    return model_parameters(config, tensors, str(folder))

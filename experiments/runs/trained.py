@@ -11,7 +11,9 @@ from crescendo.experiments.data.tokenizer import SubwordTokenizer
 from crescendo.experiments.runs import hf
 from crescendo.experiments.runs.checkpoint import Checkpoints
 from crescendo.experiments.runs.run import read_run
+from crescendo.experiments.runtime import schemas
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.files import to_json
 from crescendo.models import ModelConfig
 
 Tree = Any
@@ -66,19 +68,32 @@ def load(folder: Path, at: int | None = None) -> Trained:
         parameters, max_length, examples_seen = hf.read_parameters(folder, config), None, None
     else:
         run = read_run(folder)
-        try:
-            config = ModelConfig(**run.info["fixed"]["model"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder / 'run.json'} doesn't describe a decoder ({error})") from None
+        config = decoder(run.info.get("fixed", {}).get("model", {}), f"{folder / 'run.json'}: fixed.model")
+        max_length = run.said("sequence_length")
         here = config.for_platform(jax.default_backend())
         shapes = jax.eval_shape(lambda: models.initialize(here, jax.random.key(0)))
         parameters, examples_seen = saved_parameters(folder, shapes, at)
-        max_length = run.info["sequence_length"]
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{folder} has no tokenizer.json; copy there the one that the model was trained with")
     here = dataclasses.replace(config, dtype=None, scan_layers=None).for_platform(jax.default_backend())
     return Trained(here, parameters, SubwordTokenizer.load(path), max_length, examples_seen)
+
+
+def decoder(fields: dict[str, Any], where: str) -> ModelConfig:
+    """The decoder that a run's `run.json` describes.
+
+    Args:
+      fields: of it.
+      where: they stand, for messages.
+
+    Raises:
+      UserError: for fields that are none of a decoder's.
+    """
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    if not fields or (others := sorted(fields.keys() - known)):
+        raise UserError(f"{where} doesn't describe a decoder{f': it has {others[0]!r:.60}' if fields else ''}")
+    return schemas.parse(to_json(fields), ModelConfig, where, way_on="restore the file")
 
 
 def saved_parameters(folder: Path, shapes: Tree, at: int | None = None) -> tuple[dict, int]:

@@ -1,7 +1,7 @@
 """The state that a run begins with: random, from a trained model, or of another run's checkpoint."""
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.trainer.session import Session
-from crescendo.experiments.trainer.shapes import describe_arrays
+from crescendo.experiments.trainer.shapes import describe_arrays, described_array
 
 Tree = Any
 
@@ -30,13 +30,22 @@ def fresh_state(session: Session, initialize_from: str | None = None) -> TrainSt
         return session.fresh_state()
     (folder, at), wanted = trained.named(initialize_from), session.abstract_state.parameters
     if (folder / "run.json").is_file():
-        parameters, _ = trained.saved_parameters(folder, _stored_shapes(folder, wanted, initialize_from), at)
+        arrays = read_run(folder).info.get("fixed", {}).get("arrays", {})
+        shapes = stored_shapes(arrays, wanted, f"train.initialize_from = {initialize_from!r}")
+        parameters, _ = trained.saved_parameters(folder, shapes, at)
     else:
         parameters = trained.load(folder, at).parameters
+
+    tokens = getattr(session.task.data, "vocab_size", 0)
 
     def fit(path, have, want):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         have = np.asarray(have)
+        if name in ("embedding.table", "head.table") and len(have) < tokens:
+            raise UserError(
+                f"train.initialize_from = {initialize_from!r}: its {name} has {len(have):,} rows, and the data's "
+                f"tokenizer {tokens:,} tokens: read the data with the model's own tokenizer"
+            )
         if name in ("embedding.table", "head.table") and have.shape[1:] == want.shape[1:]:
             more = max(0, want.shape[0] - have.shape[0])
             have = np.pad(have[: want.shape[0]], ((0, more), (0, 0)))
@@ -87,16 +96,27 @@ def _paths(tree: dict) -> list[str]:
     return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def _stored_shapes(folder: Path, wanted: Tree, initialize_from: str) -> Tree:
-    """The shapes of a run's parameters, as its `run.json` has them, in a tree like `wanted`."""
-    arrays = read_run(folder).info.get("fixed", {}).get("arrays", {})
+def stored_shapes(arrays: Mapping[str, str], wanted: Tree, where: str) -> Tree:
+    """The shapes of a run's parameters in a tree like `wanted`.
+
+    Args:
+      arrays: of the run's state, as its `run.json` has them (`shapes.describe_arrays`).
+      wanted: the shapes of a model's parameters.
+      where: the run comes from, for messages.
+
+    Raises:
+      UserError: for parameters that aren't those of `wanted`, whatever their shapes.
+    """
     prefix = ".parameters"
     stored = {name.removeprefix(prefix): text for name, text in arrays.items() if name.startswith(prefix)}
     if stored.keys() != {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(wanted)}:
-        raise UserError(f"train.initialize_from = {initialize_from!r} {_OTHER_PARAMETERS}")
+        raise UserError(f"{where} {_OTHER_PARAMETERS}")
 
     def shape(path, _) -> jax.ShapeDtypeStruct:
-        dtype, _, sizes = stored[jax.tree_util.keystr(path)].rstrip("]").partition("[")
-        return jax.ShapeDtypeStruct(tuple(int(size) for size in sizes.split(",") if size.strip()), dtype)
+        name = jax.tree_util.keystr(path)
+        try:
+            return described_array(stored[name])
+        except (ValueError, TypeError):
+            raise UserError(f"{where}: its run.json has no shape of {name}: {stored[name]!r:.60}") from None
 
     return jax.tree.map_with_path(shape, wanted)

@@ -29,7 +29,7 @@ from crescendo.experiments.runs import hf, trained
 from crescendo.experiments.runs.generation import generate, stream
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.trainer.session import Session, session_options
-from crescendo.experiments.trainer.starting import fresh_state
+from crescendo.experiments.trainer.starting import fresh_state, stored_shapes
 from crescendo.experiments.trainer.training import train
 from crescendo.models import ModelConfig
 from crescendo.models.decode import decode, empty_cache, sample
@@ -101,10 +101,26 @@ def test_a_model_comes_back_from_the_format_as_it_was(config):
         ({"model_type": ["llama"]}, r"model_type = \['llama'\] can't be imported"),
         ({"layer_types": 3}, "layer_types = 3 can't be imported"),
         ({"num_attention_heads": "four"}, "config.json: "),
-        ({"num_hidden_layers": 3.0}, r"config.json: layers = 3\.0: .* is not .*int"),
-        ({"tie_word_embeddings": "false"}, "config.json: tied_head = 'false': .* is not .*bool"),
-        ({"rms_norm_eps": "1e-6"}, "config.json: "),
-        ({"rope_theta": math.nan}, "config.json: rope_theta = nan must be above 0"),
+        ({"num_hidden_layers": 3.0}, r"config.json: num_hidden_layers = 3\.0: input should be a valid integer"),
+        ({"num_hidden_layers": True}, "config.json: num_hidden_layers = True: input should be a valid integer"),
+        ({"hidden_size": 2**62}, "hidden_size = 4611686018427387904: input should be less than or equal to 16777216"),
+        ({"hidden_size": -128}, "hidden_size = -128: input should be greater than or equal to 1"),
+        ({"vocab_size": math.nan}, "vocab_size = nan: input should be a valid integer"),
+        ({"head_dim": 0}, "head_dim = 0: input should be greater than or equal to 1"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false': input should be a valid boolean"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings = 0: input should be a valid boolean"),
+        ({"attention_bias": 0}, "attention_bias = 0 can't be imported; the decoder here has False"),
+        ({"rms_norm_eps": "1e-6"}, "config.json: rms_norm_eps = '1e-6': input should be a valid number"),
+        ({"rope_theta": math.nan}, "config.json: rope_theta = nan: input should be a finite number"),
+        ({"rope_theta": True}, "config.json: rope_theta = True: input should be a valid number"),
+        ({"eos_token_id": [0, -1]}, r"config.json: eos_token_id: \[0, -1\] is no token's number"),
+        ({"max_position_embeddings": "many"}, "max_position_embeddings = 'many': input should be a valid integer"),
+        ({"auto_map": {"AutoModel": "mine.Model"}}, "auto_map = .* can't be imported"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "architectures = .* can't be imported; Qwen3ForCausalLM",
+        ),
+        ({"text_config": {"hidden_size": 64}}, "text_config = {'hidden_size': 64} is not known to the decoder here"),
         ({"num_key_value_heads": 3}, "heads = 4 must be a multiple of kv_heads = 3"),
     ],
 )
@@ -199,6 +215,82 @@ def test_weights_are_floats_of_16_bits_or_more(tmp_path, dtype, taken):
             hf.read_parameters(tmp_path, config)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_that_are_not_finite_are_named(tmp_path, value, dtype):
+    from safetensors.flax import save_file
+
+    config = dataclasses.replace(SHAPES[0], layers=1)
+    tensors = {name: jnp.asarray(array, dtype) for name, array in tensors_of_ones(config).items()}
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].at[7, 5].set(value)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=rf"model\.safetensors: {name} holds numbers that aren't finite"):
+        hf.read_parameters(tmp_path, config)
+
+
+def test_a_tensor_twice_in_a_header_is_refused(tmp_path):
+    tensor = '{"dtype": "F32", "shape": [4], "data_offsets": [%d, %d]}'
+    header = f'{{"a": {tensor % (16, 32)}, "b": {tensor % (16, 32)}, "a": {tensor % (0, 16)}}}'.encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(32))
+    with pytest.raises(UserError, match=r"model\.safetensors: its header has 'a' twice in one object"):
+        hf.read_parameters(tmp_path, SHAPES[0])
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 2**40, 2**63])
+def test_a_header_whose_length_lies_is_refused(tmp_path, size):
+    (tmp_path / "model.safetensors").write_bytes(size.to_bytes(8, "little") + b'{"a": {}}')
+    with pytest.raises(UserError, match=r"model\.safetensors.* is damaged"):
+        hf.read_parameters(tmp_path, SHAPES[0])
+
+
+def test_weights_whose_sum_overflows_are_finite(tmp_path):
+    from safetensors.numpy import save_file
+
+    config = dataclasses.replace(SHAPES[0], layers=1)
+    save_file({name: 3e38 * array for name, array in tensors_of_ones(config).items()}, tmp_path / "model.safetensors")
+    assert hf.read_parameters(tmp_path, config)["final_norm"]["scale"][0] == np.float32(3e38)
+
+
+def test_files_that_are_none_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors is no file that can be read to its end"):
+        hf.read_parameters(tmp_path, SHAPES[0])
+    os.mkfifo(tmp_path / hf.INDEX)
+    with pytest.raises(UserError, match=rf"{hf.INDEX} is no file that can be read to its end"):
+        hf.read_parameters(tmp_path, SHAPES[0])
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        hf.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 2.0}, "run.json: layers = 2.0: input should be a valid integer"),
+        ({"layers": True}, "run.json: layers = True: input should be a valid integer"),
+        ({"layers": 0}, "run.json: layers = 0: input should be greater than"),
+        ({"width": 2**62}, "run.json: width = 4611686018427387904: input should be less than"),
+        ({"rope_theta": math.nan}, "run.json: rope_theta = None: input should be a valid number"),
+        ({"colour": 3}, "run.json doesn't describe a decoder: it has 'colour'"),
+    ],
+)
+def test_a_run_that_describes_no_decoder_is_refused(change, message):
+    fields = json.loads(json.dumps(SHAPES[1].identity))
+    assert trained.decoder(fields, "run.json").identity == SHAPES[1].identity
+    with pytest.raises(UserError, match=message):
+        trained.decoder(fields | change, "run.json")
+    with pytest.raises(UserError, match=r"run\.json doesn't describe a decoder$"):
+        trained.decoder({}, "run.json")
+
+
+@pytest.mark.parametrize("text", ["float32[8, x]", "floaty[8]", "float32[-1]", "float32[9223372036854775808]", ""])
+def test_arrays_that_run_json_does_not_describe_are_refused(text):
+    wanted = {"a": jax.ShapeDtypeStruct((8, 4), jnp.float32)}
+    assert stored_shapes({".parameters['a']": "bfloat16[8, 2]"}, wanted, "run")["a"].shape == (8, 2)
+    with pytest.raises(UserError, match=r"run: its run\.json has no shape of \['a'\]"):
+        stored_shapes({".parameters['a']": text}, wanted, "run")
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [
@@ -206,9 +298,15 @@ def test_weights_are_floats_of_16_bits_or_more(tmp_path, dtype, taken):
             {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}},
             r"lacks two\.safetensors, which its model\.saf",
         ),
-        ({"weight_map": ["one.safetensors"]}, r"index\.json has no weight_map"),
+        (
+            {"weight_map": ["one.safetensors"]},
+            r"index\.json: weight_map = \['one\.safetensors'\]: input should be an obj",
+        ),
+        ({"weight_map": {"a": "../one.safetensors"}}, r"index\.json: weight_map\.a = '\.\./one\.safetensors': "),
+        ({"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}, "has no tensor b, which its model.saf"),
+        ({"weight_map": {}}, r"one\.safetensors: a isn't where model\.safetensors\.index\.json says"),
         ({}, r"index\.json has no weight_map"),
-        ([], r"index\.json holds no object"),
+        ([], r"index\.json: \[\]: input should be an object"),
     ],
 )
 def test_a_part_that_is_missing_is_named(tmp_path, index, message):
@@ -301,6 +399,19 @@ def test_another_shape_is_refused(run, small_bindings):
         configurables.bind(train, ["debug.gin"], start, own=small_bindings)
         with pytest.raises(UserError, match=message):
             fresh_state(Session(**session_options(configurables.arguments(train))), str(run[0]))
+
+
+def test_a_table_with_fewer_rows_than_tokens_is_refused(small_bindings, tmp_path):
+    config = ModelConfig(vocab_size=100, width=16, layers=1, heads=2, kv_heads=1, mlp_width=32)
+    shapes = jax.eval_shape(lambda: models.initialize(config.for_platform("cpu"), jax.random.key(0)))
+    parameters = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
+    hf.write_folder(tmp_path, config, parameters, trained.SubwordTokenizer.load(bytes_file(tmp_path)), max_length=8)
+    configurables.bind(train, ["debug.gin"], own=[*small_bindings, "model.head_width = 8"])
+    session = Session(**session_options(configurables.arguments(train)))
+    with pytest.raises(
+        UserError, match=r"its embedding\.table has 100 rows, and the data's tokenizer 257 tokens: read"
+    ):
+        fresh_state(session, str(tmp_path))
 
 
 def test_folders_that_hold_no_model_are_refused(tmp_path):
