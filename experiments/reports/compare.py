@@ -144,8 +144,9 @@ def _group_seeds(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     """Arms by name: the runs that share a name up to the seed; a lone run keeps its whole name."""
     groups: dict[tuple[str, bool], list[Run]] = {}
     for run in runs:
-        seed = re.fullmatch(r"(.+?)[-_ ,./]*seed[-_=]?\d+", run.name)
-        groups.setdefault((seed[1], True) if seed else (run.name, False), []).append(run)
+        seed = re.fullmatch(r"(.+)seed[-_=]?\d+", run.name)
+        name = seed and (seed[1].rstrip("-_ ,./") or seed[1])
+        groups.setdefault((name, True) if name else (run.name, False), []).append(run)
     return [(name if len(group) > 1 else group[0].name, group) for (name, _), group in groups.items()]
 
 

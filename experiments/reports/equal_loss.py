@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from crescendo.experiments.reports.compare import Arm
 
@@ -50,7 +51,9 @@ def reached(arm: Arm, baseline: Arm) -> Reached:
         return float(mean[name][i - 1] + share * (mean[name][i] - mean[name][i - 1]))
 
     steps, seconds = at("step"), at("seconds")
-    return Reached(target, steps, seconds, at("units_seen"), 1 - steps / baseline.steps, 1 - seconds / baseline.seconds)
+    steps_saved = 1 - steps / baseline.steps if baseline.steps else None
+    seconds_saved = 1 - seconds / baseline.seconds if baseline.seconds else None
+    return Reached(target, steps, seconds, at("units_seen"), steps_saved, seconds_saved)
 
 
 def equal_loss_table(arms: Sequence[Arm]) -> Table:
@@ -62,7 +65,7 @@ def equal_loss_table(arms: Sequence[Arm]) -> Table:
     for arm in arms:
         at = reached(arm, arms[0])
         shown = [_shown(at.steps, ",.0f"), _shown(at.steps_saved, ".1%")]
-        table.add_row(arm.name, *shown, _shown(at.seconds, ",.1f"), _shown(at.seconds_saved, ".1%"))
+        table.add_row(Text(arm.name), *shown, _shown(at.seconds, ",.1f"), _shown(at.seconds_saved, ".1%"))
     return table
 
 

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from crescendo.experiments.reports.compare import Arm
 from crescendo.experiments.runs.records import VALIDATION_COLUMNS
 from crescendo.experiments.runs.run import Run
+from crescendo.experiments.runtime.text import visible
 
 
 def by_set(means: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -45,9 +47,11 @@ def means_table(lines: Sequence[tuple[Sequence[str], Mapping[str, float]]], firs
     for heading in first:
         table.add_column(heading, overflow="fold")
     for name in names:
-        table.add_column(headings.get(name, name.replace("_", "\n")), justify="right", no_wrap=True)
+        table.add_column(Text(headings.get(name, visible(name).replace("_", "\n"))), justify="right", no_wrap=True)
     for words, means in lines:
-        table.add_row(*words, *(f"{means[name]:.4f}" if name in means else "–" for name in names))
+        table.add_row(
+            *map(Text, map(visible, words)), *(f"{means[name]:.4f}" if name in means else "–" for name in names)
+        )
     return table
 
 

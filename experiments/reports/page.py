@@ -19,6 +19,7 @@ import numpy as np
 from plotly.offline import get_plotlyjs
 
 from crescendo.experiments.reports import charts, plots
+from crescendo.experiments.runtime.text import visible
 
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x")
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -110,6 +111,7 @@ def render(figures: Sequence[Figure], **context: Any) -> str:
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         undefined=jinja2.StrictUndefined,
         autoescape=True,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -122,6 +124,11 @@ def render(figures: Sequence[Figure], **context: Any) -> str:
         written=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         **context,
     )
+
+
+def _shown(value: Any) -> Any:
+    """What the template writes: text without what a page can't show."""
+    return visible(value) if type(value) is str else value
 
 
 def _hash(script: str) -> str:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from crescendo.experiments.reports.compare import Arm
 from crescendo.experiments.runs.run import Run
@@ -81,5 +82,5 @@ def seconds_table(arms: Sequence[Arm]) -> Table | None:
     for heading in COLUMNS[1:]:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, *numbers in rows:
-        table.add_row(name, *numbers)
+        table.add_row(Text(name), *numbers)
     return table

@@ -120,18 +120,14 @@ class Sample(NamedTuple):
     text: str
 
 
-def _visible(text: str) -> str:
-    """The text with U+FFFD for what a page can't show."""
-    return "".join(x if x.isprintable() or x in "\n\t" else "\ufffd" for x in text)
-
-
 def _samples(run: Run) -> list[Sample]:
     """The last texts of a run, the newest first."""
     records = [record for record in run.events if record["kind"] == "sample"][-_MAX_SAMPLES:]
     return [
         Sample(
             f"{record['examples_seen'] / run.info['total_examples']:.0%}",
-            *map(_visible, (record["prompt"], record["text"])),
+            record["prompt"],
+            record["text"],
         )
         for record in reversed(records)
     ]

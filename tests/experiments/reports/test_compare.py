@@ -17,7 +17,9 @@ from rich.console import Console
 
 from crescendo.experiments import report
 from crescendo.experiments.reports import charts, page, plots, seconds
-from crescendo.experiments.reports.compare import Arm, compare, comparison_table, headline
+from crescendo.experiments.reports.compare import Arm, arms_table, compare, comparison_table, headline
+from crescendo.experiments.reports.equal_loss import equal_loss_table
+from crescendo.experiments.reports.held_out import held_out_table
 from crescendo.experiments.reports.write import write_report
 from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.errors import UserError
@@ -215,6 +217,42 @@ def test_the_report_stands_alone_and_shows_what_the_table_shows(make_run: MakeRu
         picture = (page_path.parent / f"{chart.name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
     assert len(list(page_path.parent.iterdir())) == 1 + len(PLAIN_CHARTS)
+
+
+@pytest.mark.filterwarnings("error")
+def test_whatever_a_run_holds_is_text_on_the_page_and_on_the_terminal(make_run: MakeRun, tmp_path: Path):
+    """Its name, its records, its settings: no tag, no markup, no order to a terminal, one line where there was one."""
+    name = "[/b]\x1b[2J</script>\nsecond\x00\u202e line"
+    run = make_run(name, warnings=("</script><!-- [bold]\x1b[0m",), config="</td>.b1 = '<img src=x>'\n")
+    info = json.loads((run / "run.json").read_text()) | {"versions": {"<b>": "</script>"}, "device": "\x1b]0;x\x07"}
+    (run / "run.json").write_text(json.dumps(info))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    at = {"step": 500, "examples_seen": 1000, "seconds": 1.0}
+    spent = {f"{part}_seconds": 0.1 for part in ("wall", "compile", "evaluation", "saving", "lost")}
+    lines += [{"kind": "validation", **at, "loss": 1.5, "[red]</td>/loss": 2.0}, {"kind": "time", **at, **spent}]
+    lines.append({"kind": "sample", **at, "prompt": "<script>", "text": "\x1b[1m[b]"})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = "[/b]\ufffd[2J</script> second\ufffd\ufffd line"
+    assert read_run(run).name == shown
+    page_text = write_report([run], tmp_path / "out", title="<script>").read_text(encoding="utf-8")
+    assert_stands_alone(page_text)
+    assert page_text.count("<script") == 3
+    assert not re.search("[\x00\x07\x1b\u202e]", page_text.partition("<script>")[0])
+    assert re.search(r"\[/b\]\ufffd\[2J&lt;/script&gt; second", page_text)
+    assert figures(page_text)
+    (found,) = arms(run)
+    text = io.StringIO()
+    console = Console(file=text, width=200, color_system=None)
+    for table in (
+        arms_table([found]),
+        held_out_table([found]),
+        seconds.seconds_table([found]),
+        equal_loss_table([found]),
+    ):
+        console.print(table)
+    assert text.getvalue().count(shown) == 5  # the held-out sets are two lines
+    assert "[red]</td>" in text.getvalue()
+    assert "\x1b" not in text.getvalue()
 
 
 ODD_RUNS: dict[str, dict] = {
