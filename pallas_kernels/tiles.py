@@ -7,25 +7,65 @@ the one nearest to its call and has a default where nobody measured.
 import dataclasses
 import functools
 import importlib.resources
-import json
 import math
-from typing import Any
+from importlib.resources.abc import Traversable
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import pydantic
 
 from crescendo.pallas_kernels.op import GPUS, target_device
 
 FILE = "tiles.json"
 
 
-def path(op_name: str):
+_Milliseconds = Annotated[float, pydantic.Field(gt=0)]
+
+
+@pydantic.with_config(pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+class Entry(TypedDict):
+    """A line of a table: the tile that was measured to be the best for a call.
+
+    Attributes:
+      kernel: which of the op's.
+      key: what must be equal, such as the width of a head.
+      length: what may differ.
+      tile: its fields, where they aren't the default's.
+      ms, default_ms: how long the kernel takes with it, and with the default.
+    """
+
+    kernel: str
+    key: dict[str, int | bool | str]
+    length: Annotated[int, pydantic.Field(ge=1, lt=2**63)]
+    tile: dict[str, int | bool | str]
+    ms: NotRequired[_Milliseconds]
+    default_ms: NotRequired[_Milliseconds]
+
+
+def path(op_name: str) -> Traversable:
     """Where an op's table lies."""
     return importlib.resources.files(f"crescendo.pallas_kernels.{op_name}") / FILE
 
 
+def read(file: Traversable) -> dict[str, list[Entry]]:
+    """A table: by family of devices, its entries; empty where there is no such file.
+
+    Raises:
+      ValueError: for what is none, naming the first value that is wrong.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        return pydantic.TypeAdapter(dict[str, list[Entry]]).validate_json(file.read_bytes())
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = repr(".".join(map(str, first["loc"])))[1:-1][:100]
+        raise ValueError(f"{file} is no table of tiles ({place}: {first['msg']}): restore it") from None
+
+
 @functools.cache
-def table(op_name: str) -> dict[str, list[dict[str, Any]]]:
-    """By family of devices, entries with `kernel`, `key`, `length`, `tile` (fields), `ms` and `default_ms`."""
-    file = path(op_name)
-    return json.loads(file.read_text()) if file.is_file() else {}
+def table(op_name: str) -> dict[str, list[Entry]]:
+    """An op's table; see `read`."""
+    return read(path(op_name))
 
 
 def family(kind: str) -> str:
@@ -57,4 +97,9 @@ def tuned[Tile](op_name: str, kernel: str, key: dict[str, Any], length: int, def
         return default
     # The first of the nearest: the device's own.
     nearest = min(entries, key=lambda entry: abs(math.log(entry["length"] / length)))
+    fields = {field.name for field in dataclasses.fields(default)}  # type: ignore[arg-type]
+    if unknown := sorted(nearest["tile"].keys() - fields):
+        raise ValueError(
+            f"{path(op_name)}: {kernel} has no {unknown[0]} in its tile: it has {', '.join(sorted(fields))}"
+        )
     return dataclasses.replace(default, **nearest["tile"])  # type: ignore[type-var]

@@ -179,7 +179,7 @@ def merged(old: Sequence[dict], new: Sequence[dict]) -> list[dict]:
 
 def write(file: Path, kind: str, new: Sequence[dict]) -> None:
     """Adds entries to the table in `file`, one line each."""
-    table = json.loads(file.read_text()) if file.exists() else {}
+    table: dict[str, Sequence] = {**tiles.read(file)}
     table[kind] = merged(table.get(kind, []), new)
     lines = [
         f" {json.dumps(name)}: [\n  " + ",\n  ".join(map(json.dumps, table[name])) + "\n ]" for name in sorted(table)
@@ -236,6 +236,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         stop(f"no spec with the tags {arguments.tags} and a name in {arguments.specs}: see --help")
     kind = tiles.family(target_device().kind)
     file = arguments.table or Path(str(tiles.path(arguments.op)))
+    if file.exists() and not file.is_file():
+        stop(f"{file} is no file: name another --table")
+    try:
+        tiles.read(file)
+    except ValueError as error:
+        stop(str(error))
     start = time.monotonic()
     deadline = start + arguments.seconds
     done: dict[Any, str] = {}

@@ -11,6 +11,7 @@ import sqlalchemy
 
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access
+from crescendo.experiments.runtime.text import visible
 from crescendo.experiments.sweeps.finished import check_points
 from crescendo.experiments.sweeps.points import Point, space_text, spaces
 from crescendo.experiments.sweeps.runner import Outcomes, losses, run_points
@@ -30,11 +31,10 @@ def search(folder: Path, texts: Sequence[str], trials: int, outcomes: Outcomes, 
     distributions, states = spaces(texts), optuna.trial.TrialState
     with file_access("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
-    study = _open_study(folder / "study.db")
+    study, drawn = open_study(folder / "study.db")
     ended = 0
     left, trial_of = [], {}
     reported: dict[str, int] = {}
-    drawn = study.get_trials(deepcopy=False)
     _check_known(folder, drawn)
     for frozen in drawn:
         if frozen.state == states.FAIL:
@@ -93,21 +93,23 @@ def search(folder: Path, texts: Sequence[str], trials: int, outcomes: Outcomes, 
     run_points(folder, draw, finish, prune, outcomes, **options)
 
 
-def _open_study(path: Path) -> optuna.Study:
-    """The study of a file, a new one where there is none.
+def open_study(path: Path) -> tuple[optuna.Study, list[optuna.trial.FrozenTrial]]:
+    """The study of a file, a new one where there is none, and its trials so far.
 
     Raises:
       UserError: a file that is no study's.
     """
     try:
-        return optuna.create_study(
+        study = optuna.create_study(
             storage=f"sqlite:///{path.resolve()}",
             study_name="sweep",
             load_if_exists=True,
             pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
         )
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError) as error:
-        reason = str(error).splitlines()[0]
+        return study, study.get_trials(deepcopy=False)
+    # The last three are what Optuna raises at contents that are none of its own.
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ValueError, LookupError, TypeError) as error:
+        reason = visible((str(error).splitlines() or [type(error).__name__])[0])[:200]
         raise UserError(f"{path} can't be opened ({reason}): restore that file, or give another --run") from None
 
 

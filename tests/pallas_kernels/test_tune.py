@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +121,47 @@ def test_the_command_writes_a_table_that_calls_then_read(known_costs, tmp_path, 
             assert tiles.tuned("attention", "double", {"columns": 3}, 4, Tile()) == Tile()
     finally:
         tiles.table.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "no table of tiles .*: Invalid JSON"),
+        ("[" * 100_000, "no table of tiles .*: Invalid JSON: recursion limit"),
+        (
+            '{"H100": [{"kernel": "k", "key": {}, "length": 0, "tile": {}}]}',
+            r"\(H100\.0\.length: Input should be greater",
+        ),
+        (
+            '{"H100": [{"kernel": "k", "key": {}, "length": 8, "tile": []}]}',
+            r"\(H100\.0\.tile: Input should be an object",
+        ),
+        (
+            '{"H100": [{"kernel": "k", "key": {}, "length": 8, "tile": {}, "ms": NaN}]}',
+            r"\(H100\.0\.ms: .*finite number",
+        ),
+        ('{"H100": [{"kernel": "k", "key": {}, "length": 8, "tile": {}, "us": 1}]}', r"\(H100\.0\.us: Extra inputs"),
+    ],
+)
+def test_a_table_that_is_none_is_refused_before_anything_is_timed(tmp_path, capsys, content, message):
+    (tmp_path / "tiles.json").write_text(content)
+    with pytest.raises(SystemExit):
+        tune.main(["attention", "--table", str(tmp_path / "tiles.json")])
+    assert re.search(message, capsys.readouterr().err)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SystemExit):
+        tune.main(["attention", "--table", str(tmp_path / "pipe")])
+    assert "pipe is no file: name another --table" in capsys.readouterr().err
+
+
+def test_a_tile_has_only_fields_of_its_kernel(monkeypatch):
+    lines = [{"kernel": "k", "key": {}, "length": 8, "tile": {"rows": 4, "columns": 8}}]
+    monkeypatch.setattr(tiles, "table", lambda op: {"H100": lines})
+    with (
+        target(H100),
+        pytest.raises(ValueError, match=r"tiles\.json: k has no columns in its tile: it has odd, rows, stages"),
+    ):
+        tiles.tuned("attention", "k", {}, 8, Tile())
 
 
 def test_the_nearest_length_in_ratio_is_taken(monkeypatch):

@@ -22,7 +22,7 @@ from crescendo.experiments.sweeps import plots as sweep_plots
 from crescendo.experiments.sweeps import runner
 from crescendo.experiments.sweeps.finished import check_points
 from crescendo.experiments.sweeps.points import Point, axis, enumerate_points, spaces, zipped
-from crescendo.experiments.sweeps.search import search
+from crescendo.experiments.sweeps.search import open_study, search
 from crescendo.experiments.trainer.training import train
 
 
@@ -201,6 +201,20 @@ def test_a_run_of_a_trial_that_the_study_does_not_hold_is_refused(stand_in, tmp_
     (tmp_path / "elsewhere.db").rename(tmp_path / "study.db")
     search(tmp_path, text, 3, runner.Outcomes(tmp_path), **options(1))
     assert (tmp_path / "trial-0002").is_dir()
+
+
+@pytest.mark.parametrize(
+    "spoilt", [(b"FloatDistribution", b"FloatDistributiom"), (b'"low"', b'"lox"'), (b'"low"', b"'low'")]
+)
+def test_a_study_that_holds_what_is_no_trial_is_one_line(tmp_path: Path, spoilt: tuple[bytes, bytes]):
+    study, drawn = open_study(tmp_path / "study.db")
+    assert drawn == []
+    study.ask(spaces(["x = uniform(1, 2)"]))
+    content = (tmp_path / "study.db").read_bytes()
+    (tmp_path / "study.db").write_bytes(content.replace(*spoilt))
+    with pytest.raises(UserError, match=r"study\.db can't be opened \(.*\): restore") as refused:
+        open_study(tmp_path / "study.db")
+    assert len(str(refused.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("content", [b"no database", b"SQLite format 3\0" + b"\1" * 200])
