@@ -101,7 +101,7 @@ def open_study(path: Path) -> tuple[optuna.Study, list[optuna.trial.FrozenTrial]
     """
     try:
         study = optuna.create_study(
-            storage=f"sqlite:///{path.resolve()}",
+            storage=f"sqlite:///{path.absolute()}",
             study_name="sweep",
             load_if_exists=True,
             pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
