@@ -135,6 +135,7 @@ class Checkpoints:
       read_only: touch nothing: another process may be saving there.
 
     Attributes:
+      keep_last: as given.
       best: the checkpoint to keep besides, by its examples; None: none.
       keep: asked at each save of every checkpoint, by its examples, whether it must stay.
     """
@@ -150,6 +151,7 @@ class Checkpoints:
         read_only: bool = False,
     ):
         storage.check_name(folder)
+        self.keep_last = keep_last
         self.best: int | None = None
         self.keep: Callable[[int], bool] = lambda examples: False
         self._run = run

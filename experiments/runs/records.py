@@ -3,9 +3,11 @@
 A record is a flat dict with at least `kind` and `examples_seen`. Kinds: `train` (one a step), `validation`, `probe`
 (what a probe saw), `sample` (what the model adds to a text: `prompt`, `text`), `time` (where the run's seconds went so
 far), `batch_size` (a change: `from`, `to`, `reason`), `setting` (one that a run which went on was given otherwise:
-`name`, `from`, `to`, as gin's text) and `warning` (`message`). Losses are in nats a token, or whatever the task's unit
-is; `examples_seen`, `tokens_seen` (`images_seen`, ...) and `step` are counted after the step. Null stands for what
-isn't known, and for a number that isn't finite, which JSON doesn't have.
+`name`, `from`, `to`, as gin's text), `warning` (`message`; of a skipped step `first_example` and `last_example` too)
+and `rollback` (parameters and optimizer are those of checkpoint `to` again, the steps from `first_example` to
+`last_example` are without effect). Losses are in nats a token, or whatever the task's unit is; `examples_seen`,
+`tokens_seen` (`images_seen`, ...) and `step` are counted after the step. Null stands for what isn't known, and for a
+number that isn't finite, which JSON doesn't have.
 """
 
 import json

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-from crescendo.experiments.trainer.session import Session, passes
+from crescendo.experiments.trainer.session import Session
 
 
 def announce(session: Session, written: Callable[[str], str] | None, say: Callable[[str], None]) -> None:
@@ -47,3 +47,13 @@ def announce_compiled(session: Session, say: Callable[[str], None]) -> None:
 
 def _shown(written: Callable[[str], str] | None, parameter: str) -> str:
     return (written(parameter) if written else "") or "given in Python"
+
+
+def passes(total_examples: int, rows: int) -> str:
+    """How often a run sees the data.
+
+    >>> passes(6144, 12288), passes(6144, 3)
+    ('0.5 passes over the', '2,048 passes over the')
+    """
+    count = total_examples / rows
+    return f"{count:.2g} passes over the" if count < 10 else f"{count:,.0f} passes over the"

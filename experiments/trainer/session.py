@@ -32,6 +32,7 @@ from crescendo.experiments.trainer.gradient_statistics import chosen_statistics
 from crescendo.experiments.trainer.optimizer_checks import check_optimizer
 from crescendo.experiments.trainer.shapes import abstract_batch, abstract_state, initial_state, state_shardings
 from crescendo.experiments.trainer.step import make_step
+from crescendo.experiments.trainer.wrapping import by_groups, wrapped
 from crescendo.models.norm_probes import norm_scales
 from crescendo.optim.batch_size import BatchSizePolicy, Coupling, constant, stays_throughout
 from crescendo.optim.checks import check_real
@@ -66,6 +67,8 @@ class Session:
       base_batch_size: the batch size that the learning rate is meant for; the initial one when None.
       noise_scale: `@gradient_noise_scale()`, to record the gradient noise scale; None: it isn't measured. It is known
         from batches of at least two microbatches, or with `gradient_noise_scale.norm_layers = True` from any.
+      guard: `@guard()`, to leave out batches whose loss or gradient is an outlier, and to go back to a checkpoint where
+        that doesn't help; None: only what isn't finite is left out.
       mesh: the devices; all of them along `data` when None.
       strategy: what is split along the mesh's axes: a key of `crescendo.parallel.STRATEGIES`, or `@strategy()`.
       seed: of the parameters, of the order of the data, and of the task's random draws.
@@ -84,6 +87,7 @@ class Session:
       optimizer: with all that is wrapped around it.
       seed: as given.
       groups: as given.
+      guard: as given.
       strategy: as given.
       asked_examples: the length of the run, as given.
       platform: "cpu", "gpu" or "tpu".
@@ -111,6 +115,7 @@ class Session:
         coupling: Coupling = "sqrt",
         base_batch_size: Count | None = None,
         noise_scale: optax.GradientTransformation | None = None,
+        guard: optim.Guard | None = None,
         mesh: Mesh | AbstractMesh | None = None,
         strategy: Annotated[str, OneOf(parallel.STRATEGIES)] | parallel.Strategy = "fsdp",
         seed: Seed = 0,
@@ -121,7 +126,7 @@ class Session:
         further_sizes: Sequence[Count] = (),
         platform: str | None = None,
     ):
-        self.strategy = strategy
+        self.strategy, self.guard = strategy, guard
         self.seed, self.groups, self.notes = seed, tuple(groups), list[str]()
         self.compile_seconds = 0.0
         self._max_gradient_norm, self._max_microbatch_examples = max_gradient_norm, max_microbatch_examples
@@ -156,15 +161,15 @@ class Session:
         self.trainable = Trainable(jax.tree.map(lambda is_frozen: not is_frozen, frozen))
         with user_values():
             self.notes += check_optimizer(optimizer, self.trainable.take(self.parameters), self.policy)
-            if moved := [group for group in groups if not group.frozen]:
-                optimizer = optim.scale_groups(optimizer, moved, self.trainable.take(logical_axes))
-            if noise_scale is not None:
-                optimizer = optax.chain(noise_scale, optimizer)
-            self.optimizer = optim.adaptive_batch_size(
-                optimizer, self.policy, coupling, base_batch_size=base_batch_size
+            self.optimizer = wrapped(
+                by_groups(optimizer, groups, self.trainable.take(logical_axes)),
+                self.policy,
+                coupling=coupling,
+                base_batch_size=base_batch_size,
+                noise_scale=noise_scale,
+                average_examples=average_examples,
+                guard=guard,
             )
-            if average_examples is not None:
-                self.optimizer = optim.average_weights(self.optimizer, average_examples)
             opt_state = jax.eval_shape(self.optimizer.init, self.trainable.take(self.parameters))
         self.statistics = tuple(sorted({*self.policy.statistics, *required_statistics(opt_state)}))
         self._check_statistics()
@@ -417,16 +422,6 @@ class Session:
 def max_microbatch_examples(task: Task, layout: parallel.Layout, platform: str) -> int:
     """The examples past which a larger microbatch makes no step faster, over all devices."""
     return max(1, MAX_MICROBATCH_UNITS[platform] // task.units_per_example) * layout.batch_shards
-
-
-def passes(total_examples: int, rows: int) -> str:
-    """How often a run sees the data.
-
-    >>> passes(6144, 12288), passes(6144, 3)
-    ('0.5 passes over the', '2,048 passes over the')
-    """
-    count = total_examples / rows
-    return f"{count:.2g} passes over the" if count < 10 else f"{count:,.0f} passes over the"
 
 
 def check_enough_rows(session: Session) -> None:

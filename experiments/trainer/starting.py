@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from crescendo.experiments.runs import trained
@@ -80,7 +81,11 @@ def state_of(start_from: str, session: Session) -> tuple[TrainState, Clock]:
         raise UserError(f"train.start_from = {start_from!r}: {folder} has no checkpoint yet")
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         state, clock = checkpoints.restore_at(examples, session.abstract_state)
-    return state, dataclasses.replace(clock, seconds=0.0)
+    # What it left out is in its own records.
+    none = jnp.zeros_like(state.skipped_steps)
+    return dataclasses.replace(state, skipped_steps=none, skipped_in_a_row=none), dataclasses.replace(
+        clock, seconds=0.0
+    )
 
 
 def _paths(tree: dict) -> list[str]:

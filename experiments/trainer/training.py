@@ -33,6 +33,7 @@ from crescendo.experiments.trainer.shapes import describe_arrays
 from crescendo.experiments.trainer.starting import fresh_state, state_of
 from crescendo.experiments.trainer.stopping import Stops
 from crescendo.experiments.trainer.wall_clock import WallClock
+from crescendo.experiments.trainer.watching import check_patience
 from crescendo.models.config import SPEED_FIELDS
 from crescendo.pallas_kernels.console import plain_console
 from crescendo.parallel import hosts
@@ -142,6 +143,7 @@ def train(
     check_writers(writers)
     wall, session = WallClock(), Session(**options)
     check_enough_rows(session)
+    check_patience(session.guard, max_bad_steps)
     stops = Stops(stop_at_loss, stop_after_minutes, stop_after_tokens)
     session.notes += stops.notes(session.task, options["total_examples"])
     folder, console = Path(run), plain_console(quiet=not hosts.is_leader())
@@ -191,11 +193,15 @@ def train(
             loop.Event(files.validate, evaluate_every_examples or max(1, total_examples // 5)),
             loop.Event(files.save, save_every, tuple(keep_checkpoints_at_examples)),
         ]
-        run_on = functools.partial(loop.run, session, recorder=recorder, events=events, max_bad_steps=max_bad_steps)
+        run_on = functools.partial(
+            loop.run, session, recorder=recorder, events=events, max_bad_steps=max_bad_steps, watch=files.watch
+        )
         write = functools.partial(_write_end, folder, info, counter, operative_config)
         of_end = files.run(
             run_on, state, clock, end=total_examples, stops=stops, interruption=interruption, write=write
         )
+    if files.watch.health.is_worse:
+        say(f"note: the run has not come back to what it was; {files.watch.way_back}")
     if of_end["total_examples"] < total_examples:
         say(f"{folder} ended at {of_end['total_examples']:,} of {total_examples:,} examples: {of_end['ended']}")
     return files.validation
