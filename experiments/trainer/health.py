@@ -5,9 +5,10 @@ on replays its records and decides the same, and every process of a run sees the
 a step on the host, one step late as the records themselves.
 """
 
+import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from crescendo.experiments.runs.records import Record
@@ -16,6 +17,8 @@ LEVEL_STEPS = 64
 """The time constant of a level, in steps; after so many steps in line an episode is over."""
 FIRST_STEPS = 16
 """A level is known from so many steps in line on; before, only what lies far above it is a jump."""
+MOST_DUE = 64
+"""So many of the newest checkpoints are known by when they were due."""
 JUMP_RATIO, FAR_RATIO = 3.0, 30.0
 JUMP_DEVIATIONS = 8.0
 
@@ -61,20 +64,25 @@ class Health:
     and where the smoothed loss hasn't come back by then, until it has.
 
     Attributes:
+      due: whether a checkpoint is saved after the step from one clock to another, whoever stops the run or goes on.
       ill: whether an episode goes on.
       began_at: checkpoints up to here, in examples, are from before the latest episode; None: there was none.
       good_up_to: likewise of the latest one that began while the run was as good as ever.
       rollbacks: how often the run went back in this episode.
+      due_before: the checkpoints that were due before it, in examples, the newest first.
       loss: of the steps in line.
       update_norm: likewise.
     """
 
+    due: Callable[[int, int], bool] = dataclasses.field(default=lambda start, end: True, compare=False, repr=False)
     ill: bool = False
     began_at: int | None = None
     good_up_to: int | None = None
     rollbacks: int = 0
+    due_before: list[int] = dataclasses.field(default_factory=list)
     loss: Level = dataclasses.field(default_factory=Level)
     update_norm: Level = dataclasses.field(default_factory=Level)
+    _due: collections.deque[int] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=MOST_DUE))
     _good_loss: float = math.inf
     _in_line: int = 0
     _larger: int = 0
@@ -82,23 +90,26 @@ class Health:
     _told: bool = False
 
     @classmethod
-    def of(cls, records: Iterable[Record], examples_seen: int) -> "Health":
+    def of(
+        cls, records: Iterable[Record], examples_seen: int, due: Callable[[int, int], bool] = lambda start, end: True
+    ) -> "Health":
         """That of a run which goes on from a clock, by its records up to there."""
-        health = cls()
+        health = cls(due)
         for record in records:
             if record["examples_seen"] > examples_seen:
                 continue
             if record["kind"] == "train":
-                health.step(record["examples_seen"] - record["batch_size"], record)
+                health.step(record["examples_seen"], record["batch_size"], record)
             elif record["kind"] == "rollback":
                 health.rollbacks += 1
         return health
 
-    def step(self, start: int, values: Mapping[str, Any]) -> str | None:
+    def step(self, seen: int, examples: int, values: Mapping[str, Any]) -> str | None:
         """Takes a finished step; says in words what is wrong, once in an episode, where that isn't the update alone.
 
         Args:
-          start: the clock before it, in examples.
+          seen: the clock after it, in examples.
+          examples: in its batch.
           values: its record, or what it returned: `loss`, `update_norm` and `skipped_steps`.
         """
         loss, update_norm = _number(values.get("loss")), _number(values.get("update_norm"))
@@ -109,11 +120,13 @@ class Health:
             larger, self.update_norm = False, Level()
         if not (skipped or jumped or larger):
             self._add(loss, update_norm)
+            if not self.ill and self.due(seen - examples, seen):
+                self._due.append(seen)
             return None
         self._in_line = 0
         if not self.ill:
             # The parameters that gave a loss may be bad already; those that a large update is added to are not.
-            self._begin(start - 1 if jumped and not skipped else start)
+            self._begin(seen - examples - (jumped and not skipped))
         if self._told or not (skipped or jumped):
             return None
         self._told = True
@@ -132,6 +145,7 @@ class Health:
 
     def _begin(self, began_at: int) -> None:
         self.ill, self.began_at, self._told = True, began_at, False
+        self.due_before = sorted((at for at in self._due if at <= began_at), reverse=True)
         if not self.is_worse:
             self.good_up_to = began_at
             known = self.loss.count >= FIRST_STEPS
@@ -142,23 +156,24 @@ class Health:
         """Whether the smoothed loss of the steps in line has not come back to what it was before an episode."""
         return math.isfinite(self._good_loss)
 
-    def before(self, saved: Sequence[int]) -> list[int]:
-        """The checkpoints from before the latest episode, the newest first."""
-        return [] if self.began_at is None else sorted((at for at in saved if at <= self.began_at), reverse=True)
-
     def good(self, saved: Sequence[int]) -> int | None:
         """The newest checkpoint from when the run was as good as ever; None where there is none, or no episode was."""
-        return None if self.good_up_to is None else max((at for at in saved if at <= self.good_up_to), default=None)
+        return _newest(saved, self.good_up_to)
 
-    def keep(self, saved: Sequence[int], most: int = 1) -> set[int]:
-        """The checkpoints that must not go: the good one, and of those from before the latest episode the newest.
+    def keep(self, saved: Sequence[int], most: int) -> set[int]:
+        """The checkpoints that must not go.
 
         Args:
           saved: all of them, in examples.
-          most: how many of the latter while the episode goes on.
+          most: how many of those that were due while the run was well, and before an episode that goes on.
         """
-        good = self.good(saved)
-        return {*self.before(saved)[: most if self.ill else 1], *([] if good is None else [good])}
+        due = self.due_before if self.ill else list(self._due)[::-1]
+        there = [at for at in due if at in saved][:most]
+        return {*there, *filter(None, [self.good(saved), _newest(saved, self.began_at)])}
+
+
+def _newest(saved: Sequence[int], up_to: int | None) -> int | None:
+    return None if up_to is None else max((at for at in saved if at <= up_to), default=None)
 
 
 def _number(value: float | None) -> float:

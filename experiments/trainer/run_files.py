@@ -119,16 +119,23 @@ class RunFiles:
             self.checkpoints.best = clock.examples_seen
             self.save(clock, state)
 
-    def begin(self, clock: Clock, validation: dict[str, Any], records: Sequence[Record]) -> None:
+    def begin(
+        self,
+        clock: Clock,
+        validation: dict[str, Any],
+        records: Sequence[Record],
+        due: Callable[[int, int], bool],
+    ) -> None:
         """Records where the seconds went; health and the best so far are those that the records tell.
 
         Args:
           clock: where the run stands.
           validation: the record of its evaluation there; empty where there was none.
           records: of the run so far.
+          due: whether a checkpoint is saved after the step from one clock to another.
         """
         self.validation = validation
-        health = Health.of(records, clock.examples_seen)
+        health = Health.of(records, clock.examples_seen, due)
         self.watch = Watch(health, self.session, self.checkpoints, self.recorder, self.save)
         self.tell_time(clock)
         if not self.keep_best:

@@ -186,12 +186,13 @@ def train(
         files = RunFiles(
             folder, session, checkpoints, recorder, evaluate, held, clock.examples_seen, keep_best_checkpoint
         )
-        files.begin(clock, validation, records)
         save_every = checkpoint_every_examples or max(1, total_examples // 10)
+        saves = loop.Event(files.save, save_every, tuple(keep_checkpoints_at_examples))
+        files.begin(clock, validation, records, functools.partial(saves.due, last=total_examples))
         events = [
             *(_event(probe, look, recorder) for probe, look in zip(probes, looks, strict=True)),
             loop.Event(files.validate, evaluate_every_examples or max(1, total_examples // 5)),
-            loop.Event(files.save, save_every, tuple(keep_checkpoints_at_examples)),
+            saves,
         ]
         run_on = functools.partial(
             loop.run, session, recorder=recorder, events=events, max_bad_steps=max_bad_steps, watch=files.watch

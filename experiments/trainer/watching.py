@@ -52,8 +52,9 @@ class Watch:
           examples: in its batch.
           values: what it returned.
         """
-        if wrong := self.health.step(clock.examples_seen - examples, values):
-            self.recorder.warning(clock, f"{wrong}; {self.way_back}")
+        if wrong := self.health.step(clock.examples_seen, examples, values):
+            up_to = f"{self.health.good_up_to:,} examples"
+            self.recorder.warning(clock, f"{wrong}; the newest checkpoint up to {up_to} is from before, and is kept")
 
     @property
     def way_back(self) -> str:
@@ -82,7 +83,9 @@ class Watch:
         guard = self.session.guard
         assert guard is not None
         self.checkpoints.wait()
-        before = self.health.before(self.checkpoints.saved())
+        # Those that a run has which is stopped nowhere, so that it goes back to the same.
+        saved = self.checkpoints.saved()
+        before = [at for at in self.health.due_before if at in saved]
         if not before:
             return None
         if self.health.rollbacks >= guard.max_rollbacks:

@@ -15,12 +15,17 @@ from crescendo.experiments.trainer.health import LEVEL_STEPS, Health, Level
 BATCH = 8
 
 
+def due(start: int, end: int) -> bool:
+    """Every 20 steps."""
+    return end // 160 > start // 160
+
+
 class Curve:
     """A run's training records, one a step; `health` follows them as they are made."""
 
     def __init__(self):
         self.records: list[dict] = []
-        self.health = Health()
+        self.health = Health(due)
         self.said: list[str] = []
         self.skipped = 0
         self.random = np.random.default_rng(0)
@@ -34,7 +39,7 @@ class Curve:
                 "update_norm": update * (1 + 0.1 * self.random.standard_normal()),
                 "skipped_steps": self.skipped,
             }
-            if said := self.health.step(seen - BATCH, values):
+            if said := self.health.step(seen, BATCH, values):
                 self.said.append(said)
             at = {"kind": "train", "examples_seen": seen, "batch_size": BATCH}
             self.records.append(at | {name: x if math.isfinite(x) else None for name, x in values.items()})
@@ -47,7 +52,7 @@ class Curve:
 
 def replayed(curve: Curve) -> Health:
     """From the records as a file gives them back."""
-    return Health.of(json.loads(json.dumps(curve.records)), curve.seen)
+    return Health.of(json.loads(json.dumps(curve.records)), curve.seen, due)
 
 
 def test_a_usual_curve_has_no_episode():
@@ -55,7 +60,7 @@ def test_a_usual_curve_has_no_episode():
     for step in range(1000):  # a warmup of the rate, a falling loss, a batch that grows
         curve.steps(1, 2 + 4 * math.exp(-step / 200), min(1, (step + 0.5) / 100) * (1 if step < 500 else 2))
     assert curve.health.began_at is None
-    assert curve.health.keep([8, 80, 800]) == set()
+    assert curve.health.keep([160, 7680, 7840, 8000], 2) == {7840, 8000}
     assert not curve.said
 
 
@@ -73,14 +78,16 @@ def test_an_episode_keeps_what_was_saved_before_it(wrong, kept_up_to, said):
     assert curve.health.began_at == kept_up_to
     assert (curve.said == []) if said is None else curve.said[0].startswith(said)
     assert len(curve.said) <= 1
-    saved = [160, 400, 640, 800, 808, 840]
+    saved = [160, 480, 640, 800, 808, 840]  # the last two in the episode
     newest = [at for at in saved if at <= kept_up_to]
     assert curve.health.keep(saved, 2) == set(newest[-2:])
     # Once it is over, the newest stays until the next.
     assert curve.steps(LEVEL_STEPS).health.ill is False
-    assert curve.health.keep([*saved, curve.seen], 2) == {newest[-1]}
+    assert curve.health.keep([*saved, 1368], 2) == {newest[-1], 640, 800}
+    curve.steps(20)
+    assert curve.health.keep([*saved, 1440], 1) == {newest[-1], 1440}
     curve.steps(1, skip=True)
-    assert curve.health.keep([*saved, curve.seen - BATCH], 1) == {curve.seen - BATCH}
+    assert curve.health.keep([*saved, 1440], 1) == {1440}
     assert replayed(curve) == curve.health
 
 
@@ -89,11 +96,11 @@ def test_of_a_run_that_never_comes_back_the_good_checkpoint_stays():
     curve.steps(1, 2.0, update=1e6).steps(200, 5.0)  # updates as usual, and a loss less than 3 times as high
     assert (curve.health.ill, curve.health.is_worse) == (False, True)
     curve.steps(1, skip=True)
-    assert curve.health.keep([800, 1600, 2400], 1) == {800, 2400}
+    assert curve.health.keep([800, 1600, 2240, 2400], 1) == {800, 2400}
     curve.steps(400, 1.9)
     assert not curve.health.is_worse
     curve.steps(1, skip=True)
-    assert curve.health.keep([800, 4000], 1) == {4000}
+    assert curve.health.keep([800, 5440, 5600], 1) == {5600}
     assert replayed(curve) == curve.health
 
 
@@ -126,9 +133,7 @@ def test_records_of_before_there_were_norms_of_updates():
 def checkpoints(run) -> dict[int, float]:
     """The largest entry of the parameters of every checkpoint."""
     steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
-    return {
-        at: max(float(np.abs(x).max()) for x in jax.tree.leaves(trained.load(run, at).parameters)) for at in steps
-    }
+    return {at: max(float(np.abs(x).max()) for x in jax.tree.leaves(trained.load(run, at).parameters)) for at in steps}
 
 
 def test_a_rate_beyond_all_bounds_leaves_what_was_saved_before_it(train_small, tmp_path, capsys):
@@ -143,7 +148,7 @@ def test_a_rate_beyond_all_bounds_leaves_what_was_saved_before_it(train_small, t
     assert list(kept)[:2] == [224, 256]
     assert max(kept[224], kept[256]) < 10 < 1e5 < kept[max(kept)]
     warned = [event["message"] for event in read_run(run).events if event["kind"] == "warning"]
-    assert sum(f"{run}@256" in message for message in warned) == 1
+    assert sum("newest checkpoint up to 256 examples is from before" in message for message in warned) == 1
     # The same command finds the same, and takes nothing away.
     with pytest.raises(UserError, match=f"{run}@256"):
         train_small(run, *often, *wild)
