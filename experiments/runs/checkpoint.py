@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from crescendo.experiments.runs import metadata, storage
+from crescendo.experiments.runs.arrays import Adapting, Names, at_paths, by_path, describe_arrays, nested
 from crescendo.experiments.runs.metadata import DamagedError
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime.errors import UserError
@@ -138,6 +139,7 @@ class Checkpoints:
       keep_last: as given.
       best: the checkpoint to keep besides, by its examples; None: none.
       keep: asked at each save of every checkpoint, by its examples, whether it must stay.
+      adapting: what of a checkpoint is taken whose arrays are others than those that are wanted; None: nothing.
     """
 
     def __init__(
@@ -154,6 +156,7 @@ class Checkpoints:
         self.keep_last = keep_last
         self.best: int | None = None
         self.keep: Callable[[int], bool] = lambda examples: False
+        self.adapting: Adapting | None = None
         self._run = run
         self._written: tuple[int, dict[str, collections.Counter]] = (0, {})
         policies: list = [
@@ -311,7 +314,11 @@ class Checkpoints:
         self, step: int, abstract: TrainState, report: Callable[[str], None] = lambda line: None
     ) -> tuple[TrainState, Clock]:
         """One checkpoint."""
-        state, says = self._read(step, ocp.args.StandardRestore(abstract))
+        carried = None if self.adapting is None else self._carried(step)
+        if carried is None:
+            state, says = self._read(step, ocp.args.StandardRestore(abstract))
+        else:
+            state, says = self._adapted(step, abstract, carried)
         clock = Clock(**dict(says.clock))
         counting = find_states(state.opt_state, ScaleByLearningRateState, WithLearningRateState)
         counts = jax.device_get([state.skipped_steps, *(each.count for each in counting)])
@@ -321,8 +328,39 @@ class Checkpoints:
             report(f"checkpoint {self.folder / str(step)} is of a version whose metadata had no fingerprint yet")
         return state, clock
 
-    def _read(self, step: int, restore: ocp.args.CheckpointArgs, item: str = "state") -> tuple[Any, metadata.Metadata]:
+    def _carried(self, step: int) -> dict[Names, Names] | None:
+        """Where each array that is carried over lies in a checkpoint; None where it holds what is wanted, or can't."""
+        assert self.adapting is not None
+        try:
+            state = storage.LiteralPath(self.folder.absolute() / str(step) / "state")
+            found = ocp.PyTreeCheckpointHandler().metadata(state)
+        except (ValueError, KeyError, FileNotFoundError):
+            return None  # what is wrong with it reading it will say
+        saved = by_path(describe_arrays(found.tree))
+        return None if saved == self.adapting.wanted else self.adapting.carried(saved)
+
+    def _adapted(
+        self, step: int, abstract: TrainState, carried: Mapping[Names, Names]
+    ) -> tuple[TrainState, metadata.Metadata]:
+        """A checkpoint of a run that was set up otherwise; what isn't carried over begins anew."""
+        assert self.adapting is not None
+        leaves = dict(zip(self.adapting.wanted, jax.tree.leaves(abstract), strict=True))
+        wanted = nested({carried[path]: leaves[path] for path in carried})
+        restore = ocp.args.PyTreeRestore(
+            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        arrays, says = self._read(step, restore, in_order=False)
+        restored = at_paths(arrays, carried.values())
+        state = {path: restored[there] for path, there in carried.items()}
+        state |= self.adapting.fresh([path for path in leaves if path not in carried])
+        return jax.tree.unflatten(jax.tree.structure(abstract), [state[path] for path in leaves]), says
+
+    def _read(
+        self, step: int, restore: ocp.args.CheckpointArgs, item: str = "state", *, in_order: bool = True
+    ) -> tuple[Any, metadata.Metadata]:
         """A checkpoint's item, or the first arrays of it, compared with their fingerprints, and what is said of it.
+
+        Of arrays that aren't `in_order` each must have one of the fingerprints.
 
         Raises:
           DamagedError: what is in its files isn't what was saved.
@@ -340,8 +378,8 @@ class Checkpoints:
         except Exception as error:  # orbax and tensorstore raise what they like at files that hold something else
             storage.check_readable(folder, error)
             raise DamagedError(str(error).strip().splitlines()[0][:120]) from None
-        prints = _prints(arrays)
-        if prints != says.of(item)[: len(prints)]:
+        prints, theirs = _prints(arrays), says.of(item)
+        if (in_order and prints != theirs[: len(prints)]) or collections.Counter(prints) - collections.Counter(theirs):
             raise DamagedError("its arrays are not the ones that were saved")
         return arrays, says
 

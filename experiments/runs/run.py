@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from crescendo.experiments.runs.columns import TRAIN, train_columns
 from crescendo.experiments.runs.records import (
     TRAIN_COLUMNS,
     VALIDATION_COLUMNS,
@@ -16,11 +17,19 @@ from crescendo.experiments.runs.records import (
     Record,
     began_at,
     gaps,
+    gaps_between,
+    parse_record,
+    parse_records,
+    read_back,
+    read_lines,
     read_records,
 )
 from crescendo.experiments.runtime.encoding import read_text
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access
+
+# A file of so many is worth another reader.
+_MANY_LINES = 4096
 
 
 def last_validation(folder: Path) -> dict:
@@ -83,18 +92,42 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{path} is damaged ({error}); restore it or leave this run out") from None
     if missing := {"name", "total_examples"} - set(info if isinstance(info, dict) else ()):
         raise UserError(f"{path} has no {' and no '.join(sorted(missing))}; restore it or leave this run out")
-    records = read_records(path.with_name("metrics.jsonl"))
+    train, records, lost = _read_training(path.with_name("metrics.jsonl"), began_at(info.get("fixed")))
     unit = f"{info.get('unit', 'token')}s_"
     return Run(
         folder=folder,
         info=info,
         config=config_text,
-        train=_columns([_with_units(r, unit) for r in records if r["kind"] == "train"], TRAIN_COLUMNS),
+        train=_train_columns(train, unit),
         validation=_columns([_with_units(r, unit) for r in records if r["kind"] == "validation"], VALIDATION_COLUMNS),
         events=[r for r in records if r["kind"] not in ("train", "validation", "time")],
         time=next((r for r in reversed(records) if r["kind"] == "time"), {}),
-        gaps=gaps(records, begin=began_at(info.get("fixed"))),
+        gaps=lost,
     )
+
+
+def _read_training(path: Path, begin: int) -> tuple[Columns, list[dict[str, Any]], list[Gap]]:
+    """The training records of a `metrics.jsonl` as columns, the others, and where the former don't follow one another.
+
+    Many lines that are all sound but for a torn end are read quickly.
+    """
+    lines = read_lines(path)
+    if len(lines) >= _MANY_LINES:
+        sound = lines if parse_record(lines[-1]) else lines[:-1]
+        columns = train_columns([line for line in sound if line.startswith(TRAIN)])
+        others = [parse_record(line) for line in sound if not line.startswith(TRAIN)]
+        if columns is not None and all(record and record["kind"] != "train" for record in others):
+            lost = gaps_between(columns["examples_seen"], columns["batch_size"], begin)
+            return columns, [read_back(record) for record in others if record], lost
+    records = parse_records(lines, path)
+    return _columns([r for r in records if r["kind"] == "train"], ()), records, gaps(records, begin=begin)
+
+
+def _train_columns(columns: Columns, unit: str) -> Columns:
+    """Columns with at least those of every run, and what their names call by the run's unit also under `units_`."""
+    columns = columns | _with_units(columns, unit)
+    length = len(columns.get("examples_seen", ()))
+    return {name: np.full(length, math.nan) for name in TRAIN_COLUMNS} | columns
 
 
 def _with_units(record: Record, unit: str) -> dict[str, Any]:

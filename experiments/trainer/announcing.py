@@ -22,6 +22,8 @@ def announce(session: Session, written: Callable[[str], str] | None, say: Callab
     strategy = session.strategy if isinstance(session.strategy, str) else _shown(written, "strategy")
     say(f"data: {task.data}")
     batch = moved if len(sizes) > 1 else f"{sizes[0]:,}"
+    if session.base_batch_size != sizes[0]:
+        batch += f" (the learning rate is meant for {session.base_batch_size:,})"
     say(f"run: {total:,} examples, {passes(total, len(task.train))} data; batch: {batch}")
     say(f"mesh: {split}, of {devices.size} x {devices.flat[0].device_kind}; strategy: {strategy}")
     say(f"optimizer: {_shown(written, 'optimizer')}")

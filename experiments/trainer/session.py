@@ -32,7 +32,7 @@ from crescendo.experiments.trainer.gradient_statistics import chosen_statistics
 from crescendo.experiments.trainer.optimizer_checks import check_optimizer
 from crescendo.experiments.trainer.shapes import abstract_batch, abstract_state, initial_state, state_shardings
 from crescendo.experiments.trainer.step import make_step
-from crescendo.experiments.trainer.wrapping import by_groups, wrapped
+from crescendo.experiments.trainer.wrapping import Wraps, by_groups, wrapped
 from crescendo.models.norm_probes import norm_scales
 from crescendo.optim.batch_size import BatchSizePolicy, Coupling, constant, stays_throughout
 from crescendo.optim.checks import check_real
@@ -88,6 +88,8 @@ class Session:
       seed: as given.
       groups: as given.
       guard: as given.
+      wraps: what lies around the optimizer.
+      base_batch_size: the batch size that the learning rate is meant for.
       strategy: as given.
       asked_examples: the length of the run, as given.
       platform: "cpu", "gpu" or "tpu".
@@ -127,6 +129,7 @@ class Session:
         platform: str | None = None,
     ):
         self.strategy, self.guard = strategy, guard
+        self.wraps = Wraps(guard is not None, average_examples is not None, noise_scale is not None)
         self.seed, self.groups, self.notes = seed, tuple(groups), list[str]()
         self.compile_seconds = 0.0
         self._max_gradient_norm, self._max_microbatch_examples = max_gradient_norm, max_microbatch_examples
@@ -171,9 +174,9 @@ class Session:
                 guard=guard,
             )
             opt_state = jax.eval_shape(self.optimizer.init, self.trainable.take(self.parameters))
+        self.base_batch_size = base_batch_size or self.policy.sizes[0]
         self.statistics = tuple(sorted({*self.policy.statistics, *required_statistics(opt_state)}))
         self._check_statistics()
-        self._has_noise_scale = noise_scale is not None
         if self.policy.measured_on not in (None, self.task.fingerprint):
             raise UserError(
                 f"the batch-size policy follows what was measured on another model or data (fingerprint "
@@ -301,7 +304,7 @@ class Session:
         if stays := stays_throughout(self.policy, total):
             self.notes.append(stays)
         parts = min(plan.microbatches(size) for size in self.policy.sizes) * self.layout.parts
-        if self._has_noise_scale and parts == 1 and "norm_layers" not in self.statistics:
+        if self.wraps.noisy and parts == 1 and "norm_layers" not in self.statistics:
             self.notes.append(
                 f"a batch of {min(self.policy.sizes)} is one microbatch, which says nothing of the gradient noise "
                 f"scale: set train.max_microbatch_examples = {max(1, min(self.policy.sizes) // 2)}, or "
@@ -343,8 +346,10 @@ class Session:
         return jax.jit(state_of, out_shardings=self.shardings)(parameters)
 
     def fitting(self, batch_size: int) -> int:
-        """The size where the step serves it, else the policy's first: another plan's state may hold any."""
-        return batch_size if batch_size in self.sizes else self.policy.sizes[0]
+        """The size where the step serves it, else the policy's next lower: another plan's state may hold any."""
+        if batch_size in self.sizes:
+            return batch_size
+        return max((size for size in self.policy.sizes if size < batch_size), default=self.policy.sizes[0])
 
     def end_from(self, examples_seen: int) -> int:
         """Where a run that goes on from there ends: whole microbatches later, and not past `total_examples`.
