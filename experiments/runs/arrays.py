@@ -45,27 +45,10 @@ def by_path(described: Mapping[str, Any]) -> dict[Names, Any]:
     return {tuple("".join(key) for key in _KEY.findall(name)): value for name, value in described.items()}
 
 
-def nested(leaves: Mapping[Names, Any]) -> dict[str, Any]:
-    """Leaves by path as dicts of dicts.
+def leaves_by_path(tree: Any) -> dict[Names, Any]:
+    """The leaves of a tree by the names on the way, in order.
 
-    >>> nested({("a", "0"): 1, ("a", "1"): 2, ("b",): 3})
-    {'a': {'0': 1, '1': 2}, 'b': 3}
+    >>> leaves_by_path({"a": [1, 2], "b": 3})
+    {('a', '0'): 1, ('a', '1'): 2, ('b',): 3}
     """
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        place = tree
-        for name in path[:-1]:
-            place = place.setdefault(name, {})
-        place[path[-1]] = leaf
-    return tree
-
-
-def at_paths(tree: Mapping[str, Any], paths: Collection[Names]) -> dict[Names, Any]:
-    """The leaves of dicts of dicts."""
-    found: dict[Names, Any] = {}
-    for path in paths:
-        place: Any = tree
-        for name in path:
-            place = place[name]
-        found[path] = place
-    return found
+    return by_path({jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)})

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from crescendo.experiments.runs import metadata, storage
-from crescendo.experiments.runs.arrays import Adapting, Names, at_paths, by_path, describe_arrays, nested
+from crescendo.experiments.runs.arrays import Adapting, Names, by_path, describe_arrays, leaves_by_path
 from crescendo.experiments.runs.metadata import DamagedError
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime.errors import UserError
@@ -314,11 +314,11 @@ class Checkpoints:
         self, step: int, abstract: TrainState, report: Callable[[str], None] = lambda line: None
     ) -> tuple[TrainState, Clock]:
         """One checkpoint."""
-        carried = None if self.adapting is None else self._carried(step)
-        if carried is None:
+        others = None if self.adapting is None else self._other_arrays(step)
+        if others is None:
             state, says = self._read(step, ocp.args.StandardRestore(abstract))
         else:
-            state, says = self._adapted(step, abstract, carried)
+            state, says = self._adapted(step, abstract, *others)
         clock = Clock(**dict(says.clock))
         counting = find_states(state.opt_state, ScaleByLearningRateState, WithLearningRateState)
         counts = jax.device_get([state.skipped_steps, *(each.count for each in counting)])
@@ -328,32 +328,35 @@ class Checkpoints:
             report(f"checkpoint {self.folder / str(step)} is of a version whose metadata had no fingerprint yet")
         return state, clock
 
-    def _carried(self, step: int) -> dict[Names, Names] | None:
-        """Where each array that is carried over lies in a checkpoint; None where it holds what is wanted, or can't."""
+    def _other_arrays(self, step: int) -> tuple[Any, dict[Names, Names]] | None:
+        """The arrays of a checkpoint that aren't those wanted, and what is carried over; None where it holds those."""
         assert self.adapting is not None
         try:
             state = storage.LiteralPath(self.folder.absolute() / str(step) / "state")
-            found = ocp.PyTreeCheckpointHandler().metadata(state)
+            tree = ocp.PyTreeCheckpointHandler().metadata(state).tree
         except (ValueError, KeyError, FileNotFoundError):
             return None  # what is wrong with it reading it will say
-        saved = by_path(describe_arrays(found.tree))
-        return None if saved == self.adapting.wanted else self.adapting.carried(saved)
+        saved = by_path(describe_arrays(tree))
+        carried = None if saved == self.adapting.wanted else self.adapting.carried(saved)
+        return None if carried is None else (tree, carried)
 
     def _adapted(
-        self, step: int, abstract: TrainState, carried: Mapping[Names, Names]
+        self, step: int, abstract: TrainState, tree: Any, carried: Mapping[Names, Names]
     ) -> tuple[TrainState, metadata.Metadata]:
         """A checkpoint of a run that was set up otherwise; what isn't carried over begins anew."""
         assert self.adapting is not None
-        leaves = dict(zip(self.adapting.wanted, jax.tree.leaves(abstract), strict=True))
-        wanted = nested({carried[path]: leaves[path] for path in carried})
-        restore = ocp.args.PyTreeRestore(
-            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-        )
+        wanted = leaves_by_path(abstract)
+        shardings = {there: wanted[own].sharding for own, there in carried.items()}
+        template = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings.get(path, abstract.skipped_steps.sharding))
+            for path, x in leaves_by_path(tree).items()
+        ]
+        restore = ocp.args.StandardRestore(jax.tree.unflatten(jax.tree.structure(tree), template))
         arrays, says = self._read(step, restore, in_order=False)
-        restored = at_paths(arrays, carried.values())
+        restored = leaves_by_path(arrays)
         state = {path: restored[there] for path, there in carried.items()}
-        state |= self.adapting.fresh([path for path in leaves if path not in carried])
-        return jax.tree.unflatten(jax.tree.structure(abstract), [state[path] for path in leaves]), says
+        state |= self.adapting.fresh([path for path in wanted if path not in carried])
+        return jax.tree.unflatten(jax.tree.structure(abstract), [state[path] for path in wanted]), says
 
     def _read(
         self, step: int, restore: ocp.args.CheckpointArgs, item: str = "state", *, in_order: bool = True

@@ -158,9 +158,8 @@ class KilledError(Exception):
     """Stands for a SIGKILL."""
 
 
-@pytest.mark.parametrize(
-    "at", [pytest.param(105, marks=pytest.mark.slow), 107, pytest.param(108, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [105, 107, 108])
 def test_a_run_that_is_killed_about_its_way_back_does_the_same_again(gone_back, tmp_path, monkeypatch, at):
     folder, step = tmp_path / "run", Recorder.step
 

@@ -155,6 +155,7 @@ def test_a_rate_beyond_all_bounds_leaves_what_was_saved_before_it(train_small, t
     assert {224, 256} <= checkpoints(run).keys()
 
 
+@pytest.mark.slow  # the rule is seen above, and the one run shows that it is asked
 def test_updates_that_are_not_finite_leave_what_was_saved_before_them(train_small, tmp_path):
     run = tmp_path / "run"
     rule = ("train.optimizer = @optax.adamw()", "optax.adamw.learning_rate = 1e-3", "optax.adamw.b2 = -1.0")
