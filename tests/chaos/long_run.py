@@ -2,9 +2,9 @@
 
     python tests/chaos/long_run.py --minutes 120
 
-Trains a tiny model in this process, by `train` with its records, evaluations and checkpoints, while the batch goes up and
-down; asks the process for its memory and the clock for the time in even intervals, and fits lines to both. It ends with
-a table, and exit code 1 where memory grows by more than 100 bytes a step or steps get slower by more than 10%.
+Trains a tiny model in this process, by `train` with its records, evaluations and checkpoints, while the batch goes up
+and down; asks the process for its memory and the clock for the time in even intervals, and fits lines to both. It ends
+with a table, and exit code 1 where memory grows by more than 100 bytes a step or steps get slower by more than 10%.
 """
 
 import argparse
