@@ -23,9 +23,9 @@ def train_columns(lines: Sequence[bytes]) -> Columns | None:
     Args:
       lines: of JSON, each beginning with `TRAIN`; with a clock and a batch size.
 
-    >>> rest = b' "examples_seen": 8, "batch_size": 8, "loss": 3.5}', b' "examples_seen": 16, "batch_size": 8, "loss": null}'
-    >>> train_columns([TRAIN + each for each in rest])
-    {'examples_seen': array([ 8, 16]), 'batch_size': array([8, 8]), 'loss': array([3.5, nan])}
+    >>> lines = [TRAIN + b' "examples_seen": %d, "batch_size": 8, "loss": 3.5}' % seen for seen in (8, 16)]
+    >>> train_columns(lines)
+    {'examples_seen': array([ 8, 16]), 'batch_size': array([8, 8]), 'loss': array([3.5, 3.5])}
     """
     import pyarrow
     from pyarrow import json
