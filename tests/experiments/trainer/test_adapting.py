@@ -121,6 +121,7 @@ def test_what_was_known_is_kept_and_other_ladders_take_the_size_over(tmp_path):
     assert read_run(tmp_path).train["batch_size"][-5:].tolist() == [12] * 5  # 16 isn't on this one
 
 
+@pytest.mark.slow
 def test_what_is_not_carried_over_is_refused_by_name(tmp_path):
     go_on(tmp_path, 32)
     with pytest.raises(UserError, match=r"can't go on: arrays\."):

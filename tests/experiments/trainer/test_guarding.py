@@ -134,6 +134,7 @@ def rollbacks(folder) -> list[dict]:
     return [event for event in read_run(folder).events if event["kind"] == "rollback"]
 
 
+@pytest.mark.slow
 def test_a_ruined_run_goes_back_and_on_past_the_examples(clean, gone_back):
     folder, last = gone_back
     (event,) = rollbacks(folder)
