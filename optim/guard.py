@@ -5,15 +5,17 @@ again when a run is resumed. What a training loop does where it keeps saying no 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from annotated_types import Ge
 
 from crescendo.optim.batch_size import BatchStats
 from crescendo.optim.registry import GUARDS
 from crescendo.optim.states import find_states
+from crescendo.ranges import INT32, Count, Positive
 
 MAD_TO_DEVIATION = 1.4826
 """A normal variable's standard deviation in medians of its absolute deviations."""
@@ -122,7 +124,13 @@ class SpikeState(NamedTuple):
 
 
 @GUARDS
-def guard(window: int = 128, *, z: float = 8.0, patience: int = 5, max_rollbacks: int = 3) -> Guard:
+def guard(
+    window: Annotated[int, Ge(4), INT32] = 128,
+    *,
+    z: Positive = 8.0,
+    patience: Count = 5,
+    max_rollbacks: Annotated[int, Ge(0), INT32] = 3,
+) -> Guard:
     r"""Leaves a batch out whose loss or gradient norm is an outlier among the last `window` batches that passed.
 
     With x the loss, or the logarithm of the gradient norm (before clipping), and the medians over the window
@@ -142,10 +150,10 @@ def guard(window: int = 128, *, z: float = 8.0, patience: int = 5, max_rollbacks
     clips. Going back after `patience` batches in a row, and on past the examples, is PaLM's remedy.
 
     Args:
-      window: how many batches are remembered, at least 4.
-      z: the threshold, above 0.
+      window: how many batches are remembered.
+      z: the threshold.
       patience: after so many steps in a row that changed nothing, a training loop goes back; see `Guard`.
-      max_rollbacks: how often, before it gives up.
+      max_rollbacks: how often, before it gives up; 0: it never goes back.
 
     Raises:
       ValueError: an argument outside its range.
@@ -166,14 +174,6 @@ def guard(window: int = 128, *, z: float = 8.0, patience: int = 5, max_rollbacks
     True 3
     False 3
     """
-    if window < 4:
-        raise ValueError(f"window = {window} must be at least 4 batches: try 128")
-    if not 0 < z < float("inf"):
-        raise ValueError(f"z = {z} must be above 0 and finite: try 8 standard deviations")
-    if patience < 1:
-        raise ValueError(f"patience = {patience} must be at least 1 step: try 5")
-    if max_rollbacks < 0:
-        raise ValueError(f"max_rollbacks = {max_rollbacks} must be at least 0, which never goes back: try 3")
 
     def init() -> SpikeState:
         zeros = jnp.zeros((2, window), jnp.float32)
