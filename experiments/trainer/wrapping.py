@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import optax
 
 from crescendo import optim
-from crescendo.optim.batch_size import BatchSizePolicy
+from crescendo.optim.batch_size import BatchSizePolicy, Coupling
 from crescendo.optim.groups import ParameterGroup
 
 
@@ -14,7 +14,7 @@ def wrapped(
     optimizer: optax.GradientTransformation,
     policy: BatchSizePolicy,
     *,
-    coupling: str,
+    coupling: Coupling,
     base_batch_size: int | None,
     noise_scale: optax.GradientTransformation | None,
     average_examples: int | None,
