@@ -23,6 +23,7 @@ from crescendo.optim.batch_size import (
 )
 from crescendo.optim.combinators import chain
 from crescendo.optim.groups import ParameterGroup, assign, frozen_mask, group, scale_groups
+from crescendo.optim.guard import Guard, guard, guarded, passed
 from crescendo.optim.lamb import lamb
 from crescendo.optim.lars import lars, scale_by_lars
 from crescendo.optim.lion import lion
@@ -41,7 +42,7 @@ from crescendo.optim.refinement import (
     refined_schedule,
     save_refined,
 )
-from crescendo.optim.registry import COMBINATORS, OPTIMIZERS, POLICIES, SCHEDULES, TRANSFORMS
+from crescendo.optim.registry import COMBINATORS, GUARDS, OPTIMIZERS, POLICIES, SCHEDULES, TRANSFORMS
 from crescendo.optim.run_length import LengthError, LengthWarning, OfRun
 from crescendo.optim.scaling import (
     learning_rate_factor,
@@ -61,6 +62,7 @@ for _module in pkgutil.iter_modules(__path__):
 
 __all__ = [
     "COMBINATORS",
+    "GUARDS",
     "OPTIMIZERS",
     "POLICIES",
     "SCHEDULES",
@@ -68,6 +70,7 @@ __all__ = [
     "BatchSizePolicy",
     "BatchStats",
     "GradientNorms",
+    "Guard",
     "LengthError",
     "LengthWarning",
     "NoiseScale",
@@ -91,6 +94,8 @@ __all__ = [
     "gradient_noise_scale",
     "group",
     "group_noise_scales",
+    "guard",
+    "guarded",
     "has_evaluation_params",
     "in_float32",
     "lamb",
@@ -102,6 +107,7 @@ __all__ = [
     "noise_scale",
     "noise_scale_following",
     "norm_test",
+    "passed",
     "prodigy",
     "record_gradient_norms",
     "recorded_norms",
@@ -127,6 +133,7 @@ __all__ = [
 
 # Attributes of all that is registered, also where no import above says so to type checkers. `constant` is a schedule's
 # name and a policy's: both are called by their modules.
-_registered = OPTIMIZERS | TRANSFORMS | COMBINATORS | {n: f for n, f in POLICIES.items() if n not in SCHEDULES}
+_registered = OPTIMIZERS | TRANSFORMS | COMBINATORS | GUARDS
+_registered |= {n: f for n, f in POLICIES.items() if n not in SCHEDULES}
 globals().update(_registered)
 __all__ += sorted(_registered.keys() - set(__all__))

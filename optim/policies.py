@@ -272,8 +272,8 @@ def noise_scale_following(
 
 
 def _rung(sizes: np.ndarray, batch_size: jax.Array) -> jax.Array:
-    """The number of a size on the ladder; 0 for one that isn't on it, as a state from another ladder may hold."""
-    return jnp.argmax(jnp.asarray(sizes) == batch_size)
+    """The number of a size on the ladder; of one between two, as another ladder's state may hold, that of the lower."""
+    return jnp.maximum(jnp.sum(jnp.asarray(sizes) <= batch_size, dtype=jnp.int32) - 1, 0)
 
 
 class NormTestState(NamedTuple):

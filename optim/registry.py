@@ -1,4 +1,4 @@
-"""Tables of what configs can name here: optimizers, transforms, combinators, schedules and policies.
+"""Tables of what configs can name here: optimizers, transforms, combinators, schedules, policies and guards.
 
 A function enters one where it is defined, as a decoration. `crescendo.optim` imports every module of its folder, so a
 new file with a decorated function is all that a new one takes: configs, the common tests and the documentation read
@@ -15,6 +15,7 @@ from crescendo.ranges import checked
 
 if TYPE_CHECKING:
     from crescendo.optim.batch_size import BatchSizePolicy  # which registers policies of its own
+    from crescendo.optim.guard import Guard
 
 
 class Registry[T](dict[str, Callable[..., T]]):
@@ -55,3 +56,6 @@ SCHEDULES: Registry[optax.Schedule | OfRun] = Registry()
 
 POLICIES: "Registry[BatchSizePolicy]" = Registry()
 """Batch-size policies `name(**options)`, their sizes in examples."""
+
+GUARDS: "Registry[Guard]" = Registry()
+"""Guards `name(**options)`: which batches to leave out."""

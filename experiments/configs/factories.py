@@ -84,6 +84,7 @@ FACTORIES: dict[str, dict[str, Callable]] = {
     "optim.groups": {"group": group},
     "optim.batch_size": {n: f for n, f in optim.POLICIES.items() if f.__module__ == batch_size.__name__},
     "optim.policies": {n: f for n, f in optim.POLICIES.items() if f.__module__ != batch_size.__name__},
+    "optim.guards": optim.GUARDS,
     "models": {"model": model, "resnet": ResNetConfig, "vit": ViTConfig},
     "tasks": namesakes(tasks),
     "probes": namesakes(probes),

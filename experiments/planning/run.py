@@ -15,7 +15,8 @@ from crescendo.experiments.planning.mesh import session_memory
 from crescendo.experiments.runtime import hardware
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.text import compact, duration
-from crescendo.experiments.trainer.session import MEMORY_SHARE, Session, check_enough_rows, passes
+from crescendo.experiments.trainer.announcing import passes
+from crescendo.experiments.trainer.session import MEMORY_SHARE, Session, check_enough_rows
 from crescendo.parallel.tables import memory_table
 
 

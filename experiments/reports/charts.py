@@ -8,7 +8,7 @@ import numpy as np
 
 from crescendo.experiments.runs.records import Columns
 from crescendo.experiments.runs.run import Run
-from crescendo.experiments.runtime.text import RunningMean, compact
+from crescendo.experiments.runtime.text import compact, running_means
 
 Arms = Sequence[tuple[str, Sequence[Run]]]
 
@@ -149,7 +149,7 @@ def _from_zero(column: str) -> Callable[[Arms], tuple[float, float] | None]:
 
     def limits(arms: Arms) -> tuple[float, float] | None:
         values = [run.train[column] for _, runs in arms for run in runs]
-        top = max((float(x) for each in values for x in each[np.isfinite(each)]), default=0.0)
+        top = max((float(each[np.isfinite(each)].max(initial=0.0)) for each in values), default=0.0)
         return (0.0, 1.05 * top) if top > 0 else None
 
     return limits
@@ -238,8 +238,7 @@ def in_units(text: str, runs: Sequence[Run]) -> str:
 
 def averaged(run: Run, name: str) -> np.ndarray:
     """A training column averaged over the last 2% of the run's examples; NaN until there is a finite value."""
-    mean = RunningMean(0.02 * run.info["total_examples"])
-    return np.array([mean.add(x, size) for x, size in zip(run.train[name], run.train["batch_size"], strict=True)])
+    return running_means(run.train[name], run.train["batch_size"], 0.02 * run.info["total_examples"])
 
 
 def _thin(columns: Columns) -> Columns:

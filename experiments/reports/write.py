@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from crescendo.experiments.reports import charts, page, plots, seconds
 from crescendo.experiments.reports.compare import Arm, cells, compare, headings, headline, remark
 from crescendo.experiments.reports.held_out import last_means
+from crescendo.experiments.runs.records import Record
 from crescendo.experiments.runs.run import Run, read_run
 from crescendo.experiments.runtime import from_python
 from crescendo.experiments.runtime.files import file_access
@@ -96,9 +97,9 @@ def _measured(run: Run) -> dict[str, str]:
 
 
 def _events(run: Run) -> list[str]:
-    """Gaps in the run's records, its changes of batch size and settings, and its warnings, a sentence each."""
+    """Gaps in the run's records, its changes of batch size and settings, warnings and ways back, a sentence each."""
     sentences = [str(gap) for gap in run.gaps]
-    for record in run.events:
+    for record in _merged(run.events):
         at = f"{record['examples_seen'] / run.info['total_examples']:.0%}"
         if record["kind"] == "batch_size":
             change = f"batch size {record['from']:,} → {record['to']:,}"
@@ -106,10 +107,32 @@ def _events(run: Run) -> list[str]:
         elif record["kind"] == "setting":
             change = f"{record['name']} {record['from']} → {record['to']}"
             sentences.append(f"{at}: {change}, as the run went on from step {record['step']:,}")
-        elif record["kind"] == "warning":
+        elif record["kind"] in ("warning", "rollback"):
             sentences.append(f"{at}: {record['message']} (step {record['step']:,})")
     more = len(sentences) - _MAX_EVENTS
     return sentences if more <= 0 else [*sentences[:_MAX_EVENTS], f"and {more:,} more"]
+
+
+def _merged(events: Sequence[Record]) -> list[Record]:
+    """The events with steps that were skipped one after the other as one."""
+    merged: list[Record] = []
+    skips: tuple[int, int] | None = None  # where the latest stand, and how many they are
+    for record in events:
+        if record["kind"] != "warning" or "first_example" not in record:
+            merged.append(record)
+        elif skips and merged[skips[0]]["last_example"] == record["first_example"] - 1:
+            skips = skips[0], skips[1] + 1
+            first = merged[skips[0]]
+            start = first.get("first", first["message"])
+            message = (
+                f"{skips[1]} steps in a row were skipped, examples {first['first_example']:,} to "
+                f"{record['last_example']:,}; the first: {start}"
+            )
+            merged[skips[0]] = {**first, "last_example": record["last_example"], "message": message, "first": start}
+        else:
+            merged.append(record)
+            skips = len(merged) - 1, 1
+    return merged
 
 
 class Sample(NamedTuple):

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from crescendo.experiments.runs import metadata, storage
+from crescendo.experiments.runs.arrays import Adapting, Names, by_path, describe_arrays, leaves_by_path
 from crescendo.experiments.runs.metadata import DamagedError
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime.errors import UserError
@@ -135,8 +136,10 @@ class Checkpoints:
       read_only: touch nothing: another process may be saving there.
 
     Attributes:
+      keep_last: as given.
       best: the checkpoint to keep besides, by its examples; None: none.
       keep: asked at each save of every checkpoint, by its examples, whether it must stay.
+      adapting: what of a checkpoint is taken whose arrays are others than those that are wanted; None: nothing.
     """
 
     def __init__(
@@ -150,8 +153,10 @@ class Checkpoints:
         read_only: bool = False,
     ):
         storage.check_name(folder)
+        self.keep_last = keep_last
         self.best: int | None = None
         self.keep: Callable[[int], bool] = lambda examples: False
+        self.adapting: Adapting | None = None
         self._run = run
         self._written: tuple[int, dict[str, collections.Counter]] = (0, {})
         policies: list = [
@@ -309,7 +314,11 @@ class Checkpoints:
         self, step: int, abstract: TrainState, report: Callable[[str], None] = lambda line: None
     ) -> tuple[TrainState, Clock]:
         """One checkpoint."""
-        state, says = self._read(step, ocp.args.StandardRestore(abstract))
+        others = None if self.adapting is None else self._other_arrays(step)
+        if others is None:
+            state, says = self._read(step, ocp.args.StandardRestore(abstract))
+        else:
+            state, says = self._adapted(step, abstract, *others)
         clock = Clock(**dict(says.clock))
         counting = find_states(state.opt_state, ScaleByLearningRateState, WithLearningRateState)
         counts = jax.device_get([state.skipped_steps, *(each.count for each in counting)])
@@ -319,8 +328,42 @@ class Checkpoints:
             report(f"checkpoint {self.folder / str(step)} is of a version whose metadata had no fingerprint yet")
         return state, clock
 
-    def _read(self, step: int, restore: ocp.args.CheckpointArgs, item: str = "state") -> tuple[Any, metadata.Metadata]:
+    def _other_arrays(self, step: int) -> tuple[Any, dict[Names, Names]] | None:
+        """The arrays of a checkpoint that aren't those wanted, and what is carried over; None where it holds those."""
+        assert self.adapting is not None
+        try:
+            state = storage.LiteralPath(self.folder.absolute() / str(step) / "state")
+            tree = ocp.PyTreeCheckpointHandler().metadata(state).tree
+        except (ValueError, KeyError, FileNotFoundError):
+            return None  # what is wrong with it reading it will say
+        saved = by_path(describe_arrays(tree))
+        carried = None if saved == self.adapting.wanted else self.adapting.carried(saved)
+        return None if carried is None else (tree, carried)
+
+    def _adapted(
+        self, step: int, abstract: TrainState, tree: Any, carried: Mapping[Names, Names]
+    ) -> tuple[TrainState, metadata.Metadata]:
+        """A checkpoint of a run that was set up otherwise; what isn't carried over begins anew."""
+        assert self.adapting is not None
+        wanted = leaves_by_path(abstract)
+        shardings = {there: wanted[own].sharding for own, there in carried.items()}
+        template = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings.get(path, abstract.skipped_steps.sharding))
+            for path, x in leaves_by_path(tree).items()
+        ]
+        restore = ocp.args.StandardRestore(jax.tree.unflatten(jax.tree.structure(tree), template))
+        arrays, says = self._read(step, restore, in_order=False)
+        restored = leaves_by_path(arrays)
+        state = {path: restored[there] for path, there in carried.items()}
+        state |= self.adapting.fresh([path for path in wanted if path not in carried])
+        return jax.tree.unflatten(jax.tree.structure(abstract), [state[path] for path in wanted]), says
+
+    def _read(
+        self, step: int, restore: ocp.args.CheckpointArgs, item: str = "state", *, in_order: bool = True
+    ) -> tuple[Any, metadata.Metadata]:
         """A checkpoint's item, or the first arrays of it, compared with their fingerprints, and what is said of it.
+
+        Of arrays that aren't `in_order` each must have one of the fingerprints.
 
         Raises:
           DamagedError: what is in its files isn't what was saved.
@@ -338,8 +381,8 @@ class Checkpoints:
         except Exception as error:  # orbax and tensorstore raise what they like at files that hold something else
             storage.check_readable(folder, error)
             raise DamagedError(str(error).strip().splitlines()[0][:120]) from None
-        prints = _prints(arrays)
-        if prints != says.of(item)[: len(prints)]:
+        prints, theirs = _prints(arrays), says.of(item)
+        if (in_order and prints != theirs[: len(prints)]) or collections.Counter(prints) - collections.Counter(theirs):
             raise DamagedError("its arrays are not the ones that were saved")
         return arrays, says
 

@@ -135,13 +135,19 @@ def changed_settings(
         raise UserError(f"{path} is damaged: restore it, or give another folder with --run") from None
 
 
-def check_resumable(folder: Path, version: int, fixed: Mapping[str, Any]) -> dict[str, Any] | None:
+def check_resumable(
+    folder: Path,
+    version: int,
+    fixed: Mapping[str, Any],
+    can_take: Callable[[Mapping[str, str]], bool] = lambda arrays: False,
+) -> dict[str, Any] | None:
     """That a training run is what it was when it was begun, by `run.json` and by its newest checkpoint.
 
     Args:
       folder: the run's.
       version: of what runs keep, as this program has it.
       fixed: see `check_same`.
+      can_take: whether arrays that aren't those of `fixed` will do.
 
     Returns:
       Its `run.json`; None where there is none.
@@ -163,7 +169,8 @@ def check_resumable(folder: Path, version: int, fixed: Mapping[str, Any]) -> dic
                 f"{begun_with}, this one {version}) and can't go on: give another folder with --run, with "
                 f"train.initialize_from = {str(folder)!r} to take its parameters"
             )
-        check_same(folder, before, fixed)
+        others = before.get("arrays", {}) != fixed["arrays"] and can_take(before.get("arrays", {}))
+        check_same(folder, {**before, "arrays": fixed["arrays"]} if others else before, fixed)
     return info
 
 

@@ -19,7 +19,7 @@ class Fixed(TypedDict, total=False):
     """What a run goes on only as; see `trainer/training.py`.
 
     Attributes:
-      arrays: shapes and dtypes of its state, by path (`trainer/shapes.py`).
+      arrays: shapes and dtypes of its state, by path (`runs/arrays.py`).
     """
 
     task: str

@@ -3,9 +3,11 @@
 A record is a flat dict with at least `kind` and `examples_seen`. Kinds: `train` (one a step), `validation`, `probe`
 (what a probe saw), `sample` (what the model adds to a text: `prompt`, `text`), `time` (where the run's seconds went so
 far), `batch_size` (a change: `from`, `to`, `reason`), `setting` (one that a run which went on was given otherwise:
-`name`, `from`, `to`, as gin's text) and `warning` (`message`). Losses are in nats a token, or whatever the task's unit
-is; `examples_seen`, `tokens_seen` (`images_seen`, ...) and `step` are counted after the step. Null stands for what
-isn't known, and for a number that isn't finite, which JSON doesn't have.
+`name`, `from`, `to`, as gin's text), `warning` (`message`; of a skipped step `first_example` and `last_example` too)
+and `rollback` (parameters and optimizer are those of checkpoint `to` again, the steps from `first_example` to
+`last_example` are without effect). Losses are in nats a token, or whatever the task's unit is; `examples_seen`,
+`tokens_seen` (`images_seen`, ...) and `step` are counted after the step. Null stands for what isn't known, and for a
+number that isn't finite, which JSON doesn't have.
 """
 
 import json
@@ -62,9 +64,14 @@ def gaps(records: Sequence[Record], *, begin: int = 0, end: int | None = None) -
     [Gap(begin=16, end=32, twice=False), Gap(begin=48, end=56, twice=False)]
     """
     steps = [r for r in records if r["kind"] == "train" and (end is None or r["examples_seen"] <= end)]
-    ends = np.array([begin, *(r["examples_seen"] for r in steps)], np.int64)
     sizes = [size if isinstance(size := r.get("batch_size"), int) and 0 <= size < 2**63 else 0 for r in steps]
-    begins = np.append(ends[1:] - sizes, ends[-1] if end is None else end)
+    return gaps_between(np.array([r["examples_seen"] for r in steps], np.int64), np.array(sizes, np.int64), begin, end)
+
+
+def gaps_between(seen: np.ndarray, sizes: np.ndarray, begin: int, end: int | None = None) -> list[Gap]:
+    """The same of steps by the clock after each and its batch, int64 `[steps]`."""
+    ends = np.append(begin, seen)
+    begins = np.append(seen - sizes, ends[-1] if end is None else end)
     at = np.flatnonzero(ends != begins)
     pairs = [(int(ends[i]), int(begins[i])) for i in at]
     return [Gap(min(pair), max(pair), twice=pair[1] < pair[0]) for pair in pairs]
@@ -113,22 +120,31 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Raises:
       UserError: if a damaged line comes before a sound one.
     """
+    return parse_records(read_lines(path), path)
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """The lines of a `metrics.jsonl`; none if there is no such file."""
+    with file_access("read", path):
+        return read_file(path, limit_bytes=1 << 40).splitlines() if path.exists() else []
+
+
+def parse_records(lines: Sequence[bytes], path: Path) -> list[dict[str, Any]]:
+    """The records of a file's lines; see `read_records`."""
     records: list[dict[str, Any]] = []
     damaged = None
-    with file_access("read", path):
-        lines = read_file(path, limit_bytes=1 << 40).splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
-        record = _parsed(line)
+        record = parse_record(line)
         if record is None:
             damaged = damaged or number
         elif damaged:
             raise UserError(f"{path} is damaged at line {damaged}: remove that line to go on without its record")
         else:
-            records.append(_read_back(record))
+            records.append(read_back(record))
     return records
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def parse_record(line: bytes) -> dict[str, Any] | None:
     """The record of a line; None where it is damaged."""
     try:
         record = json.loads(line)
@@ -140,7 +156,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(seen, int) and 0 <= seen < 2**63 else None
 
 
-def _read_back(record: dict[str, Any]) -> dict[str, Any]:
+def read_back(record: dict[str, Any]) -> dict[str, Any]:
     """Of a validation everything is a number: null is one that isn't finite."""
     if record["kind"] != "validation":
         return record

@@ -4,12 +4,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from crescendo.experiments.runs import kinds
+from crescendo.experiments.runs.columns import TRAIN, train_columns
 from crescendo.experiments.runs.info import read_info
-from crescendo.experiments.runs.records import Columns, Gap, Record, began_at, gaps, read_records
+from crescendo.experiments.runs.records import (
+    Columns,
+    Gap,
+    Record,
+    began_at,
+    gaps_between,
+    parse_record,
+    parse_records,
+    read_back,
+    read_lines,
+    read_records,
+)
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import read_file
 from crescendo.experiments.runtime.text import visible
+
+# A file of so many is worth another reader.
+_MANY_LINES = 4096
 
 
 def last_validation(folder: Path) -> dict:
@@ -78,15 +95,19 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder} is not a run folder: it has no run.json; name a folder that a training run wrote")
     info: dict[str, Any] = {**read_info(path)}
     metrics = path.with_name("metrics.jsonl")
-    records = read_records(metrics)
+    train, records = _read_training(metrics)
     unit = f"{info.get('unit', 'token')}s_"
-    columns = {}
-    for kind in kinds.COLUMNS:
-        found = kinds.columns([record for record in records if record["kind"] == kind], kind, metrics)
-        columns[kind] = _with_units(found, unit)
-        kinds.check_columns(columns[kind], kind, metrics)
+    columns = {
+        "train": _with_units(train, unit),
+        "validation": _with_units(
+            kinds.columns([r for r in records if r["kind"] == "validation"], "validation", metrics), unit
+        ),
+    }
+    for kind, found in columns.items():
+        kinds.check_columns(found, kind, metrics)
     for kind in kinds.EVENTS:
         kinds.of_kind(records, kind, metrics)
+    places = (columns["train"][name].astype(np.int64) for name in ("examples_seen", "batch_size"))
     return Run(
         folder=folder,
         info=info,
@@ -95,8 +116,24 @@ def read_run(folder: Path) -> Run:
         validation=columns["validation"],
         events=[r for r in records if r["kind"] not in (*kinds.COLUMNS, "time")],
         time=next((r for r in reversed(records) if r["kind"] == "time"), {}),
-        gaps=gaps(records, begin=began_at(info.get("fixed"))),
+        gaps=gaps_between(*places, began_at(info.get("fixed") or {})),
     )
+
+
+def _read_training(path: Path) -> tuple[Columns, list[dict[str, Any]]]:
+    """The training records of a `metrics.jsonl` as columns, and the others.
+
+    Many lines that are all sound but for a torn end are read quickly.
+    """
+    lines = read_lines(path)
+    if len(lines) >= _MANY_LINES:
+        sound = lines if parse_record(lines[-1]) else lines[:-1]
+        columns = train_columns([line for line in sound if line.startswith(TRAIN)])
+        others = [parse_record(line) for line in sound if not line.startswith(TRAIN)]
+        if columns is not None and all(record and record["kind"] != "train" for record in others):
+            return columns, [read_back(record) for record in others if record]
+    records = parse_records(lines, path)
+    return kinds.columns([r for r in records if r["kind"] == "train"], "train", path), records
 
 
 def _with_units(columns: Columns, unit: str) -> Columns:

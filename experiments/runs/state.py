@@ -16,7 +16,7 @@ class TrainState:
     Attributes:
       parameters: float32 arrays in nested dicts.
       opt_state: the optimizer's, the schedule's and the batch-size policy's state.
-      skipped_steps: int32, updates left out because the loss or a gradient was not finite.
+      skipped_steps: int32, updates left out: loss, gradient or update were not finite, or the guard said no.
       skipped_in_a_row: int32, how many of them were the latest ones.
     """
 

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 
 class RunningMean:
     """Exponential mean, unbiased from the first value; what is not finite is left out.
@@ -29,6 +31,30 @@ class RunningMean:
     @property
     def value(self) -> float:
         return self._sum / self._weight if self._weight else math.nan
+
+
+def running_means(values: np.ndarray, weights: np.ndarray, window: float) -> np.ndarray:
+    """What `RunningMean.add` returns of each value in turn, float64 `[n]`.
+
+    >>> running_means(np.array([np.nan, 3.0, np.inf, 5.0]), np.array([8, 8, 8, 8]), window=100.0)
+    array([       nan, 3.        , 3.        , 4.03997868])
+    """
+    known = np.isfinite(values)
+    finite = np.flatnonzero(known)
+    shares = weights[finite] / window
+    at, gains = np.cumsum(shares), -np.expm1(-shares)
+    terms = np.stack([gains * values[finite], gains])
+    sums, carried, begin = np.empty_like(terms), np.zeros(2), 0
+    while begin < len(finite):
+        # Sums of weights that grow by no more than e^30, so that none overflows.
+        end = max(begin + 1, int(np.searchsorted(at, at[begin] + 30)))
+        growth = np.exp(at[begin:end] - at[begin])
+        carried = np.exp(-shares[begin]) * carried
+        sums[:, begin:end] = (carried[:, None] + np.cumsum(terms[:, begin:end] * growth, axis=1)) / growth
+        carried, begin = sums[:, end - 1], end
+    with np.errstate(invalid="ignore"):  # of what weighs nothing yet there is no mean
+        means = np.append(sums[0] / sums[1], math.nan)  # the last stands before the first
+    return means[np.cumsum(known) - 1]
 
 
 def compact(value: float) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-from crescendo.experiments.trainer.session import Session, passes
+from crescendo.experiments.trainer.session import Session
 
 
 def announce(session: Session, written: Callable[[str], str] | None, say: Callable[[str], None]) -> None:
@@ -22,6 +22,8 @@ def announce(session: Session, written: Callable[[str], str] | None, say: Callab
     strategy = session.strategy if isinstance(session.strategy, str) else _shown(written, "strategy")
     say(f"data: {task.data}")
     batch = moved if len(sizes) > 1 else f"{sizes[0]:,}"
+    if session.base_batch_size != sizes[0]:
+        batch += f" (the learning rate is meant for {session.base_batch_size:,})"
     say(f"run: {total:,} examples, {passes(total, len(task.train))} data; batch: {batch}")
     say(f"mesh: {split}, of {devices.size} x {devices.flat[0].device_kind}; strategy: {strategy}")
     say(f"optimizer: {_shown(written, 'optimizer')}")
@@ -47,3 +49,13 @@ def announce_compiled(session: Session, say: Callable[[str], None]) -> None:
 
 def _shown(written: Callable[[str], str] | None, parameter: str) -> str:
     return (written(parameter) if written else "") or "given in Python"
+
+
+def passes(total_examples: int, rows: int) -> str:
+    """How often a run sees the data.
+
+    >>> passes(6144, 12288), passes(6144, 3)
+    ('0.5 passes over the', '2,048 passes over the')
+    """
+    count = total_examples / rows
+    return f"{count:.2g} passes over the" if count < 10 else f"{count:,.0f} passes over the"

@@ -16,6 +16,7 @@ from crescendo.experiments.trainer.batch_sizes import DecidedBatchSizes
 from crescendo.experiments.trainer.feed import Feed
 from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.session import Session
+from crescendo.experiments.trainer.watching import Watch
 
 
 class Event(NamedTuple):
@@ -52,6 +53,7 @@ def run(
     events: Sequence[Event] = (),
     stop: Callable[[Clock], object] = lambda clock: None,
     max_bad_steps: int = 10,
+    watch: Watch | None = None,
 ) -> tuple[TrainState, Clock]:
     """Trains from the clock to `end` examples, or until asked to stop.
 
@@ -66,6 +68,7 @@ def run(
       events: what happens between steps, in this order.
       stop: asked before every step.
       max_bad_steps: give up after so many steps in a row that changed nothing.
+      watch: looks at every step, and goes back where the run's guard asks for it; None: nobody.
 
     Returns:
       The state and the clock at the end.
@@ -77,19 +80,24 @@ def run(
     clock = dataclasses.replace(clock, batch_size=session.fitting(clock.batch_size))
     feed, plan = session.feed() if feed is None else feed, session.plan
     pending: tuple[Clock, int, int, dict] | None = None
+    skipped_in_a_row = 0
 
     def drain() -> None:
         """Reads the metrics of the step before."""
-        nonlocal pending
+        nonlocal pending, skipped_in_a_row
         if pending is None:
             return
-        values, pending = recorder.step(*pending), None
+        (at, examples, *_), values, pending = pending, recorder.step(*pending), None
         batch_sizes.read(values)
-        if values["skipped_in_a_row"] >= max_bad_steps:
+        if watch is not None:
+            watch.step(at, examples, values)
+        skipped_in_a_row = values["skipped_in_a_row"]
+        if skipped_in_a_row >= max_bad_steps:
+            way_back = "what was saved before is good" if watch is None else watch.way_back
             raise UserError(
                 f"no finite loss, gradient and update in {max_bad_steps} steps in a row (train.max_bad_steps): stopped "
-                f"at {clock.examples_seen} examples; what was saved before is good: lower the learning rate and begin "
-                "another run, or look for bad rows in the data"
+                f"at {at.examples_seen} examples; {way_back}: lower the learning rate and begin another run, or look "
+                "for bad rows in the data"
             )
 
     recorder.restart_timer()
@@ -101,6 +109,14 @@ def run(
             clock = clock.after(examples)
             drain()
             pending = (clock, examples, plan.microbatches(examples), metrics)
+            if watch is not None and skipped_in_a_row >= watch.patience:
+                drain()
+                with jax.transfer_guard("allow"):
+                    back = watch.go_back(clock, state) if skipped_in_a_row >= watch.patience else None
+                if back is not None:
+                    (state, clock), skipped_in_a_row = back, 0
+                    batch_sizes.decided = clock.batch_size
+                recorder.restart_timer()
             if batch_sizes.decided != clock.batch_size:
                 recorder.batch_size(clock, clock.batch_size, batch_sizes.decided, session.policy.reason)
                 clock = dataclasses.replace(clock, batch_size=batch_sizes.decided)

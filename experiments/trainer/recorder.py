@@ -12,9 +12,10 @@ from crescendo.experiments.runs.records import Record
 from crescendo.experiments.runs.state import Clock
 from crescendo.experiments.trainer.wall_clock import WallClock
 
-# The metrics of a step that every training record has; norms are of the mean gradient, before clipping. What else the
-# step returns (a task's extra sums, what transforms and policies report) stands behind them, null where not finite.
-REPORTED = ("loss", "learning_rate", "gradient_norm", "gradient_l1_norm", "skipped_steps")
+# The metrics of a step that every training record has; norms are of the mean gradient, before clipping, and of the
+# update. What else the step returns (a task's extra sums, what transforms and policies report) stands behind them, null
+# where not finite.
+REPORTED = ("loss", "learning_rate", "gradient_norm", "gradient_l1_norm", "update_norm", "skipped_steps")
 # What steers the loop and is no column.
 INTERNAL = ("next_batch_size", "skipped_in_a_row")
 # A call can last as long as its step, or not wait at all, so that about an evaluation the time between two readings is
@@ -83,11 +84,20 @@ class Recorder:
             }
         )
         if values["skipped_in_a_row"]:
-            message = f"loss {values['loss']}, gradient norm {values['gradient_norm']}: step {clock.steps} was skipped"
-            if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
-                message = f"the optimizer's update is not finite: step {clock.steps} was skipped"
-            self.observe({"kind": "warning", **self._place(clock), "message": message})
+            first, last = clock.examples_seen - examples, clock.examples_seen - 1
+            message = f"{_why_skipped(values)}: step {clock.steps} was skipped, examples {first:,} to {last:,}"
+            self.warning(clock, message, first_example=first, last_example=last)
         return values
+
+    def warning(self, clock: Clock, message: str, **further: int) -> None:
+        """Reports what a person should look at."""
+        self.observe({"kind": "warning", **self._place(clock), **further, "message": message})
+
+    def rollback(self, clock: Clock, checkpoint: int, message: str) -> None:
+        """Reports that parameters and optimizer are those of a checkpoint again, and the clock goes on."""
+        first, last = checkpoint, clock.examples_seen - 1
+        place = self._place(clock) | {"to": checkpoint, "first_example": first, "last_example": last}
+        self.observe({"kind": "rollback", **place, "message": message})
 
     def validation(self, clock: Clock, means: dict[str, float]) -> dict:
         """Reports the means on held-out rows; returns the record."""
@@ -119,6 +129,16 @@ class Recorder:
             "examples_seen": clock.examples_seen,
             f"{self.unit}s_seen": clock.examples_seen * self.units_per_example,
         }
+
+
+def _why_skipped(values: Mapping[str, float]) -> str:
+    """What was wrong with a step that changed nothing."""
+    losses = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
+    if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+        return losses
+    if math.isfinite(values["update_norm"]):
+        return f"the guard found an outlier, {losses}"
+    return "the optimizer's update is not finite"
 
 
 def _finite(value: float) -> float | None:

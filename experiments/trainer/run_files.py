@@ -12,9 +12,11 @@ from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import sync
 from crescendo.experiments.runtime.interruption import Interrupted, Interruption
+from crescendo.experiments.trainer.health import Health
 from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.session import Session
 from crescendo.experiments.trainer.stopping import Stops
+from crescendo.experiments.trainer.watching import Watch
 from crescendo.parallel.hosts import is_leader
 
 
@@ -33,6 +35,7 @@ class RunFiles:
       keep_best: whether the checkpoint of the lowest validation loss is kept.
       validation: the latest validation record.
       saved_at: the clock of the newest checkpoint.
+      watch: looks after the run, from `begin` on.
     """
 
     folder: Path
@@ -45,6 +48,7 @@ class RunFiles:
     keep_best: bool = False
     best_loss: float = float("inf")
     validation: dict = dataclasses.field(default_factory=dict)
+    watch: Watch = dataclasses.field(init=False)
 
     def run(
         self,
@@ -115,15 +119,24 @@ class RunFiles:
             self.checkpoints.best = clock.examples_seen
             self.save(clock, state)
 
-    def begin(self, clock: Clock, validation: dict[str, Any], records: Sequence[Record]) -> None:
-        """Records where the seconds went; the best so far is taken from the records, where its checkpoint is there.
+    def begin(
+        self,
+        clock: Clock,
+        validation: dict[str, Any],
+        records: Sequence[Record],
+        due: Callable[[int, int], bool],
+    ) -> None:
+        """Records where the seconds went; health and the best so far are those that the records tell.
 
         Args:
           clock: where the run stands.
           validation: the record of its evaluation there; empty where there was none.
           records: of the run so far.
+          due: whether a checkpoint is saved after the step from one clock to another.
         """
         self.validation = validation
+        health = Health.of(records, clock.examples_seen, due)
+        self.watch = Watch(health, self.session, self.checkpoints, self.recorder, self.save)
         self.tell_time(clock)
         if not self.keep_best:
             return
@@ -143,7 +156,8 @@ class RunFiles:
         if not self.session.is_finite(state):
             raise UserError(
                 f"parameters or what the optimizer keeps of them are not finite at {clock.examples_seen} examples: not "
-                f"saved; the checkpoints in {self.folder} are good: lower the learning rate, or begin another run"
+                f"saved; those in {self.folder / 'checkpoints'} are finite, and {self.watch.way_back}: lower the "
+                "learning rate, or begin another run"
             )
         with self.recorder.wall.measure("saving"):
             self.held()

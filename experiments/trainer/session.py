@@ -32,6 +32,7 @@ from crescendo.experiments.trainer.gradient_statistics import chosen_statistics
 from crescendo.experiments.trainer.optimizer_checks import check_optimizer
 from crescendo.experiments.trainer.shapes import abstract_batch, abstract_state, initial_state, state_shardings
 from crescendo.experiments.trainer.step import make_step
+from crescendo.experiments.trainer.wrapping import Wraps, by_groups, wrapped
 from crescendo.models.norm_probes import norm_scales
 from crescendo.optim.batch_size import BatchSizePolicy, Coupling, constant, stays_throughout
 from crescendo.optim.checks import check_real
@@ -66,6 +67,8 @@ class Session:
       base_batch_size: the batch size that the learning rate is meant for; the initial one when None.
       noise_scale: `@gradient_noise_scale()`, to record the gradient noise scale; None: it isn't measured. It is known
         from batches of at least two microbatches, or with `gradient_noise_scale.norm_layers = True` from any.
+      guard: `@guard()`, to leave out batches whose loss or gradient is an outlier, and to go back to a checkpoint where
+        that doesn't help; None: only what isn't finite is left out.
       mesh: the devices; all of them along `data` when None.
       strategy: what is split along the mesh's axes: a key of `crescendo.parallel.STRATEGIES`, or `@strategy()`.
       seed: of the parameters, of the order of the data, and of the task's random draws.
@@ -84,6 +87,9 @@ class Session:
       optimizer: with all that is wrapped around it.
       seed: as given.
       groups: as given.
+      guard: as given.
+      wraps: what lies around the optimizer.
+      base_batch_size: the batch size that the learning rate is meant for.
       strategy: as given.
       asked_examples: the length of the run, as given.
       platform: "cpu", "gpu" or "tpu".
@@ -111,6 +117,7 @@ class Session:
         coupling: Coupling = "sqrt",
         base_batch_size: Count | None = None,
         noise_scale: optax.GradientTransformation | None = None,
+        guard: optim.Guard | None = None,
         mesh: Mesh | AbstractMesh | None = None,
         strategy: Annotated[str, OneOf(parallel.STRATEGIES)] | parallel.Strategy = "fsdp",
         seed: Seed = 0,
@@ -121,7 +128,8 @@ class Session:
         further_sizes: Sequence[Count] = (),
         platform: str | None = None,
     ):
-        self.strategy = strategy
+        self.strategy, self.guard = strategy, guard
+        self.wraps = Wraps(guard is not None, average_examples is not None, noise_scale is not None)
         self.seed, self.groups, self.notes = seed, tuple(groups), list[str]()
         self.compile_seconds = 0.0
         self._max_gradient_norm, self._max_microbatch_examples = max_gradient_norm, max_microbatch_examples
@@ -156,19 +164,19 @@ class Session:
         self.trainable = Trainable(jax.tree.map(lambda is_frozen: not is_frozen, frozen))
         with user_values():
             self.notes += check_optimizer(optimizer, self.trainable.take(self.parameters), self.policy)
-            if moved := [group for group in groups if not group.frozen]:
-                optimizer = optim.scale_groups(optimizer, moved, self.trainable.take(logical_axes))
-            if noise_scale is not None:
-                optimizer = optax.chain(noise_scale, optimizer)
-            self.optimizer = optim.adaptive_batch_size(
-                optimizer, self.policy, coupling, base_batch_size=base_batch_size
+            self.optimizer = wrapped(
+                by_groups(optimizer, groups, self.trainable.take(logical_axes)),
+                self.policy,
+                coupling=coupling,
+                base_batch_size=base_batch_size,
+                noise_scale=noise_scale,
+                average_examples=average_examples,
+                guard=guard,
             )
-            if average_examples is not None:
-                self.optimizer = optim.average_weights(self.optimizer, average_examples)
             opt_state = jax.eval_shape(self.optimizer.init, self.trainable.take(self.parameters))
+        self.base_batch_size = base_batch_size or self.policy.sizes[0]
         self.statistics = tuple(sorted({*self.policy.statistics, *required_statistics(opt_state)}))
         self._check_statistics()
-        self._has_noise_scale = noise_scale is not None
         if self.policy.measured_on not in (None, self.task.fingerprint):
             raise UserError(
                 f"the batch-size policy follows what was measured on another model or data (fingerprint "
@@ -296,7 +304,7 @@ class Session:
         if stays := stays_throughout(self.policy, total):
             self.notes.append(stays)
         parts = min(plan.microbatches(size) for size in self.policy.sizes) * self.layout.parts
-        if self._has_noise_scale and parts == 1 and "norm_layers" not in self.statistics:
+        if self.wraps.noisy and parts == 1 and "norm_layers" not in self.statistics:
             self.notes.append(
                 f"a batch of {min(self.policy.sizes)} is one microbatch, which says nothing of the gradient noise "
                 f"scale: set train.max_microbatch_examples = {max(1, min(self.policy.sizes) // 2)}, or "
@@ -338,8 +346,10 @@ class Session:
         return jax.jit(state_of, out_shardings=self.shardings)(parameters)
 
     def fitting(self, batch_size: int) -> int:
-        """The size where the step serves it, else the policy's first: another plan's state may hold any."""
-        return batch_size if batch_size in self.sizes else self.policy.sizes[0]
+        """The size where the step serves it, else the policy's next lower: another plan's state may hold any."""
+        if batch_size in self.sizes:
+            return batch_size
+        return max((size for size in self.policy.sizes if size < batch_size), default=self.policy.sizes[0])
 
     def end_from(self, examples_seen: int) -> int:
         """Where a run that goes on from there ends: whole microbatches later, and not past `total_examples`.
@@ -417,16 +427,6 @@ class Session:
 def max_microbatch_examples(task: Task, layout: parallel.Layout, platform: str) -> int:
     """The examples past which a larger microbatch makes no step faster, over all devices."""
     return max(1, MAX_MICROBATCH_UNITS[platform] // task.units_per_example) * layout.batch_shards
-
-
-def passes(total_examples: int, rows: int) -> str:
-    """How often a run sees the data.
-
-    >>> passes(6144, 12288), passes(6144, 3)
-    ('0.5 passes over the', '2,048 passes over the')
-    """
-    count = total_examples / rows
-    return f"{count:.2g} passes over the" if count < 10 else f"{count:,.0f} passes over the"
 
 
 def check_enough_rows(session: Session) -> None:

@@ -71,30 +71,6 @@ def abstract_state(
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def describe_arrays(state: TrainState) -> dict[str, str]:
-    """Every array of a state by its path, as `float32[3, 128]`: what a checkpoint must match to be restored."""
-    return {
-        jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}"
-        for path, x in jax.tree_util.tree_leaves_with_path(state)
-    }
-
-
-def described_array(text: str) -> jax.ShapeDtypeStruct:
-    """The array that `describe_arrays` tells of.
-
-    Raises:
-      ValueError, TypeError: for another text.
-
-    >>> described_array("float32[3, 128]")
-    ShapeDtypeStruct(shape=(3, 128), dtype=float32)
-    """
-    dtype, _, sizes = text.removesuffix("]").partition("[")
-    shape = tuple(int(size) for size in sizes.split(", ") if sizes)
-    if any(not 0 <= size < 2**31 for size in shape):
-        raise ValueError(f"{text} is no array's")
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-
-
 def row_arrays(task: Task) -> dict[str, RowArray]:
     """Every array of a batch's rows: the task's, and the number of each example."""
     return {**task.row, EXAMPLE: RowArray((), "int32", ())}

@@ -5,15 +5,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from crescendo.experiments.runs import trained
+from crescendo.experiments.runs.arrays import describe_arrays, described_array
 from crescendo.experiments.runs.checkpoint import Checkpoints
 from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.trainer.adapting import Adapting
 from crescendo.experiments.trainer.session import Session
-from crescendo.experiments.trainer.shapes import describe_arrays, described_array
 
 Tree = Any
 
@@ -71,13 +73,13 @@ def state_of(start_from: str, session: Session) -> tuple[TrainState, Clock]:
     folder, examples = trained.named(start_from)
     if examples is None:
         raise UserError(f"train.start_from = {start_from!r} must be RUN@EXAMPLES, such as 'runs/stable@4096'")
+    adapting = Adapting(session)
     before, now = read_run(folder).info.get("fixed", {}).get("arrays"), describe_arrays(session.abstract_state)
-    if before != now:
+    if before != now and not adapting.can_take(before or {}):
         differing = sorted(name for name in {*(before or {}), *now} if (before or {}).get(name) != now.get(name))
         raise UserError(
             f"train.start_from = {start_from!r}: {len(differing)} of its arrays are not this run's, such as "
-            f"{differing[0]}: use its model, optimizer and batch-size policy, or train.initialize_from for its "
-            "parameters alone"
+            f"{differing[0]}: use its model and optimizer, or train.initialize_from for its parameters alone"
         )
     if session.end_from(examples) <= examples:
         raise UserError(
@@ -88,8 +90,13 @@ def state_of(start_from: str, session: Session) -> tuple[TrainState, Clock]:
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"train.start_from = {start_from!r}: {folder} has no checkpoint yet")
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+        checkpoints.adapting = adapting
         state, clock = checkpoints.restore_at(examples, session.abstract_state)
-    return state, dataclasses.replace(clock, seconds=0.0)
+    # What it left out is in its own records.
+    none = jnp.zeros_like(state.skipped_steps)
+    return dataclasses.replace(state, skipped_steps=none, skipped_in_a_row=none), dataclasses.replace(
+        clock, seconds=0.0
+    )
 
 
 def _paths(tree: dict) -> list[str]:

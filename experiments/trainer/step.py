@@ -36,8 +36,8 @@ def make_step(
     drawn at rate 0, neither the first of a warmup nor the last of a decay to 0.
 
     A step whose loss or gradient norm is not finite leaves parameters and optimizer as they were, one whose update is
-    not finite the parameters; either is counted. The statistics that adapt the batch size go to the transforms as extra
-    arguments; norms are taken before clipping.
+    not finite the parameters, one that a guard doesn't let pass all but the guard's state; each is counted. The
+    statistics that adapt the batch size go to the transforms as extra arguments; norms are taken before clipping.
 
     Args:
       task: what is trained.
@@ -100,15 +100,17 @@ def make_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         opt_state = _where(finite, opt_state, state.opt_state)
         updates = jax.lax.optimization_barrier(updates)
-        finite &= jnp.isfinite(squared_norm(updates))
-        after = _where(finite, optax.apply_updates(before, updates), before)
-        bad = 1 - finite.astype(jnp.int32)
+        update_norm = jnp.sqrt(squared_norm(updates))
+        applied = finite & jnp.isfinite(update_norm) & optim.passed(opt_state)
+        after = _where(applied, optax.apply_updates(before, updates), before)
+        bad = 1 - applied.astype(jnp.int32)
         parameters = trainable.put(after, state.parameters)
         state = TrainState(parameters, opt_state, state.skipped_steps + bad, (state.skipped_in_a_row + 1) * bad)
         own = {
             "loss": loss,
             "gradient_norm": norm,
             "gradient_l1_norm": l1_norm,
+            "update_norm": update_norm,
             "next_batch_size": optim.current_batch_size(opt_state),
             "skipped_steps": state.skipped_steps,
             "skipped_in_a_row": state.skipped_in_a_row,

@@ -12,6 +12,7 @@ import jax
 
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs import storage
+from crescendo.experiments.runs.arrays import describe_arrays
 from crescendo.experiments.runs.checkpoint import Checkpoints
 from crescendo.experiments.runs.records import Record, began_at, gaps, read_records
 from crescendo.experiments.runs.run import is_complete
@@ -23,16 +24,17 @@ from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access, local_path, replace_file
 from crescendo.experiments.runtime.interruption import Interruption
 from crescendo.experiments.trainer import loop
+from crescendo.experiments.trainer.adapting import Adapting, as_begun
 from crescendo.experiments.trainer.announcing import announce, announce_compiled
 from crescendo.experiments.trainer.observers import WRITERS, check_writers, run_observers
 from crescendo.experiments.trainer.probes import Probe, Seen
 from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.run_files import RunFiles
 from crescendo.experiments.trainer.session import Session, check_enough_rows
-from crescendo.experiments.trainer.shapes import describe_arrays
 from crescendo.experiments.trainer.starting import fresh_state, state_of
 from crescendo.experiments.trainer.stopping import Stops
 from crescendo.experiments.trainer.wall_clock import WallClock
+from crescendo.experiments.trainer.watching import check_patience
 from crescendo.models.config import SPEED_FIELDS
 from crescendo.pallas_kernels.console import plain_console
 from crescendo.parallel import hosts
@@ -140,8 +142,10 @@ def train(
     differences = differences or functools.partial(from_python.differences, now=operative_config())
     _check_folders(run, initialize_from, start_from)
     check_writers(writers)
-    wall, session = WallClock(), Session(**options)
+    wall, session = WallClock(), Session(**as_begun(Path(run), options))
+    adapting = Adapting(session)
     check_enough_rows(session)
+    check_patience(session.guard, max_bad_steps)
     stops = Stops(stop_at_loss, stop_after_minutes, stop_after_tokens)
     session.notes += stops.notes(session.task, options["total_examples"])
     folder, console = Path(run), plain_console(quiet=not hosts.is_leader())
@@ -150,7 +154,7 @@ def train(
     use_compilation_cache()
     with contextlib.ExitStack() as stack:
         fixed = _fixed(session, initialize_from, start_from)
-        info, held = stack.enter_context(_opened(folder, session, label or folder.name, fixed, written, say))
+        info, held = stack.enter_context(_opened(folder, session, label or folder.name, fixed, adapting, written, say))
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(
             Checkpoints(
@@ -161,6 +165,7 @@ def train(
                 keep_at_examples=keep_checkpoints_at_examples,
             )
         )
+        checkpoints.adapting = adapting
         state, clock = _begin(session, checkpoints, initialize_from, start_from, say)
         info["total_examples"] = total_examples = session.end_from(clock.examples_seen)
         if total_examples < session.total_examples:
@@ -184,21 +189,31 @@ def train(
         files = RunFiles(
             folder, session, checkpoints, recorder, evaluate, held, clock.examples_seen, keep_best_checkpoint
         )
-        files.begin(clock, validation, records)
         save_every = checkpoint_every_examples or max(1, total_examples // 10)
+        saves = loop.Event(files.save, save_every, tuple(keep_checkpoints_at_examples))
+        files.begin(clock, validation, records, functools.partial(saves.due, last=total_examples))
         events = [
             *(_event(probe, look, recorder) for probe, look in zip(probes, looks, strict=True)),
             loop.Event(files.validate, evaluate_every_examples or max(1, total_examples // 5)),
-            loop.Event(files.save, save_every, tuple(keep_checkpoints_at_examples)),
+            saves,
         ]
-        run_on = functools.partial(loop.run, session, recorder=recorder, events=events, max_bad_steps=max_bad_steps)
+        run_on = functools.partial(
+            loop.run, session, recorder=recorder, events=events, max_bad_steps=max_bad_steps, watch=files.watch
+        )
         write = functools.partial(_write_end, folder, info, counter, operative_config)
         of_end = files.run(
             run_on, state, clock, end=total_examples, stops=stops, interruption=interruption, write=write
         )
-    if of_end["total_examples"] < total_examples:
-        say(f"{folder} ended at {of_end['total_examples']:,} of {total_examples:,} examples: {of_end['ended']}")
+    _say_end(files, of_end, total_examples, say)
     return files.validation
+
+
+def _say_end(files: RunFiles, of_end: Mapping[str, Any], total_examples: int, say: Callable[[str], None]) -> None:
+    """What a person should know of how a run ended."""
+    if files.watch.health.is_worse:
+        say(f"note: the run has not come back to what it was; {files.watch.way_back}")
+    if of_end["total_examples"] < total_examples:
+        say(f"{files.folder} ended at {of_end['total_examples']:,} of {total_examples:,} examples: {of_end['ended']}")
 
 
 def _write_end(
@@ -223,6 +238,7 @@ def _opened(
     session: Session,
     name: str,
     fixed: dict[str, Any],
+    adapting: Adapting,
     written: Callable[[str], str] | None,
     say: Callable[[str], None],
 ) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
@@ -235,7 +251,7 @@ def _opened(
       UserError: a folder in use, of another run, or that can't be written.
     """
     with run_folder.locked(folder) as held:
-        before = run_folder.check_resumable(folder, FORMAT, fixed)
+        before = run_folder.check_resumable(folder, FORMAT, fixed, adapting.can_take)
         begun = {name: value for name, value in (before or run_folder.provenance()).items() if name != "ended"}
         announce(session, written, say)
         info = _describe(session, name, fixed)
@@ -402,6 +418,7 @@ def _describe(session: Session, name: str, fixed: dict[str, Any]) -> dict[str, A
         f"flops_per_{task.unit}": task.flops_per_example / task.units_per_example,
         "sequence_length": task.units_per_example,
         "total_examples": session.total_examples,
+        "base_batch_size": session.base_batch_size,
         f"total_{task.unit}s": session.total_examples * task.units_per_example,
         "peak_flops_per_second": peak and peak * mesh.devices.size,
         "step_peak_bytes": session.peak_bytes,

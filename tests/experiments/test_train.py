@@ -280,7 +280,8 @@ def test_a_run_that_finds_no_finite_loss_stops_with_its_last_good_checkpoint(tra
     assert "lower the learning rate" in str(stopped.value)
     result = read_run(run)
     assert result.train["skipped_steps"][-1] == 3
-    assert [event["kind"] for event in result.events] == ["warning"] * 3
+    skips = [event for event in result.events if "first_example" in event]
+    assert [event["kind"] for event in skips] == ["warning"] * 3
     assert "was skipped" in result.events[0]["message"]
     assert newest_arrays(run)[0]
 

@@ -17,7 +17,8 @@ NEW = '''"""A file of each kind."""
 import optax
 
 from crescendo.optim.batch_size import BatchSizePolicy, staged
-from crescendo.optim.registry import COMBINATORS, OPTIMIZERS, POLICIES, SCHEDULES, TRANSFORMS
+from crescendo.optim.guard import Guard, guard
+from crescendo.optim.registry import COMBINATORS, GUARDS, OPTIMIZERS, POLICIES, SCHEDULES, TRANSFORMS
 from crescendo.optim.run_length import ends_with_the_run
 from crescendo.optim.scaling import scale_by_learning_rate
 from crescendo.optim.schedule_parts import progress, with_warmup
@@ -52,6 +53,12 @@ def square(peak: float, total: float, *, warmup: float = 0) -> optax.Schedule:
 def doubled(start: int) -> BatchSizePolicy:
     """A policy."""
     return staged([start, 2 * start], starts_examples=[0, 64])
+
+
+@GUARDS
+def strict() -> Guard:
+    """A guard."""
+    return guard(z=4.0)
 '''
 CONFIG = """
 import jax.numpy as jnp
@@ -125,12 +132,14 @@ def test_the_common_tests_take_what_a_new_file_defines(with_a_new_file):
         "test_every_transform[twice-one device]",
         "test_every_schedule[square-one device]",
         "test_every_batch_size_policy[doubled-one device]",
+        "test_every_guard[strict-one device]",
     ):
         assert test in listed, listed
 
 
 def test_the_tables_hold_what_is_called_by_their_names():
-    for table in (optim.OPTIMIZERS, optim.TRANSFORMS, optim.COMBINATORS, optim.SCHEDULES, optim.POLICIES):
+    tables = (optim.OPTIMIZERS, optim.TRANSFORMS, optim.COMBINATORS, optim.SCHEDULES, optim.POLICIES, optim.GUARDS)
+    for table in tables:
         for name, function in table.items():
             assert name == function.__name__
     together = optim.OPTIMIZERS | optim.TRANSFORMS | optim.COMBINATORS

@@ -207,6 +207,12 @@ def test_every_batch_size_policy(name, mesh, conforms):
     conforms(qualified, POLICIES[name], f"train.batch_size = @{qualified}()", mesh=mesh)
 
 
+@pytest.mark.parametrize(("name", "mesh"), cases(optim.GUARDS, lambda name, mesh: mesh == "one device"))
+def test_every_guard(name, mesh, conforms):
+    record = conforms(name, optim.GUARDS[name], f"train.guard = @{name}()", mesh=mesh)
+    assert record["skipped_steps"] == 0
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
