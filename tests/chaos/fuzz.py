@@ -1,7 +1,7 @@
 """Malformed files for every reader: each is read, or refused in one line, in bounded time and memory.
 
 How to add a reader: a module `tests/chaos/parsers/AREA.py` with a list `PARSERS` of `Parser(name, samples, read)`,
-after `from fuzz import Parser` (pytest has this folder on its path, see `pyproject.toml`). `samples(folder)` writes small
+after `from fuzz import Parser` (pytest has this folder on its path: `pyproject.toml`). `samples(folder)` writes small
 valid files, or folders of files, and returns their paths; what it writes must not change from one call to the next.
 `read(path)` reads one of them as the program does, to the last of what it checks, and returns anything; an `assert` in
 it is a failure when it doesn't hold, which is how nonsense that was accepted is found. It is called many times in one
