@@ -1,0 +1,68 @@
+"""Runs killed at random moments, in processes of their own: the same command ends with the same bits."""
+
+import random
+
+import pytest
+from faults import MOVING, checkpoints, examples_seen, fingerprints, finish, kill, random_moments, times, wait_until
+
+TOTAL = 12_288
+RUNS, KILLS = 10, 90
+
+# What else a run keeps and does that a kill may find half done; each is tried in turn.
+KINDS = {
+    "moving batch and noise scale": (),
+    "keeps its best": ("train.keep_best_checkpoint = True", "train.evaluate_every_examples = 700"),
+    "an average beside the parameters": ("train.optimizer = @schedule_free()", "schedule_free.optimizer = @adamw()"),
+    "saves often and keeps some": (
+        "train.checkpoint_every_examples = 100",
+        "train.keep_checkpoint_every_examples = 3000",
+        "train.keep_last_checkpoints = 1",
+    ),
+    "batch by the noise scale": (
+        "train.batch_size = @by_noise_scale()",
+    ),
+}
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("number", range(times(RUNS)))
+def test_a_run_killed_at_random_moments_ends_bit_identical(start_train, tmp_path, records, number):
+    moments, kills = random_moments(), KILLS // RUNS
+    kind = list(KINDS)[number % len(KINDS)]
+    bindings = (f"TOTAL_EXAMPLES = {TOTAL}", *MOVING, *KINDS[kind])
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start_train(whole, *bindings))
+    assert len({record["batch_size"] for record in records(whole) if record["kind"] == "train"}) > 1
+
+    killed_at = []
+    for part in range(kills):
+        process = start_train(killed, *bindings)
+        wait(process, killed, moments, range(part * TOTAL // (kills + 1), (part + 1) * TOTAL // (kills + 1)))
+        assert kill(process), "the run ended before it was killed"
+        killed_at.append(examples_seen(killed))
+    finish(start_train(killed, *bindings))
+    print(f"{kind}: killed at {killed_at} of {TOTAL} examples")
+    assert records(killed) == records(whole)
+    assert fingerprints(killed) == fingerprints(whole)
+    assert len(killed_at) == kills
+
+
+def wait(process, run, moments: random.Random, part: range) -> None:
+    """For a moment within a part of the run: while it starts, between steps, in the middle of a save."""
+    match moments.choice(("start", "steps", "steps", "save")):
+        case "start":
+            begun = (run / "metrics.jsonl").stat().st_mtime_ns if examples_seen(run) else 0
+            within = moments.random() * 8
+            wait_until(lambda: examples_seen(run) and (run / "metrics.jsonl").stat().st_mtime_ns > begun, process, within)
+        case "steps":
+            at = moments.choice(part)
+            wait_until(lambda: examples_seen(run) >= at, process)
+        case "save":
+            saved = len(checkpoints(run))
+            wait_until(lambda: examples_seen(run) >= part.start and half_saved(run), process)
+            del saved
+
+
+def half_saved(run) -> bool:
+    return any("tmp" in path.name for path in (run / "checkpoints").glob("*"))
