@@ -123,14 +123,12 @@ def _begin_watch(process: Process, heartbeat_seconds: int) -> str:
 
 
 def leave() -> None:
-    """This process' work is done: from here on nothing is made of another one's end.
-
-    JAX's own exit waits for all processes, so none is gone before all have left.
+    """This process' work is done: the others make nothing of its end.
 
     >>> leave()  # which one process alone needn't
     """
-    if _watch is not None and not hasattr(sys, "last_exc"):
-        _watch.over = True
+    if _watch is not None and not _watch.over and not hasattr(sys, "last_exc"):
+        _watch.leave()
 
 
 def await_loss(seconds: float = 2.0) -> None:
@@ -152,7 +150,7 @@ def abandon(error: BaseException) -> None:
     """
     if _watch is None or _watch.over:
         return
-    _watch.over = True
+    _watch.end_alone()
     code = error.code if isinstance(error, SystemExit) else 1
     if not isinstance(error, SystemExit):
         sys.excepthook(type(error), error, error.__traceback__)

@@ -13,6 +13,7 @@ import threading
 import time
 
 _HELLO = b"crescendo "  # what no other protocol on that port begins with
+_GOODBYE = b"goodbye\n"
 
 
 class Watch:
@@ -21,7 +22,7 @@ class Watch:
     Attributes:
       index: this process's number.
       count: how many there are.
-      over: the work is done, or this process ends by an error of its own: nothing is said of the others any more.
+      over: this process has left, or ends by an error of its own.
     """
 
     def __init__(self, host: str, port: int, index: int, count: int, silence_seconds: float):
@@ -37,6 +38,7 @@ class Watch:
         self.index = index
         self.count = count
         self.over = False
+        self._said_goodbye: set[int] = set()
         self._address = host, port
         self._silence_seconds = silence_seconds
         self._ending = threading.Lock()
@@ -70,20 +72,31 @@ class Watch:
         _in_thread(self._accept, local, self._address, self._forward)
         return f"127.0.0.1:{local.getsockname()[1]}"
 
+    def leave(self) -> None:
+        """Tells the others that this process' work is done, before it ends."""
+        self.over = True
+        self._tell(_GOODBYE)
+
+    def end_alone(self) -> None:
+        """From here on nothing is said of the others: this process is about to end by an error of its own."""
+        self.over = True
+        self._ending.acquire(timeout=1)
+
     def lost(self, index: int) -> None:
-        """Ends this process because another one has ended; returns only where the work was done before."""
-        if self.over:
-            return
+        """Ends this process because another one has ended without a goodbye."""
         self._ending.acquire()  # for good: of several threads one speaks
-        for connection in self._others:
-            with contextlib.suppress(OSError):
-                connection.sendall(b"%d\n" % index)
+        self._tell(b"%d\n" % index)
         line = (
             f"error: process {index} of the {self.count} of this run has ended: see its own output; the same command "
             "on every host goes on from the last checkpoint\n"
         )
         os.write(2, line.encode())
         os._exit(2)
+
+    def _tell(self, line: bytes) -> None:
+        for connection in self._others:
+            with contextlib.suppress(OSError):
+                connection.sendall(line)
 
     def _watch(self, connection: socket.socket, index: int) -> None:
         """Says that this process is there, and listens to the other one."""
@@ -94,10 +107,13 @@ class Watch:
         _in_thread(self._speak, connection)
 
     def _listen(self, connection: socket.socket, index: int) -> None:
-        """Empty lines, until one names who has ended, or nothing comes any more."""
+        """Empty lines, until one says goodbye or names who has ended, or nothing comes any more."""
         lost = index
         with contextlib.suppress(OSError), connection.makefile("rb") as lines:
             for line in lines:
+                if line == _GOODBYE:
+                    self._said_goodbye.add(index)
+                    return
                 if line.strip().isdigit():
                     lost = int(line)
                     break
@@ -137,7 +153,7 @@ class Watch:
 
     def _service_gone(self) -> None:
         """The runtime isn't told before the watch has ended the process."""
-        if self.index and not self.over:
+        if self.index and 0 not in self._said_goodbye:
             time.sleep(5)
 
 

@@ -92,16 +92,17 @@ def train_small(small_bindings):
     return call
 
 
-@pytest.fixture
-def start_train(small_bindings, tmp_path_factory):
+@pytest.fixture(scope="session")
+def start_train(small_bindings):
     """`start_train(run, *bindings)`: the command in a process of its own, on one CPU device."""
 
     def call(run: Path, *bindings: str, **options) -> subprocess.Popen:
         arguments = [part for binding in (*small_bindings, *bindings) for part in ("--set", binding)]
         arguments += options.pop("arguments", [])
+        prefix = options.pop("prefix", [])
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(
-            [sys.executable, "-m", "crescendo.experiments.train", "--run", str(run), *arguments],
+            [*prefix, sys.executable, "-m", "crescendo.experiments.train", "--run", str(run), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -13,14 +13,18 @@ from typing import Any
 
 SCALE = float(os.environ.get("CRESCENDO_CHAOS_SCALE", "1"))
 
-# A run with all that moves: the batch, and the noise scale measured along it.
-MOVING = (
+# A run whose batch moves, by plan, with the noise scale measured along it.
+MEASURED = (
+    "train.noise_scale = @gradient_noise_scale()",
+    "train.max_microbatch_examples = 4",
+    "train.checkpoint_every_examples = 500",
+)
+STAGED = (
     "train.batch_size = @staged()",
     "staged.sizes = [8, 16, 32]",
     "staged.starts_examples = [0, 4000, 8000]",
-    "train.noise_scale = @gradient_noise_scale()",
-    "train.checkpoint_every_examples = 500",
 )
+MOVING = (*STAGED, *MEASURED)
 
 
 def times(count: int) -> int:
@@ -49,6 +53,11 @@ def checkpoints(run: Path) -> list[int]:
     """The examples of every complete checkpoint, increasing."""
     folder = run / "checkpoints"
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+def half_saved(run: Path) -> list[str]:
+    """The names of the checkpoints that are being written."""
+    return [path.name for path in (run / "checkpoints").glob("*tmp*")]
 
 
 def fingerprints(run: Path) -> list[int]:
