@@ -104,6 +104,7 @@ def test_where_one_is_killed_the_others_end_with_one_line_and_the_same_command_g
         outputs = [process.communicate(timeout=120)[0] for process in processes]
         print(f"{phase}: process {victim} of {count} killed at {examples_seen(run)}, {time.monotonic() - killed:.2f} s")
         assert time.monotonic() - killed < BOUND_SECONDS
+        assert processes[victim].returncode == -signal.SIGKILL, outputs[victim]
         for index, (process, output) in enumerate(zip(processes, outputs, strict=True)):
             if index != victim:
                 assert process.returncode == 2, output

@@ -35,10 +35,10 @@ def heeds_signals(process: subprocess.Popen) -> None:
     def caught() -> int:
         try:
             with open(f"/proc/{process.pid}/status") as status:
-                masks = {line.split()[0]: int(line.split()[1], 16) for line in status if line.startswith("Sig")}
-        except (FileNotFoundError, ProcessLookupError):
+                (mask,) = (int(line.split()[1], 16) for line in status if line.startswith("SigCgt:"))
+        except (FileNotFoundError, ProcessLookupError, ValueError):  # it ends
             return 0
-        return masks["SigCgt:"] >> (signal.SIGINT - 1) & 1
+        return mask >> (signal.SIGINT - 1) & 1
 
     wait_until(caught, process)  # by Python, which listens while it starts
     wait_until(lambda: not caught(), process)  # by nobody, while the program imports what it needs
@@ -105,7 +105,7 @@ def test_signals_at_odd_moments_save_and_say_so_or_end_without_a_word(start_trai
     [
         ["-m", "crescendo.experiments.train", "--list"],
         ["-m", "crescendo.experiments", "doctor"],
-        ["-m", "crescendo.experiments.describe", "--preset", "debug"],
+        ["-m", "crescendo.experiments.describe", "--model", "debug"],
         [
             "-c",
             "import sys; sys.argv = ['crescendo', 'report', '--help']; from crescendo.experiments import run; run()",
