@@ -33,10 +33,8 @@ def times(count: int) -> int:
 
 
 def random_moments() -> random.Random:
-    """By CRESCENDO_CHAOS_SEED, else by the clock; prints the seed."""
-    seed = int(os.environ.get("CRESCENDO_CHAOS_SEED") or time.time_ns() % 10**9)
-    print(f"CRESCENDO_CHAOS_SEED={seed}")
-    return random.Random(seed)
+    """Of the test that runs, by the session's seed."""
+    return random.Random(f"{os.environ['CRESCENDO_CHAOS_SEED']} {os.environ['PYTEST_CURRENT_TEST'].split(' (')[0]}")
 
 
 def examples_seen(run: Path) -> int:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import fuzz
 import pytest
+from faults import times
 
 from crescendo.experiments.runtime.errors import UserError
 
-INPUTS = int(os.environ.get("CRESCENDO_FUZZ_INPUTS", "10000"))
-FEW = 200
+INPUTS, FEW = 10_000, 200
 PARSERS = fuzz.parsers()
 
 
@@ -32,8 +32,8 @@ def test_a_few_malformed_files_are_read_or_refused(name, tmp_path):
 @pytest.mark.parametrize("name", PARSERS)
 def test_malformed_files_are_read_or_refused(name, tmp_path):
     """In a process of its own, which code that isn't Python's may end."""
-    seed, count = time.time_ns() % 10**9, share(INPUTS)
-    command = [sys.executable, fuzz.__file__, "--parser", name, "--seed", str(seed), "--count", str(count)]
+    seed, count = os.environ["CRESCENDO_CHAOS_SEED"], share(times(INPUTS))
+    command = [sys.executable, fuzz.__file__, "--parser", name, "--seed", seed, "--count", str(count)]
     done = subprocess.run([*command, "--keep", str(tmp_path / "kept")], capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
