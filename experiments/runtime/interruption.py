@@ -21,6 +21,8 @@ from crescendo.experiments.runtime.errors import UserError
 TIME_IS_UP = "the time is up"
 INTERRUPTED = "interrupted; what was saved is kept, and the same command goes on from there"
 
+_second_handler: Any = signal.default_int_handler  # of a Ctrl-C after a signal that an `Interruption` has heard
+
 
 class Interrupted(Exception):  # noqa: N818 (a request carried out, not an error)
     """The run was asked to stop, and has saved; commands print it and exit with `exit_code`.
@@ -54,7 +56,6 @@ class Interruption:
     """
 
     entered: "list[Interruption]" = []  # noqa: RUF012 (one for the process, as its signals are)
-    second: Any = staticmethod(signal.default_int_handler)  # what the next Ctrl-C calls
 
     def __init__(self) -> None:
         self._reason: str | None = None
@@ -77,7 +78,7 @@ class Interruption:
     def _request(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.requested = signal.Signals(number).name
-        signal.signal(signal.SIGINT, self.second)
+        signal.signal(signal.SIGINT, _second_handler)
         # Not by `print`, which a signal may find in the middle of another one.
         os.write(2, f"\n{self.requested}: stopping where the run can go on; Ctrl-C stops at once\n".encode())
 
@@ -112,6 +113,7 @@ def ctrl_c_ends() -> Iterator[None]:
     anywhere, in an import or a destructor that lose it, or in a thread pool that is still needed. Where Ctrl-C is
     handled otherwise, or none listens as behind `nohup`, the first one is left to that.
     """
+    global _second_handler
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     asked = threading.Event()
@@ -134,12 +136,12 @@ def ctrl_c_ends() -> Iterator[None]:
     threading.Thread(target=watch, daemon=True).start()
     if before in (signal.SIG_DFL, signal.default_int_handler):
         signal.signal(signal.SIGINT, _first)
-        Interruption.second = _second
+        _second_handler = _second
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        Interruption.second = signal.default_int_handler
+        _second_handler = signal.default_int_handler
         # A process that was asked to end is watched to its end: it may wait for threads yet.
         if not asked.is_set():
             signal.set_wakeup_fd(wakeup)

@@ -17,7 +17,8 @@ def ctrl_c_ends_commands() -> None:
 
 
 def _is_command() -> bool:
-    if sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "crescendo":  # `-m`: while its module is looked for
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m" or os.path.basename(program) == "crescendo":  # `-m`: while its module is looked for
         return True
     module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :] if "-m" in sys.orig_argv else []
     return bool(module) and module[0].startswith("crescendo.")

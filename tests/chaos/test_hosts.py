@@ -1,6 +1,7 @@
 """Runs of several processes, joined over loopback: killed, resumed with another number of them, the same losses."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -154,14 +155,24 @@ run_command(main)
 
 @pytest.fixture
 def joined():
-    """`joined(then)`: two processes that have joined, and do that when told a line."""
+    """`joined(then)`: two processes that have joined, and do that when told a line.
+
+    With `slurm` they find each other by what SLURM's variables say, instead of by an address.
+    """
     started: list[subprocess.Popen] = []
 
-    def call(then: str) -> list[subprocess.Popen]:
-        address = f"127.0.0.1:{free_port()}"
+    def call(then: str, slurm: bool = False) -> list[subprocess.Popen]:
+        address, code = f"127.0.0.1:{free_port()}", JOINED.format(then=then)
+        job = {"SLURM_JOB_ID": str(random.randrange(4096)), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        code = JOINED.format(then=then)
-        new = [subprocess.Popen([sys.executable, "-c", code, f"{address},{i},2"], **pipes) for i in range(2)]
+        new = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, "auto" if slurm else f"{address},{i},2", str(i)],
+                env=os.environ | (job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} if slurm else {}),
+                **pipes,
+            )
+            for i in range(2)
+        ]
         started.extend(new)
         for process in new:
             assert process.stdout.readline() == "joined\n"
@@ -191,7 +202,7 @@ def test_a_process_that_is_there_and_silent_is_noticed_within_the_heartbeat(join
     ("error", "code", "says"), [("UserError('full')", 2, "error: full\n"), ("KeyError('bug')", 1, "KeyError: 'bug'\n")]
 )
 def test_one_that_fails_says_why_and_the_other_that_it_has_ended(joined, failing, error, code, says):
-    processes = joined(f"if sys.argv[1][-3] == '{failing}': raise {error}\n    time.sleep(60)")
+    processes = joined(f"if sys.argv[2] == '{failing}': raise {error}\n    time.sleep(60)")
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
@@ -205,8 +216,19 @@ def test_one_that_fails_says_why_and_the_other_that_it_has_ended(joined, failing
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("killed", [0, 1])
+def test_processes_that_a_cluster_brought_together_watch_each_other_too(joined, killed):
+    processes = joined("time.sleep(60)", slurm=True)
+    processes[killed].kill()
+    output, _ = processes[1 - killed].communicate("\n", timeout=60)
+    (line,) = output.splitlines()
+    assert line.startswith(f"error: process {killed} of the 2 of this run has ended")
+    assert processes[1 - killed].returncode == 2
+
+
+@pytest.mark.chaos
 def test_processes_that_end_well_at_different_times_say_nothing(joined):
-    processes = joined("time.sleep(3 * int(sys.argv[1][-3]))")
+    processes = joined("time.sleep(3 * int(sys.argv[2]))")
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
