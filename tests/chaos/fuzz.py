@@ -163,7 +163,8 @@ def _bounded(seconds: float, memory_bytes: int) -> Iterator[None]:
         most = pages * resource.getpagesize() + memory_bytes
         resource.setrlimit(resource.RLIMIT_DATA, (most, limits[1]))
     faulthandler.dump_traceback_later(3 * seconds, exit=True, file=sys.__stderr__)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    began = time.monotonic()
+    of_the_test, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
@@ -171,6 +172,8 @@ def _bounded(seconds: float, memory_bytes: int) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
         resource.setrlimit(resource.RLIMIT_DATA, limits)
         signal.signal(signal.SIGALRM, handler)
+        if of_the_test:
+            signal.setitimer(signal.ITIMER_REAL, max(0.1, of_the_test - (time.monotonic() - began)))
 
 
 def _copied(sample: Path, folder: Path) -> Path:

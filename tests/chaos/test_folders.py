@@ -115,3 +115,18 @@ def test_data_whose_preparation_is_killed_are_prepared_anew(start_train, tmp_pat
     assert records(run) == records(whole)
     assert fingerprints(run) == fingerprints(whole)
     assert not list(cache.rglob("*.partial"))
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_compiled_programs_that_are_damaged_are_compiled_anew(start_train, tmp_path, records):
+    programs, moments, settings = tmp_path / "xla", random_moments(), ("TOTAL_EXAMPLES = 512",)
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(programs)}
+    finish(start_train(tmp_path / "before", *settings, environment=environment))
+    for path in programs.glob("*-cache"):
+        content = bytearray(path.read_bytes())
+        content[moments.randrange(len(content))] ^= 1 << moments.randrange(8)
+        path.write_bytes(bytes(content[: moments.choice((len(content), len(content) // 2))]))
+    output = finish(start_train(tmp_path / "after", *settings, environment=environment))
+    assert "Error reading persistent compilation cache entry" in output
+    assert records(tmp_path / "after") == records(tmp_path / "before")
