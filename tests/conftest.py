@@ -94,14 +94,17 @@ def train_small(small_bindings):
 
 @pytest.fixture(scope="session")
 def start_train(small_bindings):
-    """`start_train(run, *bindings)`: the command in a process of its own, on one CPU device."""
+    """`start_train(run, *bindings)`: the command in a process of its own, on one CPU device.
+
+    What it has started is in its list `started`.
+    """
 
     def call(run: Path, *bindings: str, **options) -> subprocess.Popen:
         arguments = [part for binding in (*small_bindings, *bindings) for part in ("--set", binding)]
         arguments += options.pop("arguments", [])
         prefix = options.pop("prefix", [])
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONUNBUFFERED": "1"}
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "crescendo.experiments.train", "--run", str(run), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -109,7 +112,10 @@ def start_train(small_bindings):
             env=environment | options.pop("environment", {}),
             **options,
         )
+        started.append(process)
+        return process
 
+    call.started = started = []  # type: ignore[attr-defined]
     return call
 
 

@@ -4,6 +4,8 @@ import io
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -26,7 +28,21 @@ def run_command(main: Callable[[], object]) -> None:
             _run_command(main)
         except BaseException as error:
             hosts.abandon(error)
+            code = error.code if isinstance(error, SystemExit) else 1
+            if code in (1, 2):
+                _end_in_bounded_time(code)
             raise
+
+
+def _end_in_bounded_time(code: int) -> None:
+    """Once the main thread has ended the process does: the threads of a save that failed wait minutes for its parts."""
+
+    def wait() -> None:
+        threading.main_thread().join()
+        time.sleep(5)
+        os._exit(code)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _run_command(main: Callable[[], object]) -> None:

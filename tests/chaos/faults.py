@@ -72,7 +72,7 @@ def _found(tree: Any, name: str) -> Any:
     return tree[name] if name in tree else next(filter(None, (_found(each, name) for each in tree.values())), None)
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 400) -> None:
     """Until it holds, or the process has ended."""
     end = time.monotonic() + seconds
     while not condition() and process.poll() is None:
@@ -99,6 +99,11 @@ def assert_clean(output: str) -> None:
     """Neither a traceback nor what threads say of an interpreter that ends."""
     for word in ("Traceback", "Exception ignored", "cannot schedule new futures", "Fatal Python error", "*** Check"):
         assert word not in output, output
+
+
+def hears_ctrl_c() -> None:
+    """For a process that is started, in it: also where the tests run behind `&`, by which nothing hears Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def errors(output: str) -> list[str]:

@@ -10,7 +10,7 @@ import textwrap
 import time
 
 import pytest
-from faults import assert_clean, errors, examples_seen, half_saved, random_moments, wait_until
+from faults import assert_clean, errors, examples_seen, half_saved, hears_ctrl_c, random_moments, wait_until
 
 from crescendo.experiments.runs.records import read_records
 from crescendo.parallel.hosts import Process
@@ -91,7 +91,7 @@ def wait_for_phase(phase, run, process, moments):
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize(("count", "victim"), [(2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)])
 def test_where_one_is_killed_the_others_end_with_one_line_and_the_same_command_goes_on(
     start_hosts, tmp_path, count, victim
@@ -102,7 +102,7 @@ def test_where_one_is_killed_the_others_end_with_one_line_and_the_same_command_g
         wait_for_phase(phase, run, processes[0], moments)
         processes[victim].send_signal(signal.SIGKILL)
         killed = time.monotonic()
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
         print(f"{phase}: process {victim} of {count} killed at {examples_seen(run)}, {time.monotonic() - killed:.2f} s")
         assert time.monotonic() - killed < BOUND_SECONDS
         assert processes[victim].returncode == -signal.SIGKILL, outputs[victim]
@@ -168,6 +168,7 @@ def joined():
         new = [
             subprocess.Popen(
                 [sys.executable, "-c", code, "auto" if slurm else f"{address},{i},2", str(i)],
+                preexec_fn=hears_ctrl_c,
                 env=os.environ | (job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} if slurm else {}),
                 **pipes,
             )
@@ -213,6 +214,18 @@ def test_one_that_fails_says_why_and_the_other_that_it_has_ended(joined, failing
     assert outputs[failing].endswith(says)
     (line,) = outputs[1 - failing].splitlines()
     assert line.startswith(f"error: process {failing} of the 2 of this run has ended")
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("interrupted", [0, 1])
+def test_ctrl_c_in_one_ends_both(joined, interrupted):
+    processes = joined("time.sleep(60)")
+    processes[interrupted].send_signal(signal.SIGINT)
+    outputs = [process.communicate("\n", timeout=60)[0] for process in processes]
+    assert (processes[interrupted].returncode, processes[1 - interrupted].returncode) == (130, 2), outputs
+    assert outputs[interrupted].startswith("interrupted; what was saved is kept")
+    assert outputs[1 - interrupted].startswith(f"error: process {interrupted} of the 2 of this run has ended")
+    assert all(len(output.splitlines()) == 1 for output in outputs), outputs
 
 
 @pytest.mark.chaos

@@ -16,6 +16,7 @@ from faults import (
     fingerprints,
     finish,
     half_saved,
+    hears_ctrl_c,
     random_moments,
     times,
     wait_until,
@@ -75,7 +76,7 @@ def test_signals_at_odd_moments_save_and_say_so_or_end_without_a_word(start_trai
     finish(start_train(whole, *BINDINGS))
     run, left = tmp_path / "run0", times(SIGNALS // 6)
     while left:
-        process = start_train(run, *BINDINGS)
+        process = start_train(run, *BINDINGS, preexec_fn=hears_ctrl_c)
         sent = send_signals(process, run, moments)
         output, _ = process.communicate(timeout=120)
         print(f"{sent}: {process.returncode} at {examples_seen(run)} of {TOTAL}")
@@ -121,7 +122,11 @@ def test_ctrl_c_ends_any_command_from_its_first_line_on(command):
     takes = time.monotonic() - began
     for _ in range(times(10)):
         process = subprocess.Popen(
-            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=hears_ctrl_c,
         )
         heeds_signals(process)
         time.sleep(moments.random() * takes)
@@ -137,7 +142,7 @@ def test_ctrl_c_ends_any_command_from_its_first_line_on(command):
 @pytest.mark.chaos
 def test_sigterm_saves_says_how_to_go_on_and_exits_143(start_train, tmp_path):
     run = tmp_path / "run"
-    process = start_train(run, *BINDINGS)
+    process = start_train(run, *BINDINGS, preexec_fn=hears_ctrl_c)
     wait_until(lambda: examples_seen(run) >= 100, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
