@@ -44,7 +44,7 @@ class Parser(NamedTuple):
       name: of the reader, for the command line and the tests.
       samples: writes valid files (or folders) into a folder and returns them.
       read: reads one such file (or folder) as the program does.
-      seconds: how long a reading may take.
+      seconds: how long a reading may take, of the processor's time.
       memory_bytes: how much memory it may ask for.
     """
 
@@ -149,7 +149,8 @@ def attempt(parser: Parser, path: Path, loud: bool = False) -> tuple[str, str]:
 def _bounded(seconds: float, memory_bytes: int) -> Iterator[None]:
     """Within it, more time raises `TooLongError`, and more memory makes allocations fail.
 
-    Code that never gives the interpreter back ends the process after three times as long, with every thread's stack.
+    The time is the process' own, or six times as much by the clock, since a machine may have other work. Code that
+    never gives the interpreter back ends the process after ten times as much, with every thread's stack.
     """
 
     def too_long(number: int, frame: Any) -> None:
@@ -157,21 +158,24 @@ def _bounded(seconds: float, memory_bytes: int) -> Iterator[None]:
         raise TooLongError
 
     limits = resource.getrlimit(resource.RLIMIT_DATA)
-    handler = signal.signal(signal.SIGALRM, too_long)
+    handlers = {number: signal.signal(number, too_long) for number in (signal.SIGALRM, signal.SIGPROF)}
     with contextlib.suppress(OSError):  # no /proc: the memory isn't bounded
         pages = int(Path("/proc/self/statm").read_text().split()[5])
         most = pages * resource.getpagesize() + memory_bytes
         resource.setrlimit(resource.RLIMIT_DATA, (most, limits[1]))
-    faulthandler.dump_traceback_later(3 * seconds, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(10 * seconds, exit=True, file=sys.__stderr__)
     began = time.monotonic()
-    of_the_test, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    of_the_test, _ = signal.setitimer(signal.ITIMER_REAL, 6 * seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         faulthandler.cancel_dump_traceback_later()
         resource.setrlimit(resource.RLIMIT_DATA, limits)
-        signal.signal(signal.SIGALRM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if of_the_test:
             signal.setitimer(signal.ITIMER_REAL, max(0.1, of_the_test - (time.monotonic() - began)))
 

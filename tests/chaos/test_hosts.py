@@ -81,7 +81,7 @@ def wait_for_phase(phase, run, process, moments):
     """Until the run is there, a random moment later."""
     before = examples_seen(run)
     conditions = {
-        "compiling": lambda: (run / ".lock").exists() and (run / ".lock").read_text() == str(process.pid),
+        "compiling": lambda: (run / ".lock").exists() and str(process.pid) in (run / ".lock").read_text(),
         "training": lambda: examples_seen(run) > before,
         "evaluating": lambda: examples_seen(run) > before and in_evaluation(run),
         "saving": lambda: examples_seen(run) > before and half_saved(run),
