@@ -127,7 +127,7 @@ def leave() -> None:
 
     >>> leave()  # which one process alone needn't
     """
-    if _watch is not None and not _watch.over and not hasattr(sys, "last_exc"):
+    if _watch is not None and not _watch.left and not _watch.alone and not hasattr(sys, "last_exc"):
         _watch.leave()
 
 
@@ -136,8 +136,17 @@ def await_loss(seconds: float = 2.0) -> None:
 
     >>> await_loss()  # at once, of one process alone
     """
-    if _watch is not None and not _watch.over:
+    if _watch is not None and not _watch.left:
         time.sleep(seconds)  # the watching thread ends the process meanwhile
+
+
+def end_alone() -> None:
+    """From here on this process speaks of an error of its own, and no more of the others' ends.
+
+    >>> end_alone()  # which one process alone is anyway
+    """
+    if _watch is not None:
+        _watch.end_alone()
 
 
 def abandon(error: BaseException) -> None:
@@ -148,9 +157,9 @@ def abandon(error: BaseException) -> None:
     Args:
       error: that of `sys.exit`, whose code the process ends with; any other is printed, and the code is 1.
     """
-    if _watch is None or _watch.over:
+    if _watch is None or _watch.left:
         return
-    _watch.end_alone()
+    end_alone()
     code = error.code if isinstance(error, SystemExit) else 1
     if not isinstance(error, SystemExit):
         sys.excepthook(type(error), error, error.__traceback__)

@@ -22,7 +22,8 @@ class Watch:
     Attributes:
       index: this process's number.
       count: how many there are.
-      over: this process has left, or ends by an error of its own.
+      left: whether this process' work is done.
+      alone: whether it ends by an error of its own, of which it speaks itself.
     """
 
     def __init__(self, host: str, port: int, index: int, count: int, silence_seconds: float):
@@ -37,7 +38,8 @@ class Watch:
         """
         self.index = index
         self.count = count
-        self.over = False
+        self.left = False
+        self.alone = False
         self._said_goodbye: set[int] = set()
         self._address = host, port
         self._silence_seconds = silence_seconds
@@ -74,13 +76,14 @@ class Watch:
 
     def leave(self) -> None:
         """Tells the others that this process' work is done, before it ends."""
-        self.over = True
+        self.left = True
         self._tell(_GOODBYE)
 
     def end_alone(self) -> None:
         """From here on nothing is said of the others: this process is about to end by an error of its own."""
-        self.over = True
-        self._ending.acquire(timeout=1)
+        if not self.alone:
+            self.alone = True
+            self._ending.acquire(timeout=1)
 
     def lost(self, index: int) -> None:
         """Ends this process because another one has ended without a goodbye."""

@@ -56,6 +56,7 @@ def _run_command(main: Callable[[], object]) -> None:
         hosts.leave()
         sys.stdout.flush()
     except UserError as error:
+        hosts.end_alone()
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)  # gin adds where in a config a call stood
         sys.exit(2)
     except Interrupted as stopped:

@@ -87,7 +87,7 @@ def kill(process: subprocess.Popen) -> bool:
     return process.returncode == -signal.SIGKILL
 
 
-def finish(process: subprocess.Popen, seconds: float = 300) -> str:
+def finish(process: subprocess.Popen, seconds: float = 1000) -> str:
     """Its output, of a process that ends as it should."""
     output, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, output

@@ -50,7 +50,7 @@ def start_hosts(start_train):
 
     def call(run, count, *bindings) -> list[subprocess.Popen]:
         port, environment = free_port(), {"JAX_NUM_CPU_DEVICES": str(DEVICES // count)}
-        hosts = [["--hosts", f"127.0.0.1:{port},{i},{count}", "--join-seconds", "60"] for i in range(count)]
+        hosts = [["--hosts", f"127.0.0.1:{port},{i},{count}", "--join-seconds", "300"] for i in range(count)]
         new = [start_train(run, *MESH, *bindings, arguments=each, environment=environment) for each in hosts]
         started.extend(new)
         return new
@@ -62,7 +62,7 @@ def start_hosts(start_train):
             process.communicate()
 
 
-def finish(processes, timeout=240):
+def finish(processes, timeout=1000):
     outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
 
@@ -105,7 +105,7 @@ def test_where_one_is_killed_the_others_end_with_one_line_and_the_same_command_g
         outputs = [process.communicate(timeout=240)[0] for process in processes]
         print(f"{phase}: process {victim} of {count} killed at {examples_seen(run)}, {time.monotonic() - killed:.2f} s")
         assert time.monotonic() - killed < BOUND_SECONDS
-        assert processes[victim].returncode == -signal.SIGKILL, outputs[victim]
+        assert processes[victim].returncode == -signal.SIGKILL, outputs
         for index, (process, output) in enumerate(zip(processes, outputs, strict=True)):
             if index != victim:
                 assert process.returncode == 2, output
@@ -118,7 +118,7 @@ def test_where_one_is_killed_the_others_end_with_one_line_and_the_same_command_g
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_killed_and_resumed_with_another_number_of_processes_the_losses_are_the_same(start_hosts, tmp_path, records):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start_hosts(whole, 1))
@@ -251,13 +251,13 @@ def test_processes_that_end_well_at_different_times_say_nothing(joined):
 
 
 @pytest.mark.chaos
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_sigterm_to_one_process_stops_and_saves_all(start_hosts, tmp_path):
     run = tmp_path / "run"
     processes = start_hosts(run, 2)
     wait_until(lambda: examples_seen(run) >= 200, processes[0])
     processes[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [143, 143], outputs
     assert "SIGTERM: saved" in outputs[0]
     assert int(max((run / "checkpoints").iterdir(), key=lambda f: int(f.name)).name) == examples_seen(run)
