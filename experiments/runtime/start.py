@@ -17,8 +17,7 @@ def ctrl_c_ends_commands() -> None:
 
 
 def _is_command() -> bool:
-    program = sys.argv[0] if sys.argv else ""
-    if program == "-m" or os.path.basename(program) == "crescendo":  # `-m`: while its module is looked for
-        return True
-    module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :] if "-m" in sys.orig_argv else []
-    return bool(module) and module[0].startswith("crescendo.")
+    """Whether Python was started for one: `crescendo ...`, or `python -m crescendo...`."""
+    typed = " ".join(sys.orig_argv)
+    named = bool(sys.argv) and os.path.basename(sys.argv[0]) == "crescendo"
+    return named or "-m crescendo." in typed or "-mcrescendo." in typed
