@@ -79,7 +79,7 @@ def hosts_lost() -> Iterator[None]:
     """Around a run of several processes: the error of whatever waited for one that has ended is nobody's mistake here.
 
     A save that another process left half done looks like a full disk, say. What has ended is known within a moment, and
-    this process ends too (`parallel.hosts`).
+    this process ends too (`parallel.hosts`); what is there and late isn't waited for by the runtime either.
 
     >>> with hosts_lost(): raise jax.errors.JaxRuntimeError("connection reset")
     Traceback (most recent call last):
@@ -98,6 +98,6 @@ def hosts_lost() -> Iterator[None]:
         ):
             raise
         raise UserError(
-            f"another process of this run has ended ({str(error).strip().splitlines()[0][:120]}): see its own output; "
+            f"another process of this run doesn't answer ({str(error).strip().splitlines()[0][:120]}): see its own output; "
             "the same command on every host goes on from the last checkpoint"
         ) from None
