@@ -97,7 +97,8 @@ def hosts_lost() -> Iterator[None]:
             or not re.search("gloo|nccl|unavailable|deadline|connection", str(error), re.I)
         ):
             raise
+        says = str(error).strip().splitlines()[0][:120]
         raise UserError(
-            f"another process of this run doesn't answer ({str(error).strip().splitlines()[0][:120]}): see its own output; "
-            "the same command on every host goes on from the last checkpoint"
+            f"another process of this run doesn't answer ({says}): see its own output; the same command on every host "
+            "goes on from the last checkpoint"
         ) from None
