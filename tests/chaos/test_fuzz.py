@@ -60,9 +60,16 @@ class Reader:
             self.otherwise()
 
 
-def refuse(message):
+class InTwoLines(UserError):
+    """As gin makes them, which adds where in a config a call stood."""
+
+    def __str__(self):
+        return "one line\nand another"
+
+
+def refuse(error):
     def call():
-        raise UserError(message)
+        raise error
 
     return call
 
@@ -74,8 +81,8 @@ def refuse(message):
         (lambda: time.sleep(60), "failed", "took more than 0.3 s"),
         (lambda: bytes(1 << 30), "failed", "asked for more than 67,108,864 bytes"),
         (lambda: sys.exit(3), "failed", "SystemExit: 3"),
-        (refuse("one line\nand another"), "failed", "refused in 2 lines"),
-        (refuse("numbers.json is damaged"), "refused", "numbers.json is damaged"),
+        (refuse(InTwoLines()), "failed", "refused in 2 lines"),
+        (refuse(UserError("numbers.json is damaged")), "refused", "numbers.json is damaged"),
         (lambda: None, "read", ""),
     ],
 )
