@@ -60,7 +60,7 @@ class Reader:
             self.otherwise()
 
 
-class InTwoLines(UserError):
+class InTwoLinesError(UserError):
     """As gin makes them, which adds where in a config a call stood."""
 
     def __str__(self):
@@ -81,7 +81,7 @@ def refuse(error):
         (lambda: time.sleep(60), "failed", "took more than 0.3 s"),
         (lambda: bytes(1 << 30), "failed", "asked for more than 67,108,864 bytes"),
         (lambda: sys.exit(3), "failed", "SystemExit: 3"),
-        (refuse(InTwoLines()), "failed", "refused in 2 lines"),
+        (refuse(InTwoLinesError()), "failed", "refused in 2 lines"),
         (refuse(UserError("numbers.json is damaged")), "refused", "numbers.json is damaged"),
         (lambda: None, "read", ""),
     ],
