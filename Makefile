@@ -14,7 +14,7 @@ else
 install = $(1)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt $(2)
 endif
 
-.PHONY: help demo test test-aot test-aot-all test-slow test-gpu docs check format clean
+.PHONY: help demo test test-aot test-aot-all test-slow chaos test-gpu docs check format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,8 +50,11 @@ test-aot-all: $(AOT_VENV)/.installed  ## the same for every preset, mesh, kernel
 	@$(AOT_VENV)/bin/pytest -n 2 --dist loadfile -m aot -k "not interpreted and not fit_on_chip"
 	@$(AOT_VENV)/bin/pytest -n 2 --dist loadfile -m aot -k "interpreted or fit_on_chip"
 
-test-slow: $(VENV)/.installed-dev  ## the tests that take minutes, kills at random moments among them
-	@$(VENV)/bin/pytest -m "(slow or chaos) and not aot" -s
+test-slow: $(VENV)/.installed-dev  ## the tests that take minutes
+	@$(VENV)/bin/pytest -m "slow and not chaos and not aot" -s
+
+chaos: $(VENV)/.installed-dev  ## kills, signals, full disks, malformed files: real processes, all cores (docs/reliability.md)
+	@$(VENV)/bin/pytest -n auto --dist worksteal -m chaos tests/chaos
 
 test-gpu:  ## on a machine with an NVIDIA GPU, in whatever environment holds jax[cuda13]
 	@JAX_PLATFORMS=cuda,cpu pytest -n 4 -m gpu tests/gpu

@@ -3,15 +3,17 @@
 A paper's experiment is a module here too: `python -m crescendo.experiments.batch_warmup` finds it in `papers/`.
 """
 
-from pathlib import Path
+from crescendo.experiments.runtime.start import ctrl_c_ends_commands
 
-from crescendo.experiments.runtime.start import ctrl_c_ends
+ctrl_c_ends_commands()
+
+from pathlib import Path  # noqa: E402 (for which Ctrl-C may come already)
 
 __path__.append(str(Path(__file__).with_name("papers")))
 
 
 def run() -> None:
     """The entry point of `crescendo`."""
-    with ctrl_c_ends():
-        from crescendo.experiments import __main__
+    from crescendo.experiments import __main__
+
     __main__.run()

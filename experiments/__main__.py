@@ -16,7 +16,6 @@ from crescendo import experiments
 from crescendo.experiments import papers
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.command import plain_parser
-from crescendo.experiments.runtime.start import ctrl_c_ends
 
 # Commands of the other packages, by module.
 ELSEWHERE = {
@@ -100,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in commands():
-        with ctrl_c_ends():
-            module = importlib.import_module(commands()[arguments[0]].module)
+        module = importlib.import_module(commands()[arguments[0]].module)
         sys.argv[0] = f"crescendo {arguments[0]}"  # which its usage begins with
         module.main(arguments[1:])
         return

@@ -11,9 +11,9 @@ from rich.text import Text
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.configs.settings import settings
 from crescendo.experiments.planning import run
-from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.cli import hosts_lost, run_command
 from crescendo.experiments.runtime.command import check_not_given
-from crescendo.experiments.runtime.errors import UserError, hosts_lost, user_values
+from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.files import local_path
 from crescendo.experiments.trainer.training import train
 from crescendo.pallas_kernels.console import output_console

@@ -1,11 +1,17 @@
-"""Several processes as one program: how they find each other, in bounded time."""
+"""Several processes as one program: how they find each other, and how they end, in bounded time."""
 
+import atexit
 import dataclasses
 import os
 import sys
 import threading
+import time
 
 import jax
+
+from crescendo.parallel.watch import Watch
+
+_watch: Watch | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +52,8 @@ def join(hosts: str, *, timeout_seconds: float = 300.0, heartbeat_seconds: int =
     """Makes this process one of several; call it before anything asks JAX for its devices.
 
     A process that waits longer than the timeout for the others says so in one line and exits with code 2. Later, when
-    one process dies, the others notice within about the heartbeat and end too.
+    one process ends before its work does (`leave`), the others do too, each with one line and code 2: at once where the
+    process was killed, within 30 s where its host is gone, within the heartbeat where it is there and silent.
 
     Args:
       hosts: "auto", where JAX can tell by itself (SLURM, Open MPI, Cloud TPU, Kubernetes), or
@@ -57,7 +64,7 @@ def join(hosts: str, *, timeout_seconds: float = 300.0, heartbeat_seconds: int =
     Raises:
       ValueError: for other `hosts`, or "auto" where JAX finds nothing.
     """
-    process = None if hosts == "auto" else Process.parse(hosts)
+    process = _found(timeout_seconds) if hosts == "auto" else Process.parse(hosts)
 
     def give_up() -> None:
         who = "the cluster's coordinator" if process is None else f"process 0 at {process.coordinator}"
@@ -74,17 +81,91 @@ def join(hosts: str, *, timeout_seconds: float = 300.0, heartbeat_seconds: int =
     timer.daemon = True
     timer.start()
     try:
+        service = None if process is None else _begin_watch(process, heartbeat_seconds)
         jax.distributed.initialize(
-            coordinator_address=None if process is None else process.coordinator,
+            coordinator_address=service,
+            coordinator_bind_address=service,
             num_processes=None if process is None else process.count,
             process_id=None if process is None else process.index,
             initialization_timeout=int(timeout_seconds) + 60,
             heartbeat_timeout_seconds=heartbeat_seconds,
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         raise ValueError(f"hosts {hosts!r}: {str(error).splitlines()[0]}") from None
     finally:
         timer.cancel()
+
+
+def _found(timeout_seconds: float) -> Process | None:
+    """What JAX finds by itself; None where it isn't asked so any more, or finds nothing, which it then says itself.
+
+    JAX has no public name for that. Without it processes join as ever, and the runtime ends them in its own way.
+    """
+    try:
+        from jax._src.clusters import ClusterEnv
+
+        given = os.environ.get("JAX_COORDINATOR_ADDRESS")
+        found = ClusterEnv.auto_detect_unset_distributed_params(given, None, None, None, None, int(timeout_seconds))
+        coordinator, count, index = found[:3]
+    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError):
+        return None
+    return None if coordinator is None or count is None or index is None else Process(coordinator, index, count)
+
+
+def _begin_watch(process: Process, heartbeat_seconds: int) -> str:
+    """Watches the other processes, and gives the address at which the runtime finds its service."""
+    global _watch
+    host, _, port = process.coordinator.rpartition(":")
+    # Before the runtime takes a process that says nothing for dead.
+    _watch = Watch(host.strip("[]"), int(port), process.index, process.count, silence_seconds=0.9 * heartbeat_seconds)
+    atexit.register(leave)
+    return _watch.begin()
+
+
+def leave() -> None:
+    """This process' work is done: the others make nothing of its end.
+
+    >>> leave()  # which one process alone needn't
+    """
+    if _watch is not None and not _watch.left and not _watch.alone and not hasattr(sys, "last_exc"):
+        _watch.leave()
+
+
+def await_loss(seconds: float = 2.0) -> None:
+    """What went wrong may be that another process has ended: then this one ends here, with the line that says so.
+
+    >>> await_loss()  # at once, of one process alone
+    """
+    if _watch is not None and not _watch.left:
+        time.sleep(seconds)  # the watching thread ends the process meanwhile
+
+
+def end_alone() -> None:
+    """From here on this process speaks of an error of its own, and no more of the others' ends.
+
+    >>> end_alone()  # which one process alone is anyway
+    """
+    if _watch is not None:
+        _watch.end_alone()
+
+
+def abandon(error: BaseException) -> None:
+    """Ends this process by an error of its own, at once, if it is one of several whose work isn't done.
+
+    An orderly exit would wait for the others, and they for this one.
+
+    Args:
+      error: that of `sys.exit`, whose code the process ends with; any other is printed, and the code is 1.
+    """
+    if _watch is None or _watch.left:
+        return
+    end_alone()
+    code = error.code if isinstance(error, SystemExit) else 1
+    if not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 def is_leader() -> bool:

@@ -1,10 +1,7 @@
 """What a person did wrong, said in one line."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import jax
 
 
 class UserError(Exception):
@@ -52,23 +49,3 @@ def user_values() -> Iterator[None]:
         raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
-
-
-@contextmanager
-def hosts_lost() -> Iterator[None]:
-    """Around a run of several processes: the runtime's error when another one has gone is nobody's mistake here.
-
-    >>> with hosts_lost(): raise jax.errors.JaxRuntimeError("connection reset")
-    Traceback (most recent call last):
-    ...
-    jax.errors.JaxRuntimeError: connection reset
-    """
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not re.search("gloo|nccl|unavailable|deadline|connection", str(error), re.I):
-            raise
-        raise UserError(
-            f"another process of this run has ended ({str(error).strip().splitlines()[0][:120]}): see its own output; "
-            "the same command on every host goes on from the last checkpoint"
-        ) from None

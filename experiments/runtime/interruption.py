@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -18,6 +19,9 @@ from jax.experimental import multihost_utils
 from crescendo.experiments.runtime.errors import UserError
 
 TIME_IS_UP = "the time is up"
+INTERRUPTED = "interrupted; what was saved is kept, and the same command goes on from there"
+
+_second_handler: Any = signal.default_int_handler  # of a Ctrl-C after a signal that an `Interruption` has heard
 
 
 class Interrupted(Exception):  # noqa: N818 (a request carried out, not an error)
@@ -74,7 +78,7 @@ class Interruption:
     def _request(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.requested = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _second_handler)
         # Not by `print`, which a signal may find in the middle of another one.
         os.write(2, f"\n{self.requested}: stopping where the run can go on; Ctrl-C stops at once\n".encode())
 
@@ -91,34 +95,56 @@ class Interruption:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
 
-@contextlib.contextmanager
-def second_ctrl_c_ends() -> Iterator[None]:
-    """Within it a Ctrl-C after another one, or after SIGTERM, ends the process at once with code 130.
+def _first(number: int, frame: FrameType | None) -> None:
+    """A handler that does nothing, so that the signal is heard by the thread of `ctrl_c_ends` alone."""
+    del number, frame
 
-    Whatever the main thread waits for: handlers of Python's wait until a compilation or a save gives it back.
+
+def _second(number: int, frame: FrameType | None) -> None:
+    """The same, after an `Interruption` has heard a signal."""
+    del number, frame
+
+
+@contextlib.contextmanager
+def ctrl_c_ends() -> Iterator[None]:
+    """Within it a Ctrl-C where no `Interruption` listens, or after another one or SIGTERM, ends the process with 130.
+
+    At once, whatever the main thread waits for, and by a thread: as an exception in the main thread it would come up
+    anywhere, in an import or a destructor that lose it, or in a thread pool that is still needed. Where Ctrl-C is
+    handled otherwise, or none listens as behind `nohup`, the first one is left to that.
     """
+    global _second_handler
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     asked = threading.Event()
 
     def watch() -> None:
         while number := os.read(reader, 1):
-            if asked.is_set() and number[0] == signal.SIGINT:
+            listens = signal.getsignal(signal.SIGINT) is not _first
+            if number[0] == signal.SIGINT and (asked.is_set() or not listens):
                 if os.isatty(1):
                     os.write(1, b"\x1b[?25h\n")  # the cursor, which the progress line hides
+                if not asked.is_set():
+                    os.write(2, f"{INTERRUPTED}\n".encode())
                 os._exit(128 + signal.SIGINT)
             if number[0] in (signal.SIGINT, signal.SIGTERM):
                 asked.set()
         os.close(reader)
 
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    before = signal.getsignal(signal.SIGINT)
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=watch, daemon=True).start()
+    if before in (signal.SIG_DFL, signal.default_int_handler):
+        signal.signal(signal.SIGINT, _first)
+        _second_handler = _second
     try:
         yield
     finally:
+        signal.signal(signal.SIGINT, before)
+        _second_handler = signal.default_int_handler
         # A process that was asked to end is watched to its end: it may wait for threads yet.
         if not asked.is_set():
-            signal.set_wakeup_fd(before)
+            signal.set_wakeup_fd(wakeup)
             os.close(writer)
 
 

@@ -118,7 +118,7 @@ def stopped(reason: str) -> None:
 def test_a_command_that_a_signal_stopped_says_so_by_its_exit_code(reason, code, capsys: pytest.CaptureFixture):
     # In a process the second of these signals would end it.
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) if code else contextlib.nullcontext() as told:
-        patch.setattr(cli, "second_ctrl_c_ends", contextlib.nullcontext)
+        patch.setattr(cli, "ctrl_c_ends", contextlib.nullcontext)
         # As runs are called: gin has exceptions of its own.
         run_command(lambda: configurables.bind(stopped, [])(reason=reason))
     assert (told.value.code if code else None) == code
