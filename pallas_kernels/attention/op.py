@@ -10,8 +10,8 @@ from crescendo.pallas_kernels.attention.contract import Config, Operands, attend
 from crescendo.pallas_kernels.op import op
 
 HERE = "crescendo.pallas_kernels.attention"
-IMPLEMENTATIONS = {
-    name: f"{HERE}.{name}" for name in ("mosaic_gpu", "cudnn", "triton", "mosaic_tpu", "xla", "reference")
+IMPLEMENTATIONS = {"mosaic_gpu": f"{HERE}.hopper"} | {
+    name: f"{HERE}.{name}" for name in ("cudnn", "triton", "mosaic_tpu", "xla", "reference")
 }
 
 

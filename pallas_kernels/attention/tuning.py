@@ -4,15 +4,16 @@ import functools
 
 import jax
 
-from crescendo.pallas_kernels.attention import mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_scores
+from crescendo.pallas_kernels.attention import hopper
 from crescendo.pallas_kernels.attention.contract import Config, Operands
+from crescendo.pallas_kernels.attention.hopper import backward, forward, scores, tiling
+from crescendo.pallas_kernels.attention.hopper.key_gradients import KeyGradients
+from crescendo.pallas_kernels.attention.hopper.query_gradients import QueryGradients
 from crescendo.pallas_kernels.attention.op import attention
 from crescendo.pallas_kernels.attention.tiles import key
+from crescendo.pallas_kernels.hopper import memory
 from crescendo.pallas_kernels.op import Spec, Unsupported
 from crescendo.pallas_kernels.tune import Problem, Tunable
-
-ROWS = mosaic_gpu.ROWS
-OTHER_REGISTERS = 8  # that a thread needs at least, beside matrices
 
 
 def _call(spec: Spec) -> tuple[Config, Operands, int]:
@@ -20,13 +21,14 @@ def _call(spec: Spec) -> tuple[Config, Operands, int]:
     args, options = spec.inputs()
     checked = attention.check(*args, **options)  # type: ignore[attr-defined]
     config, operands = checked["config"], checked["operands"]
-    mosaic_gpu.check(operands)
+    hopper.check(operands)
     return config, operands, key(config, operands)["width"]
 
 
-def _fits(elements: int, matrices: int, registers: int) -> bool:
-    """Whether so many 16-bit elements of shared memory fit, and a consumer's matrices into a thread's registers."""
-    return 2 * elements <= mosaic_gpu.SHARED_BYTES and matrices + OTHER_REGISTERS <= registers
+def _blocked(operands: Operands, tile) -> tuple[Operands, tuple[int, int], bool]:
+    """The rest of what a kernel's `Call` takes, without arrays: what it allocates is the same whatever is paired."""
+    blocked = jax.eval_shape(lambda operands: tiling.padded(operands, tile.rows, tile.rows), operands)
+    return blocked, operands.dims[1:3], False
 
 
 def _another(config: Config, tile) -> bool:
@@ -37,25 +39,25 @@ def _another(config: Config, tile) -> bool:
 def _forward(spec: Spec) -> Problem:
     config, operands, width = _call(spec)
 
-    def fits(tile: mosaic_gpu.ForwardTile) -> bool:
+    def fits(tile: forward.ForwardTile) -> bool:
         # A float32 matrix of 64 rows takes half a register for each column, of each of a warpgroup's threads.
-        matrices = width // 2 + tile.block_k // 2 + tile.block_k // 4
-        fitting = _fits(tile.elements(width, own_out=False), matrices, mosaic_gpu.REGISTERS[tile.consumers][1])
-        return fitting and _another(config, tile)
+        matrices = width // 2 + tile.block // 2 + tile.block // 4
+        call = forward.Forward(config, tile, *_blocked(operands, tile))
+        return memory.fits(call.scratch, matrices, tile.consumers) and _another(config, tile)
 
     return Problem(
         key(config, operands),
         operands.dims[1],
-        mosaic_gpu.forward_tile(operands),
+        forward.default_tile(operands),
         lambda: (operands,),
-        lambda tile: functools.partial(mosaic_gpu.forward, config, tile=tile),
+        lambda tile: functools.partial(forward.forward, config, tile=tile),
         fits,
     )
 
 
 def _for_backward(config: Config, operands: Operands) -> tuple:
     """The arrays of a backward pass."""
-    out, lse = jax.jit(mosaic_gpu.forward, static_argnums=0)(config, operands)
+    out, lse = jax.jit(forward.forward, static_argnums=0)(config, operands)
     dout = jax.random.normal(jax.random.key(1), out.shape, out.dtype)
     return operands, lse, dout, out
 
@@ -66,10 +68,10 @@ def _backward(which: int, from_scores: bool | None, spec: Spec) -> Problem:
     `from_scores` says which one for q it is.
     """
     config, operands, width = _call(spec)
-    defaults: tuple = mosaic_gpu_backward.tiles_for(operands)
-    parts = mosaic_gpu_scores.parts_for(config, operands, defaults[0])
+    defaults: tuple = backward.default_tiles(operands)
+    parts = scores.parts_for(config, operands, defaults[0])
     if parts is not None:
-        defaults = defaults[0], mosaic_gpu_scores.tile_for(config, operands, parts)
+        defaults = defaults[0], scores.default_tile(config, operands, parts)
     if from_scores not in (None, parts is not None):
         raise Unsupported("the gradient of q is made by the other kernel")
 
@@ -77,21 +79,22 @@ def _backward(which: int, from_scores: bool | None, spec: Spec) -> Problem:
         pair = (tile, defaults[1]) if which == 0 else (defaults[0], tile)
 
         def gradients(operands, lse, dout, out):
-            return mosaic_gpu_backward.backward(config, operands, lse, dout, None, out, pair)[:3]
+            return backward.backward(config, operands, lse, dout, None, out, pair)[:3]
 
         return gradients
 
     def fits(tile) -> bool:
-        if isinstance(tile, mosaic_gpu_scores.ScoresTile):
-            matrices, elements = tile.blocks * width // 2, tile.elements(width)
+        blocked = _blocked(operands, tile)
+        if isinstance(tile, scores.ScoresTile):
+            matrices, (q, k, *_) = tile.blocks * width // 2, blocked[0]
+            call = scores.Call(config, tile, q.shape, k.shape[2], k.dtype, parts.store, False)
         else:
-            elements = width * (2 * tile.rows + 2 * tile.stages * tile.block)
             # Up to a width of 128 the one for k and v holds both gradients.
             gradients = width if which == 0 and width <= 128 else width // 2
             matrices = gradients + tile.block + (tile.block // 4 if tile.behind else 0)
-            if which == 0 and parts is not None:
-                elements += tile.rows * tile.block
-        return _fits(elements, matrices, mosaic_gpu.REGISTERS[tile.consumers][1]) and _another(config, tile)
+            given = config, tile, *blocked
+            call = KeyGradients(*given, parts=parts) if which == 0 else QueryGradients(*given)
+        return memory.fits(call.scratch, matrices, tile.consumers) and _another(config, tile)
 
     arrays = functools.partial(_for_backward, config, operands)
     return Problem(key(config, operands), operands.dims[1], defaults[which], arrays, run, fits)
@@ -105,7 +108,7 @@ TUNABLES = (
         _forward,
         (
             # Three consumers have 160 registers a thread each, and took 1.4 times as long on an H100 wherever they fit.
-            {"block_k": (64, 128), "stages": (2, 3)},
+            {"block": (64, 128), "stages": (2, 3)},
             {"turns": (True, False), **ORDER},
         ),
     ),

@@ -1,4 +1,4 @@
-"""Pallas for Hopper: rows stream through shared memory (`hopper_rows`), read once and written once.
+"""Pallas for Hopper: rows stream through shared memory (`hopper.rows`), read once and written once.
 
 A block has rows of one group, with the group's scale in shared memory. Backward it adds up its share of the scale's
 gradient in registers; the shares, one for each block, are added up at the end.
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from crescendo.pallas_kernels import hopper_rows
-from crescendo.pallas_kernels.hopper_rows import LANES
+from crescendo.pallas_kernels.hopper import rows as hopper_rows
+from crescendo.pallas_kernels.hopper.rows import LANES
 from crescendo.pallas_kernels.op import Unsupported, target_device
 from crescendo.pallas_kernels.rms_norm import gradient, xla
 from crescendo.pallas_kernels.sharded import sharded

@@ -1,4 +1,4 @@
-"""Pallas for Hopper: rows stream through shared memory (`hopper_rows`), read once and written once."""
+"""Pallas for Hopper: rows stream through shared memory (`hopper.rows`), read once and written once."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from crescendo.pallas_kernels import hopper_rows
+from crescendo.pallas_kernels.hopper import rows as hopper_rows
 from crescendo.pallas_kernels.op import Unsupported
 from crescendo.pallas_kernels.sharded import sharded
 from crescendo.pallas_kernels.softmax.gradient import Options, differentiable, weighted_mean

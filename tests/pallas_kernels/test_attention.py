@@ -13,8 +13,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice
 
-from crescendo.pallas_kernels.attention import attention, checking, mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_scores
+from crescendo.pallas_kernels.attention import attention, checking, hopper
 from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges, positions, visible
+from crescendo.pallas_kernels.attention.hopper import backward, scores
+from crescendo.pallas_kernels.attention.hopper.tiling import Schedule
 from crescendo.pallas_kernels.attention.specs import SPECS
 from crescendo.pallas_kernels.op import explain, target
 
@@ -271,8 +273,8 @@ IN_MINUTES = (
 
 @pytest.mark.parametrize("name", ["packed", *(pytest.param(name, marks=pytest.mark.slow) for name in IN_MINUTES)])
 def test_hopper_kernels_are_right_and_free_of_races(name, interpreted, monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "per_device", lambda kernels: kernels)
-    monkeypatch.setattr(mosaic_gpu_scores, "USUAL_BYTES", 1)  # so that each key head is a part
+    monkeypatch.setattr(hopper, "per_device", lambda kernels: kernels)
+    monkeypatch.setattr(scores, "USUAL_BYTES", 1)  # so that each key head is a part
     with interpreted():
         compare("mosaic_gpu", BY_NAME[name], None, 1e-2)
 
@@ -284,7 +286,7 @@ def test_hopper_kernels_take_a_sum_of_whole_rows_from_a_ring(interpreted):
     operands, config, lse = Operands(q, k, v), Config(0.1), jnp.zeros((1, 1, 90))
     delta = jnp.einsum("bthd,bthd->bht", out.astype(jnp.float32), dout.astype(jnp.float32)) - 1.0
     with interpreted():
-        run = functools.partial(jax.jit(mosaic_gpu_backward.backward, static_argnums=0), config, operands, lse, dout)
+        run = functools.partial(jax.jit(backward.backward, static_argnums=0), config, operands, lse, dout)
         whole, found = run(delta)[:3], run(jnp.full_like(delta, -1.0), out)[:3]
     for theirs, ours in zip(whole, found, strict=True):
         assert checking.error(ours, np.asarray(theirs, np.float64)) < 1e-3
@@ -295,7 +297,7 @@ def test_hopper_kernels_take_a_sum_of_whole_rows_from_a_ring(interpreted):
     pairs=st.integers(1, 9), heads=st.integers(1, 7), paired=st.booleans(), at_once=st.none() | st.integers(1, 20)
 )
 def test_every_tile_is_taken_once_and_pairs_share_the_work(pairs, heads, paired, at_once):
-    schedule = mosaic_gpu.Schedule(2 * pairs, heads, paired, at_once)
+    schedule = Schedule(2 * pairs, heads, paired, at_once)
     taken = [
         [tuple(int(x) for x in schedule.tile(block, n)) for n in range(schedule.count(block))]
         for block in range(schedule.blocks)

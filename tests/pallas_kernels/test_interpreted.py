@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
-from crescendo.pallas_kernels import hopper_rows
+from crescendo.pallas_kernels.hopper import rows as hopper_rows
 from crescendo.pallas_kernels.linear_cross_entropy import chunked, linear_cross_entropy
 from crescendo.pallas_kernels.linear_cross_entropy import mosaic_gpu as hopper
 from crescendo.pallas_kernels.linear_cross_entropy.specs import EVERY_OPTION

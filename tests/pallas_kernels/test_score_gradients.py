@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice
 
-from crescendo.pallas_kernels.attention import mosaic_gpu, mosaic_gpu_scores
 from crescendo.pallas_kernels.attention.contract import Config, Operands
-from crescendo.pallas_kernels.attention.mosaic_gpu_backward import BackwardTile
-from crescendo.pallas_kernels.attention.mosaic_gpu_scores import MOST_BYTES, USUAL_BYTES, ScoresTile, Store, parts_for
-from crescendo.pallas_kernels.op import Device, target
+from crescendo.pallas_kernels.attention.hopper import scores as kept
+from crescendo.pallas_kernels.attention.hopper import tiling
+from crescendo.pallas_kernels.attention.hopper.scores import MOST_BYTES, USUAL_BYTES, ScoresTile, Store, parts_for
+from crescendo.pallas_kernels.attention.hopper.tiles import BackwardTile
+from crescendo.pallas_kernels.op import target
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 
@@ -97,13 +96,11 @@ def test_parts_leave_few_cores_idle():
     [(True, ScoresTile(stages=2)), (False, ScoresTile(blocks=1, persistent=False))],
     ids=["causal, in pairs on two cores", "full, a block for each tile"],
 )
-def test_the_gradient_of_q_interpreted(causal, tile, monkeypatch):
-    for module in (mosaic_gpu, mosaic_gpu_scores):
-        monkeypatch.setattr(module, "target_device", lambda: Device("gpu", "interpreter", 9.0, 2))
+def test_the_gradient_of_q_interpreted(causal, tile, interpreted):
     random = np.random.default_rng()
     length, keys, heads, width = 600, 300, 4, 64  # two of the four query heads are a part
     config = Config(0.3, causal=causal)
-    paired = mosaic_gpu.in_pairs(config, tile, length, tile.rows)
+    paired = tiling.in_pairs(config, tile, length, tile.rows)
     rows = tile.rows * (2 if paired else 1)
     store = Store(2, -(-length // 128), -(-keys // 128), causal)
 
@@ -125,12 +122,11 @@ def test_the_gradient_of_q_interpreted(causal, tile, monkeypatch):
     @jax.jit
     def run(k, scores):
         dq = jax.new_ref(jnp.zeros((1, -(-length // rows) * rows, heads, width), jnp.bfloat16))
-        mosaic_gpu_scores.gradient_of_q(config, k, scores, jnp.array([2]), dq, store, tile, paired)
+        kept.gradient_of_q(config, k, scores, jnp.array([2]), dq, store, tile, paired)
         return jax.freeze(dq)
 
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with interpreted():
         dq = np.asarray(run(*(jnp.asarray(array, jnp.bfloat16) for array in (padded, scores))), np.float64)
-    assert not gpu_callbacks.get_races().races_found
     expected = config.scale * np.einsum("hts,sd->thd", dscores, k[:, 1])  # the second key head's
     error = np.linalg.norm(dq[0, :length, 2:] - expected) / np.linalg.norm(expected)
     assert error < 1.2 * 2**-9  # the results are rounded: 1.7e-3
