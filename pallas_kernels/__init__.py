@@ -7,7 +7,8 @@
 >>> print(softmax.implementations["triton"])
 crescendo.pallas_kernels.softmax.triton
 
-A folder here is a package with one op or several, `OPS` has them all by name, and each is an attribute of this package.
+A folder here is a package with one op or several, `OPS` has them all by name, and each is an attribute of this package;
+`hopper` has pieces that kernels for Hopper GPUs are made of.
 The folder of `attention` is thereby hidden as an attribute; `import crescendo.pallas_kernels.attention.specs` and
 `from crescendo.pallas_kernels.attention import specs` mean it nevertheless.
 """
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # what the loop below binds
     from crescendo.pallas_kernels.rms_norm import rms_norm as rms_norm
     from crescendo.pallas_kernels.softmax import log_softmax as log_softmax
     from crescendo.pallas_kernels.softmax import softmax as softmax
+    from crescendo.pallas_kernels.swiglu import swiglu as swiglu
 
 OPS: dict[str, Any] = {}
 """Every op by its name."""

@@ -22,9 +22,14 @@ from crescendo.pallas_kernels.rms_norm.specs import ROTARY_SPECS
 from crescendo.pallas_kernels.rms_norm.specs import SPECS as NORM_SPECS
 from crescendo.pallas_kernels.softmax import log_softmax, softmax
 from crescendo.pallas_kernels.softmax.specs import SPECS as SOFTMAX_SPECS
+from crescendo.pallas_kernels.swiglu import swiglu
+from crescendo.pallas_kernels.swiglu.specs import SPECS as SWIGLU_SPECS
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")]
-OPS = [(softmax, SOFTMAX_SPECS), (log_softmax, SOFTMAX_SPECS), (rms_norm, NORM_SPECS), (qk_norm_rotary, ROTARY_SPECS)]
+OPS = [
+    *((softmax, SOFTMAX_SPECS), (log_softmax, SOFTMAX_SPECS), (rms_norm, NORM_SPECS), (qk_norm_rotary, ROTARY_SPECS)),
+    (swiglu, SWIGLU_SPECS),
+]
 CASES = [(op, spec) for op, specs in [*OPS, (linear_cross_entropy, ENTROPY_SPECS)] for spec in specs]
 SMALL = [case for case in CASES if "small" in case[1].tags]
 HERE = Path(__file__).parent
@@ -63,7 +68,7 @@ def interpreted(monkeypatch):
     spec.loader.exec_module(stand_in)
     call = lambda self, *args, **kwargs: interpreter.InterpretedFunction(self.fn)(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(jit.JITFunction, "__call__", call)
-    for package in ("softmax", "rms_norm", "linear_cross_entropy"):
+    for package in ("softmax", "rms_norm", "linear_cross_entropy", "swiglu"):
         module = importlib.import_module(f"crescendo.pallas_kernels.{package}.triton")
         monkeypatch.setattr(module, "triton_call", stand_in.triton_call)
         monkeypatch.setattr(module, "target_device", lambda: Device("gpu", "interpreter", 9.0, 1))

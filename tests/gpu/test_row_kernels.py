@@ -19,6 +19,8 @@ from crescendo.pallas_kernels.rms_norm.specs import ROTARY_SPECS
 from crescendo.pallas_kernels.rms_norm.specs import SPECS as NORM_SPECS
 from crescendo.pallas_kernels.softmax import log_softmax, softmax
 from crescendo.pallas_kernels.softmax.specs import SPECS as SOFTMAX_SPECS
+from crescendo.pallas_kernels.swiglu import swiglu
+from crescendo.pallas_kernels.swiglu.specs import SPECS as SWIGLU_SPECS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 OPS = [
@@ -26,6 +28,7 @@ OPS = [
     (log_softmax, SOFTMAX_SPECS),
     (rms_norm, NORM_SPECS),
     (qk_norm_rotary, ROTARY_SPECS),
+    (swiglu, SWIGLU_SPECS),
     (linear_cross_entropy, ENTROPY_SPECS),
 ]
 SEED = int(np.random.default_rng().integers(2**31))

@@ -1,0 +1,43 @@
+"""SwiGLU's product `silu(gate) up`, forward and backward in one pass each."""
+
+import jax.numpy as jnp
+
+from crescendo.pallas_kernels.op import op
+
+ORDER = ("triton", "mosaic_gpu", "xla", "mosaic_tpu", "reference")
+
+
+@op({name: f"crescendo.pallas_kernels.swiglu.{name}" for name in ORDER})
+def swiglu(gate, up):
+    r"""`silu(gate) up`, entry by entry, computed in float32 at least and rounded once.
+
+    .. math::
+
+      y = g\,\sigma(g)\,u, \qquad dg = dy\,u\,\sigma(g)\,(1 + g\,(1 - \sigma(g))), \qquad du = dy\,g\,\sigma(g)
+
+    Only `gate` and `up` are kept for the gradient, not what lies between.
+
+    Args:
+      gate, up: of one shape `[..., F]` and one dtype: float32, bfloat16, float16 or float64.
+
+    Returns:
+      In their shape and dtype.
+
+    Raises:
+      ValueError: two shapes.
+      TypeError: two dtypes, or one that isn't floating.
+
+    References:
+      Shazeer, 2020, `GLU Variants Improve Transformer <https://arxiv.org/abs/2002.05202>`_
+
+    >>> print(swiglu(jnp.array([0.0, 1.0]), jnp.array([5.0, 2.0])))
+    [0.        1.4621172]
+    """
+    for name, array in (("gate", gate), ("up", up)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} is {array.dtype} and must be floating")
+    if gate.shape != up.shape:
+        raise ValueError(f"gate {list(gate.shape)} and up {list(up.shape)} must have one shape")
+    if gate.dtype != up.dtype:
+        raise TypeError(f"gate {gate.dtype} and up {up.dtype} must have one dtype: cast them first")
+    return {"gate": gate, "up": up}

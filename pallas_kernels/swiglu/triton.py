@@ -1,0 +1,72 @@
+"""jax-triton, Ampere and later: every activation is read once and written once, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from crescendo.pallas_kernels.op import Unsupported, target_device
+from crescendo.pallas_kernels.swiglu.gradient import Kernels, check, differentiable, everywhere
+from crescendo.pallas_kernels.triton_call import triton_call
+
+BLOCK = 2048  # entries of a program
+WARPS = 8
+
+
+def swiglu(gate, up):
+    """See the op."""
+    if target_device().platform != "gpu":
+        raise Unsupported(f"needs an NVIDIA GPU, not {target_device()}")
+    check(gate, jnp.float32, jnp.bfloat16, jnp.float16)
+    return differentiable(KERNELS, gate, up)
+
+
+def forward(gate, up):
+    """The results."""
+    return everywhere(lambda *arrays: _call(_forward, 1, *arrays), 1, gate, up)[0]
+
+
+def backward(gate, up, dy):
+    """`(dgate, dup)`."""
+    return everywhere(lambda *arrays: _call(_backward, 2, *arrays), 2, gate, up, dy)
+
+
+KERNELS = Kernels(forward, backward)
+
+
+def _call(kernel, results: int, *arrays):
+    like = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
+    grid = (triton.cdiv(arrays[0].size, BLOCK),)
+    sizes = {"SIZE": arrays[0].size, "BLOCK": BLOCK}
+    return triton_call(*arrays, kernel=kernel, out_shape=[like] * results, grid=grid, num_warps=WARPS, **sizes)
+
+
+@triton.jit
+def _entries(SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Where a program's entries are, and which exist."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return at, at < SIZE
+
+
+@triton.jit
+def _load(ptr, at, exists):
+    return tl.load(ptr + at, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _forward(gate_ptr, up_ptr, y_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    at, exists = _entries(SIZE, BLOCK)
+    gate = _load(gate_ptr, at, exists)
+    y = gate * tl.sigmoid(gate) * _load(up_ptr, at, exists)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _backward(gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    at, exists = _entries(SIZE, BLOCK)
+    gate, dy = _load(gate_ptr, at, exists), _load(dy_ptr, at, exists)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    dgate = dy * _load(up_ptr, at, exists) * (sigmoid + silu * (1 - sigmoid))
+    tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=exists)
+    tl.store(dup_ptr + at, (dy * silu).to(dup_ptr.dtype.element_ty), mask=exists)
