@@ -82,7 +82,7 @@ def test_forward_and_backward_compile_and_hardly_spill(width, kv_heads, options,
     assert spills[0] == 0
     # Of 256 columns the kernel for q, the second, spills more, where a tile begins and in the steps on an edge: its
     # loop over blocks that are seen as a whole has none.
-    assert all(spilled <= (160 if width == 256 and i == 1 else 128) for i, spilled in enumerate(spills)), spills
+    assert all(spilled <= (192 if width == 256 and i == 1 else 128) for i, spilled in enumerate(spills)), spills
 
 
 def compile_everything(implementation, spec, device, platform):
