@@ -19,14 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from crescendo.pallas_kernels.attention.contract import (
-    Config,
-    Kernels,
-    Operands,
-    Ranges,
-    block_ranges,
-    per_device,
-)
+from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, Ranges, block_ranges, per_device
 from crescendo.pallas_kernels.op import Unsupported
 from crescendo.pallas_kernels.tpu_rows import VMEM_BYTES, require_tpu
 
