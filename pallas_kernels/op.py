@@ -71,7 +71,7 @@ def choices() -> Iterator[dict[str, list[str]]]:
 
     >>> from crescendo.pallas_kernels import softmax
     >>> with choices() as chosen:
-    ...     _ = jax.eval_shape(softmax, jax.ShapeDtypeStruct((2, 4), "float32"))
+    ...     _ = jax.eval_shape(lambda x: softmax(x), jax.ShapeDtypeStruct((2, 4), "float32"))
     >>> chosen
     {'softmax': ['xla']}
     """
