@@ -107,7 +107,7 @@ def read_run(folder: Path) -> Run:
         kinds.check_columns(found, kind, metrics)
     for kind in kinds.EVENTS:
         kinds.of_kind(records, kind, metrics)
-    places = (columns["train"][name].astype(np.int64) for name in ("examples_seen", "batch_size"))
+    seen, sizes = (columns["train"][name].astype(np.int64) for name in ("examples_seen", "batch_size"))
     return Run(
         folder=folder,
         info=info,
@@ -116,7 +116,7 @@ def read_run(folder: Path) -> Run:
         validation=columns["validation"],
         events=[r for r in records if r["kind"] not in (*kinds.COLUMNS, "time")],
         time=next((r for r in reversed(records) if r["kind"] == "time"), {}),
-        gaps=gaps_between(*places, began_at(info.get("fixed") or {})),
+        gaps=gaps_between(seen, sizes, began_at(info.get("fixed") or {})),
     )
 
 

@@ -1,6 +1,7 @@
 """What `python -m crescendo.pallas_kernels.tune attention` chooses: the tiles of the kernels for Hopper."""
 
 import functools
+from typing import Any
 
 import jax
 
@@ -85,7 +86,9 @@ def _backward(which: int, from_scores: bool | None, spec: Spec) -> Problem:
 
     def fits(tile) -> bool:
         blocked = _blocked(operands, tile)
+        call: Any
         if isinstance(tile, scores.ScoresTile):
+            assert parts is not None
             matrices, (q, k, *_) = tile.blocks * width // 2, blocked[0]
             call = scores.Call(config, tile, q.shape, k.shape[2], k.dtype, parts.store, False)
         else:

@@ -27,12 +27,13 @@ def size_bytes(scratch: Any) -> int:
     >>> size_bytes([plgpu.SMEM((4, 128), jnp.float32), {"full": plgpu.Barrier(num_barriers=3)}, None])
     2072
     """
-    leaves = jax.tree.leaves(scratch, is_leaf=lambda each: isinstance(each, plgpu.Barrier))
-    barriers = [leaf for leaf in leaves if isinstance(leaf, plgpu.Barrier)]
-    arrays = [leaf for leaf in leaves if not isinstance(leaf, plgpu.Barrier)]
-    return sum(8 * math.prod(barrier.num_barriers) for barrier in barriers) + sum(
-        math.prod(array.shape) * jnp.dtype(array.dtype).itemsize for array in arrays
-    )
+    total = 0
+    for leaf in jax.tree.leaves(scratch, is_leaf=lambda each: isinstance(each, plgpu.Barrier)):
+        barriers = isinstance(leaf, plgpu.Barrier)
+        total += (
+            8 * math.prod(leaf.num_barriers) if barriers else math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+        )
+    return total
 
 
 def fits(scratch: Any, matrices: int, consumers: int) -> bool:

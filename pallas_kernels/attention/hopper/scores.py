@@ -197,7 +197,8 @@ class Call:
     @functools.cached_property
     def scratch(self) -> Scratch:
         out = tiled((self.tile.consumers, self.tile.blocks, ROWS, self.shape[-1]), self.dtype)
-        return Scratch(*(ring.scratch() for ring in self.rings), out)
+        keys, dscores = self.rings
+        return Scratch(keys.scratch(), dscores.scratch(), out)
 
     def first_block(self, tile_q, consumer):
         """The first block of a consumer's queries; those of padding take the last that are there."""
@@ -206,7 +207,7 @@ class Call:
 
     def steps(self, tile_q, consumer):
         """How many blocks of 64 keys they see, in full tiles of 128."""
-        seen = self.store.tiles_k
+        seen: Any = self.store.tiles_k
         if self.config.causal:
             seen = jnp.minimum(lax.div(self.first_block(tile_q, consumer), 2) + 1, seen)
         return 2 * seen
@@ -243,9 +244,8 @@ def gradient_of_q(config: Config, k, scores, first, dq, store: Store, tile: Scor
 
 
 def _kernel(call: Call, first, k, scores, dq, *scratch):
-    scratch, heads = Scratch(*scratch), call.shape[2]
-    slots = (ring.of(refs) for ring, refs in zip(call.rings, scratch[:2], strict=True))
-    refs = _Refs(k, scores, dq, *slots, scratch.out)
+    allocated, heads, (keys, dscores) = Scratch(*scratch), call.shape[2], call.rings
+    refs = _Refs(k, scores, dq, keys.of(allocated.keys), dscores.of(allocated.dscores), allocated.out)
     block = lax.axis_index("block")
 
     def place(n) -> _Place:

@@ -264,11 +264,11 @@ class Call:
     @property
     def rings(self) -> tuple[Ring, Ring, Ring]:
         """`Refs.own`, `Refs.first` and `Refs.second`."""
-        own, *passing = self._parts(
-            Part((ROWS, self.width), self.dtype, True), Part((self.tile.block, self.width), self.dtype, True)
-        )
         tile = self.tile
-        return Ring(own, 1, 1, lanes=tile.consumers), *(Ring(parts, tile.stages, tile.consumers) for parts in passing)
+        rows, block = (Part((length, self.width), self.dtype, tiled=True) for length in (ROWS, tile.block))
+        own, first, second = self._parts(rows, block)
+        of_tile = Ring(own, stages=1, consumers=1, lanes=tile.consumers)
+        return of_tile, Ring(first, tile.stages, tile.consumers), Ring(second, tile.stages, tile.consumers)
 
     def _parts(self, rows: Part, block: Part) -> tuple[dict[str, Part], dict[str, Part], dict[str, Part]]:
         raise NotImplementedError
@@ -302,7 +302,8 @@ class Call:
 
         def body(arrays, written, *rest):
             outs, (own, first, second, extra, turn) = rest[: len(out_type)], rest[len(out_type) :]
-            slots = (ring.of(each) for ring, each in zip(self.rings, (own, first, second), strict=True))
+            own_ring, first_ring, second_ring = self.rings
+            slots = own_ring.of(own), first_ring.of(first), second_ring.of(second)
             refs = Refs(arrays, (*written, *outs), *slots, extra, turn)
             block = lax.axis_index("block")
             rounds = self.schedule.count(block)
