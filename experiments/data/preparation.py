@@ -24,7 +24,7 @@ SHOWN_EVERY_SECONDS = 0.1
 
 def cache_root(directory: str | os.PathLike | None = None) -> Path:
     """The folder for prepared data: `directory`, or where None the project's own."""
-    return cache.folder() if directory is None else local_path(directory).expanduser().absolute()
+    return cache.folder() if directory is None else local_path(directory).absolute()
 
 
 def prepared(folder: Path, build: Callable[[Path], None], *, made_of: str = "", by_block: str = "") -> Path:

@@ -176,7 +176,7 @@ def _find_files(patterns: Iterable[str], setting: str) -> dict[tuple[int, int], 
     every: dict[tuple[int, int], Path] = {}  # whatever links lead there
     for pattern in patterns:
         try:
-            path = local_path(pattern).expanduser()
+            path = local_path(pattern)
         except UserError as error:
             raise UserError(f"{setting}: {error}") from None
         if os.path.isdir(path):

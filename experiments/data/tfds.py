@@ -18,7 +18,7 @@ import numpy as np
 
 from crescendo.experiments.data.documents import file_digests
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.runtime.files import open_file
+from crescendo.experiments.runtime.files import local_path, open_file
 from crescendo.experiments.runtime.text import in_short
 
 MOST_METADATA_BYTES = 64 << 20  # of a file of JSON in a data set's folder
@@ -94,7 +94,7 @@ def open_source(
         )
     given = data_directory or os.environ.get("TFDS_DATA_DIR")
     if given and glob.escape(os.fspath(given)) != os.fspath(given):
-        data_directory = _link_to(Path(given).expanduser().absolute())
+        data_directory = _link_to(local_path(given).absolute())
     with _refusals(f'TFDS data set "{name}", split "{split}"'), _no_imports():
         try:
             _check_files(name, data_directory)

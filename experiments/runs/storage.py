@@ -60,14 +60,19 @@ def check_name(folder: Path) -> None:
 def os_error(error: BaseException | None) -> int | None:
     """The operating system's number of what went wrong, out of what a library raised; None where it has none.
 
-    >>> errno.errorcode[os_error(ValueError("PERMISSION_DENIED: opening [OS error 13: EACCES Permission denied]"))]
-    'EACCES'
+    Versions of tensorstore say it in different words; of a file that has gone some say only that.
+
+    >>> said = "[OS error 13: EACCES Permission denied]", "[os_error_code='28']", "NOT_FOUND: Error opening"
+    >>> [errno.errorcode[os_error(ValueError(text))] for text in said]
+    ['EACCES', 'ENOSPC', 'ENOENT']
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
-        if found := re.search(r"\[OS error (\d+)", str(error)):
+        if found := re.search(r"\[(?:OS error |os_error_code=')(\d+)", str(error)):
             return int(found[1])
+        if str(error).startswith("NOT_FOUND: "):
+            return errno.ENOENT
         error = error.__cause__ or error.__context__
     return None
 

@@ -31,7 +31,7 @@ def file_access(action: str, path: Path) -> Iterator[None]:
 
 
 def local_path(path: str | os.PathLike) -> Path:
-    """A path of the file-systems of this machine: runs lock their folder and append to its files.
+    """A path of the file-systems of this machine, `~` expanded: runs lock their folder and append to its files.
 
     Raises:
       UserError: for an address, of an object store say. As a path it would be a folder of the name `gs:`.
@@ -50,7 +50,10 @@ def local_path(path: str | os.PathLike) -> Path:
             f"appends to files, which {address[1]}:// can't: give a path on a disk and copy to or from it, or mount "
             "the bucket as a file-system"
         )
-    return Path(text)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text!r}: there is no user of that name: write ./ before it if it is a file's") from None
 
 
 def open_file(path: Path) -> io.BufferedReader:

@@ -113,7 +113,6 @@ def test_where_one_is_killed_the_others_end_with_one_line_and_the_same_command_g
                 assert "terminate called" not in output, output
                 (line,) = errors(output)
                 assert line.startswith(f"error: process {victim} of the {count} of this run has ended")
-                assert output.rstrip().endswith(line)
     finish(start_hosts(run, 1))
 
 

@@ -27,7 +27,7 @@ KINDS = {
     "other parameters to evaluate": (
         *MOVING,
         "train.optimizer = @schedule_free()",
-        "schedule_free.learning_rate = 1e-2",
+        "schedule_free.learning_rate = @schedules.linear()",
     ),
     "saves often and keeps some": (
         *MOVING,

@@ -84,7 +84,7 @@ def test_signals_at_odd_moments_save_and_say_so_or_end_without_a_word(start_trai
         assert not errors(output), output
         assert process.returncode in STOPPED | {0}, output
         if f"saved {run} at" in output:
-            assert process.returncode > 0, output
+            assert process.returncode != 0, output
             assert checkpoints(run)[-1] == examples_seen(run), output
             assert "the same command goes on from there" in output.replace("\n", " ")
         if process.returncode == 0:

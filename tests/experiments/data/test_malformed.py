@@ -157,6 +157,7 @@ def idx(content, *sizes, begin=b"\0\0\x08"):
         (idx(b"abc", 3)[:-9], "can't read"),
         (b"", "not an IDX file"),
     ],
+    ids=range(10),
 )
 def test_idx_files_that_lie_are_refused(tmp_path, content, match):
     (tmp_path / "a.gz").write_bytes(content)
