@@ -16,8 +16,9 @@ from crescendo.pallas_kernels.console import plain_console
 class ProgressLine:
     """Shows how a run goes: a live line on a terminal; elsewhere a plain line now and then, and the last one.
 
-    Changes of the batch size and of settings, and warnings, are printed above it to stay. The loss and the throughput
-    are means over the last 2% of the run. What doesn't fit the terminal's width is left out, least important first.
+    Changes of the batch size and of settings, warnings and ways back are printed above it to stay. The loss and the
+    throughput are means over the last 2% of the run. What doesn't fit the terminal's width is left out, least important
+    first.
 
     Args:
       total_examples: where the run ends.
@@ -64,8 +65,8 @@ class ProgressLine:
             self._say(record, f"{record['name']} {record['from']} → {record['to']}", "cyan")
         elif record["kind"] == "sample":
             self._say(record, f"{record['prompt']!r} → {record['text']!r}", "green")
-        elif record["kind"] == "warning":
-            self._say(record, f"warning: {record['message']}", "yellow")
+        elif record["kind"] in ("warning", "rollback"):
+            self._say(record, f"{record['kind']}: {record['message']}", "yellow")
         now = self._clock()
         if self._train is not None and self._unshown and now - self._shown_at >= self._interval_seconds:
             self._shown_at = now

@@ -498,8 +498,10 @@ def test_changes_and_warnings_are_permanent_lines_and_the_validation_loss_is_sho
     line, screen = progress(clock=lambda: 0.0)
     for record in all_records(8):
         line(record)
+    line({"kind": "rollback", "step": 8, "examples_seen": 64, "to": 32, "message": "as at 32 examples again"})
     line.close()
     lines = screen.getvalue().splitlines()
+    assert "warm[red]up  step 8 (8%)  rollback: as at 32 examples again" in lines
     assert "warm[red]up  step 5 (5%)  batch size 8 → 16 (staged)" in lines
     assert any(text.startswith("warm[red]up  step 7 (7%)  warning: odd") for text in lines)
     assert "val 0.800" in lines[-1]
