@@ -118,7 +118,7 @@ def _merged(events: Sequence[Record]) -> list[Record]:
     merged: list[Record] = []
     skips: tuple[int, int] | None = None  # where the latest stand, and how many they are
     for record in events:
-        if record["kind"] != "warning" or "first_example" not in record:
+        if record["kind"] != "warning" or None in (record.get("first_example"), record.get("last_example")):
             merged.append(record)
         elif skips and merged[skips[0]]["last_example"] == record["first_example"] - 1:
             skips = skips[0], skips[1] + 1

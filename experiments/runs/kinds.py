@@ -53,6 +53,15 @@ class _Setting(_Event):
 
 class _Warning(_Event):
     message: str
+    first_example: _Count | None = None
+    last_example: _Count | None = None
+
+
+class _Rollback(_Event):
+    to: _Count
+    first_example: _Count
+    last_example: _Count
+    message: str
 
 
 class _Sample(_Event):
@@ -74,6 +83,7 @@ EVENTS: Mapping[str, type[_Event]] = {
     "batch_size": _BatchSize,
     "setting": _Setting,
     "warning": _Warning,
+    "rollback": _Rollback,
     "sample": _Sample,
     "time": _Time,
 }

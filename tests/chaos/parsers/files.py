@@ -199,7 +199,9 @@ def _records() -> list[dict[str, Any]]:
         if step == 10:
             records.append({"kind": "batch_size", **place, "from": 8, "to": 16, "reason": "staged <b>"})
             records.append({"kind": "setting", **place, "name": "adamw.b1", "from": "0.9", "to": "0.8"})
-            records.append({"kind": "warning", **place, "message": "loss nan: step 9 was skipped </script>"})
+            skipped = {"first_example": 72, "last_example": 79, "message": "loss nan: step 10 was skipped </script>"}
+            records.append({"kind": "warning", **place, **skipped})
+            records.append({"kind": "rollback", **place, "to": 40, **skipped, "message": "as at 40 examples again"})
             records.append({"kind": "sample", **place, "prompt": "The ", "text": "batch size"})
             records.append({"kind": "probe", **place, "norm": 3.5, "of": "embedding"})
     return records

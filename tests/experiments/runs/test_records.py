@@ -394,6 +394,9 @@ def test_what_is_no_run_is_a_clear_error(tmp_path: Path, content: str | None, me
         ("batch_size", {"reason": None}, "batch_size records: 0.reason = None: input should be a valid string"),
         ("warning", {"message": ["x"]}, r"warning records: 0.message = \['x'\]: input should be a valid string"),
         ("warning", {"step": -1}, "warning records: 0.step = -1: input should be greater than or equal to 0"),
+        ("warning", {"first_example": "0"}, "warning records: 0.first_example = '0': input should be a valid integer"),
+        ("rollback", {"message": None}, "rollback records: 0.message = None: input should be a valid string"),
+        ("rollback", {"to": -8}, "rollback records: 0.to = -8: input should be greater than or equal to 0"),
         ("sample", {"text": 3}, "sample records: 0.text = 3: input should be a valid string"),
         ("time", {"wall_seconds": "1"}, "time records: 0.wall_seconds = '1': input should be a valid number"),
     ],
@@ -403,6 +406,7 @@ def test_a_record_that_is_none_of_its_kind_is_named(run_folder: Path, kind: str,
     spent = {f"{part}_seconds": 0.1 for part in ("wall", "compile", "evaluation", "saving", "lost")}
     more = [
         {"kind": "sample", **at, "prompt": "a", "text": "b"},
+        {"kind": "rollback", **at, "to": 32, "first_example": 32, "last_example": 63, "message": "back"},
         {"kind": "time", **at, **spent},
         {"kind": "probe", **at, "of": "a probe's own", "norm": 1.0},
         {"kind": "validation", **at, "loss": 1.0},
