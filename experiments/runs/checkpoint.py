@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
@@ -118,6 +119,52 @@ def _said_once() -> Iterator[None]:
     finally:
         threading.excepthook, sys.unraisablehook = print_exception, print_unraisable
         logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _damaged_to_all() -> Iterator[None]:
+    """Of several processes, which read each its own parts of a checkpoint, all find it damaged where one of them does.
+
+    The others would go on with it while that one tries an older one, and compute together with what isn't the same.
+    """
+    problem: DamagedError | None = None
+    try:
+        yield
+    except DamagedError as error:
+        problem = error
+    if jax.process_count() > 1:
+        damaged = multihost_utils.process_allgather(np.array(problem is not None))
+        if problem is None and damaged.any():
+            problem = DamagedError(f"process {int(np.argmax(damaged))} can't read its part")
+    if problem is not None:
+        raise problem
+
+
+def _arrays(checkpoint: Path, item: str, restore: ocp.args.CheckpointArgs) -> Any:
+    """What is in a checkpoint's files of an item, by the item's handler: a manager waits for the other processes.
+
+    Raises:
+      DamagedError: something else is in them.
+      UserError: they can't be read.
+    """
+    handler = (
+        ocp.PyTreeCheckpointHandler if isinstance(restore, ocp.args.PyTreeRestore) else ocp.StandardCheckpointHandler
+    )
+    try:
+        storage.check_regular(checkpoint)
+        # Readers on other threads print their own tracebacks about a damaged file; the message says it all.
+        with contextlib.redirect_stderr(io.StringIO()):
+            return handler().restore(storage.LiteralPath(checkpoint.absolute() / item), args=restore)
+    except (DamagedError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # orbax and tensorstore raise what they like at files that hold something else
+        storage.check_readable(checkpoint, error)
+        raise DamagedError(_says(error)) from None
+
+
+def _says(error: Exception) -> str:
+    """What an error says, on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 class _NotReadBackError(Exception):
@@ -232,7 +279,7 @@ class Checkpoints:
         except (ValueError, KeyError, FileNotFoundError) as error:
             if not place.is_dir():
                 raise
-            raise _NotReadBackError(str(error).strip().splitlines()[0][:120]) from error
+            raise _NotReadBackError(_says(error)) from error
 
     def restore(self, abstract: TrainState, report: Callable[[str], None]) -> tuple[TrainState, Clock] | None:
         """The newest complete checkpoint, or None where there is none; a damaged one is reported, and set aside.
@@ -370,17 +417,8 @@ class Checkpoints:
           UserError: its files can't be read.
         """
         folder = self.folder / str(step)
-        says = metadata.read(folder, step)
-        try:
-            storage.check_regular(folder)
-            # Readers on other threads print their own tracebacks about a damaged file; the message says it all.
-            with contextlib.redirect_stderr(io.StringIO()):
-                arrays = self._manager.restore(step, args=ocp.args.Composite(**{item: restore}))[item]
-        except (DamagedError, MemoryError, jax.errors.JaxRuntimeError):
-            raise
-        except Exception as error:  # orbax and tensorstore raise what they like at files that hold something else
-            storage.check_readable(folder, error)
-            raise DamagedError(str(error).strip().splitlines()[0][:120]) from None
+        with _damaged_to_all():
+            says, arrays = metadata.read(folder, step), _arrays(folder, item, restore)
         prints, theirs = _prints(arrays), says.of(item)
         if (in_order and prints != theirs[: len(prints)]) or collections.Counter(prints) - collections.Counter(theirs):
             raise DamagedError("its arrays are not the ones that were saved")

@@ -10,7 +10,16 @@ import textwrap
 import time
 
 import pytest
-from faults import assert_clean, errors, examples_seen, half_saved, hears_ctrl_c, random_moments, wait_until
+from faults import (
+    assert_clean,
+    checkpoints,
+    errors,
+    examples_seen,
+    half_saved,
+    hears_ctrl_c,
+    random_moments,
+    wait_until,
+)
 
 from crescendo.experiments.runs.records import read_records
 from crescendo.parallel.hosts import Process
@@ -134,6 +143,28 @@ def test_killed_and_resumed_with_another_number_of_processes_the_losses_are_the_
         print(f"{count} processes, killed at {examples_seen(killed)} of 4096 examples")
     finish(start_hosts(killed, 2))
     assert records(killed) == records(whole)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_part_that_one_process_cannot_read_is_damage_to_all(start_hosts, tmp_path, process):
+    run = tmp_path / "run"
+    processes = start_hosts(run, 2)
+    wait_until(lambda: len(checkpoints(run)) == 2, processes[0])
+    processes[0].send_signal(signal.SIGTERM)
+    for each in processes:
+        each.communicate(timeout=300)
+    *_, before, newest = checkpoints(run)
+    parts = run / "checkpoints" / str(newest) / "state" / f"ocdbt.process_{process}" / "d"
+    largest = max(parts.iterdir(), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 3)
+    processes = start_hosts(run, 2, "TOTAL_EXAMPLES = 1024")
+    outputs = [each.communicate(timeout=300)[0] for each in processes]
+    assert [each.returncode for each in processes] == [0, 0], outputs
+    assert outputs[0].count("is damaged") == 1, outputs[0]
+    assert f"going on at {before:,}" in outputs[0]
+    assert run.joinpath(f"damaged_checkpoint_{newest}").is_dir()
 
 
 JOINED = """
