@@ -96,17 +96,7 @@ def read_run(folder: Path) -> Run:
     info: dict[str, Any] = {**read_info(path)}
     metrics = path.with_name("metrics.jsonl")
     train, records = _read_training(metrics)
-    unit = f"{info.get('unit', 'token')}s_"
-    columns = {
-        "train": _with_units(train, unit),
-        "validation": _with_units(
-            kinds.columns([r for r in records if r["kind"] == "validation"], "validation", metrics), unit
-        ),
-    }
-    for kind, found in columns.items():
-        kinds.check_columns(found, kind, metrics)
-    for kind in kinds.EVENTS:
-        kinds.of_kind(records, kind, metrics)
+    columns = _checked_columns(train, records, metrics, f"{info.get('unit', 'token')}s_")
     seen, sizes = (columns["train"][name].astype(np.int64) for name in ("examples_seen", "batch_size"))
     return Run(
         folder=folder,
@@ -118,6 +108,36 @@ def read_run(folder: Path) -> Run:
         time=next((r for r in reversed(records) if r["kind"] == "time"), {}),
         gaps=gaps_between(seen, sizes, began_at(info.get("fixed") or {})),
     )
+
+
+def read_checked_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, each of which holds what its kind does: what a run that goes on takes.
+
+    Raises:
+      UserError: names the first value that is wrong, or a damaged line.
+    """
+    _checked_columns(*_read_training(path), path)
+    return read_records(path)
+
+
+def _checked_columns(
+    train: Columns, records: list[dict[str, Any]], path: Path, unit: str = "tokens_"
+) -> dict[str, Columns]:
+    """The columns of training and validation records, which are a run's, as the other records are.
+
+    Args:
+      train: the columns of the training records.
+      records: the others, at least.
+      path: of their file.
+      unit: how the names of what is counted by the run's own unit begin.
+    """
+    validation = kinds.columns([r for r in records if r["kind"] == "validation"], "validation", path)
+    columns = {"train": _with_units(train, unit), "validation": _with_units(validation, unit)}
+    for kind, found in columns.items():
+        kinds.check_columns(found, kind, path)
+    for kind in kinds.EVENTS:
+        kinds.of_kind(records, kind, path)
+    return columns
 
 
 def _read_training(path: Path) -> tuple[Columns, list[dict[str, Any]]]:

@@ -113,7 +113,8 @@ class Health:
           values: its record, or what it returned: `loss`, `update_norm` and `skipped_steps`.
         """
         loss, update_norm = _number(values.get("loss")), _number(values.get("update_norm"))
-        skipped, self._skipped = values["skipped_steps"] > self._skipped, values["skipped_steps"]
+        skipped_steps = self._skipped if values.get("skipped_steps") is None else values["skipped_steps"]
+        skipped, self._skipped = skipped_steps > self._skipped, skipped_steps
         jumped, larger = self.loss.jumped(loss), self.update_norm.jumped(update_norm)
         self._larger = self._larger + 1 if larger and not (skipped or jumped) else 0
         if self._larger >= LEVEL_STEPS:
@@ -176,6 +177,6 @@ def _newest(saved: Sequence[int], up_to: int | None) -> int | None:
     return None if up_to is None else max((at for at in saved if at <= up_to), default=None)
 
 
-def _number(value: float | None) -> float:
-    """What a record has as null isn't finite, or wasn't measured."""
-    return math.nan if value is None else value
+def _number(value: Any) -> float:
+    """What a record has as null, or as no number, isn't finite, or wasn't measured."""
+    return value if isinstance(value, int | float) else math.nan

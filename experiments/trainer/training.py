@@ -14,8 +14,8 @@ from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs import storage
 from crescendo.experiments.runs.arrays import describe_arrays
 from crescendo.experiments.runs.checkpoint import Checkpoints
-from crescendo.experiments.runs.records import Record, began_at, gaps, read_records
-from crescendo.experiments.runs.run import is_complete
+from crescendo.experiments.runs.records import Record, began_at, gaps
+from crescendo.experiments.runs.run import is_complete, read_checked_records
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime import from_python, hardware
 from crescendo.experiments.runtime.arguments import checked
@@ -171,7 +171,7 @@ def train(
         if total_examples < session.total_examples:
             say(f"note: the run ends at {total_examples:,} examples: what is left after them fills no microbatch")
         before, now = run_folder.changed_settings(folder, differences) if checkpoints.saved() else ({}, {})
-        records = read_records(folder / "metrics.jsonl")
+        records = read_checked_records(folder / "metrics.jsonl")
         validation = _validation_at(records, clock.examples_seen)
         ended = stops.reason(session.task, clock, clock.seconds, validation)
         finished = ended or clock.examples_seen >= total_examples

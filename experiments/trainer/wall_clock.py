@@ -35,7 +35,7 @@ class WallClock:
           seconds: of training, up to that checkpoint.
         """
         before = next((record for record in reversed(records) if record["kind"] == "time"), {})
-        trained = max((r["seconds"] for r in records if r["kind"] == "train"), default=0.0)
+        trained = max((r.get("seconds") or 0.0 for r in records if r["kind"] == "train"), default=0.0)
         for part in self._seconds:
             self._seconds[part] += before.get(f"{part}_seconds", 0.0)
         self._seconds["wall"] += max(0.0, trained - before.get("seconds", 0.0))
