@@ -11,6 +11,9 @@ import jax
 
 from crescendo.parallel.watch import Watch
 
+MOST_SECONDS = 7 * 24 * 3600
+"""That a process can be asked to wait for the others."""
+
 _watch: Watch | None = None
 
 
@@ -43,6 +46,8 @@ class Process:
         if len(numbers) != 2 or not all(n.strip().isdigit() for n in (*numbers, port)) or ":" not in coordinator:
             raise ValueError(f"hosts {text!r} must be 'auto' or HOST:PORT,INDEX,COUNT, such as 10.0.0.1:8476,0,4")
         index, count = map(int, numbers)
+        if not 0 < int(port) < 2**16:
+            raise ValueError(f"hosts {text!r}: the port {port} must be from 1 to 65535")
         if not 0 <= index < count:
             raise ValueError(f"hosts {text!r}: the index {index} must be below the count {count}, counted from 0")
         return cls(coordinator, index, count)
@@ -62,8 +67,10 @@ def join(hosts: str, *, timeout_seconds: float = 300.0, heartbeat_seconds: int =
       heartbeat_seconds: how long a process may be silent.
 
     Raises:
-      ValueError: for other `hosts`, or "auto" where JAX finds nothing.
+      ValueError: for other `hosts`, "auto" where JAX finds nothing, or a timeout that isn't above 0 and within a week.
     """
+    if not 0 < timeout_seconds <= MOST_SECONDS:
+        raise ValueError(f"joining within {timeout_seconds:g} s: that must be above 0 and at most {MOST_SECONDS:,}")
     process = _found(timeout_seconds) if hosts == "auto" else Process.parse(hosts)
 
     def give_up() -> None:

@@ -1,5 +1,6 @@
 """Runs of several processes, joined over loopback: killed, resumed with another number of them, the same losses."""
 
+import math
 import os
 import random
 import signal
@@ -22,7 +23,7 @@ from faults import (
 )
 
 from crescendo.experiments.runs.records import read_records
-from crescendo.parallel.hosts import Process
+from crescendo.parallel.hosts import Process, join
 
 # Within which the others end when one is killed: what a loaded machine takes to wake them.
 BOUND_SECONDS = 20
@@ -360,8 +361,16 @@ def test_a_process_that_waits_in_vain_says_so_in_bounded_time(start_train, tmp_p
         ("10.0.0.1:80,0", "must be 'auto' or HOST:PORT,INDEX,COUNT"),
         ("host:80,x,2", "must be 'auto' or HOST:PORT,INDEX,COUNT"),
         ("host:80,2,2", "the index 2 must be below the count 2"),
+        ("host:99999,0,2", "the port 99999 must be from 1 to 65535"),
+        ("host:0,0,2", "the port 0 must be from 1 to 65535"),
     ],
 )
 def test_addresses_that_make_no_sense_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         Process.parse(text)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 0.0, math.inf, math.nan])
+def test_a_time_that_no_process_can_wait_is_refused(seconds):
+    with pytest.raises(ValueError, match="must be above 0 and at most"):
+        join("10.0.0.1:80,0,2", timeout_seconds=seconds)
