@@ -92,11 +92,10 @@ def state_of(start_from: str, session: Session) -> tuple[TrainState, Clock]:
     with Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
         checkpoints.adapting = adapting
         state, clock = checkpoints.restore_at(examples, session.abstract_state)
-    # What it left out is in its own records.
-    none = jnp.zeros_like(state.skipped_steps)
-    return dataclasses.replace(state, skipped_steps=none, skipped_in_a_row=none), dataclasses.replace(
-        clock, seconds=0.0
-    )
+    # What it left out is in its own records. Two arrays, as the step is given the memory of each.
+    none, in_a_row = (jnp.zeros_like(x) for x in (state.skipped_steps, state.skipped_in_a_row))
+    state = dataclasses.replace(state, skipped_steps=none, skipped_in_a_row=in_a_row)
+    return state, dataclasses.replace(clock, seconds=0.0)
 
 
 def _paths(tree: dict) -> list[str]:
