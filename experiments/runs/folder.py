@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import os
 import subprocess
+import tokenize
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -131,7 +132,7 @@ def changed_settings(
         text = path.read_text(encoding="utf-8", errors="replace")
     try:
         return differences(text, but_for={"train.label", *but_for})
-    except SyntaxError:
+    except (SyntaxError, tokenize.TokenError):
         raise UserError(f"{path} is damaged: restore it, or give another folder with --run") from None
 
 
@@ -169,7 +170,8 @@ def check_resumable(
                 f"{begun_with}, this one {version}) and can't go on: give another folder with --run, with "
                 f"train.initialize_from = {str(folder)!r} to take its parameters"
             )
-        others = before.get("arrays", {}) != fixed["arrays"] and can_take(before.get("arrays", {}))
+        arrays = before.get("arrays")
+        others = isinstance(arrays, Mapping) and arrays != fixed["arrays"] and can_take(arrays)
         check_same(folder, {**before, "arrays": fixed["arrays"]} if others else before, fixed)
     return info
 

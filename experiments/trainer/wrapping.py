@@ -55,7 +55,7 @@ class Wraps(NamedTuple):
         >>> Wraps(False, False, False).part(("opt_state", "batch_size"))
         ('batch_size', ('batch_size',))
         """
-        if path[0] != "opt_state":
+        if path[:1] != ("opt_state",):
             return "state", path
         rest = path[1:]
         for around, part in ((self.guarded, "guard"), (self.averaged, "average"), (True, "policy")):

@@ -5,12 +5,15 @@ import os
 
 import pytest
 
+from crescendo.experiments.configs.binding import differences
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs import metadata
+from crescendo.experiments.runs.arrays import by_path
 from crescendo.experiments.runs.state import Clock
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.trainer.wrapping import Wraps
 
-FIXED = {"seed": 0, "model": {"width": 16}}
+FIXED = {"seed": 0, "model": {"width": 16}, "arrays": {".w": "float32[8]"}}
 
 
 def checkpoint(folder, number, run):
@@ -106,3 +109,19 @@ def test_checkpoints_that_may_not_be_read_are_that(tmp_path):
     finally:
         os.seteuid(user)
         folder.chmod(0o700)
+
+
+@pytest.mark.parametrize("arrays", [[], None, 3, {"": "float32[]"}, {".w": 3}])
+def test_arrays_that_are_none_are_one_line(tmp_path, arrays):
+    (tmp_path / "run.json").write_text(json.dumps({"format": 2, "fixed": {**FIXED, "arrays": arrays}}))
+    part = Wraps(False, False, False).part
+    with pytest.raises(UserError, match=r"can't go on: arrays") as told:
+        run_folder.check_resumable(tmp_path, 2, FIXED, lambda saved: set(map(part, by_path(saved))) == {1})
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("value", ["[1,", "'''a", "\0", "@", "[" * 999])
+def test_a_configuration_that_is_cut_is_one_line(tmp_path, value):
+    (tmp_path / "config.gin").write_text(f"train.seed = {value}")
+    with pytest.raises(UserError, match=r"config\.gin is damaged: restore it, or give another folder"):
+        run_folder.changed_settings(tmp_path, differences)
