@@ -13,7 +13,7 @@ import io
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +88,16 @@ class FirstOfEach:
 
 @dataclasses.dataclass
 class Those:
-    """Keeps the checkpoints that `which(examples)` names, as it answers at each save; an orbax preservation policy."""
+    """Keeps those of the checkpoints that `which(all of them)` names at each save; an orbax preservation policy."""
 
-    which: Callable[[int], bool]
+    which: Callable[[list[int]], Collection[int | None]]
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """One answer a checkpoint."""
         del context
-        return [self.which(checkpoint.step) for checkpoint in checkpoints]
+        every = [checkpoint.step for checkpoint in checkpoints]
+        kept = self.which(every)
+        return [step in kept for step in every]
 
 
 @contextlib.contextmanager
@@ -185,7 +187,7 @@ class Checkpoints:
     Attributes:
       keep_last: as given.
       best: the checkpoint to keep besides, by its examples; None: none.
-      keep: asked at each save of every checkpoint, by its examples, whether it must stay.
+      keep: asked at each save which of the checkpoints, by their examples, must stay.
       adapting: what of a checkpoint is taken whose arrays are others than those that are wanted; None: nothing.
     """
 
@@ -202,14 +204,14 @@ class Checkpoints:
         storage.check_name(folder)
         self.keep_last = keep_last
         self.best: int | None = None
-        self.keep: Callable[[int], bool] = lambda examples: False
+        self.keep: Callable[[list[int]], set[int]] = lambda saved: set()
         self.adapting: Adapting | None = None
         self._run = run
         self._written: tuple[int, dict[str, collections.Counter]] = (0, {})
         policies: list = [
             checkpoint_managers.LatestN(keep_last),
-            Those(lambda examples: examples == self.best),
-            Those(lambda examples: self.keep(examples)),
+            Those(lambda saved: [self.best]),
+            Those(lambda saved: self.keep(saved)),
         ]
         if keep_every_examples is not None:
             policies.append(FirstOfEach(lambda examples: 1 + examples // keep_every_examples))

@@ -34,9 +34,7 @@ class Watch:
     save: Callable[[Clock, TrainState], None]
 
     def __post_init__(self) -> None:
-        self.checkpoints.keep = lambda examples: (
-            examples in self.health.keep(self.checkpoints.saved(), self.checkpoints.keep_last)
-        )
+        self.checkpoints.keep = lambda saved: self.health.keep(saved, self.checkpoints.keep_last)
 
     @property
     def patience(self) -> float:
