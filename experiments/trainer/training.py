@@ -266,12 +266,21 @@ def _begin(
     start_from: str | None,
     say: Callable[[str], None],
 ) -> tuple[TrainState, Clock]:
-    """The newest checkpoint's state and clock; where there is none, those that a run begins with."""
-    restored = checkpoints.restore(session.abstract_state, report=say)
+    """The newest checkpoint's state and clock; where there is none, those that a run begins with.
+
+    Raises:
+      UserError: every checkpoint is damaged, or a complete run has none any more: a new one would replace its records.
+    """
+    restored, folder = checkpoints.restore(session.abstract_state, report=say), checkpoints.folder.parent
     if restored is not None:
         seen = restored[1].examples_seen
-        say(f"going on at {seen:,} of {session.total_examples:,} examples in {checkpoints.folder.parent}")
+        say(f"going on at {seen:,} of {session.total_examples:,} examples in {folder}")
         return restored
+    if is_complete(folder):
+        raise UserError(
+            f"{folder} holds the records of a complete run and no checkpoint, and beginning anew would replace them: "
+            "put its checkpoints back, or give another folder with --run"
+        )
     if start_from is not None:
         say(f"starting from {start_from}, to {session.total_examples:,} examples")
         return state_of(start_from, session)

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -550,6 +551,11 @@ def test_a_run_from_python_keeps_what_it_was_given_and_says_that_it_does_not_rep
         is_finished(folder)
     assert _bindings(kept)["train.batch_size"] == "8"
     assert _bindings(kept)["started"] == "from Python"
+    records = (folder / "metrics.jsonl").read_bytes()
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(UserError, match=r"complete run and no checkpoint.*: put its checkpoints back, or give another"):
+        train(run=str(folder), data=RandomText(128, 16), batch_size=8, total_examples=16, **options, **once)
+    assert (folder / "metrics.jsonl").read_bytes() == records
 
 
 @pytest.mark.parametrize("optimizer", [optax.adam("fast"), optax.adam(0.1, b1=[1]), optax.adamw(0.1, weight_decay={})])
