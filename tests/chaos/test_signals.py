@@ -150,3 +150,23 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_143(start_train, tmp_path):
     assert "SIGTERM: saved" in output
     assert "the same command goes on from there" in output
     assert checkpoints(run)[-1] == examples_seen(run)
+
+
+FAILS = """
+import threading, time
+from crescendo.experiments.runtime.cli import run_command
+from crescendo.experiments.runtime.errors import UserError
+
+def main():
+    threading.Thread(target=time.sleep, args=(100,)).start()
+    print("said before")
+    raise UserError("full")
+
+run_command(main)
+"""
+
+
+@pytest.mark.chaos
+def test_a_thread_that_waits_holds_up_no_command_that_has_failed():
+    done = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "said before\n", "error: full\n")
