@@ -110,11 +110,14 @@ class Health:
         Args:
           seen: the clock after it, in examples.
           examples: in its batch.
-          values: its record, or what it returned: `loss`, `update_norm` and `skipped_steps`.
+          values: its record, or what it returned: `loss`, `update_norm`, `skipped_steps` and, of the latter,
+            `skipped_in_a_row`.
         """
         loss, update_norm = _number(values.get("loss")), _number(values.get("update_norm"))
         skipped_steps = self._skipped if values.get("skipped_steps") is None else values["skipped_steps"]
-        skipped, self._skipped = skipped_steps > self._skipped, skipped_steps
+        # A live step says it itself: the records of those before it may be lost.
+        skipped = values.get("skipped_in_a_row", skipped_steps - self._skipped) > 0
+        self._skipped = skipped_steps
         jumped, larger = self.loss.jumped(loss), self.update_norm.jumped(update_norm)
         self._larger = self._larger + 1 if larger and not (skipped or jumped) else 0
         if self._larger >= LEVEL_STEPS:

@@ -164,3 +164,12 @@ def test_updates_that_are_not_finite_leave_what_was_saved_before_them(train_smal
     kept = checkpoints(run)
     assert 16 in kept
     assert all(map(math.isfinite, kept.values()))
+
+
+def test_steps_that_were_skipped_before_the_records_were_lost_begin_no_episode():
+    health = Health.of([], 800)
+    values = {"loss": 3.0, "update_norm": 1.0, "skipped_steps": 5, "skipped_in_a_row": 0}
+    assert health.step(808, BATCH, values) is None
+    assert not health.ill
+    assert health.step(816, BATCH, values | {"skipped_steps": 6, "skipped_in_a_row": 1}) == "a step was skipped"
+    assert health.began_at == 808
