@@ -106,7 +106,7 @@ def stored_shapes(arrays: Mapping[str, str], wanted: Tree, where: str) -> Tree:
     """The shapes of a run's parameters in a tree like `wanted`.
 
     Args:
-      arrays: of the run's state, as its `run.json` has them (`shapes.describe_arrays`).
+      arrays: of the run's state, as its `run.json` has them (`runs.arrays.describe_arrays`).
       wanted: the shapes of a model's parameters.
       where: the run comes from, for messages.
 
