@@ -8,12 +8,11 @@ checkpoint also carries a fingerprint of every array, taken on the device, and o
 import bisect
 import collections
 import contextlib
-import dataclasses
 import io
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from crescendo.experiments.runs import metadata, storage
 from crescendo.experiments.runs.arrays import Adapting, Names, by_path, describe_arrays, leaves_by_path
+from crescendo.experiments.runs.keeping import FirstOfEach, Those
 from crescendo.experiments.runs.metadata import DamagedError
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime.errors import UserError
@@ -68,36 +68,6 @@ def _shapes(tree: Any) -> collections.Counter:
 def _prints(tree: Any) -> list[int]:
     """The fingerprints of a tree's arrays, in the order of its leaves."""
     return [int(x) for x in jax.device_get(jax.tree.leaves(fingerprints(tree)))]
-
-
-@dataclasses.dataclass
-class FirstOfEach:
-    """Keeps the first checkpoint of each interval that `interval_of(examples)` numbers from 1; none of interval 0.
-
-    An orbax preservation policy.
-    """
-
-    interval_of: Callable[[int], int]
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """One answer a checkpoint, oldest first."""
-        del context
-        interval = [self.interval_of(checkpoint.step) for checkpoint in checkpoints]
-        return [now > before for before, now in zip([0, *interval], interval, strict=False)]
-
-
-@dataclasses.dataclass
-class Those:
-    """Keeps those of the checkpoints that `which(all of them)` names at each save; an orbax preservation policy."""
-
-    which: Callable[[list[int]], Collection[int | None]]
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """One answer a checkpoint."""
-        del context
-        every = [checkpoint.step for checkpoint in checkpoints]
-        kept = self.which(every)
-        return [step in kept for step in every]
 
 
 @contextlib.contextmanager

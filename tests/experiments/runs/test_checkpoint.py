@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crescendo.experiments.runs.checkpoint import FirstOfEach, fingerprints
+from crescendo.experiments.runs.checkpoint import fingerprints
+from crescendo.experiments.runs.keeping import FirstOfEach
 from crescendo.parallel import Layout, make_mesh
 
 
