@@ -390,7 +390,7 @@ def readable_signature(function: Callable) -> inspect.Signature:
     """The signature, with annotations that are text evaluated where they can be."""
     try:
         return inspect.signature(function, eval_str=True)
-    except NameError:
+    except Exception:  # what evaluating a text raises, such as one that is no Python
         return inspect.signature(function)
 
 

@@ -32,7 +32,7 @@ def check_calls_end(reached: Reached) -> None:
     """
     for binding, value in reached.used.items():
         for reference in references(value):
-            if reference.configurable.selector.startswith("experiments."):
+            if reference.configurable.selector.rpartition(".")[0] == "experiments":
                 raise UserError(f"{binding} = {reference!r}: an experiment can't stand within a configuration")
     for scope, selector in reached.calls:
         if selector == "gin.singleton" and not effective(scope, selector):

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.ranges import readable_signature
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 LOADED: list[str] = []
@@ -54,7 +55,7 @@ def check_import(name: str) -> None:
     """
     if not ANY_IMPORTS and name not in LOADED:
         shown = "dynamic_registration" if name.startswith("__gin__") else f"import {name}"
-        fix = "" if name.startswith("__gin__") else f"name it with --module {name}, or "
+        fix = "" if name.startswith("__gin__") else "give its file with --module, its name where it is installed, or "
         raise UserError(f"{shown}: configs import nothing by themselves, as that runs code: {fix}add --allow-imports")
 
 
@@ -143,8 +144,8 @@ def offered(module: ModuleType) -> dict[str, Callable]:
 
 def signature(factory: Callable) -> inspect.Signature:
     """Of a function whose annotations may be text; those that can't be read are left out."""
-    try:
-        return inspect.signature(factory, eval_str=True)
-    except NameError:
-        plain = inspect.signature(factory)
-        return plain.replace(parameters=[p.replace(annotation=p.empty) for p in plain.parameters.values()])
+    readable = readable_signature(factory)
+    parameters = [
+        p.replace(annotation=p.empty) if isinstance(p.annotation, str) else p for p in readable.parameters.values()
+    ]
+    return readable.replace(parameters=parameters)

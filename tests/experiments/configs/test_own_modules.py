@@ -81,9 +81,9 @@ def own_file(tmp_path: Path, monkeypatch, request) -> Iterator[Callable[[str], P
 
     yield write
     registry = configurables.gin.config._REGISTRY
-    for name in [name for name, _ in registry.items() if name.startswith("own_")]:
+    for name in [name for name, _ in registry.items() if "own_" in name]:
         registry.pop(name)
-    for name in [name for name in FACTORIES if name.startswith("own_")]:
+    for name in [name for name in FACTORIES if "own_" in name]:
         del FACTORIES[name]
 
 
@@ -126,10 +126,7 @@ def test_what_a_module_defines_can_be_named_without_any_registration(own_file, b
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "import {name}",
-            "import {name}: configs import nothing .*: name it with --module {name}, or add --allow-imports",
-        ),
+        ("import {name}", "import {name}: configs import nothing .*: give its file with --module, .* --allow-imports"),
         ("import os", "import os: configs import nothing by themselves, as that runs code: .*--allow-imports$"),
         ("from os import path", "import os.path: configs import nothing"),
         ("from os import path as p", "import os.path: configs import nothing"),
@@ -171,6 +168,29 @@ def test_a_name_that_crescendo_has_too_is_written_out(own_file):
     command.parser().parse_args(["--module", str(path)])
     with pytest.raises(UserError, match=f"'lion' means several: write {path.stem}.lion or optim.lion"):
         configurables.bind(assembled, [], ["assembled.model = @lion()"])
+
+
+def test_a_module_of_a_package_named_experiments_is_no_experiment(own_file, monkeypatch):
+    monkeypatch.delitem(sys.modules, "experiments", raising=False)  # the tests' own
+    path = own_file(OWN)
+    package = path.parent / "experiments"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    path.rename(package / "own_module.py")
+    sys.path.insert(0, str(path.parent))
+    command.parser().parse_args(["--module", "experiments.own_module"])
+    bindings = [each.replace("@Own", "@experiments.own_module.Own") for each in BINDINGS]
+    assert configurables.bind(assembled, [], bindings)()["model"].width == 8
+
+
+@pytest.mark.parametrize("annotation", ["not python", "Unknown", "optax.Nothing", "int | 3"])
+def test_annotations_that_are_no_types_are_left_alone(own_file, annotation: str):
+    own = OWN.replace("from __future__ import annotations\n", "")
+    path = own_file(f"{own}\n\ndef own_made(size: {annotation!r}, rate: 'float' = 0.1):\n    return size\n")
+    command.parser().parse_args(["--module", str(path)])
+    bindings = [each.replace("@Own", f"@{path.stem}.Own") for each in BINDINGS[4:]]
+    bindings += ["assembled.optimizer = @own_made()", "own_made.size = 3"]
+    assert configurables.bind(assembled, [], bindings)()["optimizer"] == 3
 
 
 @pytest.mark.parametrize(
