@@ -125,7 +125,7 @@ def fitted(value: Any, annotation: Any, is_a: Callable[[Any, Any], bool] | None 
         raise Refused(_choice(inner), of_type=type(value) not in map(type, inner))
     if annotation in (int, float):
         return _number(value, annotation, bounds)
-    if origin in _SEVERAL and isinstance(value, _SEVERAL[origin]):
+    if origin in _SEVERAL and (isinstance(value, _SEVERAL[origin]) or (is_a is None and _is_array(value))):
         return _each(value, origin, inner, is_a, bounds)
     if origin in _SEVERAL and is_a is not None:  # a text, which is a sequence of texts, too
         raise Refused(words(annotation), of_type=True)
@@ -191,18 +191,30 @@ def _one_of_several(value: Any, kinds: tuple, annotation: Any, is_a: Any, bounds
     ranges = dict.fromkeys(str(error) for error in refused if not error.of_type)
     if ranges:
         raise Refused(" or ".join(ranges))
-    if is_a is None:
+    if is_a is None and not _is_choice(annotation):
         return value
     raise Refused(words(annotation), of_type=True)
+
+
+def _is_choice(annotation: Any) -> bool:
+    """Whether all that there may be is written out."""
+    if get_origin(annotation) in (Union, UnionType):
+        return all(map(_is_choice, get_args(annotation)))
+    return annotation is NoneType or get_origin(annotation) is Literal
 
 
 def _may_be(value: Any, kind: Any) -> bool:
     """Whether a value may be meant to be of this kind, where types aren't checked."""
     bare = get_args(kind)[0] if get_origin(kind) is Annotated else kind
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) or _is_array(value):
         return get_origin(bare) in _SEVERAL
     named = any(isinstance(each, OneOf) for each in getattr(kind, "__metadata__", ()))
     return bare in (int, float) or get_origin(bare) is Literal or named
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is what Python code may give in place of a list."""
+    return isinstance(value, range) or (isinstance(value, np.ndarray | jax.Array) and value.ndim > 0)
 
 
 def _each(value: Any, origin: Any, kinds: tuple, is_a: Any, bounds: tuple) -> Any:
@@ -215,7 +227,8 @@ def _each(value: Any, origin: Any, kinds: tuple, is_a: Any, bounds: tuple) -> An
         items = [_item(each, kind, is_a) for each, kind in zip(value, kinds, strict=True)]
     else:
         items = [_item(each, kinds[0], is_a) for each in value]
-    return value if all(a is b for a, b in zip(value, items, strict=True)) else type(value)(items)
+    kept = not isinstance(value, list | tuple) or all(a is b for a, b in zip(value, items, strict=True))
+    return value if kept else type(value)(items)
 
 
 def _item(value: Any, kind: Any, is_a: Any) -> Any:
@@ -360,7 +373,7 @@ def fit_arguments(
         try:
             arguments[name] = fitted(value, parameter.annotation, is_a)
         except Refused as refused:
-            if refused.of_type and is_a is None:
+            if refused.of_type and is_a is None and not _is_choice(parameter.annotation):
                 continue
             full = f"{called}.{name}" if called else name
             raise ValueError(complaint(value, full, parameter, refused)) from None

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crescendo import optim, ranges
+from crescendo.models import ModelConfig
 from crescendo.ranges import Count, Decay, OneOf, Positive, Refused, checked, fitted
 
 
@@ -109,6 +110,21 @@ def test_a_function_keeps_its_name_and_python_its_words():
     assert cook("long") == "long"  # types are Python's own affair
     with pytest.raises(ValueError, match=r"^minutes = 0 must be above 0 and finite$"):
         cook(0)
+
+
+@pytest.mark.parametrize("value", [range(2), np.array([0, 4]), jnp.array([0, 4])], ids=["range", "numpy", "jax"])
+def test_arrays_that_python_gives_are_checked_as_lists_are(value):
+    assert fitted(value, Sequence[Annotated[int, Ge(0)]]) is value
+    with pytest.raises(ValueError, match=r"sizes = .* must each be at least 1"):
+        optim.staged(value, starts_examples=[0, 8])
+
+
+@pytest.mark.parametrize(("name", "value"), [("dtype", jnp.bfloat16), ("remat", None), ("remat", True)])
+def test_python_too_chooses_among_what_there_is(name, value):
+    with pytest.raises(
+        ValueError, match=rf"{name} = .* must be 'float32' or|{name} = .* must be 'none', 'dots' or 'full'"
+    ):
+        ModelConfig(**{name: value})
 
 
 def test_fields_of_a_dataclass_are_checked():
