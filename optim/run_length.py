@@ -43,8 +43,8 @@ class OfRun:
         return self._factory(total_examples)
 
     def __call__(self, count: jax.typing.ArrayLike) -> jax.Array:
-        """Raises ValueError: without a length there is no rate."""
-        raise ValueError(
+        """Raises LengthError: without a length there is no rate."""
+        raise LengthError(
             "the schedule's length isn't known: give it a total, or pass the extra argument total_examples to update()"
         )
 

@@ -443,6 +443,7 @@ def test_schedule_free_is_evaluated_where_it_says():
     [
         ({"groups": [optim.group("*", frozen=True)]}, "freeze every parameter"),
         ({"optimizer": optax.lbfgs()}, "asks for what a training step doesn't give"),
+        ({"optimizer": optax.sgd(optim.schedules.linear(0.1))}, "length isn't known: give it a total"),
         ({"model": ResNetConfig()}, "reads no tokens"),
     ],
 )
