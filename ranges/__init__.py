@@ -92,8 +92,8 @@ _SEVERAL: dict[Any, Any] = {list: list, tuple: tuple, Sequence: (list, tuple)}
 def fitted(value: Any, annotation: Any, is_a: Callable[[Any, Any], bool] | None = None, bounds: tuple = ()) -> Any:
     """The value, if it is in the range of its annotation; an int past 2^31 where a float is meant becomes one.
 
-    Numbers are finite, unless the annotation has `Le(math.inf)`, and are judged as the device will have them: 1e-320 is
-    0. True is no number. Traced values pass.
+    An int of NumPy's or JAX' becomes Python's. Numbers are finite, unless the annotation has `Le(math.inf)`, and are
+    judged as the device will have them: 1e-320 is 0. True is no number. Traced values pass.
 
     Args:
       value: of a parameter.
@@ -156,7 +156,7 @@ def _number(value: Any, kind: type, bounds: tuple) -> Any:
         raise Refused(_bounds_told(bounds, whole=True) + rounded)
     if kind is float and type(plain) is int and not -(2**31) <= plain < 2**31:
         return float(plain)
-    return value
+    return plain if kind is int else value
 
 
 def _inside(number: float, bounds: tuple) -> bool:
@@ -221,14 +221,16 @@ def _each(value: Any, origin: Any, kinds: tuple, is_a: Any, bounds: tuple) -> An
     least = max((each.min_length for each in bounds if isinstance(each, MinLen)), default=0)
     if len(value) < least:
         raise Refused(f"at least {least} long")
+    given = list(value)
     if origin is tuple and kinds[-1:] != (...,):
-        if len(value) != len(kinds):
+        if len(given) != len(kinds):
             raise Refused(f"tuple[{', '.join(map(words, kinds))}]", of_type=True)
-        items = [_item(each, kind, is_a) for each, kind in zip(value, kinds, strict=True)]
+        items = [_item(each, kind, is_a) for each, kind in zip(given, kinds, strict=True)]
     else:
-        items = [_item(each, kinds[0], is_a) for each in value]
-    kept = not isinstance(value, list | tuple) or all(a is b for a, b in zip(value, items, strict=True))
-    return value if kept else type(value)(items)
+        items = [_item(each, kinds[0], is_a) for each in given]
+    if all(a is b for a, b in zip(given, items, strict=True)):
+        return value
+    return items if _is_array(value) else type(value)(items)
 
 
 def _item(value: Any, kind: Any, is_a: Any) -> Any:

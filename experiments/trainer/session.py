@@ -142,7 +142,7 @@ class Session:
             platform = mesh.devices.flat[0].platform
         self.platform = "gpu" if platform == "cuda" else platform
         with user_values():
-            self.policy = constant(batch_size) if isinstance(batch_size, int) else batch_size
+            self.policy = batch_size if isinstance(batch_size, BatchSizePolicy) else constant(batch_size)
             self.sizes = (*self.policy.sizes, *further_sizes)
             layout = parallel.Layout(mesh, strategy)
             parallel.plan_batches(self.sizes, layout.batch_shards)

@@ -114,7 +114,9 @@ def test_a_function_keeps_its_name_and_python_its_words():
 
 @pytest.mark.parametrize("value", [range(2), np.array([0, 4]), jnp.array([0, 4])], ids=["range", "numpy", "jax"])
 def test_arrays_that_python_gives_are_checked_as_lists_are(value):
-    assert fitted(value, Sequence[Annotated[int, Ge(0)]]) is value
+    taken = fitted(value, Sequence[Annotated[int, Ge(0)]])
+    assert list(taken) == list(value)
+    assert {type(each) for each in taken} == {int}
     with pytest.raises(ValueError, match=r"sizes = .* must each be at least 1"):
         optim.staged(value, starts_examples=[0, 8])
 
