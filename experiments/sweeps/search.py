@@ -1,6 +1,8 @@
 """Searches: Optuna studies whose trials are runs of the training command."""
 
+import functools
 import math
+import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,9 +101,11 @@ def open_study(path: Path) -> tuple[optuna.Study, list[optuna.trial.FrozenTrial]
     Raises:
       UserError: a file that is no study's.
     """
+    # A path within a URL would end at "?", and "%41" in it become "A".
+    connect = functools.partial(sqlite3.connect, path, check_same_thread=False)
     try:
         study = optuna.create_study(
-            storage=f"sqlite:///{path.absolute()}",
+            storage=optuna.storages.RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect}),
             study_name="sweep",
             load_if_exists=True,
             pruner=optuna.pruners.MedianPruner(n_startup_trials=4),

@@ -217,6 +217,16 @@ def test_a_study_that_holds_what_is_no_trial_is_one_line(tmp_path: Path, spoilt:
     assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["lr?mode=memory", "100%41", "{x}", "a#b", "[x]"])
+def test_a_study_is_in_its_own_folder_whatever_its_name(tmp_path: Path, name: str):
+    (tmp_path / name).mkdir()
+    study, _ = open_study(tmp_path / name / "study.db")
+    study.ask(spaces(["x = uniform(1, 2)"]))
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+    assert [each.name for each in (tmp_path / name).iterdir()] == ["study.db"]
+    assert len(open_study(tmp_path / name / "study.db")[1]) == 1
+
+
 @pytest.mark.parametrize("content", [b"no database", b"SQLite format 3\0" + b"\1" * 200])
 def test_a_study_that_cannot_be_read_is_one_line(tmp_path: Path, content: bytes):
     (tmp_path / "study.db").write_bytes(content)
