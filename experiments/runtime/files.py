@@ -50,10 +50,12 @@ def local_path(path: str | os.PathLike) -> Path:
             f"appends to files, which {address[1]}:// can't: give a path on a disk and copy to or from it, or mount "
             "the bucket as a file-system"
         )
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise UserError(f"{text!r}: there is no user of that name: write ./ before it if it is a file's") from None
+    if text.startswith("~"):
+        try:
+            return Path(text).expanduser()
+        except RuntimeError:
+            raise UserError(f"{text!r}: there is no user of that name: write ./ before it if it is a file's") from None
+    return Path(text)
 
 
 def open_file(path: Path) -> io.BufferedReader:

@@ -182,7 +182,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(measured, bindings, tmp_
         (["--points", "0.5", "0.2"], "--points 0.5 0.2: give shares of the run between 0 and 1, increasing"),
         (["--branch-examples", "100"], "--branch-examples 100 must be whole batches of .* 16 examples: use 112"),
         (["--seeds", "0"], "--seeds 0 must be above 0"),
-        (["--tolerance", "nan"], "--tolerance nan must be above 0 and finite"),
+        (["--tolerance", "nan"], "--tolerance = nan must be finite"),
         (["--minutes", "0"], "--minutes 0.0 must be above 0 and finite"),
         (["--set", "train.batch_size = 4"], "critical_batch sets train.batch_size itself: give --batch-size 4 instead"),
         (["--set", "experiments.train.seed = 4"], "sets experiments.train.seed itself: give --first-seed 4 instead"),

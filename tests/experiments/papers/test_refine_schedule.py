@@ -54,7 +54,7 @@ def test_a_schedule_refined_otherwise_is_refused(make_run, tmp_path):
     ("arguments", "message"),
     [
         (["--learning-rate", "-1.0"], r"--learning-rate -1\.0 must be above 0"),
-        (["--peak-factor", "nan"], "--peak-factor nan must be above 0"),
+        (["--peak-factor", "nan"], "--peak-factor = nan must be finite"),
         (["--seeds", "0"], "--seeds 0 must be at least 1"),
         (
             ["--set", "LEARNING_RATE = 8e-3"],

@@ -384,7 +384,7 @@ def test_damaged_parameters_are_refused(run, tmp_path):
     meta = newest / "meta" / "metadata"
     first = json.loads(meta.read_text())["fingerprints"][0]
     meta.write_text(meta.read_text().replace(str(first), str(first ^ 1)))
-    with pytest.raises(UserError, match=rf"{newest} is damaged \(its arrays are not .* move it away"):
+    with pytest.raises(UserError, match=rf"{newest} is damaged \(its metadata are not .* move it away"):
         trained.load(folder)
     shutil.rmtree(newest)  # as it says
     assert trained.load(folder).examples_seen < int(newest.name)

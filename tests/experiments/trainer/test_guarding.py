@@ -94,6 +94,7 @@ def clean(tmp_path_factory):
     return folder, run(folder)
 
 
+@pytest.mark.slow
 def test_planted_batches_are_left_out_and_no_others(clean, tmp_path):
     folder = tmp_path / "run"
     last = run(folder, PLANTED)

@@ -136,6 +136,7 @@ def checkpoints(run) -> dict[int, float]:
     return {at: max(float(np.abs(x).max()) for x in jax.tree.leaves(trained.load(run, at).parameters)) for at in steps}
 
 
+@pytest.mark.slow
 def test_a_rate_beyond_all_bounds_leaves_what_was_saved_before_it(train_small, tmp_path, capsys):
     """After 256 good examples; parameters and losses stay finite, so that each save is one more that looks sound."""
     run, often = tmp_path / "run", ("train.checkpoint_every_examples = 32", "train.evaluate_every_examples = 4096")
