@@ -297,6 +297,8 @@ def _say_of_going_on(
 ) -> None:
     """What a person should hear of a run that goes on: settings that are others now, records that are lost."""
     if clock.examples_seen == (begin := began_at(fixed)):
+        if records:
+            say(f"note: no checkpoint is in {folder}: the run begins anew, without its {len(records):,} records")
         return
     if changed:
         say(f"note: from here on {changed}")

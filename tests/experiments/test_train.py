@@ -14,6 +14,7 @@ from crescendo.experiments import train as train_module
 from crescendo.experiments.reports.write import _events
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs.run import read_run
+from crescendo.experiments.runs.state import Clock
 from crescendo.experiments.runtime.cache import CompilationCounter
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.interruption import Interrupted
@@ -204,6 +205,14 @@ def test_a_run_is_known_and_told_without_what_its_folder_lost(copy_of_staged, tr
     assert "has no config.gin: whether a setting is another one now isn't known" in said
     fixed = [json.loads((run / "run.json").read_text())["fixed"] for run in (copy_of_staged, staged[0])]
     assert fixed[0] == fixed[1]
+
+
+def test_a_run_that_lost_its_checkpoints_says_that_it_begins_anew(tmp_path):
+    records, said = [{"kind": "train", "examples_seen": 16}], []
+    training._say_of_going_on(tmp_path, Clock(), records, {}, "", said.append)
+    assert said == [f"note: no checkpoint is in {tmp_path}: the run begins anew, without its 1 records"]
+    training._say_of_going_on(tmp_path, Clock(), [], {}, "", said.append)
+    assert len(said) == 1
 
 
 def test_writers_are_looked_up_before_anything_is_compiled(train_small, tmp_path, monkeypatch):
