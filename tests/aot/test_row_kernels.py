@@ -198,7 +198,7 @@ def test_row_kernels_compile_for_tpu(target_name):
     device = topologies.get_topology_desc(platform="tpu", topology_name=target_name).devices[0]
     mesh = Mesh(np.array([device]), ("x",))
     for op, spec in CASES:
-        if op in (qk_norm_rotary, linear_cross_entropy):
+        if op is qk_norm_rotary or "mosaic_tpu" not in op.implementations:
             continue
         arguments, options = jax.tree.map(
             lambda a: (
