@@ -42,7 +42,7 @@ class _Manifest(schemas.Schema):
     files: dict[str, _File]
 
 
-class DamagedError(Exception):
+class DamagedDataError(Exception):
     """What is on disk isn't what was written."""
 
 
@@ -71,7 +71,7 @@ def check(folder: Path, made_of: str = "", by_block: str = "") -> None:
         others by `Blocks`.
 
     Raises:
-      DamagedError: says what differs.
+      DamagedDataError: says what differs.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as name:
@@ -82,11 +82,11 @@ def check(folder: Path, made_of: str = "", by_block: str = "") -> None:
     ...     check(Path(name))
     Traceback (most recent call last):
     ...
-    crescendo.experiments.data.manifest.DamagedError: text isn't what was written at byte 0
+    crescendo.experiments.data.manifest.DamagedDataError: text isn't what was written at byte 0
     """
     manifest = _read(folder)
     if manifest.made_of != made_of:
-        raise DamagedError("it was made of other data")
+        raise DamagedDataError("it was made of other data")
     for name, about in manifest.files.items():
         with _opened(folder, name, about) as file:
             later = about.bytes > LARGE_BYTES and fnmatch(name, by_block)
@@ -135,7 +135,7 @@ class Blocks:
                 for number in numbers.tolist():
                     _compare(file, self._name, number, self._file.blocks[number])
                     self._right[number] = True
-        except DamagedError as problem:
+        except DamagedDataError as problem:
             (self._folder / NAME).unlink(missing_ok=True)
             raise UserError(
                 f"prepared data in {self._folder} are damaged ({problem}): the same command prepares them anew and "
@@ -147,14 +147,14 @@ def _read(folder: Path) -> _Manifest:
     """Of a folder.
 
     Raises:
-      DamagedError: if there is none, or it is damaged itself.
+      DamagedDataError: if there is none, or it is damaged itself.
     """
     if not os.path.lexists(folder / NAME):
-        raise DamagedError(f"there is no {NAME}, which tells whether data are whole")
+        raise DamagedDataError(f"there is no {NAME}, which tells whether data are whole")
     try:
         return schemas.read(folder / NAME, _Manifest)
     except UserError as error:
-        raise DamagedError(str(error).removeprefix(f"{folder}/")) from None
+        raise DamagedDataError(str(error).removeprefix(f"{folder}/")) from None
 
 
 @contextmanager
@@ -163,17 +163,17 @@ def _opened(folder: Path, name: str, about: _File) -> Iterator[BinaryIO]:
     try:
         with open_file(folder / name) as file:
             if (size := os.fstat(file.fileno()).st_size) != about.bytes:
-                raise DamagedError(f"{name} has {size:,} bytes and had {about.bytes:,}")
+                raise DamagedDataError(f"{name} has {size:,} bytes and had {about.bytes:,}")
             yield file
     except FileNotFoundError:
-        raise DamagedError(f"{name} is missing") from None
+        raise DamagedDataError(f"{name} is missing") from None
     except OSError as error:
-        raise DamagedError(f"{name} can't be read: {error.strerror or error}") from None
+        raise DamagedDataError(f"{name} can't be read: {error.strerror or error}") from None
     except UserError as error:
-        raise DamagedError(str(error).removeprefix(f"{folder}/")) from None
+        raise DamagedDataError(str(error).removeprefix(f"{folder}/")) from None
 
 
 def _compare(file: BinaryIO, name: str, number: int, crc: int) -> None:
     """One block; by a read and not through the memory map, where a bad sector would end the process."""
     if zlib.crc32(os.pread(file.fileno(), BLOCK_BYTES, number * BLOCK_BYTES)) != crc:
-        raise DamagedError(f"{name} isn't what was written at byte {number * BLOCK_BYTES:,}")
+        raise DamagedDataError(f"{name} isn't what was written at byte {number * BLOCK_BYTES:,}")

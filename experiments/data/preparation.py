@@ -83,7 +83,7 @@ def _problem(folder: Path, made_of: str, by_block: str) -> str | None:
         return ""
     try:
         manifest.check(folder, made_of, by_block)
-    except manifest.DamagedError as problem:
+    except manifest.DamagedDataError as problem:
         return str(problem)
     return None
 
