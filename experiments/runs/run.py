@@ -116,8 +116,9 @@ def read_checked_records(path: Path) -> list[dict[str, Any]]:
     Raises:
       UserError: names the first value that is wrong, or a damaged line.
     """
-    _checked_columns(*_read_training(path), path)
-    return read_records(path)
+    records = read_records(path)
+    _checked_columns(_train_columns(records, path), records, path)
+    return records
 
 
 def _checked_columns(
@@ -153,7 +154,12 @@ def _read_training(path: Path) -> tuple[Columns, list[dict[str, Any]]]:
         if columns is not None and all(record and record["kind"] != "train" for record in others):
             return columns, [read_back(record) for record in others if record]
     records = parse_records(lines, path)
-    return kinds.columns([r for r in records if r["kind"] == "train"], "train", path), records
+    return _train_columns(records, path), records
+
+
+def _train_columns(records: list[dict[str, Any]], path: Path) -> Columns:
+    """Those of a file's training records."""
+    return kinds.columns([r for r in records if r["kind"] == "train"], "train", path)
 
 
 def _with_units(columns: Columns, unit: str) -> Columns:
