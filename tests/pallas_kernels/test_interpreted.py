@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
+from crescendo.pallas_kernels.hopper import products
 from crescendo.pallas_kernels.hopper import rows as hopper_rows
 from crescendo.pallas_kernels.linear_cross_entropy import chunked, linear_cross_entropy
 from crescendo.pallas_kernels.linear_cross_entropy import mosaic_gpu as hopper
@@ -38,7 +38,7 @@ def on_tpu():
 
 @contextlib.contextmanager
 def on_gpu():
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with products.interpreted(detect_races=True):
         yield
     assert not gpu_callbacks.get_races().races_found
 

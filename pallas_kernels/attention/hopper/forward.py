@@ -84,6 +84,7 @@ class Forward(OverKeys):
     def extra(self) -> Any:
         """With a place of their own the next tile's queries are loaded early, where there is room."""
         own = tiled((self.tile.consumers, ROWS, self.width), self.dtype)
+        # 256 bytes are for the barrier of turns, and for what aligning takes.
         return own if size_bytes([own, *(ring.scratch() for ring in self.rings)]) <= SHARED_BYTES - 256 else None
 
     def place(self, arrays, block, n) -> Place:
