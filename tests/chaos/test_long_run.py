@@ -12,8 +12,10 @@ import pytest
 @pytest.mark.timeout(1800)
 def test_memory_stays_bounded_while_the_batch_goes_up_and_down():
     command = [sys.executable, str(Path(__file__).with_name("long_run.py")), "--minutes", "3"]
-    output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    print(output)
-    (steps, _, _, growth, *_) = re.findall(r"[-\d.,]+%?", output.splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(done.stdout)
+    # 1 says that memory or time grew: three minutes are too short for the second, the first is looked at below.
+    assert done.returncode in (0, 1), done.stderr
+    (steps, _, _, growth, *_) = re.findall(r"[-\d.,]+%?", done.stdout.splitlines()[-1])
     assert int(steps.replace(",", "")) > 1000
     assert float(growth) < 100
