@@ -119,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         looks = run(arguments.minutes, arguments.run or Path(temporary) / "run")
     found = fit(looks)
-    print(f"\n{'steps':>12} {'CPU ms a step':>13} {'slower':>8} {'bytes a step':>13} {'MiB at first':>13} {'at last':>8}")
+    print(
+        f"\n{'steps':>12} {'CPU ms a step':>13} {'slower':>8} {'bytes a step':>13} {'MiB at first':>13} {'at last':>8}"
+    )
     print(
         f"{found.steps:>12,} {found.milliseconds:>13.3f} {found.slower:>8.1%} {found.bytes_a_step:>13.1f} "
         f"{looks[0].resident / 2**20:>13.1f} {looks[-1].resident / 2**20:>8.1f}"
