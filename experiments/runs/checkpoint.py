@@ -253,18 +253,21 @@ class Checkpoints:
                 raise
             raise _NotReadBackError(_says(error)) from error
 
-    def restore(self, abstract: TrainState, report: Callable[[str], None]) -> tuple[TrainState, Clock] | None:
-        """The newest complete checkpoint, or None where there is none; a damaged one is reported, and set aside.
+    def restore(
+        self, abstract: TrainState, report: Callable[[str], None], among: Sequence[int] | None = None
+    ) -> tuple[TrainState, Clock] | None:
+        """The first complete checkpoint, or None where there is none; a damaged one is reported, and set aside.
 
         Args:
           abstract: shapes, dtypes and shardings wanted.
           report: called with a line about each damaged checkpoint.
+          among: the checkpoints to try in this order, by their examples; None: all, the newest first.
 
         Raises:
           UserError: when there are checkpoints and all are damaged.
         """
         damaged: list[int] = []
-        for step in reversed(self.saved()):
+        for step in self.saved()[::-1] if among is None else among:
             try:
                 restored = self._load(step, abstract, report)
             except DamagedError as problem:
@@ -274,8 +277,9 @@ class Checkpoints:
                 self._set_aside(damaged)
                 return restored
         if damaged:
+            which = "every checkpoint" if among is None else "every checkpoint to go back to"
             raise UserError(
-                f"every checkpoint in {self.folder} is damaged ({', '.join(map(str, damaged))}): "
+                f"{which} in {self.folder} is damaged ({', '.join(map(str, damaged))}): "
                 "move the folder away to start anew"
             )
         return None

@@ -151,15 +151,17 @@ def write_folder(folder: Path, config: ModelConfig, parameters: Mapping, tokeniz
     ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
     end = tokenizer.spelling(tokenizer.end_of_text)
     of_tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
-    files = {"config.json": content, "generation_config.json": ends, "tokenizer_config.json": of_tokenizer}
+    # Without config.json the folder is no model: it goes first and comes last, so that what is cut short is told.
+    files = {"generation_config.json": ends, "tokenizer_config.json": of_tokenizer, "config.json": content}
     with file_access("write", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, value in files.items():
-            (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        (folder / "config.json").unlink(missing_ok=True)
         (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         save_file(hf_tensors(config, parameters), folder / "model.safetensors", metadata={"format": "pt"})
         # Which was made as a temporary file, for its owner alone.
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")
+        shutil.copymode(folder / "tokenizer.json", folder / "model.safetensors")
+        for name, value in files.items():
+            (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_config(folder: Path) -> ModelConfig:

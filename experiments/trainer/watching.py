@@ -65,8 +65,8 @@ class Watch:
     def go_back(self, clock: Clock, state: TrainState) -> tuple[TrainState, Clock] | None:
         """To the parameters and the optimizer of a checkpoint from before the latest episode; the clock goes on.
 
-        The first time in an episode to the newest of them, then to the one before, and so on. It is saved at once, so
-        that a run which is killed and goes on does the same.
+        The first time in an episode to the newest of them, then to the one before, and so on; past one that is damaged,
+        which is said. It is saved at once, so that a run which is killed and goes on does the same.
 
         Args:
           clock: where the run stands; all records up to there are written.
@@ -76,7 +76,7 @@ class Watch:
           The state and the clock to go on from; None where no checkpoint is from before.
 
         Raises:
-          UserError: the run has gone back too often.
+          UserError: the run has gone back too often, or all of them are damaged.
         """
         guard = self.session.guard
         assert guard is not None
@@ -92,11 +92,16 @@ class Watch:
                 f"{clock.examples_seen} examples; {self.way_back}: lower the learning rate, look for bad rows in the "
                 "data, or raise the guard's threshold"
             )
-        at = before[min(self.health.rollbacks, len(before) - 1)]
         skipped = state.skipped_steps
         for array in jax.tree.leaves((state.parameters, state.opt_state)):
             array.delete()
-        restored, _ = self.checkpoints.restore_at(at, self.session.abstract_state)
+        back = self.checkpoints.restore(
+            self.session.abstract_state,
+            lambda line: self.recorder.warning(clock, line),
+            before[min(self.health.rollbacks, len(before) - 1) :],
+        )
+        assert back is not None  # there is one at least
+        restored, at = back[0], back[1].examples_seen
         state = dataclasses.replace(restored, skipped_steps=skipped, skipped_in_a_row=jnp.zeros_like(skipped))
         size = self.session.fitting(int(jax.device_get(optim.current_batch_size(state.opt_state))))
         self.health.rollbacks += 1

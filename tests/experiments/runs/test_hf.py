@@ -414,6 +414,28 @@ def test_a_table_with_fewer_rows_than_tokens_is_refused(small_bindings, tmp_path
         fresh_state(session, str(tmp_path))
 
 
+def test_what_an_export_leaves_that_is_cut_short_is_no_model(tmp_path, monkeypatch):
+    config = ModelConfig(vocab_size=257, width=16, layers=1, heads=2, kv_heads=1, mlp_width=32)
+    shapes = jax.eval_shape(lambda: models.initialize(config.for_platform("cpu"), jax.random.key(0)))
+    tokenizer = trained.SubwordTokenizer.load(bytes_file(tmp_path))
+
+    def write(value):
+        parameters = jax.tree.map(lambda x: np.full(x.shape, value, np.float32), shapes)
+        hf.write_folder(tmp_path / "hf", config, parameters, tokenizer, max_length=8)
+
+    write(1.0)
+    assert hf.read_config(tmp_path / "hf").layers == 1
+    kept = hf.hf_tensors
+    monkeypatch.setattr(hf, "hf_tensors", lambda *given: 1 / 0)  # as a kill would, while the weights are written
+    with pytest.raises(ZeroDivisionError):
+        write(2.0)
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        hf.read_config(tmp_path / "hf")
+    monkeypatch.setattr(hf, "hf_tensors", kept)
+    write(2.0)
+    assert hf.read_config(tmp_path / "hf").layers == 1
+
+
 def test_folders_that_hold_no_model_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no run\.json"):
         trained.load(tmp_path)

@@ -14,6 +14,7 @@ from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.training import train
+from crescendo.experiments.trainer.watching import Watch
 from crescendo.models import ModelConfig
 
 VOCAB, LENGTH, BATCH, STEPS = 32, 16, 8, 200
@@ -176,6 +177,24 @@ def test_a_run_that_is_killed_about_its_way_back_does_the_same_again(gone_back, 
             run(folder, optimizer=WILD)
     run(folder, optimizer=WILD)
     assert everything(folder) == everything(gone_back[0])
+
+
+@pytest.mark.slow
+def test_past_a_damaged_checkpoint_it_goes_back_to_the_one_before(tmp_path, monkeypatch):
+    folder, go_back = tmp_path / "run", Watch.go_back
+
+    def damage(self, *arguments):
+        self.checkpoints.wait()
+        for path in (folder / "checkpoints" / f"{100 * BATCH}" / "state").rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"\0" * path.stat().st_size)
+        return go_back(self, *arguments)
+
+    monkeypatch.setattr(Watch, "go_back", damage)
+    run(folder, optimizer=WILD)
+    assert [event["to"] for event in rollbacks(folder)] == [80 * BATCH]
+    (said,) = (event for event in read_run(folder).events if "is damaged" in event.get("message", ""))
+    assert "800 is damaged" in said["message"]
 
 
 @pytest.mark.slow
