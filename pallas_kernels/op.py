@@ -3,9 +3,10 @@
 An op is a function decorated with `@op({name: module, ...})`, implementations in order of preference. Its body is the
 contract: it checks the arguments (`ValueError`, `TypeError`), fills in defaults and returns the keyword arguments that
 every implementation takes. An implementation is the function of the op's name in its module, imported on first use:
-it either returns the result or raises `Unsupported` (a `NotImplementedError`) with one line that says why, while it is
-being traced and before it computes anything. With `implementation=None` the next one is then asked; one that was
-asked for by name, or several, fail loudly. Any other error is a mistake, and is never taken for an answer::
+it either returns the result, or `Kernels`, of which the op makes it (`run`), or raises `Unsupported` (a
+`NotImplementedError`) with one line that says why, while it is being traced and before it computes anything. With
+`implementation=None` the next one is then asked; one that was asked for by name, or several, fail loudly. Any other
+error is a mistake, and is never taken for an answer::
 
     @op({"mosaic_gpu": "crescendo.pallas_kernels.softmax.mosaic_gpu", "reference": "..."})
     def softmax(x, *, axis=-1):
@@ -21,7 +22,8 @@ asked for by name, or several, fail loudly. Any other error is a mistake, and is
 `jax.set_mesh` and inside `target(device)`, which is how a program is traced for a device that is not there), else the
 default device. It is part of JAX's own trace context, so cached traces for different devices never mix.
 
-**Derivatives.** Every op has the reverse-mode one. Second and forward-mode ones (`jax.jvp`) are sure to be there with
+**Derivatives.** Every op has the reverse-mode one. Its rule stands once, in `run`, and kernels bring both passes: none
+has another's gradient. Second and forward-mode ones (`jax.jvp`) are sure to be there with
 `implementation="reference"` only; what hasn't them says so. (Under or around a `jax.jit` the lack of a forward-mode one
 is told by JAX, which doesn't know what to pass.)
 
@@ -29,7 +31,10 @@ is told by JAX, which doesn't know what to pass.)
 the benchmark (`crescendo.pallas_kernels.bench`) and the tuning.
 
 **Mesh.** A kernel that XLA can't partition is wrapped by `crescendo.pallas_kernels.sharded`, from the letters of its
-dimensions and which of them are batch-like.
+dimensions and which of them are batch-like. Inside `jax.shard_map`, checked or not, an op sees a device's part.
+
+**Calls.** From an op to the launch of a kernel there are at most six: the op, the rule of its derivative, `sharded`,
+what cuts a part for the kernel, the pass. A test counts them.
 """
 
 import contextlib
@@ -40,7 +45,6 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -253,14 +257,19 @@ class Answers:
         return "\n".join([*lines, *(f"  {answer}" for answer in self.answers)])
 
 
+class Kernels:
+    """What an implementation may answer with: passes over arrays, of which the op makes a differentiable result."""
+
+
 def op(
-    implementations: Mapping[str, str], *, make: Callable[[ModuleType], Callable[..., Any]] | None = None
+    implementations: Mapping[str, str], *, run: Callable[..., Any] | None = None, function: str | None = None
 ) -> Callable[[Callable[..., dict]], Callable[..., Any]]:
     """Makes an op of the function that checks its arguments; the module docstring tells the contract.
 
     Args:
       implementations: from name to module, in order of preference. The module's function of the op's name serves.
-      make: gives the function of a module that has none of that name.
+      run: `run(kernels, **arguments)` makes the result of an implementation's `Kernels`; None: they are the result.
+      function: the name of the modules' function, where it isn't the op's.
 
     The result takes `implementation=None | name | (name, ...)` besides, and carries `implementations`.
     """
@@ -276,6 +285,8 @@ def op(
                 token = _asked_by_name.set(implementation is not None)
                 try:
                     result = _load(call, candidate)(**arguments)
+                    if run is not None and isinstance(result, Kernels):
+                        result = run(result, **arguments)
                     _note_choice(name, candidate)
                     return result
                 except Unsupported as reason:
@@ -301,7 +312,8 @@ def op(
         call.__signature__ = signature.replace(parameters=[*parameters[:at], extra, *parameters[at:]])  # type: ignore[attr-defined]
         call.implementations = dict(implementations)  # type: ignore[attr-defined]
         call.check = check  # type: ignore[attr-defined]
-        call.make = make  # type: ignore[attr-defined]
+        call.run = run  # type: ignore[attr-defined]
+        call.function = function or name  # type: ignore[attr-defined]
         return call
 
     return decorate
@@ -348,9 +360,7 @@ def _load(function: Any, implementation: str) -> Callable[..., Any]:
         if error.name is None or error.name.startswith("crescendo"):
             raise
         raise Unsupported(f"needs the package {error.name}, which is not installed") from None
-    if function.make is not None and not hasattr(module, function.__name__):
-        return function.make(module)
-    return getattr(module, function.__name__)
+    return getattr(module, function.function)
 
 
 def _ask(function: Any, args: tuple, kwargs: dict) -> list[Answer]:
@@ -364,7 +374,11 @@ def _ask(function: Any, args: tuple, kwargs: dict) -> list[Answer]:
             given = iter(arrays)
             merged = [next(given) if d else leaf for leaf, d in zip(leaves, dynamic, strict=True)]
             args, kwargs = jax.tree.unflatten(structure, merged)
-            return _load(function, name)(**function.check(*args, **kwargs))
+            arguments = function.check(*args, **kwargs)
+            result = _load(function, name)(**arguments)
+            if isinstance(result, Kernels):
+                result = None if function.run is None else function.run(result, **arguments)
+            return result
 
         try:
             jax.eval_shape(trace, [leaf for leaf, d in zip(leaves, dynamic, strict=True) if d])

@@ -8,6 +8,7 @@ import jax
 import jax_triton
 
 from crescendo.pallas_kernels.op import require_gpu
+from crescendo.pallas_kernels.sharded import results_of
 
 # "out_shape" before jax-triton 0.4.
 RESULTS = "out_shape" if "out_shape" in inspect.signature(jax_triton.triton_call).parameters else "out_type"
@@ -48,4 +49,4 @@ def triton_call(
         **{RESULTS: tuple(out_shape)},
         **constants,
     )
-    return tuple(results)
+    return results_of(arrays, tuple(results))

@@ -29,12 +29,13 @@ class FusedBlockAttention:
     def forward(q, k, v, segments_q, segments_k, causal: bool):
         """Mixed values and log-sum-exp."""
         serving, config, operands = FusedBlockAttention._serving(q, k, v, segments_q, segments_k, causal)
-        mixed, log_sum = serving.forward(config, operands)
+        mixed, log_sum = serving.forward_on_parts(config, operands)(operands)
         return mixed.astype(jnp.float32), log_sum
 
     @staticmethod
     def backward(q, k, v, segments_q, segments_k, causal: bool, log_sum, d_output, delta):
         """Gradients of queries, keys and values."""
         serving, config, operands = FusedBlockAttention._serving(q, k, v, segments_q, segments_k, causal)
-        dq, dk, dv, _ = serving.backward(config, operands, log_sum, d_output, delta)
+        others = log_sum, d_output, delta, None
+        dq, dk, dv, _ = serving.backward_on_parts(config, operands, *others)(operands, *others)
         return tuple(x.astype(jnp.float32) for x in (dq, dk, dv))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from crescendo.pallas_kernels import op
 from crescendo.pallas_kernels.sharded import sharded
 
 
@@ -18,7 +19,7 @@ class Config:
     """The constants of a call.
 
     A score is `soft_cap * tanh(scale * q.k / soft_cap) + bias`, without the cap where `soft_cap` is None. Where
-    `sees_itself`, query i is sure to see key i, and no row is empty.
+    `sees_itself`, query i is sure to see key i, and no row is empty. `return_lse`: see the op.
     """
 
     scale: float
@@ -26,6 +27,7 @@ class Config:
     window: int | None = None
     soft_cap: float | None = None
     sees_itself: bool = False
+    return_lse: bool = False
 
     @property
     def masks(self) -> bool:
@@ -239,115 +241,79 @@ def _runs(active, full) -> Ranges:
     return Ranges(*(array.astype(jnp.int32) for array in (lo, full_lo, full_hi, hi)))
 
 
-class Kernels(NamedTuple):
-    """A pair of functions: the forward pass and its derivative.
+@dataclasses.dataclass(frozen=True)
+class Kernels(op.Kernels):
+    """A pair of functions over plain arrays: the forward pass and its derivative.
 
     `forward(config, operands)` gives `out [B, T, H, D]` and `lse`, float32 `[B, H, T]` (-inf where a query sees
-    nothing). `backward(config, operands, lse, dout, delta)` gives the gradients of q, k, v and bias (None where it is
-    absent); with P = exp(score - lse), dScore = P * (dout.v - delta), and `delta`, float32 `[B, H, T]`, is dout.out
+    nothing). `backward(config, operands, lse, dout, delta, out)` gives the gradients of q, k, v and bias (None where it
+    is absent); with P = exp(score - lse), dScore = P * (dout.v - delta), and `delta`, float32 `[B, H, T]`, is dout.out
     less the gradient of `lse`. The gradient of bias need not be summed over dimensions in which bias has the size 1.
 
-    Kernels that read `dout` anyway may add dout.out themselves (`adds_out`): then `backward` takes `out` as well, and
-    `delta` is the rest, None for 0.
+    Attributes:
+      adds_out: whether `backward` adds dout.out itself, as kernels may that read `dout` anyway: then it takes `out`,
+        and `delta` is the rest, None for 0. Otherwise `out` is None.
+      split_by_xla: whether XLA knows how to split the functions over devices, and `vmap` how to map them. Others give
+        the gradient of bias as `[B, H or K, t, s]`, K where bias has one head, and t and s are 1 where it has the size 1.
     """
 
     forward: Callable
     backward: Callable
     adds_out: bool = False
+    split_by_xla: bool = False
+
+    def forward_on_parts(self, config: Config, operands: Operands) -> Callable:
+        """`operands -> out, lse`, of each device of a mesh its own examples and key heads, and under `vmap`."""
+        function = functools.partial(self.forward, config)
+        return function if self.split_by_xla else _on_parts(function, operands, (), (_Q, _ROWS))
+
+    def backward_on_parts(self, config: Config, operands: Operands, *others) -> Callable:
+        """`operands, *others -> dq, dk, dv, dbias` likewise; `others` as `backward` takes them."""
+        function = functools.partial(self.backward, config)
+        if self.split_by_xla:
+            return function
+        letters = tuple(None if a is None else name for a, name in zip(others, (_ROWS, _Q, _ROWS, _Q), strict=True))
+        of_bias = None
+        if operands.bias is not None:
+            _, heads, *rest = _bias_letters(operands)
+            of_bias = " ".join(["b", "k" if heads == "h1" else heads, *rest])
+        return _on_parts(function, operands, letters, (_Q, _K, _K, of_bias))
 
 
-# Letters of the operands' dimensions: key heads k, each with a group g of query heads.
-LETTERS = Operands("b t k g d", "b s k d", "b s k d", None, "b t", "b s", "b t", "b s")
+# Letters of dimensions: key heads k, each with a group g of query heads, which stay together.
+_Q, _K, _ROWS = "b t k*g d", "b s k d", "b k*g t"
 
 
 def _bias_letters(operands: Operands) -> list[str]:
-    """Of bias' five dimensions; one of size 1 that is broadcast has a letter of its own."""
+    """Of bias' dimensions; one of size 1 that is broadcast has a letter of its own."""
     batch, length, keys, heads, *_ = operands.dims
-    sizes = zip("bkgts", (0, 1, 1, 2, 3), (batch, heads, heads, length, keys), strict=True)
-    return [letter if operands.bias.shape[axis] == size else f"{letter}1" for letter, axis, size in sizes]
+    dimensions = zip(("b", "k*g", "t", "s"), "bhts", (batch, heads, length, keys), operands.bias.shape, strict=True)
+    return [letter if size == full else f"{alone}1" for letter, alone, full, size in dimensions]
 
 
-def per_device(kernels: Kernels) -> Kernels:
-    """Kernels run by every device of a mesh on its own examples and key heads, and under `vmap`.
-
-    They give the gradient of bias as `[B, K * g, t, s]`, where g, t and s are 1 where bias has the size 1.
-    """
-
-    def split(array, axis, kv_heads, groups):
-        return array.reshape(*array.shape[:axis], kv_heads, groups, *array.shape[axis + 1 :])
-
-    def joined(array, axis):
-        return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
-
-    def run(function, operands: Operands, extra: list[tuple[str, Any]], outputs: list[str]):
-        _, _, _, heads, kv_heads, _ = operands.dims
-        groups, letters = heads // kv_heads, LETTERS
-        given = operands._replace(q=split(operands.q, 2, kv_heads, groups))
-        if operands.bias is not None:
-            by_head = operands.bias.shape[1] == heads
-            given = given._replace(bias=split(operands.bias, 1, *((kv_heads, groups) if by_head else (1, 1))))
-            letters = LETTERS._replace(bias=" ".join(_bias_letters(operands)))
-        present = [i for i, array in enumerate(given) if array is not None]
-        arrays = [*(given[i] for i in present), *(array for _, array in extra)]
-        inputs = [*(letters[i] for i in present), *(of_array for of_array, _ in extra)]
-
-        def local(*arrays):
-            fields: list[Any] = [None] * len(operands)
-            for i, array in zip(present, arrays, strict=False):
-                fields[i] = array
-            part = Operands(*fields)
-            here, groups = part.q.shape[2:4]
-            part = part._replace(q=joined(part.q, 2), bias=None if part.bias is None else joined(part.bias, 1))
-            return function(part, here, groups, *arrays[len(present) :])
-
-        return sharded(local, inputs, outputs, batch=("b", "k"))(*arrays)
-
-    def forward(config, operands):
-        def local(operands, kv_heads, groups):
-            out, lse = kernels.forward(config, operands)
-            return split(out, 2, kv_heads, groups), split(lse, 1, kv_heads, groups)
-
-        out, lse = run(local, operands, [], ["b t k g d", "b k g t"])
-        return out.reshape(operands.q.shape), lse.reshape(lse.shape[0], -1, lse.shape[-1])
-
-    def backward(config, operands, lse, dout, delta, out=None):
-        _, _, _, heads, kv_heads, _ = operands.dims
-        groups = heads // kv_heads
-        of_lse, of_out = ("b k g t", 1), ("b t k g d", 2)
-        given = [(lse, *of_lse), (dout, *of_out), (delta, *of_lse), (out, *of_out)]
-
-        def local(operands, kv_heads, groups, *extra):
-            parts = iter(extra)
-            joint = [None if array is None else joined(next(parts), axis) for array, _, axis in given]
-            dq, dk, dv, dbias = kernels.backward(config, operands, *joint[: 4 if kernels.adds_out else 3])
-            last = [] if dbias is None else [split(dbias, 1, kv_heads, -1)]
-            return split(dq, 2, kv_heads, groups), dk, dv, *last
-
-        extra = [(letters, split(array, axis, kv_heads, groups)) for array, letters, axis in given if array is not None]
-        outputs = ["b t k g d", "b s k d", "b s k d"]
-        if operands.bias is not None:
-            outputs.append(" ".join(["b", "k", *_bias_letters(operands)[2:]]))
-        dq, dk, dv, *dbias = run(local, operands, extra, outputs)
-        return dq.reshape(operands.q.shape), dk, dv, joined(dbias[0], 1) if dbias else None
-
-    return Kernels(forward, backward, kernels.adds_out)
-
-
-def attend(kernels: Kernels, config: Config, operands: Operands, return_lse: bool):
-    """Runs a pair of kernels as one differentiable function."""
-    out, lse = _attend(kernels, config, operands)
-    return (out, lse.swapaxes(1, 2)) if return_lse else out
+def _on_parts(function: Callable, operands: Operands, others: tuple, outputs: tuple) -> Callable:
+    letters = Operands(_Q, _K, _K, None, "b t", "b s", "b t", "b s")
+    letters = Operands(*(None if a is None else name for a, name in zip(operands, letters, strict=True)))
+    if operands.bias is not None:
+        letters = letters._replace(bias=" ".join(_bias_letters(operands)))
+    groups = operands.dims[3] // operands.dims[4]
+    return sharded(function, (letters, *others), outputs, batch=("b", "k"), sizes={"g": groups})
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(kernels: Kernels, config: Config, operands: Operands):
-    return kernels.forward(config, operands)
+def attend(kernels: Kernels, config: Config, operands: Operands):
+    """Runs a pair of kernels as one differentiable function."""
+    return _results(config, *kernels.forward_on_parts(config, operands)(operands))
+
+
+def _results(config: Config, out, lse):
+    return (out, lse.swapaxes(1, 2)) if config.return_lse else out
 
 
 def _attend_forward(kernels, config, operands):
     operands = jax.custom_derivatives.custom_vjp_primal_tree_values(operands)
-    out, lse = kernels.forward(config, operands)
-    return (out, lse), (operands, out, lse)
+    out, lse = kernels.forward_on_parts(config, operands)(operands)
+    return _results(config, out, lse), (operands, out, lse)
 
 
 def dout_out(dout, out):
@@ -358,16 +324,18 @@ def dout_out(dout, out):
 
 def _attend_backward(kernels, config, residuals, cotangents):
     operands, out, lse = residuals
-    dout, dlse = cotangents
+    dout, dlse = cotangents if config.return_lse else (cotangents, None)
     if isinstance(dout, SymbolicZero):
         dout = jnp.zeros(out.shape, out.dtype)
     # sum_j P_j (dout.v_j) = dout.out; the gradient of lse adds P * dlse to that of the scores.
-    delta = None if isinstance(dlse, SymbolicZero) else -jnp.where(jnp.isfinite(lse), dlse, 0)
-    if kernels.adds_out:
-        dq, dk, dv, dbias = kernels.backward(config, operands, lse, dout, delta, out)
-    else:
+    delta = None
+    if dlse is not None and not isinstance(dlse, SymbolicZero):
+        delta = -jnp.where(jnp.isfinite(lse), dlse.swapaxes(1, 2), 0)
+    others = (lse, dout, delta, out)
+    if not kernels.adds_out:
         total = dout_out(dout, out)
-        dq, dk, dv, dbias = kernels.backward(config, operands, lse, dout, total if delta is None else total + delta)
+        others = (lse, dout, total if delta is None else total + delta, None)
+    dq, dk, dv, dbias = kernels.backward_on_parts(config, operands, *others)(operands, *others)
     if dbias is not None:
         once = [axis for axis, size in enumerate(operands.bias.shape) if size != dbias.shape[axis]]
         dbias = dbias.sum(once, keepdims=True).astype(operands.bias.dtype)
@@ -375,4 +343,4 @@ def _attend_backward(kernels, config, residuals, cotangents):
     return (Operands(dq, dk, dv, dbias, *nothing),)
 
 
-_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)

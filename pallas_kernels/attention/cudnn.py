@@ -7,7 +7,7 @@ from crescendo.pallas_kernels.attention.contract import Config, Operands
 from crescendo.pallas_kernels.op import Unsupported, leave_to_others, require_gpu
 
 
-def attention(config: Config, operands: Operands, return_lse: bool):
+def attention(config: Config, operands: Operands):
     require_gpu(8.0)
     _, length, keys, *_, width = operands.dims
     bias = operands.bias
@@ -15,7 +15,7 @@ def attention(config: Config, operands: Operands, return_lse: bool):
         f"needs bfloat16 or float16, not {operands.q.dtype}": operands.q.dtype not in (jnp.bfloat16, jnp.float16),
         f"needs a head width that is a multiple of 8 and at most 128, not {width}": width % 8 or width > 128,
         "takes no soft_cap": config.soft_cap is not None,
-        "gives no gradient of the log-sum-exp": return_lse,
+        "gives no gradient of the log-sum-exp": config.return_lse,
         "gives no zeros where a row sees nothing": operands.q_segments is not None and not config.sees_itself,
         "takes no positions": operands.q_positions is not None,
         "takes a window with causal only": config.window is not None and not config.causal,

@@ -19,8 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, Ranges, block_ranges, per_device
+from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, Ranges, block_ranges
 from crescendo.pallas_kernels.op import Unsupported
+from crescendo.pallas_kernels.sharded import result_like
 from crescendo.pallas_kernels.tpu_rows import VMEM_BYTES, require_tpu
 
 LANES = 128
@@ -32,14 +33,14 @@ FLOOR = -1e30  # the least maximum: finite, so that a row which has seen nothing
 DOWN, ALONG, ACROSS = ((0,), (0,)), ((1,), (1,)), ((1,), (0,))
 
 
-def kernels(config: Config, operands: Operands) -> Kernels:
+def attention(config: Config, operands: Operands) -> Kernels:
     del config  # any will do
     require_tpu()
     if operands.q.dtype not in (jnp.bfloat16, jnp.float32):
         raise Unsupported(f"takes float32 and bfloat16, not {operands.q.dtype}")
     if operands.dims[-1] > 512:
         raise Unsupported(f"needs a head width of at most 512, not {operands.dims[-1]}")
-    return per_device(Kernels(forward, backward))
+    return Kernels(forward, backward)
 
 
 class Call:
@@ -53,6 +54,7 @@ class Call:
         self.count_q, self.count_k = pl.cdiv(self.length, self.block_q), pl.cdiv(self.keys, self.block_k)
         self.segmented = operands.q_segments is not None
         self.positioned = operands.q_positions is not None
+        self.like = operands.q
         self.masked = self.segmented or config.masks or self.keys % self.block_k != 0
         self.dtype = operands.q.dtype
         self.by_query, self.by_key = block_ranges(config, operands, self.block_q, self.block_k)
@@ -152,7 +154,7 @@ class Call:
                 out_specs=[spec for spec, _ in outputs],
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             ),
-            out_shape=[shape for _, shape in outputs],
+            out_shape=[result_like(self.like, shape.shape, shape.dtype) for _, shape in outputs],
             compiler_params=pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=VMEM_BYTES),
         )(self.ranges(ranges), *(arrays[name] for name in names))
 
@@ -304,7 +306,7 @@ def forward(config: Config, operands: Operands):
     return call.tokens_first(out, call.length), lse
 
 
-def backward(config: Config, operands: Operands, lse, dout, delta):
+def backward(config: Config, operands: Operands, lse, dout, delta, _out=None):
     call = Call(config, operands)
     # exp(score - inf) = 0: queries that see nothing, and those that are padding, take no part.
     arrays = call.arrays | {

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from crescendo.pallas_kernels.attention.contract import Config, Operands, attend
 from crescendo.pallas_kernels.op import op
+from crescendo.pallas_kernels.sharded import alike
 
 HERE = "crescendo.pallas_kernels.attention"
 IMPLEMENTATIONS = {"mosaic_gpu": f"{HERE}.hopper"} | {
@@ -15,12 +16,7 @@ IMPLEMENTATIONS = {"mosaic_gpu": f"{HERE}.hopper"} | {
 }
 
 
-def _of_kernels(module):
-    """The op of a module that has the two passes (`contract.Kernels`) and no `attention` of its own."""
-    return lambda config, operands, return_lse: attend(module.kernels(config, operands), config, operands, return_lse)
-
-
-@op(IMPLEMENTATIONS, make=_of_kernels)
+@op(IMPLEMENTATIONS, run=attend)
 def attention(
     q,
     k,
@@ -118,6 +114,7 @@ def attention(
         window=None if window is None else int(window),
         soft_cap=None if soft_cap is None else float(soft_cap),
         sees_itself=not isinstance(segment_ids, tuple) and positions is None and bias is None and length == keys,
+        return_lse=bool(return_lse),
     )
     if not config.causal and config.window is None:
         positions = None  # nothing reads them
@@ -129,10 +126,10 @@ def attention(
         *_pair("segment_ids", segment_ids, batch, length, keys),
         *_pair("positions", positions, batch, length, keys),
     )
-    return {"config": config, "operands": operands, "return_lse": bool(return_lse)}
+    return {"config": config, "operands": alike(operands)[0]}
 
 
-@op({name: module for name, module in IMPLEMENTATIONS.items() if name not in ("cudnn", "reference")})
+@op({name: at for name, at in IMPLEMENTATIONS.items() if name not in ("cudnn", "reference")}, function="attention")
 def kernels(config: Config, operands: Operands):
     """The forward and the backward pass of the implementation that serves a call (`contract.Kernels`).
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from crescendo.pallas_kernels.attention.contract import Operands, only_finite, positions, seen_pairs, taint, visible
 
 
-def attention(config, operands: Operands, return_lse: bool):
+def attention(config, operands: Operands):
     q, k, v, bias, q_segments, k_segments, *_ = operands
     batch, length, keys, heads, kv_heads, width = operands.dims
     exact = jnp.promote_types(q.dtype, jnp.float32)
@@ -41,4 +41,4 @@ def attention(config, operands: Operands, return_lse: bool):
         weights = jnp.where(pairs, weights + of_values, 0)
     weights = weights.reshape(batch, kv_heads, heads // kv_heads, length, keys)
     out = jnp.einsum("bkgts,bskd->btkgd", weights, v.astype(exact)).reshape(batch, length, heads, width).astype(q.dtype)
-    return (out, lse.swapaxes(1, 2)) if return_lse else out
+    return (out, lse.swapaxes(1, 2)) if config.return_lse else out

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, block_ranges, per_device
+from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, block_ranges
 from crescendo.pallas_kernels.op import Unsupported, require_gpu
 from crescendo.pallas_kernels.triton_call import triton_call
 
@@ -18,14 +18,14 @@ FLOOR: tl.constexpr = tl.constexpr(
 )  # the least maximum: finite, so that a row which has seen nothing makes no NaN
 
 
-def kernels(config: Config, operands: Operands) -> Kernels:
+def attention(config: Config, operands: Operands) -> Kernels:
     del config  # any will do
     require_gpu(8.0)
     if operands.q.dtype not in (jnp.bfloat16, jnp.float16):
         raise Unsupported(f"needs bfloat16 or float16, not {operands.q.dtype}")
     if operands.dims[-1] > 256:
         raise Unsupported(f"needs a head width of at most 256, not {operands.dims[-1]}")
-    return per_device(Kernels(forward, backward))
+    return Kernels(forward, backward)
 
 
 def _blocks(width: int, *, backward: bool) -> tuple[int, int, int]:
@@ -91,7 +91,7 @@ def forward(config: Config, operands: Operands):
     )
 
 
-def backward(config: Config, operands: Operands, lse, dout, delta):
+def backward(config: Config, operands: Operands, lse, dout, delta, _out=None):
     batch, length, keys, heads, kv_heads, width = operands.dims
     block_q, block_k, warps = _blocks(width, backward=True)
     # exp(score - inf) = 0: rows that see nothing take no part.

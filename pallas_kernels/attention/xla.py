@@ -14,13 +14,14 @@ from crescendo.pallas_kernels.attention.contract import (
     visible,
 )
 from crescendo.pallas_kernels.op import gradient_dtype
+from crescendo.pallas_kernels.sharded import results_of
 
 CHUNK_KEYS = 512
 
 
-def kernels(config: Config, operands: Operands) -> Kernels:
+def attention(config: Config, operands: Operands) -> Kernels:
     del config, operands  # any will do
-    return Kernels(forward, backward)
+    return Kernels(forward, backward, split_by_xla=True)
 
 
 def _chunks(operands: Operands):
@@ -92,12 +93,6 @@ def _grouped(array, kv_heads):
     return array.reshape(*array.shape[:2], kv_heads, -1, array.shape[-1])
 
 
-def _varying(start, operands: Operands):
-    """Inside `shard_map` a carry must vary over the mesh axes that the operands vary over."""
-    axes = frozenset().union(*(jax.typeof(array).mat.varying for array in jax.tree.leaves(operands)))
-    return jax.tree.map(lambda array: jax.lax.pcast(array, tuple(axes), to="varying"), start) if axes else start
-
-
 def forward(config: Config, operands: Operands):
     q, _, v = operands[:3]
     batch, length, _, heads, kv_heads, width = operands.dims
@@ -123,7 +118,7 @@ def forward(config: Config, operands: Operands):
     # Made from the queries, so that it has their sharding.
     out = jnp.zeros_like(jnp.moveaxis(grouped, 1, 3), dtype=exact)
     start = jnp.full_like(out[..., 0], -jnp.inf), out[..., 0], out
-    (maximum, total, out), _ = jax.lax.scan(step, _varying(start, operands), parts)
+    (maximum, total, out), _ = jax.lax.scan(step, results_of(operands, start), parts)
     seen = total != 0  # NaN shows
     out = out / jnp.where(seen, total, 1)[..., None]
     lse = jnp.where(seen, jnp.log(jnp.where(seen, total, 1)) + jnp.where(seen, maximum, 0), -jnp.inf)
@@ -131,7 +126,7 @@ def forward(config: Config, operands: Operands):
     return out.astype(q.dtype), lse.reshape(batch, heads, length)
 
 
-def backward(config: Config, operands: Operands, lse, dout, delta):
+def backward(config: Config, operands: Operands, lse, dout, delta, _out=None):
     q, k, v, bias = operands[:4]
     batch, length, keys, heads, kv_heads, _ = operands.dims
     groups = heads // kv_heads
@@ -165,7 +160,7 @@ def backward(config: Config, operands: Operands, lse, dout, delta):
         dq = dq + product("bkgts,bskd->btkgd", dscores, only_finite(part["k"]))
         return dq, (dk, dv, dbias)
 
-    dq, (dk, dv, dbias) = jax.lax.scan(step, _varying(jnp.zeros_like(grouped, dtype=exact), operands), parts)
+    dq, (dk, dv, dbias) = jax.lax.scan(step, results_of(operands, jnp.zeros_like(grouped, dtype=exact)), parts)
 
     def joined(array, axis):
         array = jnp.moveaxis(array, 0, axis)

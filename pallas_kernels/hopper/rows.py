@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
+from crescendo.pallas_kernels.sharded import results_of
 
 LANES = 128
 PIECE = 2048
@@ -230,7 +231,7 @@ def call(body: Callable, arrays, out_types, how: Geometry, clusters: int, *, sou
     if how.parts > 1:
         scratch.append(plgpu.ClusterBarrier(collective_axes=("part",), num_barriers=2))
         cluster = {"cluster": (how.parts,), "cluster_names": ("part",)}
-    return plgpu.kernel(
+    results = plgpu.kernel(
         body,
         out_type=out_types,
         scratch_types=scratch,
@@ -239,3 +240,4 @@ def call(body: Callable, arrays, out_types, how: Geometry, clusters: int, *, sou
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **cluster,
     )(*arrays)
+    return results_of(arrays, results)

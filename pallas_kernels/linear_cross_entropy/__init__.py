@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
+from crescendo.pallas_kernels.linear_cross_entropy import chunked
 from crescendo.pallas_kernels.op import op
+from crescendo.pallas_kernels.sharded import alike, varying
 
 IMPLEMENTATIONS = {
     name: f"crescendo.pallas_kernels.linear_cross_entropy.{name}"
@@ -15,7 +17,7 @@ IMPLEMENTATIONS = {
 }
 
 
-@op(IMPLEMENTATIONS)
+@op(IMPLEMENTATIONS, run=chunked.loss)
 def linear_cross_entropy(
     x,
     w,
@@ -98,7 +100,7 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing = {label_smoothing} must be in [0, 1)")
     if not (math.isfinite(z_loss) and z_loss >= 0):
         raise ValueError(f"z_loss = {z_loss} must be at least 0 and finite")
-    if vocab_axis is not None and vocab_axis not in jax.typeof(w).manual_axis_type.varying:
+    if vocab_axis is not None and vocab_axis not in varying(w):
         raise ValueError(f"vocab_axis = {vocab_axis!r} must split w inside jax.shard_map, with its check_vma left on")
     vocab_size = w.shape[0] * (1 if vocab_axis is None else jax.lax.axis_size(vocab_axis))
     wide, counts_all = jnp.promote_types(x.dtype, jnp.float32), weights is None and ignore_id is None
@@ -112,17 +114,12 @@ def linear_cross_entropy(
     if not (counts_all or return_lse):
         # Selected away, since 0 times NaN or infinity is NaN: in the gradient of w that would be everywhere.
         x = jnp.where((weights == 0)[..., None], 0, x)
-    return {
-        "x": x,
-        "w": w,
-        "labels": jnp.where(in_range, labels, 0).astype(jnp.int32),
-        "weights": weights,
-        "z_loss": float(z_loss),
-        "soft_cap": None if soft_cap is None else float(soft_cap),
-        "label_smoothing": float(label_smoothing),
-        "vocab_axis": vocab_axis,
-        "return_lse": return_lse,
-    }
+    labels = jnp.where(in_range, labels, 0).astype(jnp.int32)
+    x, w, labels, weights = alike(x, w, labels, weights, but=vocab_axis)
+    options = chunked.Options(
+        float(z_loss), None if soft_cap is None else float(soft_cap), float(label_smoothing), vocab_axis, w.dtype, return_lse
+    )
+    return {"options": options, "x": x, "w": w, "labels": labels, "weights": weights}
 
 
 def _report(labels, good, vocab_size: int) -> None:

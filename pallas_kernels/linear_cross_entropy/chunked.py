@@ -5,7 +5,6 @@ Differentiating the loss of a chunk of rows needs its logits; once they are ther
 made. Recomputing logits in the backward would take a fourth matmul; keeping them, `N x V` numbers.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -14,13 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import sequential_vmap
 from jax.custom_derivatives import SymbolicZero
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from crescendo.pallas_kernels.op import once_differentiable, target, target_device
+from crescendo.pallas_kernels import op
+from crescendo.pallas_kernels.sharded import mesh_axes, sharded
 
 
 class RowCoefficients(NamedTuple):
@@ -91,7 +87,7 @@ def _add_product(dw, gradient, x):
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernels:
+class Kernels(op.Kernels):
     """One implementation.
 
     Attributes:
@@ -112,12 +108,12 @@ class Kernels:
 class Options:
     """What is fixed when a call is traced."""
 
-    kernels: Kernels
     z_loss: float
     soft_cap: float | None
     label_smoothing: float
     vocab_axis: Any  # a mesh axis or several, None for a w that isn't split
     dw_dtype: Any  # of the gradient that the caller gets
+    return_lse: bool
 
     def vocab_size(self, w: jax.Array) -> int:
         """Of all shards together."""
@@ -149,164 +145,95 @@ ROWS_A_CHUNK_COSTS = 111
 ROW_ALIGNMENT = 128
 
 
-def chunked(x, w, labels, weights, *, return_lse, **options):
-    """The op by way of `options["kernels"]`."""
-    axes = _varying(x) - _varying(w)
-    if axes:  # transposed, this sums the gradient of a w that all devices share
-        w = jax.lax.pcast(w, tuple(axes), to="varying")
-    loss_sum, weight_sum, lse = _loss(Options(dw_dtype=w.dtype, **options), x, w, labels, weights)
-    return (loss_sum, weight_sum, lse) if return_lse else (loss_sum, weight_sum)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def loss(kernels: Kernels, options: Options, x, w, labels, weights):
+    """The op by way of `kernels`."""
+    results = _on_parts(kernels, options, (False, False), x)(x, w.astype(x.dtype), labels, weights)
+    return _totals(options, results, weights)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(options: Options, x, w, labels, weights):
-    results = _everywhere(options, (False, False), x, w, labels, weights)
-    return _totals(results, weights)[:3]
-
-
-def _forward(options: Options, x, w, labels, weights):
+def _forward(kernels: Kernels, options: Options, x, w, labels, weights):
     needs = x.perturbed, w.perturbed
     x, w, labels, weights = x.value, w.value, labels.value, weights.value
-    results = _everywhere(options, needs, x, w, labels, weights)
-    loss_sum, weight_sum, lse, losses = _totals(results, weights)
-    return (loss_sum, weight_sum, lse), (x, w, labels, weights, losses, results["dx"], results["dw"])
+    results = _on_parts(kernels, options, needs, x)(x, w.astype(x.dtype), labels, weights)
+    totals, losses = _totals(options, results, weights)
+    return totals, (x, w, labels, weights, losses, results["dx"], results["dw"])
 
 
-def _backward(options: Options, residuals, cotangents):
+def _backward(kernels: Kernels, options: Options, residuals, cotangents):
     x, w, labels, weights, losses, dx, dw = residuals
-    of_loss, of_weight, of_lse = cotangents
+    of_loss, of_weight, *of_lse = cotangents
     scale = jnp.zeros((), losses.dtype) if isinstance(of_loss, SymbolicZero) else of_loss
     dweights = (losses * scale).astype(weights.dtype)
     if not isinstance(of_weight, SymbolicZero):
         dweights += of_weight.astype(weights.dtype)
     dx, dw = (None if d is None else d * scale for d in (_unpacked(dx), dw))
-    if not isinstance(of_lse, SymbolicZero):
+    if of_lse and not isinstance(of_lse[0], SymbolicZero):
         # Rare (a loss of the log-sum-exps themselves): a pass of its own.
-        more = _everywhere(options, (dx is not None, dw is not None), x, w, labels, weights, of_lse)
+        run = _on_parts(kernels, options, (dx is not None, dw is not None), x, of_lse=True)
+        more = run(x, w.astype(x.dtype), labels, weights, *of_lse)
         dx, dw = (None if d is None else d + m for d, m in ((dx, _unpacked(more["dx"])), (dw, more["dw"])))
     return None if dx is None else dx.astype(x.dtype), None if dw is None else dw.astype(w.dtype), None, dweights
 
 
-_loss.defvjp(_forward, _backward, symbolic_zeros=True)
+loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _totals(results, weights):
-    """`(loss_sum, weight_sum, lse, losses)`; a row of weight 0 counts nothing, whatever is in it."""
+def _totals(options: Options, results, weights):
+    """The op's results, and each row's loss: one of weight 0 counts nothing, whatever is in it."""
     losses = jnp.where(weights == 0, 0, results["losses"])
-    return jnp.sum(losses * weights), jnp.sum(weights), results["lse"], losses
+    totals = jnp.sum(losses * weights), jnp.sum(weights)
+    return ((*totals, results["lse"]) if options.return_lse else totals), losses
 
 
-def _everywhere(options: Options, needs: tuple[bool, bool], x, w, labels, weights, *of_lse) -> dict[str, Any]:
+class _How(NamedTuple):
+    """How rows are gone over.
+
+    Attributes:
+      needs: which gradients are wanted, of x and of w.
+      last_axis: the rows are cut along the last of their axes only, so that the others may be split.
+      again: by the pass for any rows, after the quick one.
+    """
+
+    kernels: Kernels
+    options: Options
+    needs: tuple[bool, bool]
+    last_axis: bool = False
+    again: bool = False
+
+
+def _on_parts(kernels: Kernels, options: Options, needs: tuple[bool, bool], x, *, of_lse: bool = False) -> Callable:
     """`_over_chunks` under any mesh and `vmap`: each device takes its rows and its part of the vocabulary."""
-    w = w.astype(x.dtype)  # before it moves between devices
-    arrays = (x, w, labels, weights, *of_lse)
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = (*x.shape[:-1],)
-
-    device = target_device()
-
-    def local(row_axes, vocab_axis, *arrays):
-        # The partitioner asks for a device's part later, outside of the context that says which device it is for.
-        known = jax.sharding.get_abstract_mesh().abstract_device is not None
-        with contextlib.nullcontext() if known else target(device.abstract):
-            results = _over_chunks(dataclasses.replace(options, vocab_axis=vocab_axis), needs, *arrays)
-        if row_axes and needs[1]:
-            results["dw"] = jax.lax.psum(results["dw"], row_axes)
-        return results
-
-    def specs(of_rows, of_vocab):
-        ins = (P(*of_rows, None), P(of_vocab, None), *(P(*of_rows),) * (2 + len(of_lse)))
-        outs = {"losses": P(*of_rows), "lse": P(*of_rows), "dx": (ins[0], P(*of_rows)), "dw": ins[1]}
-        return ins, {name: spec for name, spec in outs.items() if name not in without}
-
-    without = {name for name, needed in zip(("dx", "dw"), needs, strict=True) if not needed}
-    if AxisType.Manual in mesh.axis_types:
-        return local((), options.vocab_axis, *arrays)
-    if AxisType.Explicit in mesh.axis_types:
-        of_rows, of_vocab = jax.typeof(x).sharding.spec[:-1], jax.typeof(w).sharding.spec[0]
-        ins, outs = specs(of_rows, of_vocab)
-        run = functools.partial(local, _flat(of_rows), of_vocab)
-        parts = jax.shard_map(lambda *a: _given(run(*a)), in_specs=ins, out_specs=outs, check_vma=False)(*arrays)
-        return {"dx": None, "dw": None, **parts}
-
-    if device.platform == "tpu":
-        # JAX's callback for the partitioner is not there. It splits the formula itself, by all axes but the last.
-        return _over_chunks(options, needs, *arrays, last_axis=True)
-
-    def partition(mesh, arg_shapes, result_shape):
-        of_rows, (of_vocab, _) = _padded(arg_shapes[0], len(rows) + 1)[:-1], _padded(arg_shapes[1], 2)
-        if set(_flat(of_rows)) & set(_flat((of_vocab,))):
-            of_vocab = None
-        ins, outs = specs(of_rows, of_vocab)
-        place = functools.partial(jax.tree.map, lambda spec: NamedSharding(mesh, spec))
-        run = functools.partial(local, _flat(of_rows), of_vocab)
-        return mesh, lambda *a: _given(run(*a)), place(outs), place(ins)
-
-    letters = " ".join(f"r{i}" for i in range(len(rows)))
-    table = {"losses": letters, "lse": letters, "dx": f"{letters} d, {letters}", "dw": "v d"}
-    results = ", ".join(text for name, text in sorted(table.items()) if name not in without)
-    split = custom_partitioning(lambda *a: _given(local((), None, *a)))
-    split.def_partition(
-        partition,
-        sharding_rule=f"{letters} d, v d{f', {letters}' * (2 + len(of_lse))} -> {results}",
-        need_replication_factors=("d",),
-    )
-    results = once_differentiable(sequential_vmap(split), "linear_cross_entropy")(*arrays)
-    return {"dx": None, "dw": None, **results}
-
-
-def _given(results: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in results.items() if value is not None}
-
-
-def _flat(axes) -> tuple[str, ...]:
-    """The names in the entries of a partition specification."""
-    return tuple(
-        name for entry in axes if entry is not None for name in ((entry,) if isinstance(entry, str) else entry)
+    how = _How(kernels, options, needs)
+    letters = [f"r{i}" for i in range(x.ndim - 1)]
+    rows = " ".join(letters)
+    of_x, of_w = f"{rows} d", "v d"
+    dx, dw = (of_x, rows) if needs[0] else None, of_w if needs[1] else None
+    return sharded(
+        functools.partial(_over_chunks, how),
+        (of_x, of_w, *(rows,) * (3 if of_lse else 2)),
+        {"losses": rows, "lse": rows, "dx": dx, "dw": dw},
+        batch=(*letters, "v"),
+        reduces=True,
+        whole=functools.partial(_over_chunks, how._replace(last_axis=True)),
+        called="linear_cross_entropy",
     )
 
 
-def _padded(shape, length: int):
-    spec = tuple(shape.sharding.spec)
-    return spec + (None,) * (length - len(spec))
-
-
-def _over_chunks(options: Options, *arguments, **how) -> dict[str, Any]:
-    """`_by_pass` by the quick pass, and by the other one where that is needed."""
-    kernels = options.kernels
-    if kernels.quick_pass is None:
-        return _by_pass(kernels.logit_pass, options, *arguments, **how)
-    results = _by_pass(kernels.quick_pass, options, *arguments, **how)
-    again = jnp.any(results["lse"] == jnp.inf)
-    # A loop, and not a condition, as its results take the place of what was there.
-    run = lambda carry: (carry[0] & False, _by_pass(kernels.logit_pass, options, *arguments, **how))  # noqa: E731
-    return jax.lax.while_loop(lambda carry: carry[0], run, (again, results))[1]
-
-
-def _by_pass(
-    logit_pass: LogitPass,
-    options: Options,
-    needs: tuple[bool, bool],
-    x,
-    w,
-    labels,
-    weights,
-    of_lse=None,
-    *,
-    last_axis: bool = False,
-) -> dict[str, Any]:
+def _over_chunks(how: _How, axes: dict[str, Any], x, w, labels, weights, of_lse=None) -> dict[str, Any]:
     """`losses` and `lse`, and `dx` and `dw` of the loss (or, given its cotangents, of the lse alone) where needed.
 
-    `dx` is `_packed`. The rows are cut as they are in memory, or along the last of their axes only, so that the others
-    may be split.
+    `dx` is `_packed`. `axes` are those of a mesh that split the letters of `_on_parts`.
     """
-    needs_dx, needs_dw = needs
-    wide, kernels = _wide(x.dtype), options.kernels
-    shape = x.shape[:-1]
+    kernels, (needs_dx, needs_dw) = how.kernels, how.needs
+    options = dataclasses.replace(how.options, vocab_axis=axes.get("v", how.options.vocab_axis))
+    quick = None if how.again else kernels.quick_pass
+    logit_pass = quick or kernels.logit_pass
+    wide, shape = _wide(x.dtype), x.shape[:-1]
     rows = {"x": x, "labels": labels, "weights": weights.astype(wide)}
     if of_lse is not None:
         rows["of_lse"] = of_lse.astype(wide)
-    if last_axis:
+    if how.last_axis:
         rows = {name: jnp.moveaxis(a, len(shape) - 1, 0) for name, a in rows.items()}
     else:
         rows = {name: a.reshape(-1, *a.shape[len(shape) :]) for name, a in rows.items()}
@@ -357,15 +284,18 @@ def _by_pass(
     of_label = results.pop("of_label")
     if dw is not None and of_label is not None:
         dw = dw.at[rows["labels"][:n]].add(of_label[:, None] * rows["x"][:n])
-    if last_axis:
-        return {"dw": dw, **jax.tree.map(lambda a: jnp.moveaxis(a, 0, len(shape) - 1), results)}
-    return {"dw": dw, **jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), results)}
+    placed = lambda a: jnp.moveaxis(a, 0, len(shape) - 1) if how.last_axis else a.reshape(*shape, *a.shape[1:])  # noqa: E731
+    results = {"dw": dw, **jax.tree.map(placed, results)}
+    if quick is not None:
+        # A loop, and not a condition, as its results take the place of what was there.
+        redo = functools.partial(_over_chunks, how._replace(again=True), axes, x, w, labels, weights, of_lse)
+        start = jnp.any(results["lse"] == jnp.inf), results
+        results = jax.lax.while_loop(lambda carry: carry[0], lambda carry: (carry[0] & False, redo()), start)[1]
+    of_rows = mesh_axes(entry for letter, entry in axes.items() if letter != "v")
+    if needs_dw and of_rows and not how.again:
+        results["dw"] = jax.lax.psum(results["dw"], of_rows)
+    return results
 
 
 def _wide(dtype):
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def _varying(array) -> frozenset[str]:
-    """The mesh axes that an array varies over inside `shard_map`."""
-    return jax.typeof(array).manual_axis_type.varying

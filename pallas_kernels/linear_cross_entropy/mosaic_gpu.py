@@ -22,6 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from crescendo.pallas_kernels.linear_cross_entropy import chunked, xla
 from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
+from crescendo.pallas_kernels.rows import check
+from crescendo.pallas_kernels.sharded import results_of
 
 LOG2E = 1.4426950408889634
 # Of a row whose exponentials relative to its label are certain to fit in bfloat16 and float32, with room for sums and
@@ -37,46 +39,44 @@ TILES_TOGETHER = 4
 PIECE = (128, 64)
 
 
-def linear_cross_entropy(x, w, labels, weights, **options):
+def linear_cross_entropy(x, w, options: chunked.Options, **_):
     """See the op."""
     require_gpu(9.0, below=10.0)
-    if x.dtype != jnp.bfloat16:
-        raise Unsupported(f"takes bfloat16, not {x.dtype}")
-    if options["vocab_axis"] is not None:
+    check(x, dtypes=(jnp.bfloat16,))
+    if options.vocab_axis is not None:
         raise Unsupported("has no kernel for a vocabulary that is split inside shard_map")
-    if options["soft_cap"] is not None:
-        raise Unsupported(f"keeps no logits, which the gradient of soft_cap = {options['soft_cap']} needs")
+    if options.soft_cap is not None:
+        raise Unsupported(f"keeps no logits, which the gradient of soft_cap = {options.soft_cap} needs")
     vocab_size, width = w.shape
-    if vocab_size % SQUARE or width % TILE_K or width < STAGES * TILE_K or x.size == 0:
+    if vocab_size % SQUARE or width % TILE_K or width < STAGES * TILE_K:
         raise Unsupported(
             f"needs V = {vocab_size} to be a multiple of {SQUARE}, and D = {width} one of {TILE_K} from "
             f"{STAGES * TILE_K} on"
         )
-    return chunked.chunked(x, w, labels, weights, kernels=KERNELS, **options)
+    return KERNELS
 
 
-def quick_pass(x, w, labels, coefficients, options: chunked.Options) -> chunked.Rows:
-    """Relative to the labels' logits."""
-    if options.vocab_axis is not None:
-        return xla.logit_pass(x, w, labels, coefficients, options)
-    label_logit = jnp.einsum("cd,cd->c", x, w[labels], preferred_element_type=jnp.float32)
-    return _pass(x, w, labels, coefficients, options, label_logit, label_logit)
+def _of_label(x, w, label_logit):
+    """The reference of usual rows."""
+    del x, w
+    return label_logit
 
 
-def logit_pass(x, w, labels, coefficients, options: chunked.Options) -> chunked.Rows:
-    """Relative to the rows' maxima: for any logits."""
-    if options.vocab_axis is not None:
-        return xla.logit_pass(x, w, labels, coefficients, options)
-    label_logit = jnp.einsum("cd,cd->c", x, w[labels], preferred_element_type=jnp.float32)
+def _highest(x, w, label_logit):
+    """The rows' maxima: a reference for any logits."""
     groups = w.shape[0] // SQUARE
     together = max(n for n in range(1, 65) if groups % n == 0)
     parts = w.reshape(groups // together, together * SQUARE, w.shape[1])
     highest = lambda part: jnp.max(jnp.dot(x, part.T, preferred_element_type=jnp.float32), axis=1)  # noqa: E731
-    top = jax.lax.scan(lambda top, part: (jnp.maximum(top, highest(part)), None), label_logit, parts)[0]
-    return _pass(x, w, labels, coefficients, options, label_logit, top)
+    return jax.lax.scan(lambda top, part: (jnp.maximum(top, highest(part)), None), label_logit, parts)[0]
 
 
-def _pass(x, w, labels, coefficients, options: chunked.Options, label_logit, reference) -> chunked.Rows:
+def _pass(find_reference: Callable, x, w, labels, coefficients, options: chunked.Options) -> chunked.Rows:
+    """A pass relative to `find_reference(x, w, label_logit)`; XLA's where the partitioner split the vocabulary."""
+    if options.vocab_axis is not None:
+        return xla.logit_pass(x, w, labels, coefficients, options)
+    label_logit = jnp.einsum("cd,cd->c", x, w[labels], preferred_element_type=jnp.float32)
+    reference = find_reference(x, w, label_logit)
     smoothing, vocab_size = options.label_smoothing, w.shape[0]
     target_logit = (1 - smoothing) * label_logit
     if smoothing:
@@ -125,7 +125,7 @@ def exponentials(x, w, reference):
         scratch = {"block": _block(x.dtype), "sums": plgpu.SMEM((2, SQUARE), jnp.float32)}
         _multiply(x_ref, w_ref, finish=finish, **scratch)
 
-    return plgpu.kernel(
+    results = plgpu.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct((rows, vocab_size), x.dtype),
@@ -137,10 +137,16 @@ def exponentials(x, w, reference):
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(x, w, reference)
+    return results_of((x, w), results)
 
 
 ROW = plgpu.Layout.WGMMA.reduce(1)
-KERNELS = chunked.Kernels(logit_pass, quick_pass, bytes_per_logit=lambda dtype: dtype.itemsize, row_multiple=2 * SQUARE)
+KERNELS = chunked.Kernels(
+    functools.partial(_pass, _highest),
+    functools.partial(_pass, _of_label),
+    bytes_per_logit=lambda dtype: dtype.itemsize,
+    row_multiple=2 * SQUARE,
+)
 
 
 def _transforms(columns: int, dtype):

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from crescendo.pallas_kernels.linear_cross_entropy import chunked, xla
-from crescendo.pallas_kernels.op import Unsupported, target_device
+from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
+from crescendo.pallas_kernels.rows import check
 from crescendo.pallas_kernels.triton_call import triton_call
 from crescendo.pallas_kernels.triton_rows import LOG2E, capped, meet, meeting, place
 
@@ -15,19 +16,15 @@ COLUMNS = 16384
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
-def linear_cross_entropy(x, w, labels, weights, **options):
+def linear_cross_entropy(x, w, options: chunked.Options, **_):
     """See the op."""
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise Unsupported(f"takes float32, bfloat16 and float16, not {x.dtype}")
-    if x.size == 0:
-        raise Unsupported(f"has nothing to do for x {list(x.shape)}")
-    if target_device().platform != "gpu":
-        raise Unsupported(f"needs an NVIDIA GPU, not {target_device()}")
-    if options["vocab_axis"] is not None:
+    check(x)
+    require_gpu(8.0)
+    if options.vocab_axis is not None:
         raise Unsupported("has no kernel for a vocabulary that is split inside shard_map")
     if w.shape[0] > COLUMNS * target_device().cores:
         raise Unsupported(f"holds at most {COLUMNS * target_device().cores:,} logits of a row, not {w.shape[0]:,}")
-    return chunked.chunked(x, w, labels, weights, kernels=KERNELS, **options)
+    return KERNELS
 
 
 def logit_pass(x, w, labels, coefficients, options: chunked.Options) -> chunked.Rows:

@@ -7,9 +7,9 @@ from crescendo.pallas_kernels.linear_cross_entropy import chunked
 from crescendo.pallas_kernels.op import gradient_dtype
 
 
-def linear_cross_entropy(x, w, labels, weights, **options):
+def linear_cross_entropy(**_):
     """See the op."""
-    return chunked.chunked(x, w, labels, weights, kernels=KERNELS, **options)
+    return KERNELS
 
 
 def logit_pass(x, w, labels, coefficients, options: chunked.Options) -> chunked.Rows:

@@ -5,6 +5,8 @@ import math
 import jax.numpy as jnp
 
 from crescendo.pallas_kernels.op import op
+from crescendo.pallas_kernels.rms_norm import gradient
+from crescendo.pallas_kernels.sharded import alike
 
 # Triton first where there is an NVIDIA GPU: with rotation 1.9 to 2.4 times as fast as what XLA makes of the two steps
 # (docs/results/row_kernels.md). On a TPU XLA fuses a norm with what surrounds it, and nobody has measured which is
@@ -13,7 +15,7 @@ ORDER = ("triton", "mosaic_gpu", "xla", "mosaic_tpu", "reference")
 MODULES = {name: f"crescendo.pallas_kernels.rms_norm.{name}" for name in ORDER}
 
 
-@op(MODULES)
+@op(MODULES, run=gradient.rms_norm)
 def rms_norm(x, scale, *, eps, residual=None, probe=None):
     r"""`x / rms(x) * scale` over the last axis, computed in float32 at least.
 
@@ -54,10 +56,11 @@ def rms_norm(x, scale, *, eps, residual=None, probe=None):
         raise kind(f"residual {residual.dtype}{list(residual.shape)} must be as x, {x.dtype}{list(x.shape)}")
     if probe is not None and (x.ndim < 2 or probe.shape != x.shape[:1]):
         raise ValueError(f"probe {list(probe.shape)} must be [B] for x {list(x.shape)}, [B, ..., D]")
+    x, scale, residual, probe = alike(x, scale, residual, probe)
     return {"x": x, "scale": scale, "eps": _checked_eps(eps), "residual": residual, "probe": probe}
 
 
-@op({name: module for name, module in MODULES.items() if name != "mosaic_gpu"})
+@op({name: module for name, module in MODULES.items() if name != "mosaic_gpu"}, run=gradient.qk_norm_rotary)
 def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
     r"""Norms queries and keys over the head's width, and turns pairs `(x[i], x[i + E/2])` by the position's angle.
 
@@ -103,7 +106,7 @@ def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
         if angle.shape not in ((batch, length, width // 2), (1, length, width // 2)):
             raise ValueError(f"{name} {list(angle.shape)} must be [B, T, E / 2] for q {list(q.shape)}")
     arguments = {"q": q, "k": k, "q_scale": q_scale, "k_scale": k_scale, "cosine": cosine, "sine": sine}
-    return {**arguments, "eps": _checked_eps(eps)}
+    return {**alike(arguments)[0], "eps": _checked_eps(eps)}
 
 
 def _check_floating(**arrays) -> None:

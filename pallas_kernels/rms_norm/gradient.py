@@ -1,103 +1,103 @@
-"""What the implementations share: rows in groups with a scale each, and the gradient as one pass over the rows.
+"""The derivative rules: rows in groups with a scale each, and the gradient as one pass over the rows.
 
 A group is an example where per-example gradients of the scale are asked for, and otherwise some share of the rows:
 either way the kernels see `[G, R, D]` and `[G, D]`, a mesh may split the groups, and each group's gradient of the
-scale is summed apart from the others'.
+scale is summed apart from the others'. Of `Passes` of the norm
+
+    forward(eps, x_GRD, scale_GD, residual_GRD or None) -> (y,), or (y, h) with a residual
+    backward(eps, h, scale, dy, dh or None) -> (dx, dscale_GD float32)
+
+and of those with rotation, C = E / 2:
+
+    forward(eps, x_BTHE, scale_BE, cosine_BTC, sine_BTC) -> (y,)
+    backward(eps, x, scale, cosine, sine, dy) -> (dx, dscale_BE float32)
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from crescendo.pallas_kernels.rows import Passes
+
 # Of rows that belong to no example; a mesh of so many devices can still split them.
 MAX_GROUPS = 64
+ROWS, SCALE = "g r d", "g d"
+HEADS, HEAD_SCALE, ANGLE = "b t h e", "b e", "b t c"
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernels:
-    """The passes of one implementation.
-
-    Attributes:
-      forward: `(x_GRD, residual_GRD or None, scale_GD, eps) -> (y, h)`.
-      backward: `(h, scale_GD, dy, dh or None, eps) -> (dx, dscale_GD float32)`.
-      rotary_forward: `(x_BTHE, scale_BE, cosine_BTC, sine_BTC, eps) -> y`, C = E / 2.
-      rotary_backward: `(x, scale, cosine, sine, dy, eps) -> (dx, dscale_BE float32)`.
-    """
-
-    forward: Callable
-    backward: Callable
-    rotary_forward: Callable
-    rotary_backward: Callable
-
-
-def rms_norm(kernels: Kernels, x, scale, eps, residual, probe):
-    """The op by way of `kernels.forward` and `kernels.backward`."""
+def rms_norm(kernels: Passes, x, scale, eps, residual, probe):
+    """The op by way of the passes."""
     width = x.shape[-1]
     rows = math.prod(x.shape[:-1])
     by_example = scale.ndim == 2 or probe is not None or x.ndim > 2
     groups = x.shape[0] if by_example else math.gcd(rows, MAX_GROUPS)
     shape = (groups, rows // groups, width)
     scale = jnp.broadcast_to(scale, (groups, width))
-    residual = None if residual is None else residual.reshape(shape)
-    probe = jnp.zeros(groups, jnp.float32) if probe is None else probe
-    y, h = _norm((kernels, eps), x.reshape(shape), residual, scale, probe)
-    return y.reshape(x.shape) if residual is None else (y.reshape(x.shape), h.reshape(x.shape))
+    given = None if residual is None else residual.reshape(shape)
+    results = _norm(kernels, eps, x.reshape(shape), given, scale, probe)
+    y, *h = (result.reshape(x.shape) for result in results)
+    return y if residual is None else (y, *h)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _norm(how, x, residual, scale, probe):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _norm(kernels: Passes, eps, x, residual, scale, probe):
     del probe
-    kernels, eps = how
-    return kernels.forward(x, residual, scale, eps)
+    return _forward_pass(kernels, eps, residual)(x, scale, residual)
 
 
-def _norm_forward(how, x, residual, scale, probe):
-    kernels, eps = how
-    y, h = kernels.forward(x, residual, scale, eps)
-    return (y, h), (h, residual is not None, scale, probe)
+def _forward_pass(kernels: Passes, eps, residual):
+    inputs, outputs = (ROWS, SCALE, None), (ROWS,)
+    if residual is not None:
+        inputs, outputs = (ROWS, SCALE, ROWS), (ROWS, ROWS)
+    return kernels.on_parts(functools.partial(kernels.forward, eps), inputs, outputs, ("g",))
 
 
-def _norm_backward(how, residuals, cotangents):
-    kernels, eps = how
-    h, has_residual, scale, probe = residuals
-    dy, dh = cotangents
-    dx, dscale = kernels.backward(h, scale, dy, dh if has_residual else None, eps)
-    dprobe = jnp.sum(jnp.square(dscale), axis=-1).astype(probe.dtype)
-    return dx, dx if has_residual else None, dscale.astype(scale.dtype), dprobe
+def _norm_forward(kernels: Passes, eps, x, residual, scale, probe):
+    results = _forward_pass(kernels, eps, residual)(x, scale, residual)
+    return results, ((*results, x)[1], scale, probe)
+
+
+def _norm_backward(kernels: Passes, eps, kept, cotangents):
+    h, scale, probe = kept
+    dy, dh = (*cotangents, None)[:2]
+    inputs = (ROWS, SCALE, ROWS, None if dh is None else ROWS)
+    run = kernels.on_parts(functools.partial(kernels.backward, eps), inputs, (ROWS, SCALE), ("g",))
+    dx, dscale = run(h, scale, dy, dh)
+    dprobe = None if probe is None else jnp.sum(jnp.square(dscale), axis=-1).astype(probe.dtype)
+    return dx, None if dh is None else dx, dscale.astype(scale.dtype), dprobe
 
 
 _norm.defvjp(_norm_forward, _norm_backward)
 
 
-def qk_norm_rotary(kernels: Kernels, q, k, q_scale, k_scale, cosine, sine, eps):
-    """The op by way of `kernels.rotary_forward` and `kernels.rotary_backward`."""
+def qk_norm_rotary(kernels: Passes, q, k, q_scale, k_scale, cosine, sine, eps):
+    """The op by way of the passes."""
     cosine, sine = (jnp.broadcast_to(a.astype(jnp.float32), (q.shape[0], *a.shape[1:])) for a in (cosine, sine))
-
-    def turned(x, scale):
-        return _rotary((kernels, eps), x, jnp.broadcast_to(scale, (x.shape[0], x.shape[-1])), cosine, sine)
-
-    return turned(q, q_scale), turned(k, k_scale)
+    q_scale, k_scale = (jnp.broadcast_to(scale, (q.shape[0], q.shape[-1])) for scale in (q_scale, k_scale))
+    return _rotary(kernels, eps, q, q_scale, cosine, sine), _rotary(kernels, eps, k, k_scale, cosine, sine)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rotary(how, x, scale, cosine, sine):
-    kernels, eps = how
-    return kernels.rotary_forward(x, scale, cosine, sine, eps)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rotary(kernels: Passes, eps, *arrays):
+    return _rotary_pass(kernels, eps)(*arrays)[0]
 
 
-def _rotary_forward(how, x, scale, cosine, sine):
-    return _rotary(how, x, scale, cosine, sine), (x, scale, cosine, sine)
+def _rotary_pass(kernels: Passes, eps):
+    inputs = (HEADS, HEAD_SCALE, ANGLE, ANGLE)
+    return kernels.on_parts(functools.partial(kernels.forward, eps), inputs, (HEADS,), ("b",))
 
 
-def _rotary_backward(how, residuals, dy):
-    kernels, eps = how
-    x, scale, cosine, sine = residuals
-    dx, dscale = kernels.rotary_backward(x, scale, cosine, sine, dy, eps)
-    return dx, dscale.astype(scale.dtype), None, None
+def _rotary_forward(kernels: Passes, eps, *arrays):
+    return _rotary_pass(kernels, eps)(*arrays)[0], arrays
+
+
+def _rotary_backward(kernels: Passes, eps, kept, dy):
+    inputs = (HEADS, HEAD_SCALE, ANGLE, ANGLE, HEADS)
+    run = kernels.on_parts(functools.partial(kernels.backward, eps), inputs, (HEADS, HEAD_SCALE), ("b",))
+    dx, dscale = run(*kept, dy)
+    return dx, dscale.astype(kept[1].dtype), None, None
 
 
 _rotary.defvjp(_rotary_forward, _rotary_backward)

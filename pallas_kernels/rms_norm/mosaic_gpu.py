@@ -11,22 +11,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from crescendo.pallas_kernels import rows
 from crescendo.pallas_kernels.hopper import rows as hopper_rows
 from crescendo.pallas_kernels.hopper.rows import LANES
 from crescendo.pallas_kernels.op import Unsupported, target_device
-from crescendo.pallas_kernels.rms_norm import gradient, xla
-from crescendo.pallas_kernels.sharded import sharded
 
 
-def rms_norm(x, scale, *, eps, residual, probe):
+def rms_norm(x, scale, *, residual, **_):
     """See the op."""
-    for array in (x, scale):
-        if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-            raise Unsupported(f"takes float32, bfloat16 and float16, not {array.dtype}")
-    if x.size == 0:
-        raise Unsupported(f"has nothing to do for an array {list(x.shape)}")
+    rows.check(x, scale)
     _geometry(x.shape[-1], x.dtype, 2 if residual is None else 3)
-    return gradient.rms_norm(KERNELS, x, scale, eps, residual, probe)
+    return rows.Passes(forward, backward)
 
 
 def _geometry(width: int, dtype, sources: int) -> hopper_rows.Geometry:
@@ -39,63 +34,50 @@ def _geometry(width: int, dtype, sources: int) -> hopper_rows.Geometry:
 MAX_WIDTH = 8192
 
 
-def forward(x, residual, scale, eps):
-    """`(y, h)`."""
+def forward(eps, x, scale, residual):
+    """`(y,)`, or `(y, h)` with a residual."""
+    like, dtype, width = jax.ShapeDtypeStruct(x.shape, x.dtype), x.dtype, x.shape[2]
 
-    def local(x, scale, *residual):
-        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-        def visit(_, refs, scale_ref, carry):
-            pieces, dtype = hopper_rows.pieces(x.shape[2]), x.dtype
-            for piece in pieces if residual else ():
-                h = hopper_rows.load(refs[0].at[piece], dtype) + hopper_rows.load(refs[1].at[piece], dtype)
-                refs[1][piece] = h.astype(dtype)
-            h = [hopper_rows.load(refs[-1].at[piece], dtype) for piece in pieces]
-            inverse = _inverse(hopper_rows.total(jnp.sum, jnp.add, [part * part for part in h]), x.shape[2], eps)
-            for piece, part in zip(pieces, h, strict=True):
-                refs[0][piece] = (part * inverse * hopper_rows.load(scale_ref.at[piece], dtype)).astype(dtype)
-            return carry
-
-        return _walk(visit, [x, *residual], scale, [0, 1] if residual else [0], [like, like] if residual else [like])
+    def visit(_, refs, scale_ref, carry):
+        pieces = hopper_rows.pieces(width)
+        for piece in pieces if residual is not None else ():
+            h = hopper_rows.load(refs[0].at[piece], dtype) + hopper_rows.load(refs[1].at[piece], dtype)
+            refs[1][piece] = h.astype(dtype)
+        h = [hopper_rows.load(refs[-1].at[piece], dtype) for piece in pieces]
+        inverse = _inverse(hopper_rows.total(jnp.sum, jnp.add, [part * part for part in h]), width, eps)
+        for piece, part in zip(pieces, h, strict=True):
+            refs[0][piece] = (part * inverse * hopper_rows.load(scale_ref.at[piece], dtype)).astype(dtype)
+        return carry
 
     if residual is None:
-        return sharded(local, ["g r d", "g d"], ["g r d"], batch=["g"])(x, scale)[0], x
-    run = sharded(local, ["g r d", "g d", "g r d"], ["g r d", "g r d"], batch=["g"])
-    return run(x, scale, residual)
+        return _walk(visit, [x], scale, [0], [like])
+    return _walk(visit, [x, residual], scale, [0, 1], [like, like])
 
 
-def backward(h, scale, dy, dh, eps):
+def backward(eps, h, scale, dy, dh):
     """`(dx, dscale)`; with u = h inverse and g = dy scale, `dx = inverse (g - u mean(g u))`."""
+    like, dtype, width = jax.ShapeDtypeStruct(h.shape, h.dtype), h.dtype, h.shape[2]
+    load = lambda ref, piece: hopper_rows.load(ref.at[piece], dtype)  # noqa: E731
 
-    def local(h, scale, dy, *dh):
-        like, dtype, width = jax.ShapeDtypeStruct(h.shape, h.dtype), h.dtype, h.shape[2]
-        load = lambda ref, piece: hopper_rows.load(ref.at[piece], dtype)  # noqa: E731
+    def visit(_, refs, scale_ref, shares):
+        pieces = hopper_rows.pieces(width)
+        total = functools.partial(hopper_rows.total, jnp.sum, jnp.add)
+        inverse = _inverse(total([jnp.square(load(refs[0], piece)) for piece in pieces]), width, eps)
+        products = [load(refs[0], piece) * load(refs[1], piece) * load(scale_ref, piece) for piece in pieces]
+        mean = total(products) * inverse * (1.0 / width)
+        added = []
+        for piece, share in zip(pieces, shares, strict=True):
+            u, dy = load(refs[0], piece) * inverse, load(refs[1], piece)
+            dx = inverse * (dy * load(scale_ref, piece) - u * mean)
+            if len(refs) > 2:
+                dx += load(refs[2], piece)
+            refs[1][piece] = dx.astype(dtype)
+            added.append(share + dy * u)
+        return added
 
-        def visit(_, refs, scale_ref, shares):
-            pieces = hopper_rows.pieces(width)
-            total = functools.partial(hopper_rows.total, jnp.sum, jnp.add)
-            inverse = _inverse(total([jnp.square(load(refs[0], piece)) for piece in pieces]), width, eps)
-            products = [load(refs[0], piece) * load(refs[1], piece) * load(scale_ref, piece) for piece in pieces]
-            mean = total(products) * inverse * (1.0 / width)
-            added = []
-            for piece, share in zip(pieces, shares, strict=True):
-                u, dy = load(refs[0], piece) * inverse, load(refs[1], piece)
-                dx = inverse * (dy * load(scale_ref, piece) - u * mean)
-                if len(refs) > 2:
-                    dx += load(refs[2], piece)
-                refs[1][piece] = dx.astype(dtype)
-                added.append(share + dy * u)
-            return added
-
-        dx, shares = _walk(visit, [h, dy, *dh], scale, [1], [like], shares=True)
-        return dx, jnp.sum(shares, axis=1)
-
-    rows = ["g r d"] * (1 if dh is None else 2)
-    run = sharded(local, ["g r d", "g d", *rows], ["g r d", "g d"], batch=["g"])
-    return run(h, scale, *((dy,) if dh is None else (dy, dh)))
-
-
-KERNELS = gradient.Kernels(forward, backward, xla.rotary_forward, xla.rotary_backward)
+    arrays = [h, dy] if dh is None else [h, dy, dh]
+    dx, shares = _walk(visit, arrays, scale, [1], [like], shares=True)
+    return dx, jnp.sum(shares, axis=1)
 
 
 def _inverse(total, width: int, eps: float):
@@ -107,10 +89,10 @@ def _walk(visit, arrays, scale, results, out_types, *, shares: bool = False):
 
     With shares, visits carry a piece of one for each piece of a row, and they are returned last: `[G, programs, D]`.
     """
-    groups, rows, width = arrays[0].shape
+    groups, count, width = arrays[0].shape
     dtype, sources = arrays[0].dtype, len(arrays)
     how = _geometry(width, dtype, sources)
-    programs = max(1, min(rows, how.blocks * target_device().cores // groups))
+    programs = max(1, min(count, how.blocks * target_device().cores // groups))
     by_rows = lambda shape: (groups * shape[1], 1, how.lines, LANES)  # noqa: E731
     outs = [jax.ShapeDtypeStruct(by_rows(out.shape), out.dtype) for out in out_types]
     if shares:
@@ -123,13 +105,13 @@ def _walk(visit, arrays, scale, results, out_types, *, shares: bool = False):
         group, first = lax.div(program, programs), lax.rem(program, programs)
         plgpu.copy_gmem_to_smem(scale_all.at[group], scale_ref, scale_ready)
         plgpu.barrier_wait(scale_ready)
-        count = (rows - first + programs - 1) // programs
-        row_of = lambda n: (group * rows + first + n * programs, 0)  # noqa: E731
+        rounds = (count - first + programs - 1) // programs
+        row_of = lambda n: (group * count + first + n * programs, 0)  # noqa: E731
         pieces = hopper_rows.pieces(width)
         carry = [hopper_rows.zeros((piece.size, LANES), dtype) for piece in pieces] if shares else None
         step = lambda row, refs, carry: visit(row, refs, scale_ref, carry)  # noqa: E731
         placed = {number: ref for number, ref in zip(results, to, strict=False)}
-        final = hopper_rows.stream(count, row_of, given, placed, slots, ready, step, carry)
+        final = hopper_rows.stream(rounds, row_of, given, placed, slots, ready, step, carry)
         for piece, share in zip(pieces, final or (), strict=False):
             to[-1][program, 0, piece] = share
 

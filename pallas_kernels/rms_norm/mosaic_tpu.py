@@ -3,81 +3,57 @@
 import functools
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from crescendo.pallas_kernels import rows
 from crescendo.pallas_kernels.op import Unsupported
-from crescendo.pallas_kernels.rms_norm import gradient
-from crescendo.pallas_kernels.sharded import sharded
+from crescendo.pallas_kernels.sharded import result_like
 from crescendo.pallas_kernels.tpu_rows import VMEM_BYTES, block_rows, require_full_rows
 
 
-def rms_norm(x, scale, *, eps, residual, probe):
+def rms_norm(x, scale, **_):
     """See the op."""
-    for array in (x, scale):
-        if array.dtype not in (jnp.float32, jnp.bfloat16):
-            raise Unsupported(f"takes float32 and bfloat16, not {array.dtype}")
-    if x.size == 0:
-        raise Unsupported(f"has nothing to do for x {list(x.shape)}")
+    rows.check(x, scale, dtypes=(jnp.float32, jnp.bfloat16))
     require_full_rows(x.shape[-1])
-    return gradient.rms_norm(KERNELS, x, scale, eps, residual, probe)
+    return rows.Passes(forward, backward)
 
 
-def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
+def qk_norm_rotary(**_):
     """See the op."""
     raise Unsupported("has no kernel: on TPU XLA fuses the norm and the rotation with the projections about them")
 
 
-def forward(x, residual, scale, eps):
-    """`(y, h)`."""
-
-    def local(x, scale, *residual):
-        rows, of_scale, grid = _specs(x.shape)
-        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        results = pl.pallas_call(
-            functools.partial(_forward, eps),
-            grid=grid,
-            in_specs=[rows, of_scale, *[rows] * len(residual)],
-            out_specs=[rows] * (1 + len(residual)),
-            out_shape=[like] * (1 + len(residual)),
-            compiler_params=_parameters("parallel"),
-        )(x, scale[:, None, :], *residual)
-        return tuple(results)
-
-    if residual is None:
-        return sharded(local, ["g r d", "g d"], ["g r d"], batch=["g"])(x, scale)[0], x
-    run = sharded(local, ["g r d", "g d", "g r d"], ["g r d", "g r d"], batch=["g"])
-    return run(x, scale, residual)
+def forward(eps, x, scale, residual):
+    """`(y,)`, or `(y, h)` with a residual."""
+    of_rows, of_scale, grid = _specs(x.shape)
+    residuals = [] if residual is None else [residual]
+    results = pl.pallas_call(
+        functools.partial(_forward, eps),
+        grid=grid,
+        in_specs=[of_rows, of_scale, *[of_rows] * len(residuals)],
+        out_specs=[of_rows] * (1 + len(residuals)),
+        out_shape=[result_like(x, x.shape, x.dtype)] * (1 + len(residuals)),
+        compiler_params=_parameters("parallel"),
+    )(x, scale[:, None, :], *residuals)
+    return tuple(results)
 
 
-def backward(h, scale, dy, dh, eps):
+def backward(eps, h, scale, dy, dh):
     """`(dx, dscale)`."""
-
-    def local(h, scale, dy, *dh):
-        rows, of_scale, grid = _specs(h.shape)
-        groups, _, width = h.shape
-        dx, dscale = pl.pallas_call(
-            functools.partial(_backward, eps, h.shape[1]),
-            grid=grid,
-            in_specs=[rows, of_scale, rows, *[rows] * len(dh)],
-            out_specs=[rows, of_scale],
-            out_shape=[
-                jax.ShapeDtypeStruct(h.shape, h.dtype),
-                jax.ShapeDtypeStruct((groups, 1, width), jnp.float32),
-            ],
-            compiler_params=_parameters("arbitrary"),
-        )(h, scale[:, None, :], dy, *dh)
-        return dx, dscale[:, 0]
-
-    given = (dy,) if dh is None else (dy, dh)
-    run = sharded(local, ["g r d", "g d", *["g r d"] * len(given)], ["g r d", "g d"], batch=["g"])
-    return run(h, scale, *given)
-
-
-KERNELS = gradient.Kernels(forward, backward, qk_norm_rotary, qk_norm_rotary)
+    of_rows, of_scale, grid = _specs(h.shape)
+    (groups, _, width), cotangents = h.shape, [dy] if dh is None else [dy, dh]
+    dx, dscale = pl.pallas_call(
+        functools.partial(_backward, eps, h.shape[1]),
+        grid=grid,
+        in_specs=[of_rows, of_scale, *[of_rows] * len(cotangents)],
+        out_specs=[of_rows, of_scale],
+        out_shape=[result_like(h, h.shape, h.dtype), result_like(h, (groups, 1, width), jnp.float32)],
+        compiler_params=_parameters("arbitrary"),
+    )(h, scale[:, None, :], *cotangents)
+    return dx, dscale[:, 0]
 
 
 def _specs(shape):

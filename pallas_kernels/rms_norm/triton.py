@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from crescendo.pallas_kernels.op import Unsupported, target_device
-from crescendo.pallas_kernels.rms_norm import gradient
-from crescendo.pallas_kernels.sharded import sharded
+from crescendo.pallas_kernels import rows
+from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
 from crescendo.pallas_kernels.triton_call import triton_call
 
 MAX_WIDTH = 16384
@@ -23,102 +22,66 @@ NORM_THREADS = 1024
 ROTARY_THREADS = 768
 
 
-def rms_norm(x, scale, *, eps, residual, probe):
+def rms_norm(x, scale, **_):
     """See the op."""
     _check(x, scale)
-    return gradient.rms_norm(KERNELS, x, scale, eps, residual, probe)
+    return rows.Passes(forward, backward)
 
 
-def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
+def qk_norm_rotary(q, k, q_scale, k_scale, **_):
     """See the op."""
     _check(q, k, q_scale, k_scale)
     if q.shape[-1] > 512:
         raise Unsupported(f"takes heads of at most 512, not {q.shape[-1]}")
-    return gradient.qk_norm_rotary(KERNELS, q, k, q_scale, k_scale, cosine, sine, eps)
+    return rows.Passes(rotary_forward, rotary_backward)
 
 
 def _check(x, *others) -> None:
-    for array in (x, *others):
-        if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-            raise Unsupported(f"takes float32, bfloat16 and float16, not {array.dtype}")
-        if array.size == 0:
-            raise Unsupported(f"has nothing to do for an array {list(array.shape)}")
+    rows.check(x, *others)
     if x.shape[-1] > MAX_WIDTH:
         raise Unsupported(f"takes rows of at most {MAX_WIDTH:,}, not {x.shape[-1]:,}")
-    if target_device().platform != "gpu":
-        raise Unsupported(f"needs an NVIDIA GPU, not {target_device()}")
+    require_gpu(8.0)
 
 
-def forward(x, residual, scale, eps):
-    """`(y, h)`."""
-
-    def local(x, scale, *residual):
-        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        results = triton_call(
-            *(x, scale, *(residual or (x,))),
-            kernel=_forward,
-            out_shape=[like, like] if residual else [like, jax.ShapeDtypeStruct((1,), x.dtype)],
-            HAS_RESIDUAL=bool(residual),
-            EPS=eps,
-            **_walk(x.shape, "forward"),
-        )
-        return results if residual else results[:1]
-
-    if residual is None:
-        return sharded(local, ["g r d", "g d"], ["g r d"], batch=["g"])(x, scale)[0], x
-    run = sharded(local, ["g r d", "g d", "g r d"], ["g r d", "g r d"], batch=["g"])
-    return run(x, scale, residual)
+def forward(eps, x, scale, residual):
+    """`(y,)`, or `(y, h)` with a residual."""
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    has_residual = residual is not None
+    results = triton_call(
+        *(x, scale, residual if has_residual else x),
+        kernel=_forward,
+        out_shape=[like, like if has_residual else jax.ShapeDtypeStruct((1,), x.dtype)],
+        HAS_RESIDUAL=has_residual,
+        EPS=eps,
+        **_walk(x.shape, "forward"),
+    )
+    return results if has_residual else results[:1]
 
 
-def backward(h, scale, dy, dh, eps):
+def backward(eps, h, scale, dy, dh):
     """`(dx, dscale)`."""
-
-    def local(h, scale, dy, *dh):
-        walk = _walk(h.shape, "backward")
-        like = jax.ShapeDtypeStruct(h.shape, h.dtype)
-        shape = jax.ShapeDtypeStruct((h.shape[0], walk["PROGRAMS"], h.shape[2]), jnp.float32)
-        arrays = (h, scale, dy, *(dh or (dy,)))
-        dx, shares = triton_call(*arrays, kernel=_backward, out_shape=[like, shape], HAS_SUM=bool(dh), EPS=eps, **walk)
-        return dx, jnp.sum(shares, axis=1)
-
-    rows = ["g r d"] * (1 if dh is None else 2)
-    run = sharded(local, ["g r d", "g d", *rows], ["g r d", "g d"], batch=["g"])
-    return run(h, scale, *((dy,) if dh is None else (dy, dh)))
+    arrays, walk = (h, scale, dy, dy if dh is None else dh), _walk(h.shape, "backward")
+    return _with_shares(arrays, _backward, HAS_SUM=dh is not None, EPS=eps, **walk)
 
 
-def rotary_forward(x, scale, cosine, sine, eps):
-    """`y`."""
-
-    def local(x, scale, cosine, sine):
-        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        return triton_call(
-            *(x, scale, cosine, sine),
-            kernel=_rotary_forward,
-            out_shape=[like],
-            EPS=eps,
-            **_walk_heads(x.shape, "forward"),
-        )
-
-    return sharded(local, ["b t h e", "b e", "b t c", "b t c"], ["b t h e"], batch=["b"])(x, scale, cosine, sine)[0]
+def rotary_forward(eps, x, scale, cosine, sine):
+    """`(y,)`."""
+    like, walk = jax.ShapeDtypeStruct(x.shape, x.dtype), _walk_heads(x.shape, "forward")
+    return triton_call(x, scale, cosine, sine, kernel=_rotary_forward, out_shape=[like], EPS=eps, **walk)
 
 
-def rotary_backward(x, scale, cosine, sine, dy, eps):
+def rotary_backward(eps, x, scale, cosine, sine, dy):
     """`(dx, dscale)`."""
-
-    def local(x, scale, cosine, sine, dy):
-        walk = _walk_heads(x.shape, "backward")
-        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        shape = jax.ShapeDtypeStruct((x.shape[0], walk["PROGRAMS"], x.shape[3]), jnp.float32)
-        dx, shares = triton_call(
-            *(x, scale, cosine, sine, dy), kernel=_rotary_backward, out_shape=[like, shape], EPS=eps, **walk
-        )
-        return dx, jnp.sum(shares, axis=1)
-
-    ins = ["b t h e", "b e", "b t c", "b t c", "b t h e"]
-    return sharded(local, ins, ["b t h e", "b e"], batch=["b"])(x, scale, cosine, sine, dy)
+    return _with_shares((x, scale, cosine, sine, dy), _rotary_backward, EPS=eps, **_walk_heads(x.shape, "backward"))
 
 
-KERNELS = gradient.Kernels(forward, backward, rotary_forward, rotary_backward)
+def _with_shares(arrays, kernel, **how):
+    """The gradient of the first array, and that of its scale, of which each program has a share."""
+    x = arrays[0]
+    shares = jax.ShapeDtypeStruct((x.shape[0], how["PROGRAMS"], x.shape[-1]), jnp.float32)
+    out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype), shares]
+    dx, shares = triton_call(*arrays, kernel=kernel, out_shape=out_shape, **how)
+    return dx, jnp.sum(shares, axis=1)
 
 
 def _walk(shape, passes: str) -> dict:

@@ -4,51 +4,49 @@ import jax
 import jax.numpy as jnp
 
 from crescendo.pallas_kernels.op import leave_to_others, target_device
-from crescendo.pallas_kernels.rms_norm import gradient
+from crescendo.pallas_kernels.rows import Passes
 
 
-def rms_norm(x, scale, *, eps, residual, probe):
+def rms_norm(**_):
     """See the op."""
-    return gradient.rms_norm(KERNELS, x, scale, eps, residual, probe)
+    return Passes(forward, backward, split_by_xla=True)
 
 
-def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
+def qk_norm_rotary(**_):
     """See the op."""
     if target_device().platform != "gpu":
         leave_to_others("is first on GPUs only: elsewhere XLA fuses the plain formula with the projections about it")
-    return gradient.qk_norm_rotary(KERNELS, q, k, q_scale, k_scale, cosine, sine, eps)
+    return Passes(rotary_forward, rotary_backward, split_by_xla=True)
 
 
-def forward(x_GRD, residual_GRD, scale_GD, eps):
-    """`(y, h)`."""
+def forward(eps, x_GRD, scale_GD, residual_GRD):
+    """`(y,)`, or `(y, h)` with a residual."""
     h = x_GRD if residual_GRD is None else x_GRD + residual_GRD
     wide, inverse = _inverse(h, eps)
-    return (wide * inverse * scale_GD[:, None, :]).astype(h.dtype), h
+    y = (wide * inverse * scale_GD[:, None, :]).astype(h.dtype)
+    return (y,) if residual_GRD is None else (y, h)
 
 
-def backward(h_GRD, scale_GD, dy_GRD, dh_GRD, eps):
+def backward(eps, h_GRD, scale_GD, dy_GRD, dh_GRD):
     """`(dx, dscale)`; with u = h inverse and g = dy scale, `dx = inverse (g - u mean(g u))`."""
     dx, dscale_GD = _gradients(h_GRD, scale_GD[:, None, :], dy_GRD, eps, axes=(1,))
     dx = dx if dh_GRD is None else dx + dh_GRD
     return dx.astype(h_GRD.dtype), dscale_GD
 
 
-def rotary_forward(x_BTHE, scale_BE, cosine_BTC, sine_BTC, eps):
-    """`y`."""
+def rotary_forward(eps, x_BTHE, scale_BE, cosine_BTC, sine_BTC):
+    """`(y,)`."""
     wide, inverse = _inverse(x_BTHE, eps)
     turned = _turn(wide * inverse * scale_BE[:, None, None, :], cosine_BTC[:, :, None], sine_BTC[:, :, None])
-    return turned.astype(x_BTHE.dtype)
+    return (turned.astype(x_BTHE.dtype),)
 
 
-def rotary_backward(x_BTHE, scale_BE, cosine_BTC, sine_BTC, dy_BTHE, eps):
+def rotary_backward(eps, x_BTHE, scale_BE, cosine_BTC, sine_BTC, dy_BTHE):
     """`(dx, dscale)`: turned back, then as the norm's."""
     wide = jnp.promote_types(x_BTHE.dtype, jnp.float32)
     dy = _turn(dy_BTHE.astype(wide), cosine_BTC[:, :, None], -sine_BTC[:, :, None])
     dx, dscale_BE = _gradients(x_BTHE, scale_BE[:, None, None, :], dy, eps, axes=(1, 2))
     return dx.astype(x_BTHE.dtype), dscale_BE
-
-
-KERNELS = gradient.Kernels(forward, backward, rotary_forward, rotary_backward)
 
 
 def _inverse(h, eps):

@@ -1,10 +1,13 @@
 """Softmax and log-softmax: rows that fit on chip are read once and written once."""
 
+import functools
 import math
 
 import jax.numpy as jnp
 
 from crescendo.pallas_kernels.op import op
+from crescendo.pallas_kernels.sharded import alike
+from crescendo.pallas_kernels.softmax import gradient
 
 MODULES = {
     name: f"crescendo.pallas_kernels.softmax.{name}"
@@ -12,7 +15,7 @@ MODULES = {
 }
 
 
-@op(MODULES)
+@op(MODULES, run=functools.partial(gradient.run, log=False))
 def softmax(x, axis=-1, *, scale=None, soft_cap=None, mask=None):
     r"""`exp(l) / sum(exp(l))` along an axis, computed in float32 at least.
 
@@ -47,7 +50,7 @@ def softmax(x, axis=-1, *, scale=None, soft_cap=None, mask=None):
     return _checked(x, axis, scale, soft_cap, mask)
 
 
-@op(MODULES)
+@op(MODULES, run=functools.partial(gradient.run, log=True))
 def log_softmax(x, axis=-1, *, scale=None, soft_cap=None, mask=None):
     """`log(softmax(x))`, exact where the softmax itself would underflow; -inf where an entry counts nothing.
 
@@ -77,6 +80,7 @@ def _checked(x, axis, scale, soft_cap, mask) -> dict:
             fits = False
         if not fits:
             raise ValueError(f"mask {list(mask.shape)} must broadcast to x {list(x.shape)}")
+    x, mask = alike(x, mask)
     scale = 1.0 if scale is None else float(scale)
     if scale <= 0:
         # What is -inf counts nothing, though times a negative number it would be the largest, and NaN times 0.

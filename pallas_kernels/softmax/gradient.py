@@ -1,55 +1,66 @@
-"""The gradient that the implementations share: of the results alone, and of x where a cap bends the logits.
+"""The derivative rule: of the results alone, and of x where a cap bends the logits.
 
 `dx = y (dy - m)`, where m is the mean of dy weighted by y: `sum(y dy) / sum(y)`. The results as stored are rounded, and
 add up to 1 only nearly: without the division, m would be off by as much, and drown the gradient of a row where one
 entry has nearly all of the weight (bfloat16, 300 logits of standard deviation 4: errors above 5% in one row of 100).
 
 An entry without weight has no gradient and gives none, whatever its x and dy are: what a mask hides may be NaN.
+
+Of `Passes`, `forward(call, x, mask or None)` gives `(y,)`, `backward(call, y, dy, x or None)` `(dx,)`, along the last
+axis; x is there where there is a soft cap. What XLA splits goes along `call.axis`.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from crescendo.pallas_kernels.rows import Passes
 
-@dataclasses.dataclass(frozen=True)
-class Options:
+
+class Call(NamedTuple):
     """What is fixed when a call is traced.
 
     Attributes:
-      forward: `(x, mask, options) -> y`.
-      backward: `(y, dy, x, options) -> dx`; x is None where there is no soft cap.
       log: whether y is a log-softmax.
+      axis, scale, soft_cap: see the op.
     """
 
-    forward: Callable
-    backward: Callable
     log: bool
     axis: int
     scale: float
     soft_cap: float | None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def differentiable(options: Options, x, mask):
-    """`forward` with `backward` as its gradient."""
-    return options.forward(x, mask, options)
+def run(kernels: Passes, x, axis: int, scale: float, soft_cap: float | None, mask, *, log: bool):
+    """The op by way of the passes."""
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, x.shape)
+    if kernels.split_by_xla:
+        return _softmax(kernels, Call(log, axis, scale, soft_cap), x, mask)
+    moved, mask = (None if a is None else jnp.moveaxis(jnp.atleast_2d(a), axis - x.ndim, -1) for a in (x, mask))
+    y = _softmax(kernels, Call(log, -1, scale, soft_cap), moved, mask)
+    return jnp.moveaxis(y.reshape(moved.shape[-x.ndim :]), -1, axis)
 
 
-def _forward(options: Options, x, mask):
-    y = options.forward(x, mask, options)
-    return y, (y, None if options.soft_cap is None else x)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _softmax(kernels: Passes, call: Call, x, mask):
+    return kernels.on_rows(functools.partial(kernels.forward, call), x, mask)(x, mask)[0]
 
 
-def _backward(options: Options, residuals, dy):
-    y, x = residuals
-    return options.backward(y, dy, x, options).astype(y.dtype), None
+def _forward(kernels: Passes, call: Call, x, mask):
+    y = kernels.on_rows(functools.partial(kernels.forward, call), x, mask)(x, mask)[0]
+    return y, (y, None if call.soft_cap is None else x)
 
 
-differentiable.defvjp(_forward, _backward)
+def _backward(kernels: Passes, call: Call, kept, dy):
+    y, x = kept
+    arrays = y, dy.astype(y.dtype), x
+    return kernels.on_rows(functools.partial(kernels.backward, call), *arrays)(*arrays)[0].astype(y.dtype), None
+
+
+_softmax.defvjp(_forward, _backward)
 
 
 def logits(x, scale: float, soft_cap: float | None):
@@ -59,17 +70,17 @@ def logits(x, scale: float, soft_cap: float | None):
     return (scaled if soft_cap is None else soft_cap * jnp.tanh(scaled / soft_cap)), x != -jnp.inf
 
 
-def of_rows(y, dy, x, options: Options, axis: int):
+def of_rows(y, dy, x, call: Call, axis: int):
     """The gradient of x along an axis of results y, in at least float32; x is None where there is no soft cap."""
     wide = jnp.promote_types(y.dtype, jnp.float32)
     y, total = y.astype(wide), functools.partial(jnp.sum, axis=axis, keepdims=True)
-    hidden = y == (-jnp.inf if options.log else 0)
+    hidden = y == (-jnp.inf if call.log else 0)
     dy = jnp.where(hidden, 0, dy.astype(wide))
-    dx = dy - jnp.exp(y) * total(dy) if options.log else y * (dy - weighted_mean(total(y * dy), total(y)))
-    if options.soft_cap is not None:
-        value, _ = logits(x, options.scale, options.soft_cap)
-        dx *= 1 - jnp.square(value / options.soft_cap)
-    return jnp.where(hidden, 0, dx * options.scale)
+    dx = dy - jnp.exp(y) * total(dy) if call.log else y * (dy - weighted_mean(total(y * dy), total(y)))
+    if call.soft_cap is not None:
+        value, _ = logits(x, call.scale, call.soft_cap)
+        dx *= 1 - jnp.square(value / call.soft_cap)
+    return jnp.where(hidden, 0, dx * call.scale)
 
 
 def weighted_mean(terms, weights):

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from crescendo.pallas_kernels import rows
 from crescendo.pallas_kernels.hopper import rows as hopper_rows
 from crescendo.pallas_kernels.op import Unsupported
-from crescendo.pallas_kernels.sharded import sharded
-from crescendo.pallas_kernels.softmax.gradient import Options, differentiable, weighted_mean
+from crescendo.pallas_kernels.softmax.gradient import Call, weighted_mean
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
@@ -18,85 +18,52 @@ LN2 = 0.6931471805599453
 HELD = 8192
 
 
-def softmax(x, *, axis, scale, soft_cap, mask):
+def softmax(x, *, axis, soft_cap, mask, **_):
     """See the op."""
-    return _call(x, axis, scale, soft_cap, mask, log=False)
-
-
-def log_softmax(x, *, axis, scale, soft_cap, mask):
-    """See the op."""
-    return _call(x, axis, scale, soft_cap, mask, log=True)
-
-
-def _call(x, axis, scale, soft_cap, mask, *, log: bool):
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise Unsupported(f"takes float32, bfloat16 and float16, not {x.dtype}")
-    if x.size == 0:
-        raise Unsupported(f"has nothing to do for x {list(x.shape)}")
+    rows.check(x)
     if mask is not None or soft_cap is not None:
         raise Unsupported("takes neither a mask nor a soft cap")
     hopper_rows.geometry(x.shape[axis], 2 * x.dtype.itemsize, shared=True)  # of the gradient, which reads two
-    options = Options(_forward, _backward, log, -1, scale, soft_cap)
-    return jnp.moveaxis(differentiable(options, jnp.moveaxis(x, axis, -1), None), -1, axis)
+    return rows.Passes(functools.partial(_walk, _Forward), functools.partial(_walk, _Backward))
 
 
-def _forward(x, mask, options: Options):
-    del mask
-    return _on_rows(_Forward(options), [x])
+log_softmax = softmax
 
 
-def _backward(y, dy, x, options: Options):
-    del x
-    return _on_rows(_Backward(options), [y, dy.astype(y.dtype)])
+def _walk(passes_of, call: Call, *arrays):
+    """Both passes over each row; the result is left in the last one's place."""
+    passes, arrays = passes_of(call), [array for array in arrays if array is not None]
+    (count, width), dtype, sources = arrays[0].shape, arrays[0].dtype, len(arrays)
+    how = hopper_rows.geometry(width, sources * dtype.itemsize, shared=True)
+    clusters = how.clusters(count)
+    shape = (count, how.parts, how.lines, hopper_rows.LANES)
+    out_types = [jax.ShapeDtypeStruct(shape, dtype)]
+    if how.parts > 1:
+        out_types.append(jax.ShapeDtypeStruct((count, 8, 2), jnp.float32))
 
-
-def _on_rows(passes, arrays):
-    """Both passes over each row, under any mesh that splits the rows; the result is left in the last one's place."""
-    shape = arrays[0].shape if arrays[0].ndim > 1 else (1, *arrays[0].shape)
-    leading = [f"r{i}" for i in range(len(shape) - 1)]
-    letters = " ".join([*leading, "c"])
-    sources = len(arrays)
-
-    def local(*parts):
-        dtype, width = parts[0].dtype, shape[-1]
-        how = hopper_rows.geometry(width, sources * dtype.itemsize, shared=True)
-        rows = [part.reshape(-1, how.parts, how.lines, hopper_rows.LANES) for part in parts]
-        clusters = how.clusters(len(rows[0]))
-        out_types = [jax.ShapeDtypeStruct(rows[0].shape, dtype)]
+    def body(*refs):
+        given, results, rest = refs[:sources], refs[sources : sources + len(out_types)], refs[sources + len(out_types) :]
+        slots, ready, *met = rest
+        cluster = lax.axis_index("row")
+        part = lax.axis_index("part") if how.parts > 1 else 0
+        rounds = (count - cluster + clusters - 1) // clusters
+        row_of = lambda n: (cluster + n * clusters, part)  # noqa: E731
+        streamed = rounds, row_of, given, {sources - 1: results[0]}, slots, ready
         if how.parts > 1:
-            out_types.append(jax.ShapeDtypeStruct((len(rows[0]), 8, 2), jnp.float32))
+            meeting = results[1].at[:, : how.parts], met[0]
+            hopper_rows.stream_parts(*streamed, meeting, lambda refs: passes.first(refs)[0], passes.second)
+        else:
+            hopper_rows.stream(*streamed, passes.both)
 
-        fixed = 2 + (how.parts > 1)  # slots and barriers
-
-        def body(*refs):
-            given, results, (slots, ready, *met) = (
-                refs[:sources],
-                refs[sources : sources + len(out_types)],
-                refs[-fixed:],
-            )
-            cluster = lax.axis_index("row")
-            part = lax.axis_index("part") if how.parts > 1 else 0
-            count = (len(rows[0]) - cluster + clusters - 1) // clusters
-            row_of = lambda n: (cluster + n * clusters, part)  # noqa: E731
-            streamed = count, row_of, given, {sources - 1: results[0]}, slots, ready
-            if how.parts > 1:
-                meeting = results[1].at[:, : how.parts], met[0]
-                hopper_rows.stream_parts(*streamed, meeting, lambda refs: passes.first(refs)[0], passes.second)
-            else:
-                hopper_rows.stream(*streamed, passes.both)
-
-        y = hopper_rows.call(body, rows, out_types, how, clusters, sources=sources, dtype=dtype)[0]
-        return (y.reshape(parts[0].shape),)
-
-    run = sharded(local, [letters] * sources, [letters], batch=leading)
-    return run(*(array.reshape(shape) for array in arrays))[0].reshape(arrays[0].shape)
+    arrays = [array.reshape(shape) for array in arrays]
+    return (hopper_rows.call(body, arrays, out_types, how, clusters, sources=sources, dtype=dtype)[0].reshape(count, width),)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Passes:
     """Two passes over a part of a row, and what the parts tell each other between them: two numbers."""
 
-    options: Options
+    call: Call
 
     def first(self, refs, keep=False):
         """`(numbers, what the second pass may use)`."""
@@ -135,14 +102,14 @@ class _Forward(_Passes):
         shift, factor = top + jnp.log2(total) * LN2, 1 / total
         for i, ref in enumerate(_pieces(refs[0])):
             logit = self._logits(ref) if held is None else held[0][i]()
-            if self.options.log:
+            if self.call.log:
                 y = logit - shift
             else:
                 y = (jnp.exp2((logit - top) * LOG2E) if held is None else held[1][i]()) * factor
             ref[...] = y.astype(ref.dtype)
 
     def _logits(self, ref):
-        return hopper_rows.load(ref, ref.dtype) * self.options.scale
+        return hopper_rows.load(ref, ref.dtype) * self.call.scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,18 +119,18 @@ class _Backward(_Passes):
     def first(self, refs, keep=False):
         terms = [_held(keep, self._terms, *pair) for pair in zip(*map(_pieces, refs), strict=True)]
         total = functools.partial(hopper_rows.total, jnp.sum, jnp.add)
-        if self.options.log:
+        if self.call.log:
             return [total([dy for _, dy in (term() for term in terms)]), 0.0], terms
         products = total([y * dy for y, dy in (term() for term in terms)])
         return [products, total([y for y, _ in (term() for term in terms)])], terms
 
     def second(self, refs, of_parts, held=None):
         total, weight = (functools.reduce(jnp.add, numbers) for numbers in zip(*of_parts, strict=True))
-        total = total if self.options.log else weighted_mean(total, weight)
+        total = total if self.call.log else weighted_mean(total, weight)
         for i, (y_ref, dy_ref) in enumerate(zip(*map(_pieces, refs), strict=True)):
             y, dy = self._terms(y_ref, dy_ref) if held is None else held[i]()
-            dx = dy - jnp.exp2(y * LOG2E) * total if self.options.log else y * (dy - total)
-            dx = jnp.where(self._hidden(y), 0.0, dx * self.options.scale)
+            dx = dy - jnp.exp2(y * LOG2E) * total if self.call.log else y * (dy - total)
+            dx = jnp.where(self._hidden(y), 0.0, dx * self.call.scale)
             dy_ref[...] = dx.astype(dy_ref.dtype)
 
     def _terms(self, y_ref, dy_ref):
@@ -171,7 +138,7 @@ class _Backward(_Passes):
         return y, jnp.where(self._hidden(y), 0.0, dy)
 
     def _hidden(self, y):
-        return y == (-jnp.inf if self.options.log else 0.0)
+        return y == (-jnp.inf if self.call.log else 0.0)
 
 
 def _pieces(ref):

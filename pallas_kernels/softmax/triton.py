@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from crescendo.pallas_kernels.op import Unsupported, target_device
-from crescendo.pallas_kernels.sharded import sharded
-from crescendo.pallas_kernels.softmax.gradient import Options, differentiable, weighted_mean
+from crescendo.pallas_kernels import rows
+from crescendo.pallas_kernels.op import require_gpu, target_device
+from crescendo.pallas_kernels.softmax.gradient import Call, weighted_mean
 from crescendo.pallas_kernels.triton_call import triton_call
 from crescendo.pallas_kernels.triton_rows import LOG2E, capped, meet, meeting, place
 
@@ -32,51 +32,14 @@ LN2_HIGH: tl.constexpr = tl.constexpr(0.693145751953125)
 LN2_LOW: tl.constexpr = tl.constexpr(1.42860682030941723212e-6)
 
 
-def softmax(x, *, axis, scale, soft_cap, mask):
+def softmax(x, **_):
     """See the op."""
-    return _call(x, axis, scale, soft_cap, mask, log=False)
+    rows.check(x)
+    require_gpu(8.0)
+    return rows.Passes(_forward, _backward)
 
 
-def log_softmax(x, *, axis, scale, soft_cap, mask):
-    """See the op."""
-    return _call(x, axis, scale, soft_cap, mask, log=True)
-
-
-def _call(x, axis, scale, soft_cap, mask, *, log: bool):
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise Unsupported(f"takes float32, bfloat16 and float16, not {x.dtype}")
-    if x.size == 0:
-        raise Unsupported(f"has nothing to do for x {list(x.shape)}")
-    if target_device().platform != "gpu":
-        raise Unsupported(f"needs an NVIDIA GPU, not {target_device()}")
-    options = Options(_forward, _backward, log, -1, scale, soft_cap)
-    if mask is not None:
-        mask = jnp.moveaxis(jnp.broadcast_to(mask, x.shape), axis, -1)
-    moved = jnp.moveaxis(x, axis, -1)
-    return jnp.moveaxis(differentiable(options, moved, mask), -1, axis)
-
-
-def _forward(x, mask, options: Options):
-    arrays = [x] if mask is None else [x, mask.astype(jnp.int8)]
-    return _on_rows(_forward_rows, arrays, options)
-
-
-def _backward(y, dy, x, options: Options):
-    return _on_rows(_backward_rows, [y, dy.astype(y.dtype)] if x is None else [y, dy.astype(y.dtype), x], options)
-
-
-def _on_rows(function, arrays, options: Options):
-    """`function(options, *arrays)` on `[rows, columns]`, under any mesh that splits the rows."""
-    shape = arrays[0].shape if arrays[0].ndim > 1 else (1, *arrays[0].shape)
-    leading = [f"r{i}" for i in range(len(shape) - 1)]
-    letters = " ".join([*leading, "c"])
-
-    def local(*parts):
-        rows = [part.reshape(-1, part.shape[-1]) for part in parts]
-        return (function(options, *rows).reshape(parts[0].shape),)
-
-    run = sharded(local, [letters] * len(arrays), [letters], batch=leading)
-    return run(*(array.reshape(shape) for array in arrays))[0].reshape(arrays[0].shape)
+log_softmax = softmax
 
 
 def _geometry(shape, passes: str) -> dict[str, Any]:
@@ -97,20 +60,20 @@ def _geometry(shape, passes: str) -> dict[str, Any]:
     return {"grid": grid, "num_warps": warps, **constants}
 
 
-def _forward_rows(options: Options, x, mask=None):
+def _forward(call: Call, x, mask):
     geometry = _geometry(x.shape, "forward")
     how: dict[str, Any] = {
-        "SCALE": options.scale,
-        "CAP": options.soft_cap or 0.0,
-        "LOG": options.log,
+        "SCALE": call.scale,
+        "CAP": call.soft_cap or 0.0,
+        "LOG": call.log,
         "MASKED": mask is not None,
     }
-    arrays = (x, x if mask is None else mask)
+    arrays = (x, x if mask is None else mask.astype(jnp.int8))
     y = jax.ShapeDtypeStruct(x.shape, x.dtype)
     if geometry["PARTS"] <= target_device().cores:
         left, how_met = meeting(geometry["ROWS"], geometry["PARTS"], 2, first=1)
         results = triton_call(*arrays, kernel=_forward_kernel, out_shape=[y, *left], **how_met, **geometry, **how)
-        return results[0]
+        return results[:1]
     rows, parts = geometry["ROWS"], geometry["PARTS"]
     long = {k: v for k, v in geometry.items() if k != "TOGETHER"}
     shape = jax.ShapeDtypeStruct((rows, parts, 2), jnp.float32)
@@ -120,24 +83,24 @@ def _forward_rows(options: Options, x, mask=None):
     exponent = jnp.max(exponents, axis=1)
     mantissa = jnp.sum(mantissas * jnp.exp2(exponents - exponent[:, None]), axis=1)
     totals = jnp.stack([mantissa, exponent], axis=1)
-    return triton_call(*arrays, totals, kernel=_scale_kernel, out_shape=[y], **long, **how)[0]
+    return triton_call(*arrays, totals, kernel=_scale_kernel, out_shape=[y], **long, **how)
 
 
-def _backward_rows(options: Options, y, dy, x=None):
+def _backward(call: Call, y, dy, x):
     geometry = _geometry(y.shape, "backward")
-    how: dict[str, Any] = {"SCALE": options.scale, "CAP": options.soft_cap or 0.0, "LOG": options.log}
+    how: dict[str, Any] = {"SCALE": call.scale, "CAP": call.soft_cap or 0.0, "LOG": call.log}
     arrays = (y, dy, y if x is None else x)
     dx = jax.ShapeDtypeStruct(y.shape, y.dtype)
     if geometry["PARTS"] <= target_device().cores:
         left, how_met = meeting(geometry["ROWS"], geometry["PARTS"], 2, first=1)
         results = triton_call(*arrays, kernel=_backward_kernel, out_shape=[dx, *left], **how_met, **geometry, **how)
-        return results[0]
+        return results[:1]
     long = {k: v for k, v in geometry.items() if k != "TOGETHER"}
     shape = jax.ShapeDtypeStruct((geometry["ROWS"], geometry["PARTS"], 2), jnp.float32)
-    (sums,) = triton_call(*arrays[:2], kernel=_sums_kernel, out_shape=[shape], **long, LOG=options.log)
+    (sums,) = triton_call(*arrays[:2], kernel=_sums_kernel, out_shape=[shape], **long, LOG=call.log)
     terms, weights = jnp.unstack(jnp.sum(sums, axis=1), axis=1)
-    total = terms if options.log else weighted_mean(terms, weights)
-    return triton_call(*arrays, total, kernel=_gradient_kernel, out_shape=[dx], **long, **how)[0]
+    total = terms if call.log else weighted_mean(terms, weights)
+    return triton_call(*arrays, total, kernel=_gradient_kernel, out_shape=[dx], **long, **how)
 
 
 @triton.jit

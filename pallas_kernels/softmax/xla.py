@@ -2,34 +2,36 @@
 
 import jax.numpy as jnp
 
-from crescendo.pallas_kernels.softmax.gradient import Options, differentiable, logits, of_rows
+from crescendo.pallas_kernels.rows import Passes
+from crescendo.pallas_kernels.softmax.gradient import Call, logits, of_rows
 
 
-def softmax(x, *, axis, scale, soft_cap, mask):
+def softmax(**_):
     """See the op."""
-    return differentiable(Options(forward, backward, False, axis, scale, soft_cap), x, mask)
+    return KERNELS
 
 
-def log_softmax(x, *, axis, scale, soft_cap, mask):
-    """See the op."""
-    return differentiable(Options(forward, backward, True, axis, scale, soft_cap), x, mask)
+log_softmax = softmax
 
 
-def forward(x, mask, options: Options):
+def forward(call: Call, x, mask):
     """The results."""
     if x.size == 0:
-        return x
-    value, seen = logits(x, options.scale, options.soft_cap)
+        return (x,)
+    value, seen = logits(x, call.scale, call.soft_cap)
     seen = seen if mask is None else seen & mask
     value = jnp.where(seen, value, -jnp.inf)
-    top = jnp.max(value, axis=options.axis, keepdims=True)
+    top = jnp.max(value, axis=call.axis, keepdims=True)
     shifted = value - jnp.where(top == -jnp.inf, 0, top)
     exponentials = jnp.exp(shifted)
-    total = jnp.sum(exponentials, axis=options.axis, keepdims=True)
+    total = jnp.sum(exponentials, axis=call.axis, keepdims=True)
     total = jnp.where(total == 0, 1, total)
-    return (shifted - jnp.log(total) if options.log else exponentials / total).astype(x.dtype)
+    return ((shifted - jnp.log(total) if call.log else exponentials / total).astype(x.dtype),)
 
 
-def backward(y, dy, x, options: Options):
+def backward(call: Call, y, dy, x):
     """The gradient of x."""
-    return of_rows(y, dy, x, options, options.axis)
+    return (of_rows(y, dy, x, call, call.axis),)
+
+
+KERNELS = Passes(forward, backward, split_by_xla=True)

@@ -3,13 +3,15 @@
 import jax.numpy as jnp
 
 from crescendo.pallas_kernels.op import op
+from crescendo.pallas_kernels.sharded import alike
+from crescendo.pallas_kernels.swiglu import gradient
 
 # XLA first: its own fusion reaches the memory's bandwidth, and it can put the product into a neighbour's
 # (docs/results/row_kernels.md).
 ORDER = ("xla", "triton", "mosaic_gpu", "reference")
 
 
-@op({name: f"crescendo.pallas_kernels.swiglu.{name}" for name in ORDER})
+@op({name: f"crescendo.pallas_kernels.swiglu.{name}" for name in ORDER}, run=gradient.run)
 def swiglu(gate, up):
     r"""`silu(gate) up`, entry by entry, computed in float32 at least and rounded once.
 
@@ -42,4 +44,5 @@ def swiglu(gate, up):
         raise ValueError(f"gate {list(gate.shape)} and up {list(up.shape)} must have one shape")
     if gate.dtype != up.dtype:
         raise TypeError(f"gate {gate.dtype} and up {up.dtype} must have one dtype: cast them first")
+    gate, up = alike(gate, up)
     return {"gate": gate, "up": up}

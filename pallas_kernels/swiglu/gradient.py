@@ -1,14 +1,13 @@
-"""What the implementations share: the formulas of one entry, the derivative rule, and each device's own part."""
+"""The formulas of one entry, and the derivative rule.
 
-import dataclasses
+Of `Passes`, `forward(gate, up)` gives `(y,)` and `backward(gate, up, dy)` `(dgate, dup)`, on arrays of one shape.
+"""
+
 import functools
-from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
-from crescendo.pallas_kernels.op import Unsupported
-from crescendo.pallas_kernels.sharded import sharded
+from crescendo.pallas_kernels.rows import Passes
 
 
 def product(gate, up):
@@ -23,51 +22,25 @@ def gradients(gate, up, dy):
     return dy * up * (sigmoid + silu * (1 - sigmoid)), dy * silu
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernels:
-    """The passes of one implementation, on arrays of one shape and dtype.
-
-    Attributes:
-      forward: `(gate, up) -> y`.
-      backward: `(gate, up, dy) -> (dgate, dup)`.
-    """
-
-    forward: Callable
-    backward: Callable
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def differentiable(kernels: Kernels, gate, up):
-    """`kernels.forward` with `kernels.backward` as its gradient."""
-    return kernels.forward(gate, up)
+def run(kernels: Passes, gate, up):
+    """The op by way of the passes."""
+    return _on_entries(kernels, kernels.forward, 2, 1, gate)(gate, up)[0]
 
 
-def _forward(kernels: Kernels, gate, up):
-    return kernels.forward(gate, up), (gate, up)
+def _forward(kernels: Passes, gate, up):
+    return _on_entries(kernels, kernels.forward, 2, 1, gate)(gate, up)[0], (gate, up)
 
 
-def _backward(kernels: Kernels, kept, dy):
-    return kernels.backward(*kept, dy.astype(kept[0].dtype))
+def _backward(kernels: Passes, kept, dy):
+    gate, up = kept
+    return _on_entries(kernels, kernels.backward, 3, 2, gate)(gate, up, dy.astype(gate.dtype))
 
 
-differentiable.defvjp(_forward, _backward)
+run.defvjp(_forward, _backward)
 
 
-def everywhere(function: Callable, results: int, *arrays):
-    """`function` of arrays of one shape, entry by entry, on each device's own part.
-
-    Args:
-      function: takes such parts, of any shape, and returns a tuple of `results` of their shape.
-      results: how many.
-      arrays: at least one axis, and not empty.
-    """
-    letters = " ".join(f"d{i}" for i in range(arrays[0].ndim))
-    return sharded(function, [letters] * len(arrays), [letters] * results, batch=letters.split())(*arrays)
-
-
-def check(array, *dtypes) -> None:
-    """That a kernel can take an array; raises `Unsupported`."""
-    if array.dtype not in dtypes:
-        raise Unsupported(f"takes {', '.join(jnp.dtype(dtype).name for dtype in dtypes)}, not {array.dtype}")
-    if array.size == 0 or array.ndim == 0:
-        raise Unsupported(f"has nothing to do for an array {list(array.shape)}")
+def _on_entries(kernels: Passes, function, arrays: int, results: int, like):
+    """A pass that every axis may be split for."""
+    letters = [f"d{i}" for i in range(like.ndim)]
+    return kernels.on_parts(function, [" ".join(letters)] * arrays, [" ".join(letters)] * results, letters)

@@ -1,19 +1,14 @@
 """Pallas for Hopper: arrays stream through shared memory (`hopper.rows`), cut into rows of one length."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from crescendo.pallas_kernels.hopper import rows
 from crescendo.pallas_kernels.op import Unsupported, require_gpu
-from crescendo.pallas_kernels.swiglu.gradient import (
-    Kernels,
-    check,
-    differentiable,
-    everywhere,
-    gradients,
-    product,
-)
+from crescendo.pallas_kernels.rows import Passes, check
+from crescendo.pallas_kernels.swiglu.gradient import gradients, product
 
 # Of a row: the longest that divides the array.
 LENGTHS = tuple(2**n for n in range(12, 6, -1))
@@ -21,24 +16,16 @@ LENGTHS = tuple(2**n for n in range(12, 6, -1))
 
 def swiglu(gate, up):
     """See the op."""
+    del up
     require_gpu(9.0, below=10.0)
-    check(gate, jnp.float32, jnp.bfloat16, jnp.float16)
+    check(gate)
     if gate.size % rows.LANES:
         raise Unsupported(f"needs a multiple of {rows.LANES} entries, not {gate.size:,}")
-    return differentiable(KERNELS, gate, up)
+    return Passes(functools.partial(_stream, _product, 1), functools.partial(_stream, gradients, 2))
 
 
-def forward(gate, up):
-    """The results."""
-    return everywhere(lambda *arrays: _stream(lambda *entries: (product(*entries),), 1, *arrays), 1, gate, up)[0]
-
-
-def backward(gate, up, dy):
-    """`(dgate, dup)`."""
-    return everywhere(lambda *arrays: _stream(gradients, 2, *arrays), 2, gate, up, dy)
-
-
-KERNELS = Kernels(forward, backward)
+def _product(*entries):
+    return (product(*entries),)
 
 
 def _stream(function, results: int, *arrays):

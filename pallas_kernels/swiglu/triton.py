@@ -1,12 +1,13 @@
 """jax-triton, Ampere and later: every activation is read once and written once, forward and backward."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from crescendo.pallas_kernels.op import Unsupported, target_device
-from crescendo.pallas_kernels.swiglu.gradient import Kernels, check, differentiable, everywhere
+from crescendo.pallas_kernels.op import require_gpu
+from crescendo.pallas_kernels.rows import Passes, check
 from crescendo.pallas_kernels.triton_call import triton_call
 
 BLOCK = 2048  # entries of a program
@@ -15,23 +16,10 @@ WARPS = 8
 
 def swiglu(gate, up):
     """See the op."""
-    if target_device().platform != "gpu":
-        raise Unsupported(f"needs an NVIDIA GPU, not {target_device()}")
-    check(gate, jnp.float32, jnp.bfloat16, jnp.float16)
-    return differentiable(KERNELS, gate, up)
-
-
-def forward(gate, up):
-    """The results."""
-    return everywhere(lambda *arrays: _call(_forward, 1, *arrays), 1, gate, up)[0]
-
-
-def backward(gate, up, dy):
-    """`(dgate, dup)`."""
-    return everywhere(lambda *arrays: _call(_backward, 2, *arrays), 2, gate, up, dy)
-
-
-KERNELS = Kernels(forward, backward)
+    del up
+    check(gate)
+    require_gpu(8.0)
+    return Passes(functools.partial(_call, _forward, 1), functools.partial(_call, _backward, 2))
 
 
 def _call(kernel, results: int, *arrays):

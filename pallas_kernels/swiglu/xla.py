@@ -2,17 +2,18 @@
 
 import jax.numpy as jnp
 
-from crescendo.pallas_kernels.swiglu.gradient import Kernels, differentiable, gradients, product
+from crescendo.pallas_kernels.rows import Passes
+from crescendo.pallas_kernels.swiglu.gradient import gradients, product
 
 
-def swiglu(gate, up):
+def swiglu(**_):
     """See the op."""
-    return differentiable(KERNELS, gate, up)
+    return KERNELS
 
 
 def forward(gate, up):
-    """The results."""
-    return product(*_wide(gate, up)).astype(gate.dtype)
+    """`(y,)`."""
+    return (product(*_wide(gate, up)).astype(gate.dtype),)
 
 
 def backward(gate, up, dy):
@@ -25,4 +26,4 @@ def _wide(*arrays):
     return (array.astype(wide) for array in arrays)
 
 
-KERNELS = Kernels(forward, backward)
+KERNELS = Passes(forward, backward, split_by_xla=True)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from crescendo import parallel
 from crescendo.models.attention import packed_attention
-from crescendo.pallas_kernels.attention import attention, checking
+from crescendo.pallas_kernels.attention import attention, checking, contract
 from crescendo.pallas_kernels.attention.blocks import FusedBlockAttention
 from crescendo.pallas_kernels.attention.specs import SPECS
 from crescendo.pallas_kernels.op import target
@@ -185,7 +185,7 @@ def test_triton_kernels_interpreted(spec, monkeypatch):
     stand_in = importlib.util.module_from_spec(found)
     found.loader.exec_module(stand_in)
     monkeypatch.setattr(kernels, "triton_call", stand_in.triton_call)
-    monkeypatch.setattr(kernels, "per_device", lambda pair: pair)
+    monkeypatch.setattr(contract, "sharded", lambda function, *_, **__: function)
     # The interpreter takes bfloat16 for integers, and the kernels take no float32.
     seed = int(np.random.default_rng().integers(2**31))
     given, cotangents = checking.case(spec, seed, jnp.float16), checking.cotangents(spec, seed)

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice
 
-from crescendo.pallas_kernels.attention import attention, checking, hopper
+from crescendo.pallas_kernels.attention import attention, checking, contract
 from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges, positions, visible
 from crescendo.pallas_kernels.attention.hopper import backward, scores
 from crescendo.pallas_kernels.attention.hopper.tiling import Schedule
@@ -273,7 +273,7 @@ IN_MINUTES = (
 
 @pytest.mark.parametrize("name", ["packed", *(pytest.param(name, marks=pytest.mark.slow) for name in IN_MINUTES)])
 def test_hopper_kernels_are_right_and_free_of_races(name, interpreted, monkeypatch):
-    monkeypatch.setattr(hopper, "per_device", lambda kernels: kernels)
+    monkeypatch.setattr(contract, "sharded", lambda function, *_, **__: function)
     monkeypatch.setattr(scores, "USUAL_BYTES", 1)  # so that each key head is a part
     with interpreted():
         compare("mosaic_gpu", BY_NAME[name], None, 1e-2)

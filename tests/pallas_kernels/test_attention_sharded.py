@@ -1,6 +1,6 @@
 """Attention under a mesh of eight devices, `vmap` and `remat`: equal to one device's, and nothing is gathered.
 
-Kernels that XLA can't split go through `per_device`; here the chunked implementation stands in for them.
+Kernels that XLA can't split go through `sharded`; here the chunked implementation stands in for them.
 """
 
 import functools
@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from crescendo.pallas_kernels.attention import attention, checking, xla
-from crescendo.pallas_kernels.attention.contract import Kernels, per_device
+from crescendo.pallas_kernels.attention.contract import Kernels
 from crescendo.pallas_kernels.attention.specs import spec
 
 HEADS = P("data", None, "model")
@@ -47,7 +47,7 @@ def who(request, monkeypatch):
     """XLA's own partitioning, and that of kernels."""
     if request.param == "kernels":
         pair = Kernels(xla.forward, backward, adds_out=True)
-        monkeypatch.setattr(xla, "kernels", lambda config, operands: per_device(pair))
+        monkeypatch.setattr(xla, "attention", lambda config, operands: pair)
     return request.param
 
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, per_device
+from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands
 from crescendo.pallas_kernels.attention.hopper import backward, forward
 from crescendo.pallas_kernels.op import Unsupported, require_gpu
 
@@ -19,8 +19,8 @@ def check(operands: Operands) -> None:
         raise Unsupported(f"needs a head width of at most 256, not {width}")
 
 
-def kernels(config: Config, operands: Operands) -> Kernels:
-    """The two passes, of every device its own part."""
+def attention(config: Config, operands: Operands) -> Kernels:
+    """The two passes."""
     del config  # any will do
     check(operands)
-    return per_device(Kernels(forward.forward, backward.backward, adds_out=True))
+    return Kernels(forward.forward, backward.backward, adds_out=True)

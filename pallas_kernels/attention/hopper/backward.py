@@ -15,11 +15,12 @@ from jax.experimental import pallas as pl
 
 from crescendo.pallas_kernels.attention.contract import Config, Operands, dout_out
 from crescendo.pallas_kernels.attention.hopper import scores, tiling
-from crescendo.pallas_kernels.attention.hopper.key_gradients import KeyGradients
+from crescendo.pallas_kernels.attention.hopper.key_gradients import KeyGradients, compute
 from crescendo.pallas_kernels.attention.hopper.masks import LOG2_E
 from crescendo.pallas_kernels.attention.hopper.query_gradients import QueryGradients
 from crescendo.pallas_kernels.attention.hopper.tiles import BackwardTile, default_tiles
 from crescendo.pallas_kernels.attention.tiles import tuned
+from crescendo.pallas_kernels.sharded import results_of
 
 
 def backward(
@@ -34,13 +35,40 @@ def backward(
     """The gradients of q, k and v (and None for the bias, which these kernels don't take).
 
     `tiles` are of the kernel for k and v and of that for q: where the latter is a `ScoresTile`, it takes the gradients
-    of the scores from the former.
+    of the scores from the former: part after part that kernel leaves them, and dq is made.
     """
     keys_tile, queries_tile = tiles or tuned_tiles(config, operands)
-    rows = lse, dout, delta, out
-    if isinstance(queries_tile, scores.ScoresTile):
-        return *_from_scores(config, operands, *rows, keys_tile, queries_tile), None
-    return *_in_two_passes(config, operands, *rows, keys_tile, queries_tile), None
+    if not isinstance(queries_tile, scores.ScoresTile):
+        return *_in_two_passes(config, operands, lse, dout, delta, out, keys_tile, queries_tile), None
+    parts = scores.parts_for(config, operands, keys_tile)
+    assert parts is not None, "such a tile is for calls that keep the gradients of their scores"
+    _, length, keys, heads, kv_heads, width = operands.dims
+    if out is not None:
+        delta = dout_out(dout, out) if delta is None else delta + dout_out(dout, out)
+    paired = tiling.in_pairs(config, keys_tile, keys, keys_tile.rows)
+    queries_paired = tiling.in_pairs(config, queries_tile, length, queries_tile.rows)
+    block_q = math.lcm(keys_tile.block, queries_tile.rows * (2 if queries_paired else 1))
+    blocked, like_q, of_queries = _in_blocks(operands, block_q, keys_tile.rows * (2 if paired else 1))
+    # exp(score - inf) = 0: rows that see nothing, and rows of padding, take no part.
+    lse = jnp.where(lse > -jnp.inf, lse * LOG2_E, jnp.inf)
+    call = KeyGradients(config, keys_tile, blocked, (length, keys), paired, parts=parts)
+    rows = {"dout": like_q(dout), "lse": of_queries(lse, jnp.inf), "delta": of_queries(delta, 0)}
+    stored = (jax.ShapeDtypeStruct(parts.store.shape, call.dtype),)
+
+    def every_part(gradients):
+        dq, dk, dv = gradients
+
+        def one_part(index, _):
+            first = jnp.full((1,), index * parts.units, jnp.int32)
+            (dscores,) = call.run(compute, call.arrays(operands, first=first, **rows), stored, (dk, dv))
+            first = first * (heads // kv_heads)
+            scores.gradient_of_q(config, blocked.k, dscores, first, dq, parts.store, queries_tile, queries_paired)
+
+        lax.fori_loop(0, parts.count, one_part, None)
+
+    made = pl.run_state(every_part)(tuple(lax.empty(array.shape, array.dtype) for array in blocked[:3]))
+    dq, dk, dv = results_of(operands, made)
+    return dq[:, :length, :, :width], dk[:, :keys, :, :width], dv[:, :keys, :, :width], None
 
 
 def tuned_tiles(config: Config, operands: Operands) -> tuple[BackwardTile, BackwardTile | scores.ScoresTile]:
@@ -66,37 +94,6 @@ def _in_blocks(operands: Operands, block_q: int, block_k: int):
         return None if numbers is None else jnp.pad(numbers[..., :length], more, constant_values=value)
 
     return blocked, like_q, of_queries
-
-
-def _from_scores(config, operands: Operands, lse, dout, delta, out, keys_tile, queries_tile):
-    """Part after part: the kernel for k and v leaves the gradients of the scores, from which that of q is made."""
-    parts = scores.parts_for(config, operands, keys_tile)
-    assert parts is not None, "such a tile is for calls that keep the gradients of their scores"
-    _, length, keys, heads, kv_heads, width = operands.dims
-    if out is not None:
-        delta = dout_out(dout, out) if delta is None else delta + dout_out(dout, out)
-    paired = tiling.in_pairs(config, keys_tile, keys, keys_tile.rows)
-    queries_paired = tiling.in_pairs(config, queries_tile, length, queries_tile.rows)
-    block_q = math.lcm(keys_tile.block, queries_tile.rows * (2 if queries_paired else 1))
-    blocked, like_q, of_queries = _in_blocks(operands, block_q, keys_tile.rows * (2 if paired else 1))
-    # exp(score - inf) = 0: rows that see nothing, and rows of padding, take no part.
-    lse = jnp.where(lse > -jnp.inf, lse * LOG2_E, jnp.inf)
-    call = KeyGradients(config, keys_tile, blocked, (length, keys), paired, parts=parts)
-    rows = {"dout": like_q(dout), "lse": of_queries(lse, jnp.inf), "delta": of_queries(delta, 0)}
-
-    def every_part(gradients):
-        dq, dk, dv = gradients
-
-        def one_part(index, _):
-            first = jnp.full((1,), index * parts.units, jnp.int32)
-            dscores = call.of_part(operands, first, (dk, dv), **rows)
-            first = first * (heads // kv_heads)
-            scores.gradient_of_q(config, blocked.k, dscores, first, dq, parts.store, queries_tile, queries_paired)
-
-        lax.fori_loop(0, parts.count, one_part, None)
-
-    dq, dk, dv = pl.run_state(every_part)(tuple(lax.empty(array.shape, array.dtype) for array in blocked[:3]))
-    return dq[:, :length, :, :width], dk[:, :keys, :, :width], dv[:, :keys, :, :width]
 
 
 def _in_two_passes(config, operands: Operands, lse, dout, delta, out, keys_tile, queries_tile):

@@ -62,16 +62,7 @@ class KeyGradients(OverQueries):
     def gradients(self, operands: Operands, **rows) -> tuple[jax.Array, ...]:
         """Those that are wanted; `rows` are `dout`, `lse` and `delta` of `Arrays`."""
         out = jax.ShapeDtypeStruct(self.operands.k.shape, self.dtype)
-        return tuple(self.run(_compute, self.arrays(operands, **rows), (out,) * len(self.wanted)))
-
-    def of_part(self, operands: Operands, first, results, **rows) -> jax.Array:
-        """The gradients of the scores of a part (`scores.Store`); those of k and v go to the references `results`.
-
-        `first` is int32 `[1]`, the part's first unit, counted over the batch.
-        """
-        assert self.parts is not None
-        out = jax.ShapeDtypeStruct(self.parts.store.shape, self.dtype)
-        return self.run(_compute, self.arrays(operands, first=first, **rows), (out,), results)[0]
+        return tuple(self.run(compute, self.arrays(operands, **rows), (out,) * len(self.wanted)))
 
 
 class _Carry(NamedTuple):
@@ -82,7 +73,7 @@ class _Carry(NamedTuple):
     old: Any
 
 
-def _compute(call: KeyGradients, refs: Refs, consumer, at: Place, step):
+def compute(call: KeyGradients, refs: Refs, consumer, at: Place, step):
     """A consumer's 64 keys of a tile."""
     (lo, full_lo, full_hi, hi), shape = at.blocks, (ROWS, call.width)
     rows = pl.ds(at.start + consumer * ROWS, ROWS)

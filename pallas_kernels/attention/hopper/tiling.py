@@ -21,6 +21,7 @@ from crescendo.pallas_kernels.hopper.block import launch, warpgroups
 from crescendo.pallas_kernels.hopper.memory import ROWS
 from crescendo.pallas_kernels.hopper.ring import Part, Ring, Slots, Turns
 from crescendo.pallas_kernels.op import target_device
+from crescendo.pallas_kernels.sharded import results_of
 
 
 def padded(operands: Operands, block_q: int, block_k: int) -> Operands:
@@ -339,7 +340,7 @@ class Call:
             scratch=self.scratch,
             out_type=out_type,
         )
-        return kernel(arrays, tuple(written))
+        return results_of(arrays, kernel(arrays, tuple(written)))
 
 
 class OverKeys(Call):

@@ -1,0 +1,160 @@
+"""From an op to the launch of a kernel: how many calls there are, and that `jax.shard_map` may check the way."""
+
+import functools
+import importlib.util
+import inspect
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
+
+from crescendo import pallas_kernels
+from crescendo.pallas_kernels import attention, linear_cross_entropy, qk_norm_rotary, rms_norm, softmax, swiglu
+from crescendo.pallas_kernels.op import target
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+ROWS, SHARED = PartitionSpec("data"), PartitionSpec()
+DEVICES = {
+    "mosaic_gpu": AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"),
+    "mosaic_tpu": AbstractDevice("TPU v5e", 1, "tpu"),
+}
+DEVICES["triton"] = DEVICES["mosaic_gpu"]
+HERE = Path(pallas_kernels.__file__).resolve().parent
+
+
+def norm(x, residual, scale, probe, **options):
+    return rms_norm(x, scale, eps=1e-5, residual=residual, probe=probe, **options)
+
+
+def loss(x, w, weights, **options):
+    labels = jnp.arange(x.shape[0]) % 4  # the same for the rows of either device
+    return linear_cross_entropy(x, w, labels, weights=weights, return_lse=True, **options)
+
+
+def attend(q, k, v, bias, **options):
+    return attention(q, k, v, causal=True, bias=bias, return_lse=True, **options)
+
+
+# A function of an op, its arrays' shapes, None for an argument that isn't there, and where a mesh has them.
+CALLS = {
+    "attention": (attend, ((4, 96, 4, 64), *[(4, 96, 2, 64)] * 2, None), (ROWS,) * 4, attention),
+    "scores kept": (attend, ((2, 256, 2, 128),) * 3 + (None,), (ROWS,) * 4, attention),
+    "bias": (attend, ((4, 96, 4, 64), *[(4, 96, 2, 64)] * 2, (1, 4, 96, 96)), (*(ROWS,) * 3, SHARED), attention),
+    "rms_norm": (norm, ((4, 6, 256), None, (256,), None), (ROWS, ROWS, SHARED, ROWS), rms_norm),
+    "residual": (norm, ((4, 6, 256), (4, 6, 256), (256,), (4,)), (ROWS, ROWS, SHARED, ROWS), rms_norm),
+    "rotary": (
+        functools.partial(qk_norm_rotary, eps=1e-5),
+        ((4, 6, 2, 16), (4, 6, 1, 16), (16,), (16,), (4, 6, 8), (1, 6, 8)),
+        (ROWS, ROWS, SHARED, SHARED, ROWS, SHARED),
+        qk_norm_rotary,
+    ),
+    "softmax": (softmax, ((4, 512),), (ROWS,), softmax),
+    "swiglu": (swiglu, ((4, 256),) * 2, (ROWS, ROWS), swiglu),
+    "loss": (loss, ((8, 256), (128, 256), (8,)), (ROWS, SHARED, ROWS), linear_cross_entropy),
+}
+
+
+def on_device(implementation: str):
+    return [
+        pytest.param(name, other, id=f"{name} {other}", marks=marks(other))
+        for name, (*_, op) in CALLS.items()
+        for other in op.implementations
+        if other in implementation and not (name == "bias" and other == "mosaic_gpu")
+        and not (name == "rotary" and other == "mosaic_tpu")
+    ]
+
+
+def marks(implementation: str):
+    missing = pytest.mark.skipif(not importlib.util.find_spec("jax_triton"), reason="needs Triton")
+    return (pytest.mark.aot, missing) if implementation == "triton" else ()
+
+
+def gradient_of_a_sum(call, implementation, *arrays):
+    """The sum of all results, arrays by their sines, and its gradients."""
+
+    def total(*arrays):
+        results = [y.astype(jnp.float32) for y in jax.tree.leaves(call(*arrays, implementation=implementation))]
+        return sum(jnp.sum(jnp.sin(y)) if y.ndim else y for y in results)
+
+    given = tuple(i for i, array in enumerate(arrays) if array is not None)
+    return jax.value_and_grad(total, given)(*arrays)
+
+
+def traced(function, implementation: str, call, shapes, places, dtype=jnp.bfloat16):
+    """The function of a call, traced for a device of a checked mesh of two."""
+    device, mesh_of = DEVICES[implementation], {"axis_types": (AxisType.Auto,), "abstract_device": DEVICES[implementation]}
+    mesh = AbstractMesh((2,), ("data",), **mesh_of)
+    arrays = [None if shape is None else jax.ShapeDtypeStruct(shape, dtype if math.prod(shape) > 512 else jnp.float32) for shape in shapes]
+
+    def part(*arrays):
+        results = jax.tree.leaves(function(call, implementation, *arrays))
+        return sum(jax.lax.psum(jnp.sum(y.astype(jnp.float32)), "data") for y in results)
+
+    run = jax.shard_map(part, mesh=mesh, in_specs=tuple(places), out_specs=SHARED)
+    with target(device), jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(run).trace(*arrays).jaxpr
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Of each launch of a kernel our own functions between whoever called the op and the one that launches it."""
+    found: list[list[str]] = []
+
+    def spied(launch):
+        def launching(*args, **kwargs):
+            ours = [frame for frame in inspect.stack(0) if HERE in Path(frame.filename).resolve().parents]
+            found.append([f"{Path(frame.filename).stem}.{frame.function}" for frame in ours][:0:-1])
+            return launch(*args, **kwargs)
+
+        return launching
+
+    monkeypatch.setattr(pl, "pallas_call", spied(pl.pallas_call))
+    monkeypatch.setattr(plgpu, "kernel", spied(plgpu.kernel))
+    if importlib.util.find_spec("jax_triton"):
+        module = importlib.import_module("jax_triton")
+        monkeypatch.setattr(module, "triton_call", spied(module.triton_call))
+    return found
+
+
+def without_gradient(call, implementation, *arrays):
+    return call(*arrays, implementation=implementation)
+
+
+@pytest.mark.parametrize(("name", "implementation"), on_device(DEVICES))
+@pytest.mark.parametrize("function", [without_gradient, gradient_of_a_sum], ids=["forward", "gradient"])
+def test_a_checked_mesh_and_six_calls_to_the_kernel(name, implementation, function, ways):
+    call, shapes, places, _ = CALLS[name]
+    traced(function, implementation, call, shapes, places)
+    assert ways
+    for way in ways:
+        # A loss that is too large for the quick pass is worked on again, in a loop around what the quick pass does.
+        again = way.count("chunked._over_chunks") - 1 if "chunked._over_chunks" in way else 0
+        assert 2 <= len(way) <= 6 + 2 * again, way
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "scores kept"])
+def test_a_checked_mesh_changes_neither_results_nor_gradients(name, implementation):
+    """Gradients are taken inside: those of an array that devices share are sums over them, and say so."""
+    call, shapes, places, _ = CALLS[name]
+    random = np.random.default_rng()
+    arrays = [None if shape is None else jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    of_gradients = tuple(place for place, array in zip(places, arrays, strict=True) if array is not None)
+
+    def part(*arrays):
+        total, gradients = gradient_of_a_sum(call, implementation, *arrays)
+        return jax.lax.psum(total, "data"), gradients
+
+    run = jax.shard_map(part, mesh=mesh, in_specs=tuple(places), out_specs=(SHARED, of_gradients))
+    found = jax.jit(run)(*arrays)
+    expected = jax.jit(functools.partial(gradient_of_a_sum, call, "reference"))(*arrays)
+    for ours, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        # Both round sums of float32, in another order.
+        assert jnp.linalg.norm((ours - right).ravel()) <= 1e-4 * max(1.0, jnp.linalg.norm(right.ravel()))
