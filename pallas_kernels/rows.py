@@ -40,7 +40,9 @@ class Passes(Kernels):
     backward: Callable[..., tuple]
     split_by_xla: bool = False
 
-    def on_parts(self, function: Callable[..., tuple], inputs: Sequence[Any], outputs: Sequence[str], batch: Sequence[str]):
+    def on_parts(
+        self, function: Callable[..., tuple], inputs: Sequence[Any], outputs: Sequence[str], batch: Sequence[str]
+    ):
         """A pass on each device's own part, from the letters of its dimensions (`sharded`)."""
         return function if self.split_by_xla else sharded(function, inputs, outputs, batch=batch)
 

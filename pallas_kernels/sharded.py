@@ -56,12 +56,13 @@ def sharded(
     (5, 2, 3)
     """
     outputs = tuple(outputs) if isinstance(outputs, list) else outputs
-    names = _Names(*(tuple(tuple(array.split()) for array in jax.tree.leaves(tree)) for tree in (inputs, outputs)), batch)
+    of_inputs, of_outputs = (tuple(tuple(a.split()) for a in jax.tree.leaves(tree)) for tree in (inputs, outputs))
+    names = _Names(of_inputs, of_outputs, batch)
     first, structure, device = names.inputs[0][0], jax.tree.structure(outputs), target_device()
-    leading = {letters[0] for letters in (names.inputs[0], *names.outputs)}
-    if not reduces and (len(leading) != 1 or not leading <= set(batch)):
+    leading = {letters[:1] for letters in (names.inputs[0], *names.outputs)}
+    if not reduces and leading != {(first,)} & {(letter,) for letter in batch}:
         raise ValueError(f"every result must start with the first array's batch-like letter, not {sorted(leading)}")
-    shared = [letters[0] != first for letters in names.inputs]
+    shared = [letters[:1] != (first,) for letters in names.inputs]
 
     def given(axes: dict[str, Any], function: Callable[..., Any] = function) -> Callable[..., Any]:
         return functools.partial(function, axes) if reduces else function
@@ -176,8 +177,8 @@ def _by_types(given, names: _Names, arrays, structure):
     def part(*leaves):
         return jax.tree.leaves(given(where)(*jax.tree.unflatten(tree, alike(*leaves))))
 
-    specs = {"in_specs": tuple(names.specs(names.inputs, where)), "out_specs": names.specs(names.outputs, where)}
-    return jax.tree.unflatten(structure, jax.shard_map(part, **specs)(*leaves))
+    in_specs, out_specs = tuple(names.specs(names.inputs, where)), names.specs(names.outputs, where)
+    return jax.tree.unflatten(structure, jax.shard_map(part, in_specs=in_specs, out_specs=out_specs)(*leaves))
 
 
 @contextlib.contextmanager

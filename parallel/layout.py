@@ -282,7 +282,7 @@ class Layout:
             ),
             ((*rows, None), ("vocab", None), rows, rows),
             ((), ()),
-            # A loss that splits the vocabulary asks to be checked; kernels, which don't, can't be.
+            # A loss that splits the vocabulary asks to be checked.
             checked=self.sizes["tensor"] > 1,
         )
         return local(hidden_BTD, table_VD, labels_BT, weights_BT)

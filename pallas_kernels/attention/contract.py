@@ -254,7 +254,7 @@ class Kernels(op.Kernels):
       adds_out: whether `backward` adds dout.out itself, as kernels may that read `dout` anyway: then it takes `out`,
         and `delta` is the rest, None for 0. Otherwise `out` is None.
       split_by_xla: whether XLA knows how to split the functions over devices, and `vmap` how to map them. Others give
-        the gradient of bias as `[B, H or K, t, s]`, K where bias has one head, and t and s are 1 where it has the size 1.
+        the gradient of bias as `[B, H or K, t, s]`: K where bias has one head; t and s are 1 where it has the size 1.
     """
 
     forward: Callable

@@ -117,7 +117,12 @@ def linear_cross_entropy(
     labels = jnp.where(in_range, labels, 0).astype(jnp.int32)
     x, w, labels, weights = alike(x, w, labels, weights, but=vocab_axis)
     options = chunked.Options(
-        float(z_loss), None if soft_cap is None else float(soft_cap), float(label_smoothing), vocab_axis, w.dtype, return_lse
+        float(z_loss),
+        None if soft_cap is None else float(soft_cap),
+        float(label_smoothing),
+        vocab_axis,
+        w.dtype,
+        return_lse,
     )
     return {"options": options, "x": x, "w": w, "labels": labels, "weights": weights}
 

@@ -48,9 +48,8 @@ def _norm(kernels: Passes, eps, x, residual, scale, probe):
 
 
 def _forward_pass(kernels: Passes, eps, residual):
-    inputs, outputs = (ROWS, SCALE, None), (ROWS,)
-    if residual is not None:
-        inputs, outputs = (ROWS, SCALE, ROWS), (ROWS, ROWS)
+    has_residual = residual is not None
+    inputs, outputs = (ROWS, SCALE, ROWS if has_residual else None), (ROWS,) * (1 + has_residual)
     return kernels.on_parts(functools.partial(kernels.forward, eps), inputs, outputs, ("g",))
 
 

@@ -78,8 +78,8 @@ def rotary_backward(eps, x, scale, cosine, sine, dy):
 def _with_shares(arrays, kernel, **how):
     """The gradient of the first array, and that of its scale, of which each program has a share."""
     x = arrays[0]
-    shares = jax.ShapeDtypeStruct((x.shape[0], how["PROGRAMS"], x.shape[-1]), jnp.float32)
-    out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype), shares]
+    of_shares = jax.ShapeDtypeStruct((x.shape[0], how["PROGRAMS"], x.shape[-1]), jnp.float32)
+    out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype), of_shares]
     dx, shares = triton_call(*arrays, kernel=kernel, out_shape=out_shape, **how)
     return dx, jnp.sum(shares, axis=1)
 

@@ -39,7 +39,8 @@ def run(kernels: Passes, x, axis: int, scale: float, soft_cap: float | None, mas
         mask = jnp.broadcast_to(mask, x.shape)
     if kernels.split_by_xla:
         return _softmax(kernels, Call(log, axis, scale, soft_cap), x, mask)
-    moved, mask = (None if a is None else jnp.moveaxis(jnp.atleast_2d(a), axis - x.ndim, -1) for a in (x, mask))
+    last = lambda a: jnp.moveaxis(jnp.atleast_2d(a), axis - x.ndim, -1)  # noqa: E731
+    moved, mask = last(x), None if mask is None else last(mask)
     y = _softmax(kernels, Call(log, -1, scale, soft_cap), moved, mask)
     return jnp.moveaxis(y.reshape(moved.shape[-x.ndim :]), -1, axis)
 

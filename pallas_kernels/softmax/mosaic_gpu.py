@@ -32,7 +32,7 @@ log_softmax = softmax
 
 def _walk(passes_of, call: Call, *arrays):
     """Both passes over each row; the result is left in the last one's place."""
-    passes, arrays = passes_of(call), [array for array in arrays if array is not None]
+    passes, arrays = passes_of(call), tuple(array for array in arrays if array is not None)
     (count, width), dtype, sources = arrays[0].shape, arrays[0].dtype, len(arrays)
     how = hopper_rows.geometry(width, sources * dtype.itemsize, shared=True)
     clusters = how.clusters(count)
@@ -42,7 +42,11 @@ def _walk(passes_of, call: Call, *arrays):
         out_types.append(jax.ShapeDtypeStruct((count, 8, 2), jnp.float32))
 
     def body(*refs):
-        given, results, rest = refs[:sources], refs[sources : sources + len(out_types)], refs[sources + len(out_types) :]
+        given, results, rest = (
+            refs[:sources],
+            refs[sources : sources + len(out_types)],
+            refs[sources + len(out_types) :],
+        )
         slots, ready, *met = rest
         cluster = lax.axis_index("row")
         part = lax.axis_index("part") if how.parts > 1 else 0
@@ -55,8 +59,10 @@ def _walk(passes_of, call: Call, *arrays):
         else:
             hopper_rows.stream(*streamed, passes.both)
 
-    arrays = [array.reshape(shape) for array in arrays]
-    return (hopper_rows.call(body, arrays, out_types, how, clusters, sources=sources, dtype=dtype)[0].reshape(count, width),)
+    arrays = tuple(array.reshape(shape) for array in arrays)
+    return (
+        hopper_rows.call(body, arrays, out_types, how, clusters, sources=sources, dtype=dtype)[0].reshape(count, width),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -246,6 +246,8 @@ def test_leading_axes_and_vmap(small_chunks):
     flat = jax.grad(loss, (0, 1))(x.reshape(6, 8), w, labels.ravel())
     together = jax.grad(loss, (0, 1))(x, w, labels)
     mapped = jax.vmap(jax.grad(loss, (0, 1)), (0, None, 0))(x, w, labels)
+    alone = jax.grad(loss, (0, 1))(x[1, 2], w, labels[1, 2])
+    np.testing.assert_allclose(alone[0], flat[0][5], atol=1e-6)
     np.testing.assert_allclose(together[0].reshape(6, 8), flat[0], atol=1e-6)
     np.testing.assert_allclose(mapped[0], together[0], atol=1e-6)
     np.testing.assert_allclose(mapped[1].sum(0), flat[1], atol=1e-5)
