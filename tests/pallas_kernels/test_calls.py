@@ -106,6 +106,7 @@ def ways(monkeypatch):
     found: list[tuple[str, list[str]]] = []
 
     def spied(launcher, launch):
+        @functools.wraps(launch)
         def launching(*args, **kwargs):
             ours = [frame for frame in inspect.stack(0) if HERE in Path(frame.filename).resolve().parents]
             found.append((launcher, [f"{Path(frame.filename).stem}.{frame.function}" for frame in ours][:0:-1]))
