@@ -59,9 +59,8 @@ def sharded(
     of_inputs, of_outputs = (tuple(tuple(a.split()) for a in jax.tree.leaves(tree)) for tree in (inputs, outputs))
     names = _Names(of_inputs, of_outputs, batch)
     first, structure, device = names.inputs[0][0], jax.tree.structure(outputs), target_device()
-    leading = {letters[:1] for letters in (names.inputs[0], *names.outputs)}
-    if not reduces and leading != {(first,)} & {(letter,) for letter in batch}:
-        raise ValueError(f"every result must start with the first array's batch-like letter, not {sorted(leading)}")
+    if not reduces and (first not in batch or any(letters[:1] != (first,) for letters in names.outputs)):
+        raise ValueError(f"every result must start with the first array's batch-like letter, {first}: {outputs}")
     shared = [letters[:1] != (first,) for letters in names.inputs]
 
     def given(axes: dict[str, Any], function: Callable[..., Any] = function) -> Callable[..., Any]:

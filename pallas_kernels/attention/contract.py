@@ -264,40 +264,45 @@ class Kernels(op.Kernels):
 
     def forward_on_parts(self, config: Config, operands: Operands) -> Callable:
         """`operands -> out, lse`, of each device of a mesh its own examples and key heads, and under `vmap`."""
-        function = functools.partial(self.forward, config)
-        return function if self.split_by_xla else _on_parts(function, operands, (), (_Q, _ROWS))
+        function, heads = functools.partial(self.forward, config), _heads(operands)
+        return self._on_parts(function, operands, (), (f"b t {heads} d", f"b {heads} t"))
 
     def backward_on_parts(self, config: Config, operands: Operands, *others) -> Callable:
         """`operands, *others -> dq, dk, dv, dbias` likewise; `others` as `backward` takes them."""
-        function = functools.partial(self.backward, config)
-        if self.split_by_xla:
-            return function
-        letters = tuple(None if a is None else name for a, name in zip(others, (_ROWS, _Q, _ROWS, _Q), strict=True))
+        function, heads = functools.partial(self.backward, config), _heads(operands)
+        like_q, rows = f"b t {heads} d", f"b {heads} t"
+        letters = tuple(None if a is None else of for a, of in zip(others, (rows, like_q, rows, like_q), strict=True))
         of_bias = None
         if operands.bias is not None:
-            _, heads, *rest = _bias_letters(operands)
-            of_bias = " ".join(["b", "k" if heads == "h1" else heads, *rest])
-        return _on_parts(function, operands, letters, (_Q, _K, _K, of_bias))
+            _, of_heads, *rest = _bias_letters(operands)
+            of_bias = " ".join(["b", "k" if operands.bias.shape[1] == 1 else of_heads, *rest])
+        return self._on_parts(function, operands, letters, (like_q, "b s k d", "b s k d", of_bias))
+
+    def _on_parts(self, function: Callable, operands: Operands, others: tuple, outputs: tuple) -> Callable:
+        if self.split_by_xla:
+            return function
+        heads = _heads(operands)
+        letters = Operands(f"b t {heads} d", "b s k d", "b s k d", None, "b t", "b s", "b t", "b s")
+        letters = Operands(*(None if a is None else name for a, name in zip(operands, letters, strict=True)))
+        if operands.bias is not None:
+            letters = letters._replace(bias=" ".join(_bias_letters(operands)))
+        sizes = {"g": operands.dims[3] // operands.dims[4]} if heads == "k*g" else {}
+        return sharded(function, (letters, *others), outputs, batch=("b", "k"), sizes=sizes)
 
 
-# Letters of dimensions: key heads k, each with a group g of query heads, which stay together.
-_Q, _K, _ROWS = "b t k*g d", "b s k d", "b k*g t"
+def _heads(operands: Operands) -> str:
+    """The letters of query heads: key heads k, each with a group g, which stays together; no factor may be 1."""
+    *_, heads, kv_heads, _ = operands.dims
+    return "k" if heads == kv_heads else "g" if kv_heads == 1 else "k*g"
 
 
 def _bias_letters(operands: Operands) -> list[str]:
     """Of bias' dimensions; one of size 1 that is broadcast has a letter of its own."""
     batch, length, keys, heads, *_ = operands.dims
-    dimensions = zip(("b", "k*g", "t", "s"), "bhts", (batch, heads, length, keys), operands.bias.shape, strict=True)
-    return [letter if size == full else f"{alone}1" for letter, alone, full, size in dimensions]
-
-
-def _on_parts(function: Callable, operands: Operands, others: tuple, outputs: tuple) -> Callable:
-    letters = Operands(_Q, _K, _K, None, "b t", "b s", "b t", "b s")
-    letters = Operands(*(None if a is None else name for a, name in zip(operands, letters, strict=True)))
-    if operands.bias is not None:
-        letters = letters._replace(bias=" ".join(_bias_letters(operands)))
-    groups = operands.dims[3] // operands.dims[4]
-    return sharded(function, (letters, *others), outputs, batch=("b", "k"), sizes={"g": groups})
+    full = zip(
+        ("b", _heads(operands), "t", "s"), "bhts", (batch, heads, length, keys), operands.bias.shape, strict=True
+    )
+    return [letter if size == whole else f"{alone}1" for letter, alone, whole, size in full]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -85,6 +85,19 @@ def test_sharded_by_batch_and_heads_nothing_is_gathered(kind, bias, who, quick_c
         assert tuple(results[name].sharding.spec)[:3] == ("data", None, "model")
 
 
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_heads_alone_and_heads_that_all_share_a_key_head(kv_heads, monkeypatch, quick_compilation):
+    pair = Kernels(xla.forward, backward, adds_out=True)
+    monkeypatch.setattr(xla, "attention", lambda config, operands: pair)
+    packed = spec("packed", (4, 24, 24, 4, kv_heads, 16), mean_tokens=9, causal=True)
+    given, cotangents = checking.case(packed, 0, jnp.float32), checking.cotangents(packed, 0)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    where = {name: P("data", None, "model" if array.shape[2] > 1 else None) for name, array in given.arrays.items()}
+    arrays = {name: jax.device_put(array, NamedSharding(mesh, where[name])) for name, array in given.arrays.items()}
+    run = jax.jit(functools.partial(checking.everything, "xla", given.options))
+    check(run(arrays, given.metadata, cotangents), checking.exactly(given)(cotangents))
+
+
 @pytest.mark.parametrize("bias", ["of-heads", pytest.param("none", marks=pytest.mark.slow)])
 def test_inside_shard_map(bias, who, quick_compilation):
     bias_shape, of_bias = BIASES[bias]
