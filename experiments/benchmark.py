@@ -4,20 +4,23 @@ import argparse
 from collections.abc import Sequence
 
 import jax
+from rich.table import Table
 
 from crescendo.experiments.benchmarks.optimizers import PEERS, optimizer_table
+from crescendo.experiments.benchmarks.profile import kernel_flops, profile_of, profile_table, write
 from crescendo.experiments.benchmarks.scaling import KINDS, scaling_table
-from crescendo.experiments.benchmarks.steps import noise_scale_table, training_table
+from crescendo.experiments.benchmarks.steps import Loop, noise_scale_table, training_table
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.errors import UserError, user_values
+from crescendo.experiments.runtime.files import local_path
 from crescendo.models import ModelConfig
 from crescendo.models.config import PRESETS
 from crescendo.pallas_kernels.console import output_console
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.benchmark train debug
-  python -m crescendo.experiments.benchmark train 124m --sequence-length 1024 --batch-size 32
+  python -m crescendo.experiments.benchmark train 124m --sequence-length 1024 --batch-size 32 --profile profile
   python -m crescendo.experiments.benchmark train 1b --sequence-length 2048 --batch-size 4 --remat dots
   python -m crescendo.experiments.benchmark noise-scale 30m --batch-size 32
   python -m crescendo.experiments.benchmark scaling 124m data fsdp tensor --batch-size 32 --profile
@@ -35,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--documents-in-row", type=int, default=1, help="packed documents of equal length (default 1)")
     train.add_argument("--steps", type=int, default=20, help="timed steps (default 20)")
     train.add_argument("--remat", default="none", choices=["none", "dots", "full"], help="what the backward recomputes")
+    train.add_argument(
+        "--profile", metavar="FOLDER", help="the step by kernel: a table, PRESET.json, PRESET.png and the trace there"
+    )
     train.add_argument("--scan-layers", action="store_true", help="layers in a loop (default: the preset's choice)")
     noise = commands.add_parser("noise-scale", help="what the noise scale and a policy cost a step")
     noise.add_argument("preset", choices=list(PRESETS), metavar="PRESET", help=", ".join(PRESETS))
@@ -79,8 +85,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     changes = {"remat": arguments.remat, "scan_layers": arguments.scan_layers or None}
     with user_values():
         models = {preset: ModelConfig.preset(preset, **changes) for preset in arguments.presets}
-    table = training_table(models, **rows, steps=arguments.steps, documents_in_row=arguments.documents_in_row)
-    console.print(table)
+    tables: list[Table] = []
+    folder = None if arguments.profile is None else local_path(arguments.profile)
+
+    def profiled(preset: str, loop: Loop) -> None:
+        if folder is None:
+            return
+        flops = kernel_flops(models[preset], **rows, **packed)
+        shape = f"rows of {arguments.sequence_length}, batch {arguments.batch_size}"
+        title = f"{preset} on {jax.devices()[0].device_kind}, {shape}"
+        seen = profile_of(loop, folder / preset, flops=flops)
+        write(folder, preset, title, seen)
+        tables.append(profile_table(title, seen))
+
+    packed = {"documents_in_row": arguments.documents_in_row}
+    tables.insert(0, training_table(models, **rows, **packed, steps=arguments.steps, after_each=profiled))
+    for table in tables:
+        console.print(table)
 
 
 if __name__ == "__main__":

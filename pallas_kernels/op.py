@@ -284,9 +284,10 @@ def op(
             for candidate in _names(name, implementations, implementation):
                 token = _asked_by_name.set(implementation is not None)
                 try:
-                    result = _load(call, candidate)(**arguments)
-                    if run is not None and isinstance(result, Kernels):
-                        result = run(result, **arguments)
+                    with jax.named_scope(name):  # by which a profile knows whose a kernel is
+                        result = _load(call, candidate)(**arguments)
+                        if run is not None and isinstance(result, Kernels):
+                            result = run(result, **arguments)
                     _note_choice(name, candidate)
                     return result
                 except Unsupported as reason:

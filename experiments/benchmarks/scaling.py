@@ -1,7 +1,5 @@
 """What several devices give, beside one of them in the same session: `crescendo benchmark scaling`."""
 
-import glob
-import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ import jax
 from rich.table import Table
 
 from crescendo import parallel
+from crescendo.experiments.benchmarks.profile import is_collective, spans_of_gpu, trace
 from crescendo.experiments.benchmarks.steps import Loop, prepare
 from crescendo.experiments.runtime.errors import user_values
 from crescendo.models import ModelConfig
@@ -86,21 +85,14 @@ def overlap(collectives: Iterable[tuple[int, int]], others: Iterable[tuple[int, 
 def communication(loop: Loop, steps: int = 4) -> Communication | None:
     """Profiles a few steps; None where the profile has no streams of a GPU."""
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            loop.timed(steps)
-        files = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-        planes = jax.profiler.ProfileData.from_serialized_xspace(Path(files[0]).read_bytes()).planes if files else ()
-        for plane in planes:
-            if not re.fullmatch(r"/device:GPU:\d+", plane.name):
-                continue
-            streams = [line for line in plane.lines if line.name.startswith("Stream")]
-            spans: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # by whether it is a collective
-            for event in (event for line in streams for event in line.events):
-                span = int(event.start_ns), int(event.start_ns + event.duration_ns)
-                spans["nccl" in event.name.lower()].append(span)
-            total, exposed = overlap(spans[True], spans[False])
-            return Communication(1e-9 * total / steps, 1e-9 * exposed / steps)
-    return None
+        trace(loop, steps, Path(folder))
+        spans: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # by whether it is a collective
+        for span in spans_of_gpu(Path(folder)):
+            spans[is_collective(span.kernel)].append((span.begin, span.end))
+    if not any(spans.values()):
+        return None
+    total, exposed = overlap(spans[True], spans[False])
+    return Communication(1e-9 * total / steps, 1e-9 * exposed / steps)
 
 
 def scaling_table(

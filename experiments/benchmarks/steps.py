@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -103,15 +104,15 @@ def prepare(
 
 def measure(
     model: ModelConfig, *, sequence_length: int, batch_size: int, steps: int = 20, documents_in_row: int = 1
-) -> Speed:
-    """Times the loop's own step (see `prepare`), after three steps to warm up."""
+) -> tuple[Speed, Loop]:
+    """Times the loop's own step (see `prepare`), after three steps to warm up; and the loop as it is then."""
     loop = prepare(model, sequence_length=sequence_length, batch_size=batch_size, documents_in_row=documents_in_row)
-    _, step_seconds = loop.median_seconds(steps)
+    loop, step_seconds = loop.median_seconds(steps)
     tokens_per_second = batch_size * sequence_length / step_seconds
     device = jax.devices()[0]
     peak = hardware.peak_flops_per_second(device)
     flops = tokens_per_second * model.flops_per_token(sequence_length)
-    return Speed(
+    speed = Speed(
         step_seconds,
         tokens_per_second,
         flops / (peak * len(jax.devices())) if peak else None,
@@ -119,6 +120,7 @@ def measure(
         loop.session.plan.microbatch_examples,
         loop.compile_seconds,
     )
+    return speed, loop
 
 
 def noise_scale_table(preset: str, *, sequence_length: int, batch_size: int, rounds: int = 8, steps: int = 10) -> Table:
@@ -158,13 +160,19 @@ def noise_scale_table(preset: str, *, sequence_length: int, batch_size: int, rou
 
 
 def training_table(
-    models: dict[str, ModelConfig], *, sequence_length: int, batch_size: int, steps: int, documents_in_row: int
+    models: dict[str, ModelConfig],
+    *,
+    sequence_length: int,
+    batch_size: int,
+    steps: int,
+    documents_in_row: int,
+    after_each: Callable[[str, Loop], None] = lambda name, loop: None,
 ) -> Table:
-    """One row a model; the arguments are those of `measure`."""
+    """One row a model; the arguments are those of `measure`, and what to do with each model's loop besides."""
     title = f"{len(jax.devices())} x {jax.devices()[0].device_kind}, rows of {sequence_length}, batch {batch_size}"
     table = Table("preset", "ms a step", "tokens/s", "MFU", "GiB", "microbatch", "compiled in", title=title)
     for name, model in models.items():
-        speed = measure(
+        speed, loop = measure(
             model,
             sequence_length=sequence_length,
             batch_size=batch_size,
@@ -180,4 +188,5 @@ def training_table(
             str(speed.microbatch_examples),
             f"{speed.compile_seconds:.0f} s",
         )
+        after_each(name, loop)
     return table

@@ -85,16 +85,17 @@ def make_step(
         if max_gradient_norm is not None:
             shrink = jnp.minimum(1.0, max_gradient_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
             gradients = jax.tree.map(lambda g: g * shrink, gradients)
-        updates, opt_state = optimizer.update(
-            gradients,
-            state.opt_state,
-            before,
-            examples_seen=batch["examples_seen"] + 0.5 * stats.batch_size,
-            batch_stats=stats,
-            value=loss,
-            obj_fn=mean_loss,
-            **of_run,
-        )
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(
+                gradients,
+                state.opt_state,
+                before,
+                examples_seen=batch["examples_seen"] + 0.5 * stats.batch_size,
+                batch_stats=stats,
+                value=loss,
+                obj_fn=mean_loss,
+                **of_run,
+            )
         # The optimizer's state doesn't wait for the update's norm, and the update is written out once before it is
         # measured and applied: otherwise the compiler computes it, or writes all of the state, twice.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -102,7 +103,8 @@ def make_step(
         updates = jax.lax.optimization_barrier(updates)
         update_norm = jnp.sqrt(squared_norm(updates))
         applied = finite & jnp.isfinite(update_norm) & optim.passed(opt_state)
-        after = _where(applied, optax.apply_updates(before, updates), before)
+        with jax.named_scope("optimizer"):
+            after = _where(applied, optax.apply_updates(before, updates), before)
         bad = 1 - applied.astype(jnp.int32)
         parameters = trainable.put(after, state.parameters)
         state = TrainState(parameters, opt_state, state.skipped_steps + bad, (state.skipped_in_a_row + 1) * bad)
