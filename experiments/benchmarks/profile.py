@@ -325,10 +325,10 @@ def kernel_flops(
 
 
 def profile_of(loop: Loop, folder: Path, *, flops: Mapping[str, float], steps: int = 5) -> Profile:
-    """Runs some steps under the profiler, whose files stay under the folder.
+    """Runs some steps under the profiler, whose files stay under the folder; on a GPU without its graphs of kernels.
 
     Args:
-      loop: whose step has run before.
+      loop: what trains.
       folder: for the profiler's files.
       flops: as `profile` takes them.
       steps: to profile.
@@ -336,13 +336,18 @@ def profile_of(loop: Loop, folder: Path, *, flops: Mapping[str, float], steps: i
     Raises:
       UserError: the folder can't be written, or the profiler saw no kernel.
     """
+    session = loop.session
+    # A CUDA graph runs many kernels under its own name.
+    alone = {"xla_gpu_enable_command_buffer": ""}
+    step = session.lower(session.plan, total_examples=session.total_examples).compile(compiler_options=alone)
+    loop, _ = loop._replace(step=step).timed(2)
     trace(loop, steps, folder)
     found = spans_of_gpu(folder) or spans_of_cpu(folder)
     if not found:
         raise UserError(f"the profiler saw no kernel on {jax.devices()[0].device_kind}: see its files in {folder}")
     return profile(
         found,
-        instructions(loop.session.step.as_text() or ""),
+        instructions(step.as_text() or ""),
         steps,
         peak_flops_per_second=hardware.peak_flops_per_second(jax.devices()[0]),
         bytes_per_second=None if jax.default_backend() == "cpu" else copy_bytes_per_second(),
