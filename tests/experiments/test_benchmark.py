@@ -61,7 +61,8 @@ metadata={op_name="jit(step)/optimizer/mul"}
 def test_a_profile_sums_up_kernels_by_whose_they_are():
     program = profile.instructions(PROGRAM)
     spans = [
-        profile.Span("nvjet", "cublas.1", 0, 100),
+        profile.Span("memset", "cublas.1", 0, 2),
+        profile.Span("nvjet", "cublas.1", 2, 100),
         profile.Span("attend", "kernel.2", 100, 300),
         profile.Span("fusion_3", "fusion.3", 350, 400),
         profile.Span("ncclDevKernel_AllReduce", "", 380, 500),
