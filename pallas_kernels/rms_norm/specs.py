@@ -34,6 +34,7 @@ def _spec(name, shape, tags, dtype=jnp.bfloat16, **options) -> Spec:
 SPECS = (
     _spec("32768 x 2048", (32768, 2048), "real speed"),
     _spec("8192 x 8192", (8192, 8192), "real speed"),
+    _spec("32768 x 768 residual", (32768, 768), "real speed", residual=True),
     _spec("32768 x 2048 residual", (32768, 2048), "real speed", residual=True),
     _spec("one row", (1, 48), "small awkward"),
     _spec("one column", (5, 1), "small awkward", jnp.float32),

@@ -17,6 +17,8 @@ from crescendo.pallas_kernels.triton_call import triton_call
 MAX_WIDTH = 16384
 # Entries of a row that one thread holds.
 ENTRIES = {"forward": 32, "backward": 8}
+# Of a program, unless one row has more: a backward pass waits for the sum of each row, and more programs wait at once.
+THREADS = {"forward": 256, "backward": 128}
 # Threads of a backward pass that a streaming multiprocessor has registers for: the norm's take 64, with rotation 80.
 NORM_THREADS = 1024
 ROTARY_THREADS = 768
@@ -88,7 +90,7 @@ def _walk(shape, passes: str) -> dict:
     """Programs, warps and sizes for `[G, R, D]`."""
     groups, rows, width = shape
     block = triton.next_power_of_2(width)
-    together = max(1, min(256 * ENTRIES[passes] // block, triton.next_power_of_2(rows)))
+    together = max(1, min(THREADS[passes] * ENTRIES[passes] // block, triton.next_power_of_2(rows)))
     warps = min(32, max(4, together * block // (32 * ENTRIES[passes])))
     sizes = {"ROWS": rows, "WIDTH": width, "BLOCK": block, "TOGETHER": together}
     return _launch(groups, -(-rows // together), warps, NORM_THREADS if passes == "backward" else None) | sizes
