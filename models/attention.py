@@ -6,7 +6,7 @@ from flax import nnx
 
 from crescendo.models import axes
 from crescendo.models.config import ModelConfig
-from crescendo.models.layers import Linear, RMSNorm, rotate
+from crescendo.models.layers import Linear, RMSNorm, rotate, scale_names
 from crescendo.models.layout import Layout
 from crescendo.pallas_kernels import attention, qk_norm_rotary
 
@@ -50,12 +50,11 @@ class Attention(nnx.Module):
         if self.qk_norm:
             norm = functools.partial(qk_norm_rotary, eps=self.query_norm.epsilon, implementation=implementation)
             scales = self.query_norm.scale[...], self.key_norm.scale[...]
-            of_scales = [("batch", None) if scale.ndim == 2 else (None,) for scale in scales]  # each example's, or one
             heads, angles = ("batch", "length", "heads", None), ("batch" if len(cosine) > 1 else None, "length", None)
             q_BTHE, k_BTKE = layout.on_parts(
                 norm,
                 (q_BTHE, k_BTKE, *scales, cosine, sine),
-                (heads, heads, *of_scales, angles, angles),
+                (heads, heads, *map(scale_names, scales), angles, angles),
                 (heads, heads),
             )
         else:

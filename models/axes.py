@@ -28,6 +28,11 @@ CLASSES = "classes"
 PATCH = "patch"  # the values of a patch of a picture
 PLACES = "places"  # where a patch can lie
 
+# Left to itself the partitioner may split activations like the parameters.
+RESIDUAL = (BATCH, RESIDUAL_LENGTH, None)
+# What matmuls take in: where they split their outputs over devices, each needs all the tokens.
+TAKEN_IN = (BATCH, LENGTH, None)
+
 ALL = (
     *(BATCH, LENGTH, RESIDUAL_LENGTH, EMBED, HEADS, KV_HEADS, HEAD_WIDTH, MLP, VOCAB, LAYERS),
     *(WINDOW, IN_CHANNELS, CHANNELS, CLASSES, PATCH, PLACES),

@@ -57,7 +57,7 @@ def decode(config: ModelConfig, parameters: dict, tokens_BT, begin, cache: Cache
     cosine, sine = rotary(positions_BT, config.head_size, config.rope_theta)
     structure, stacked = nnx.split(model.blocks)
 
-    def block(x_BTD, of_layer):
+    def block(stream, of_layer):
         weights, layer_cache = of_layer
 
         def attend(q_BTHE, k_BTKE, v_BTKE):
@@ -71,11 +71,11 @@ def decode(config: ModelConfig, parameters: dict, tokens_BT, begin, cache: Cache
             )
 
         layer: Any = nnx.merge(structure, weights)
-        return layer(x_BTD, attend, cosine, sine, ONE_DEVICE), layer_cache
+        return layer(*stream, attend, cosine, sine, ONE_DEVICE), layer_cache
 
     x_BTD = ONE_DEVICE.look_up(model.embedding.table[...], tokens_BT, config.dtype)
-    x_BTD, cache = jax.lax.scan(block, x_BTD, (stacked, cache))
-    hidden_BTD = model.final_norm(x_BTD)
+    stream, cache = jax.lax.scan(block, (x_BTD, jnp.zeros_like(x_BTD)), (stacked, cache))
+    hidden_BTD, _ = model.final_norm(*stream)
     table_VD = model.output_table().astype(hidden_BTD.dtype)
     logits = jnp.einsum("btd,vd->btv", hidden_BTD, table_VD, preferred_element_type=jnp.float32)
     if config.logit_soft_cap is not None:

@@ -1,11 +1,14 @@
 """Small layers: every parameter is float32 and carries the logical names of its axes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from crescendo.models import axes
 from crescendo.models.layout import ONE_DEVICE, Layout
-from crescendo.pallas_kernels.rms_norm.examples import for_examples
+from crescendo.pallas_kernels import rms_norm
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], standard_deviation: float) -> nnx.Param:
@@ -39,22 +42,38 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last axis, computed in float32 (Zhang and Sennrich 2019).
+    """`(y, h)` with `h = x + added` and `y = h / sqrt(mean(h^2) + epsilon) * scale`, see the op `rms_norm`.
 
-    The scale is `[D]`, or `[B, D]` with one for each example of `x`, `[B, ..., D]` (see `norm_probes`).
+    The residual stream `x` is `[B, T, D]`, and `added`, alike, what a branch adds to it; without it h is x. The scale
+    is `[D]`, or `[B, D]` with one for each example (see `norm_probes`). `implementation` is the op's.
     """
 
     def __init__(self, size: int, axis: str, epsilon: float):
         self.scale = nnx.Param(jnp.ones(size), axes=(axis,))
         self.epsilon = epsilon
 
-    def __call__(self, x):
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-        scale = self.scale[...]
-        if scale.ndim == 2:
-            scale = for_examples(scale, x.shape)
-        return (x32 * inverse * scale).astype(x.dtype)
+    def __call__(self, x_BTD, added_BTD=None, layout: Layout = ONE_DEVICE, *, implementation: str | None = None):
+        norm = functools.partial(rms_norm, eps=self.epsilon, implementation=implementation)
+        scale, stream = self.scale[...], axes.RESIDUAL
+        of_scale = scale_names(scale)
+        if added_BTD is None:
+            return layout.on_parts(norm, (x_BTD, scale), (stream, of_scale), stream), x_BTD
+        return layout.on_parts(
+            lambda x, scale, residual: norm(x, scale, residual=residual),
+            (added_BTD, scale, x_BTD),
+            (stream, of_scale, stream),
+            (stream, stream),
+        )
+
+
+def scale_names(scale) -> tuple[str | None, ...]:
+    """The logical names of a norm's scale where it is used: one of each example, or one of all."""
+    return (axes.BATCH, None) if scale.ndim == 2 else (None,)
+
+
+def of_rows(implementation: str | None) -> str | None:
+    """What an option that names the attention's implementation says of the ops on rows: "reference", or nothing."""
+    return implementation if implementation == "reference" else None
 
 
 class Table(nnx.Module):

@@ -10,16 +10,11 @@ from flax import nnx
 
 from crescendo.models import axes, functional
 from crescendo.models.attention import Attention, packed_attention
+from crescendo.models.axes import RESIDUAL, TAKEN_IN
 from crescendo.models.config import ModelConfig
-from crescendo.models.layers import Linear, RMSNorm, Table, rotary
+from crescendo.models.layers import Linear, RMSNorm, Table, of_rows, rotary
 from crescendo.models.layout import ONE_DEVICE, Layout
 from crescendo.pallas_kernels.attention.blocks import FusedBlockAttention
-
-# Left to itself the partitioner may split activations like the parameters.
-RESIDUAL = (axes.BATCH, axes.RESIDUAL_LENGTH, None)
-# What matmuls take in: where they split their outputs over devices, each needs all the tokens.
-TAKEN_IN = (axes.BATCH, axes.LENGTH, None)
-
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -69,7 +64,10 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+    """`h = h + attention(norm(h))`, then `h = h + mlp(norm(h))`, with the residual stream `h = x + added`.
+
+    It takes and returns `(x, added)`, as the norm that reads the sum makes it in the same pass; `added` may be None.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.width, axes.EMBED, config.norm_epsilon)
@@ -77,15 +75,17 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, axes.EMBED, config.norm_epsilon)
         self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BTD, attend, cosine, sine, layout: Layout, *, drop: Drop = _keep, implementation=None):
-        def take_in(norm, x_BTD):
-            # Norms are split like the residual stream: said twice, or their float32 insides would cross the devices.
-            return layout.constrain(layout.constrain(norm(x_BTD), RESIDUAL), TAKEN_IN)
+    def __call__(
+        self, x_BTD, added_BTD, attend, cosine, sine, layout: Layout, *, drop: Drop = _keep, implementation=None
+    ):
+        def take_in(norm, x_BTD, added_BTD):
+            y_BTD, x_BTD = norm(x_BTD, added_BTD, layout, implementation=implementation)
+            return layout.constrain(y_BTD, TAKEN_IN), x_BTD
 
-        taken_BTD = take_in(self.attention_norm, x_BTD)
-        mixed_BTD = self.attention(taken_BTD, attend, cosine, sine, layout, implementation=implementation)
-        x_BTD = x_BTD + drop(layout.constrain(mixed_BTD, RESIDUAL), 0)
-        return x_BTD + drop(layout.constrain(self.mlp(take_in(self.mlp_norm, x_BTD), layout), RESIDUAL), 1)
+        y_BTD, x_BTD = take_in(self.attention_norm, x_BTD, added_BTD)
+        mixed_BTD = self.attention(y_BTD, attend, cosine, sine, layout, implementation=implementation)
+        y_BTD, x_BTD = take_in(self.mlp_norm, x_BTD, drop(layout.constrain(mixed_BTD, RESIDUAL), 0))
+        return x_BTD, drop(layout.constrain(self.mlp(y_BTD, layout), RESIDUAL), 1)
 
 
 def stacked_blocks(config: ModelConfig, *, dtype, rngs: nnx.Rngs) -> Block:
@@ -113,7 +113,7 @@ def through_blocks(
     layout: Layout,
     dropout_keys_B=None,
 ):
-    """The residual stream behind all layers, in a loop or unrolled.
+    """The residual stream behind all layers, in a loop or unrolled, as `(x, added)` (see `Block`).
 
     Args:
       blocks: as `stacked_blocks` makes them.
@@ -125,27 +125,31 @@ def through_blocks(
     """
     attention = functools.partial(packed_attention, causal=causal, implementation=implementation)
     structure, stacked = nnx.split(blocks)
-    of_norms = implementation if implementation == "reference" else None  # others are named for the attention
+    one_array = config.remat != "none"  # a checkpoint keeps what layers hand on
 
     def attend(q_BTHE, k_BTKE, v_BTKE):
         return layout.attend(
             attention, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, causal=causal, blocks=FusedBlockAttention
         )
 
-    def block(x_BTD, of_layer):
+    def block(stream, of_layer):
         if dropout_keys_B is None:
             parameters, drop = of_layer, _keep
         else:
             parameters, number = of_layer
             drop = functools.partial(_drop, config.dropout, dropout_keys_B, number, layout)
         layer: Any = nnx.merge(structure, parameters)
-        return layer(x_BTD, attend, cosine, sine, layout, drop=drop, implementation=of_norms), None
+        x_BTD, added_BTD = layer(
+            *stream, attend, cosine, sine, layout, drop=drop, implementation=of_rows(implementation)
+        )
+        return ((x_BTD + added_BTD, None) if one_array else (x_BTD, added_BTD)), None
 
-    if config.remat != "none":
+    if one_array:
         block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
     unroll = 1 if config.scan_layers else config.layers
     of_layers = stacked if dropout_keys_B is None else (stacked, jnp.arange(config.layers))
-    return jax.lax.scan(block, x_BTD, of_layers, unroll=unroll)[0]
+    stream = (x_BTD, None if one_array else jnp.zeros_like(x_BTD))
+    return jax.lax.scan(block, stream, of_layers, unroll=unroll)[0]
 
 
 class Transformer(nnx.Module):
@@ -189,7 +193,7 @@ class Transformer(nnx.Module):
     ):
         config = self.config
         x_BTD = layout.constrain(layout.look_up(self.embedding.table[...], tokens_BT, config.dtype), RESIDUAL)
-        x_BTD = through_blocks(
+        x_BTD, added_BTD = through_blocks(
             self.blocks,
             config,
             x_BTD,
@@ -200,7 +204,7 @@ class Transformer(nnx.Module):
             layout=layout,
             dropout_keys_B=dropout_keys_B if config.dropout else None,
         )
-        return layout.constrain(self.final_norm(x_BTD), RESIDUAL)
+        return self.final_norm(x_BTD, added_BTD, layout, implementation=of_rows(implementation))[0]
 
 
 def initialize(config: ModelConfig, key) -> dict:

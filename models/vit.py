@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from crescendo.models import axes, functional
+from crescendo.models.axes import RESIDUAL
 from crescendo.models.config import Dtype, ModelConfig, Remat, identity
-from crescendo.models.layers import Linear, RMSNorm, parameter
+from crescendo.models.layers import Linear, RMSNorm, of_rows, parameter
 from crescendo.models.layout import ONE_DEVICE, Layout
-from crescendo.models.transformer import RESIDUAL, stacked_blocks, through_blocks
+from crescendo.models.transformer import stacked_blocks, through_blocks
 from crescendo.ranges import Count, Decay, Positive, check_fields
 
 
@@ -129,7 +130,7 @@ class ViT(nnx.Module):
         places_ND = layout.in_row_order(self.places[...], axis=0).astype(config.dtype)
         x_BTD = layout.constrain(self.patch(values_BNP.astype(config.dtype), layout) + places_ND, RESIDUAL)
         still = jnp.zeros((*x_BTD.shape[:2], config.blocks.head_size // 2), jnp.float32)  # places aren't rotated
-        x_BTD = through_blocks(
+        x_BTD, added_BTD = through_blocks(
             self.blocks,
             config.blocks,
             x_BTD,
@@ -141,7 +142,7 @@ class ViT(nnx.Module):
             layout=layout,
             dropout_keys_B=dropout_keys_B if config.dropout else None,
         )
-        x_BTD = layout.constrain(self.final_norm(x_BTD), RESIDUAL)
+        x_BTD, _ = self.final_norm(x_BTD, added_BTD, layout, implementation=of_rows(implementation))
         return self.head(layout.constrain(jnp.mean(x_BTD.astype(jnp.float32), axis=1), (axes.BATCH, None)), layout)
 
 

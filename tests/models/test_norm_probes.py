@@ -7,16 +7,17 @@ import pytest
 from flax import nnx
 
 from crescendo import models, parallel
-from crescendo.models import ModelConfig, attention
+from crescendo.models import ModelConfig, attention, layers
 from crescendo.models.layers import RMSNorm
 from crescendo.models.loss import next_token_loss
 from crescendo.models.norm_probes import example_squared_norms, norm_probes, norm_scales, with_probes
-from crescendo.pallas_kernels import qk_norm_rotary
+from crescendo.pallas_kernels import OPS
 
 CONFIG = ModelConfig(
     vocab_size=50, width=24, layers=2, heads=4, kv_heads=2, mlp_width=40, scan_layers=True
 ).for_platform("cpu")
 EXAMPLES = 4
+OF_ROWS = ((attention, "qk_norm_rotary"), (layers, "rms_norm"))
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +28,28 @@ def problem():
     return jax.jit(models.initialize, static_argnums=0)(CONFIG, jax.random.key(0)), rows
 
 
-def loss(parameters, rows):
-    return next_token_loss(CONFIG, parameters, rows)[0]
+def loss(parameters, rows, implementation=None):
+    return next_token_loss(CONFIG, parameters, rows, implementation=implementation)[0]
 
 
-def probed(parameters, probes, rows):
-    return loss(with_probes(parameters, probes), rows)
+def probed(parameters, probes, rows, implementation=None):
+    return loss(with_probes(parameters, probes), rows, implementation)
+
+
+def ask_through(monkeypatch, change=lambda implementation: implementation) -> dict[str, set]:
+    """Has the model's ops on rows asked for what `change` makes of an implementation; which were, by op."""
+    asked: dict[str, set] = {name: set() for _, name in OF_ROWS}
+
+    def recorded(name):
+        def call(*args, implementation, **options):
+            asked[name].add(implementation)
+            return OPS[name](*args, implementation=change(implementation), **options)
+
+        return call
+
+    for module, name in OF_ROWS:
+        monkeypatch.setattr(module, name, recorded(name))
+    return asked
 
 
 def test_a_layer_in_float64():
@@ -44,27 +61,21 @@ def test_a_layer_in_float64():
 
     def apply(scales):
         layer = nnx.merge(structure, jax.tree.map(lambda _: scales, state))
-        return jnp.sum(layer(jnp.float32(x)) * dy)
+        return jnp.sum(layer(jnp.float32(x))[0] * dy)
 
     gradient = jax.grad(apply)(jnp.float32(np.tile(scale, (3, 1))))
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)  # the layer computes in float32
 
 
 @pytest.mark.slow
-def test_the_fused_norm_and_rotary_change_no_gradient(problem, monkeypatch):
-    """What a GPU takes for queries and keys, by the implementation of the same gradient that serves this device."""
+def test_the_ops_on_rows_change_no_gradient(problem, monkeypatch):
+    """What a GPU takes, by the implementation of the same gradients that serves this device, against the formulas."""
     parameters, rows = problem
     probes = norm_probes(parameters, EXAMPLES)
-    own = jax.jit(jax.value_and_grad(probed, (0, 1)))(parameters, probes, rows)
-    asked = []
-
-    def fused(*args, implementation, **options):
-        asked.append(implementation)
-        return qk_norm_rotary(*args, implementation="xla", **options)
-
-    monkeypatch.setattr(attention, "qk_norm_rotary", fused)
+    own = jax.jit(jax.value_and_grad(probed, (0, 1)), static_argnums=3)(parameters, probes, rows, "reference")
+    asked = ask_through(monkeypatch, lambda implementation: "xla")
     by_kernel = jax.jit(jax.value_and_grad(lambda *args: probed(*args), (0, 1)))(parameters, probes, rows)
-    assert set(asked) == {None}
+    assert all(implementations == {None} for implementations in asked.values())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), by_kernel, own)
 
 
@@ -75,16 +86,10 @@ def test_the_fused_norm_and_rotary_change_no_gradient(problem, monkeypatch):
 def test_kernels_are_asked_where_they_may_serve(problem, monkeypatch, devices, implementation, expected):
     """Over several devices too, and not where second derivatives are wanted; the attention's name is its own."""
     parameters, rows = problem
-    asked = []
-
-    def recorded(*args, implementation, **options):
-        asked.append(implementation)
-        return qk_norm_rotary(*args, implementation=implementation, **options)
-
-    monkeypatch.setattr(attention, "qk_norm_rotary", recorded)
+    asked = ask_through(monkeypatch)
     layout = parallel.Layout(parallel.make_mesh(devices=jax.devices()[:devices]))
     jax.eval_shape(lambda: next_token_loss(CONFIG, parameters, rows, implementation=implementation, layout=layout))
-    assert set(asked) == {expected}
+    assert all(implementations == {expected} for implementations in asked.values())
 
 
 def test_equals_differentiating_every_example_alone(problem):
