@@ -14,6 +14,7 @@ from crescendo.models.axes import RESIDUAL, TAKEN_IN
 from crescendo.models.config import ModelConfig
 from crescendo.models.layers import Linear, RMSNorm, Table, of_rows, rotary
 from crescendo.models.layout import ONE_DEVICE, Layout
+from crescendo.pallas_kernels import swiglu
 from crescendo.pallas_kernels.attention.blocks import FusedBlockAttention
 
 REMAT_POLICIES = {
@@ -42,7 +43,7 @@ def _drop(rate: float, keys_B, layer, layout: Layout, x_BTD: jax.Array, branch: 
 
 
 class Mlp(nnx.Module):
-    """SwiGLU: `(silu(x W_gate) * x W_up) W_down` (Shazeer 2020)."""
+    """SwiGLU: `(silu(x W_gate) * x W_up) W_down` (Shazeer 2020); `implementation` is that of the product."""
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
         inner = functools.partial(
@@ -58,9 +59,10 @@ class Mlp(nnx.Module):
             scale=(2 * config.layers) ** -0.5,
         )
 
-    def __call__(self, x_BTD, layout: Layout):
-        inner_BTF = jax.nn.silu(self.gate(x_BTD, layout)) * self.up(x_BTD, layout)
-        return self.down(layout.constrain(inner_BTF, (axes.BATCH, axes.LENGTH, axes.MLP)), layout)
+    def __call__(self, x_BTD, layout: Layout, *, implementation: str | None = None):
+        inner, product = (axes.BATCH, axes.LENGTH, axes.MLP), functools.partial(swiglu, implementation=implementation)
+        gate_BTF, up_BTF = self.gate(x_BTD, layout), self.up(x_BTD, layout)
+        return self.down(layout.on_parts(product, (gate_BTF, up_BTF), (inner, inner), inner), layout)
 
 
 class Block(nnx.Module):
@@ -85,7 +87,8 @@ class Block(nnx.Module):
         y_BTD, x_BTD = take_in(self.attention_norm, x_BTD, added_BTD)
         mixed_BTD = self.attention(y_BTD, attend, cosine, sine, layout, implementation=implementation)
         y_BTD, x_BTD = take_in(self.mlp_norm, x_BTD, drop(layout.constrain(mixed_BTD, RESIDUAL), 0))
-        return x_BTD, drop(layout.constrain(self.mlp(y_BTD, layout), RESIDUAL), 1)
+        fed_BTD = self.mlp(y_BTD, layout, implementation=implementation)
+        return x_BTD, drop(layout.constrain(fed_BTD, RESIDUAL), 1)
 
 
 def stacked_blocks(config: ModelConfig, *, dtype, rngs: nnx.Rngs) -> Block:
