@@ -24,7 +24,7 @@ from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.tasks.base import Model, Source, Task
 from crescendo.experiments.tasks.language_model import language_model
-from crescendo.experiments.trainer.compilation import peak_bytes
+from crescendo.experiments.trainer.compilation import STEP_OPTIONS, peak_bytes
 from crescendo.experiments.trainer.evaluate import evaluation_parameters, make_evaluation, make_row_losses
 from crescendo.experiments.trainer.feed import Feed
 from crescendo.experiments.trainer.frozen import Trainable
@@ -229,7 +229,8 @@ class Session:
             trainable=self.trainable,
             implementation=implementation,
         )
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+        options = STEP_OPTIONS.get(self.platform)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None), compiler_options=options)
         # Kernels choose by the device that the step is for.
         device = self.layout.mesh.devices.flat[0]
         with target(device), choices() as self.kernels, warnings.catch_warnings(record=True) as heard:

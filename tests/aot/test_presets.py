@@ -6,6 +6,7 @@ XLA's there: on the real one it needs less.
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,11 @@ def test_sharded_parameters_are_gathered_and_gradients_reduced(target):
     text = compiled(target, "debug").as_text()
     assert "all-gather" in text
     assert "all-reduce" in text or "reduce-scatter" in text
+
+
+@pytest.mark.aot
+def test_no_projection_is_cut_out_of_a_product_of_several():
+    """XLA would put their weights beside each other, and later their gradients: `compilation.STEP_OPTIONS`."""
+    text = compiled("h100", "debug").as_text()
+    assert " dot(" in text
+    assert not re.search(r"= bf16\[\d+,\d+\]\S* concatenate\(", text)  # stacks of layers have an axis more
