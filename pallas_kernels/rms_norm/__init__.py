@@ -15,7 +15,7 @@ ORDER = ("triton", "mosaic_gpu", "xla", "mosaic_tpu", "reference")
 MODULES = {name: f"crescendo.pallas_kernels.rms_norm.{name}" for name in ORDER}
 
 
-@op(MODULES, run=gradient.rms_norm)
+@op(MODULES, run=gradient.norm)
 def rms_norm(x, scale, *, eps, residual=None, probe=None):
     r"""`x / rms(x) * scale` over the last axis, computed in float32 at least.
 
@@ -48,16 +48,14 @@ def rms_norm(x, scale, *, eps, residual=None, probe=None):
     >>> print(h, jnp.sum(y * y))
     [[3. 4.]] 2.0
     """
-    _check_floating(x=x, scale=scale)
+    check_floating(x=x, scale=scale)
     if x.ndim < 1 or scale.shape not in ((x.shape[-1],), (x.shape[0], x.shape[-1])[: x.ndim]):
         raise ValueError(f"scale {list(scale.shape)} must be [D] or [B, D] for x {list(x.shape)}, [B, ..., D]")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        kind = TypeError if residual.shape == x.shape else ValueError
-        raise kind(f"residual {residual.dtype}{list(residual.shape)} must be as x, {x.dtype}{list(x.shape)}")
+    check_residual(x, residual)
     if probe is not None and (x.ndim < 2 or probe.shape != x.shape[:1]):
         raise ValueError(f"probe {list(probe.shape)} must be [B] for x {list(x.shape)}, [B, ..., D]")
     x, scale, residual, probe = alike(x, scale, residual, probe)
-    return {"x": x, "scale": scale, "eps": _checked_eps(eps), "residual": residual, "probe": probe}
+    return {"x": x, "scale": scale, "eps": checked_eps(eps), "residual": residual, "probe": probe}
 
 
 @op({name: module for name, module in MODULES.items() if name != "mosaic_gpu"}, run=gradient.qk_norm_rotary)
@@ -93,7 +91,7 @@ def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
     >>> print(jnp.round(turned.ravel()))
     [-1.  1.]
     """
-    _check_floating(q=q, k=k, q_scale=q_scale, k_scale=k_scale, cosine=cosine, sine=sine)
+    check_floating(q=q, k=k, q_scale=q_scale, k_scale=k_scale, cosine=cosine, sine=sine)
     if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {list(q.shape)} must be [B, T, H, E] and k {list(k.shape)} [B, T, K, E]")
     batch, length, _, width = q.shape
@@ -106,16 +104,25 @@ def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
         if angle.shape not in ((batch, length, width // 2), (1, length, width // 2)):
             raise ValueError(f"{name} {list(angle.shape)} must be [B, T, E / 2] for q {list(q.shape)}")
     arguments = {"q": q, "k": k, "q_scale": q_scale, "k_scale": k_scale, "cosine": cosine, "sine": sine}
-    return {**alike(arguments)[0], "eps": _checked_eps(eps)}
+    return {**alike(arguments)[0], "eps": checked_eps(eps)}
 
 
-def _check_floating(**arrays) -> None:
+def check_floating(**arrays) -> None:
+    """Raises TypeError for the first array that isn't floating."""
     for name, array in arrays.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} is {array.dtype} and must be floating")
 
 
-def _checked_eps(eps) -> float:
+def check_residual(x, residual) -> None:
+    """Raises an error for a residual, not None, of another shape or dtype than x."""
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        kind = TypeError if residual.shape == x.shape else ValueError
+        raise kind(f"residual {residual.dtype}{list(residual.shape)} must be as x, {x.dtype}{list(x.shape)}")
+
+
+def checked_eps(eps) -> float:
+    """A norm's epsilon; raises ValueError for one out of its range."""
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps = {eps} must be at least 0 and finite")
     return float(eps)

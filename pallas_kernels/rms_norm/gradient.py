@@ -1,11 +1,12 @@
-"""The derivative rules: rows in groups with a scale each, and the gradient as one pass over the rows.
+"""The derivative rules of both norms: rows in groups with a scale each, and the gradient as one pass over the rows.
 
 A group is an example where per-example gradients of the scale are asked for, and otherwise some share of the rows:
 either way the kernels see `[G, R, D]` and `[G, D]`, a mesh may split the groups, and each group's gradient of the
-scale is summed apart from the others'. Of `Passes` of the norm
+scale is summed apart from the others'. A norm with a bias is centered, LayerNorm; one without is RMSNorm. Of `Passes`
+of the norm
 
-    forward(eps, x_GRD, scale_GD, residual_GRD or None) -> (y,), or (y, h) with a residual
-    backward(eps, h, scale, dy, dh or None) -> (dx, dscale_GD float32)
+    forward(eps, x_GRD, scale_GD, bias_GD or None, residual_GRD or None) -> (y,), or (y, h) with a residual
+    backward(eps, centered, h, scale, dy, dh or None) -> (dx, dscale_GD float32), and dbias_GD if centered
 
 and of those with rotation, C = E / 2:
 
@@ -27,45 +28,49 @@ ROWS, SCALE = "g r d", "g d"
 HEADS, HEAD_SCALE, ANGLE = "b t h e", "b e", "b t c"
 
 
-def rms_norm(kernels: Passes, x, scale, eps, residual, probe):
-    """The op by way of the passes."""
+def norm(kernels: Passes, x, scale, eps, residual, *, bias=None, probe=None):
+    """The ops `rms_norm` and `layer_norm` by way of the passes."""
     width = x.shape[-1]
     rows = math.prod(x.shape[:-1])
     by_example = scale.ndim == 2 or probe is not None or x.ndim > 2
     groups = x.shape[0] if by_example else math.gcd(rows, MAX_GROUPS)
     shape = (groups, rows // groups, width)
-    scale = jnp.broadcast_to(scale, (groups, width))
+    vectors = [None if vector is None else jnp.broadcast_to(vector, (groups, width)) for vector in (scale, bias)]
     given = None if residual is None else residual.reshape(shape)
-    results = _norm(kernels, eps, x.reshape(shape), given, scale, probe)
+    results = _norm(kernels, eps, x.reshape(shape), given, *vectors, probe)
     y, *h = (result.reshape(x.shape) for result in results)
     return y if residual is None else (y, *h)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _norm(kernels: Passes, eps, x, residual, scale, probe):
+def _norm(kernels: Passes, eps, x, residual, scale, bias, probe):
     del probe
-    return _forward_pass(kernels, eps, residual)(x, scale, residual)
+    return _forward_pass(kernels, eps, residual, bias)(x, scale, bias, residual)
 
 
-def _forward_pass(kernels: Passes, eps, residual):
+def _forward_pass(kernels: Passes, eps, residual, bias):
     has_residual = residual is not None
-    inputs, outputs = (ROWS, SCALE, ROWS if has_residual else None), (ROWS,) * (1 + has_residual)
-    return kernels.on_parts(functools.partial(kernels.forward, eps), inputs, outputs, ("g",))
+    inputs = (ROWS, SCALE, None if bias is None else SCALE, ROWS if has_residual else None)
+    return kernels.on_parts(functools.partial(kernels.forward, eps), inputs, (ROWS,) * (1 + has_residual), ("g",))
 
 
-def _norm_forward(kernels: Passes, eps, x, residual, scale, probe):
-    results = _forward_pass(kernels, eps, residual)(x, scale, residual)
-    return results, ((*results, x)[1], scale, probe)
+def _norm_forward(kernels: Passes, eps, x, residual, scale, bias, probe):
+    results = _forward_pass(kernels, eps, residual, bias)(x, scale, bias, residual)
+    return results, ((*results, x)[1], scale, bias, probe)
 
 
 def _norm_backward(kernels: Passes, eps, kept, cotangents):
-    h, scale, probe = kept
+    h, scale, bias, probe = kept
     dy, dh = (*cotangents, None)[:2]
+    centered = bias is not None
     inputs = (ROWS, SCALE, ROWS, None if dh is None else ROWS)
-    run = kernels.on_parts(functools.partial(kernels.backward, eps), inputs, (ROWS, SCALE), ("g",))
-    dx, dscale = run(h, scale, dy, dh)
+    backward = functools.partial(kernels.backward, eps, centered)
+    dx, dscale, *dbias = kernels.on_parts(backward, inputs, (ROWS, SCALE, SCALE)[: 2 + centered], ("g",))(
+        h, scale, dy, dh
+    )
     dprobe = None if probe is None else jnp.sum(jnp.square(dscale), axis=-1).astype(probe.dtype)
-    return dx, None if dh is None else dx, dscale.astype(scale.dtype), dprobe
+    of_bias = dbias[0].astype(bias.dtype) if centered else None
+    return dx, None if dh is None else dx, dscale.astype(scale.dtype), of_bias, dprobe
 
 
 _norm.defvjp(_norm_forward, _norm_backward)

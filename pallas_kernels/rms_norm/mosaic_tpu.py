@@ -1,4 +1,4 @@
-"""Pallas for TPU: blocks of full rows in vector memory; the scale's gradient is summed there over a group's blocks."""
+"""Pallas for TPU: blocks of full rows in vector memory; gradients of vectors are summed there over a group's blocks."""
 
 import functools
 from typing import Literal
@@ -21,39 +21,50 @@ def rms_norm(x, scale, **_):
     return rows.Passes(forward, backward)
 
 
+def layer_norm(x, scale, bias, **_):
+    """See the op."""
+    rows.check(x, scale, bias, dtypes=(jnp.float32, jnp.bfloat16))
+    require_full_rows(x.shape[-1])
+    return rows.Passes(forward, backward)
+
+
 def qk_norm_rotary(**_):
     """See the op."""
     raise Unsupported("has no kernel: on TPU XLA fuses the norm and the rotation with the projections about them")
 
 
-def forward(eps, x, scale, residual):
+def forward(eps, x, scale, bias, residual):
     """`(y,)`, or `(y, h)` with a residual."""
-    of_rows, of_scale, grid = _specs(x.shape)
+    of_rows, of_vector, grid = _specs(x.shape)
+    vectors = [vector[:, None, :] for vector in (scale, bias) if vector is not None]
     residuals = [] if residual is None else [residual]
     results = pl.pallas_call(
-        functools.partial(_forward, eps),
+        functools.partial(_forward, eps, bias is not None),
         grid=grid,
-        in_specs=[of_rows, of_scale, *[of_rows] * len(residuals)],
+        in_specs=[of_rows, *[of_vector] * len(vectors), *[of_rows] * len(residuals)],
         out_specs=[of_rows] * (1 + len(residuals)),
         out_shape=[result_like(x, x.shape, x.dtype)] * (1 + len(residuals)),
         compiler_params=_parameters("parallel"),
-    )(x, scale[:, None, :], *residuals)
+    )(x, *vectors, *residuals)
     return tuple(results)
 
 
-def backward(eps, h, scale, dy, dh):
-    """`(dx, dscale)`."""
-    of_rows, of_scale, grid = _specs(h.shape)
+def backward(eps, centered, h, scale, dy, dh):
+    """`(dx, dscale)`, and dbias if centered."""
+    of_rows, of_vector, grid = _specs(h.shape)
     (groups, _, width), cotangents = h.shape, [dy] if dh is None else [dy, dh]
-    dx, dscale = pl.pallas_call(
-        functools.partial(_backward, eps, h.shape[1]),
+    dx, *sums = pl.pallas_call(
+        functools.partial(_backward, eps, centered, h.shape[1]),
         grid=grid,
-        in_specs=[of_rows, of_scale, *[of_rows] * len(cotangents)],
-        out_specs=[of_rows, of_scale],
-        out_shape=[result_like(h, h.shape, h.dtype), result_like(h, (groups, 1, width), jnp.float32)],
+        in_specs=[of_rows, of_vector, *[of_rows] * len(cotangents)],
+        out_specs=[of_rows, *[of_vector] * (1 + centered)],
+        out_shape=[
+            result_like(h, h.shape, h.dtype),
+            *[result_like(h, (groups, 1, width), jnp.float32)] * (1 + centered),
+        ],
         compiler_params=_parameters("arbitrary"),
     )(h, scale[:, None, :], *cotangents)
-    return dx, dscale[:, 0]
+    return dx, *(total[:, 0] for total in sums)
 
 
 def _specs(shape):
@@ -68,34 +79,42 @@ def _parameters(of_rows: Literal["parallel", "arbitrary"]):
     return pltpu.CompilerParams(dimension_semantics=("parallel", of_rows), vmem_limit_bytes=VMEM_BYTES)
 
 
-def _forward(eps, x_ref, scale_ref, *refs):
+def _forward(eps, centered, x_ref, scale_ref, *refs):
+    bias_ref, others = (refs[0], refs[1:]) if centered else (None, refs)
     h = x_ref[...]
-    if len(refs) > 1:
-        residual_ref, y_ref, h_ref = refs
+    if len(others) > 1:
+        residual_ref, y_ref, h_ref = others
         h = (h.astype(jnp.float32) + residual_ref[...].astype(jnp.float32)).astype(h.dtype)
         h_ref[...] = h
     else:
-        (y_ref,) = refs
+        (y_ref,) = others
     h = h.astype(jnp.float32)
+    h = h - jnp.mean(h, axis=1, keepdims=True) if centered else h
     inverse = lax.rsqrt(jnp.mean(h * h, axis=1, keepdims=True) + eps)
-    y_ref[...] = (h * inverse * scale_ref[...].astype(jnp.float32)).astype(y_ref.dtype)
+    y = h * inverse * scale_ref[...].astype(jnp.float32)
+    y_ref[...] = (y if bias_ref is None else y + bias_ref[...].astype(jnp.float32)).astype(y_ref.dtype)
 
 
-def _backward(eps, rows, h_ref, scale_ref, dy_ref, *refs):
-    *dh_ref, dx_ref, dscale_ref = refs
+def _backward(eps, centered, rows, h_ref, scale_ref, dy_ref, *refs):
+    refs, sums = refs[: -1 - centered], refs[-1 - centered :]
+    *dh_ref, dx_ref = refs
     h, dy = h_ref[...].astype(jnp.float32), dy_ref[...].astype(jnp.float32)
     # What lies beyond the last row is anything.
     row = pl.program_id(1) * h.shape[0] + lax.broadcasted_iota(jnp.int32, h.shape, 0)
     h, dy = jnp.where(row < rows, h, 0), jnp.where(row < rows, dy, 0)
+    h = h - jnp.mean(h, axis=1, keepdims=True) if centered else h
     inverse = lax.rsqrt(jnp.mean(h * h, axis=1, keepdims=True) + eps)
     u, g = h * inverse, dy * scale_ref[...].astype(jnp.float32)
-    dx = inverse * (g - u * jnp.mean(g * u, axis=1, keepdims=True))
+    dx = g - u * jnp.mean(g * u, axis=1, keepdims=True)
+    dx = inverse * (dx - jnp.mean(g, axis=1, keepdims=True) if centered else dx)
     if dh_ref:
         dx += dh_ref[0][...].astype(jnp.float32)
     dx_ref[...] = dx.astype(dx_ref.dtype)
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        dscale_ref[...] = jnp.zeros_like(dscale_ref)
+        for ref in sums:
+            ref[...] = jnp.zeros_like(ref)
 
-    dscale_ref[...] += jnp.sum(jnp.where(row < rows, dy * u, 0), axis=0, keepdims=True)
+    for ref, part in zip(sums, (dy * u, dy), strict=False):
+        ref[...] += jnp.sum(jnp.where(row < rows, part, 0), axis=0, keepdims=True)

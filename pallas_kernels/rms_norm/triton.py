@@ -19,14 +19,22 @@ MAX_WIDTH = 16384
 ENTRIES = {"forward": 32, "backward": 8}
 # Of a program, unless one row has more: a backward pass waits for the sum of each row, and more programs wait at once.
 THREADS = {"forward": 256, "backward": 128}
-# Threads of a backward pass that a streaming multiprocessor has registers for: the norm's take 64, with rotation 80.
+# Threads of a backward pass that a streaming multiprocessor has registers for: RMSNorm's take 64, LayerNorm's up to
+# 96, those with rotation 80.
 NORM_THREADS = 1024
+CENTERED_THREADS = 640
 ROTARY_THREADS = 768
 
 
 def rms_norm(x, scale, **_):
     """See the op."""
     _check(x, scale)
+    return rows.Passes(forward, backward)
+
+
+def layer_norm(x, scale, bias, **_):
+    """See the op."""
+    _check(x, scale, bias)
     return rows.Passes(forward, backward)
 
 
@@ -45,14 +53,15 @@ def _check(x, *others) -> None:
     require_gpu(8.0)
 
 
-def forward(eps, x, scale, residual):
+def forward(eps, x, scale, bias, residual):
     """`(y,)`, or `(y, h)` with a residual."""
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    has_residual = residual is not None
+    has_residual, centered = residual is not None, bias is not None
     results = triton_call(
-        *(x, scale, residual if has_residual else x),
+        *(x, scale, bias if centered else scale, residual if has_residual else x),
         kernel=_forward,
         out_shape=[like, like if has_residual else jax.ShapeDtypeStruct((1,), x.dtype)],
+        CENTERED=centered,
         HAS_RESIDUAL=has_residual,
         EPS=eps,
         **_walk(x.shape, "forward"),
@@ -60,10 +69,11 @@ def forward(eps, x, scale, residual):
     return results if has_residual else results[:1]
 
 
-def backward(eps, h, scale, dy, dh):
-    """`(dx, dscale)`."""
-    arrays, walk = (h, scale, dy, dy if dh is None else dh), _walk(h.shape, "backward")
-    return _with_shares(arrays, _backward, HAS_SUM=dh is not None, EPS=eps, **walk)
+def backward(eps, centered, h, scale, dy, dh):
+    """`(dx, dscale)`, and dbias if centered."""
+    arrays, walk = (h, scale, dy, dy if dh is None else dh), _walk(h.shape, "backward", centered=centered)
+    flags = {"CENTERED": centered, "HAS_SUM": dh is not None}
+    return _with_shares(arrays, _backward, (True, centered), EPS=eps, **flags, **walk)
 
 
 def rotary_forward(eps, x, scale, cosine, sine):
@@ -77,23 +87,27 @@ def rotary_backward(eps, x, scale, cosine, sine, dy):
     return _with_shares((x, scale, cosine, sine, dy), _rotary_backward, EPS=eps, **_walk_heads(x.shape, "backward"))
 
 
-def _with_shares(arrays, kernel, **how):
-    """The gradient of the first array, and that of its scale, of which each program has a share."""
+def _with_shares(arrays, kernel, vectors=(True,), **how):
+    """The gradient of the first array, and those of vectors, of which each program has a share; of True ones only."""
     x = arrays[0]
-    of_shares = jax.ShapeDtypeStruct((x.shape[0], how["PROGRAMS"], x.shape[-1]), jnp.float32)
-    out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype), of_shares]
-    dx, shares = triton_call(*arrays, kernel=kernel, out_shape=out_shape, **how)
-    return dx, jnp.sum(shares, axis=1)
+    shapes = [(x.shape[0], how["PROGRAMS"], x.shape[-1]) if wanted else (1,) for wanted in vectors]
+    out_shape = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
+    ]
+    dx, *shares = triton_call(*arrays, kernel=kernel, out_shape=out_shape, **how)
+    return dx, *(jnp.sum(share, axis=1) for share, wanted in zip(shares, vectors, strict=True) if wanted)
 
 
-def _walk(shape, passes: str) -> dict:
+def _walk(shape, passes: str, *, centered: bool = False) -> dict:
     """Programs, warps and sizes for `[G, R, D]`."""
     groups, rows, width = shape
     block = triton.next_power_of_2(width)
     together = max(1, min(THREADS[passes] * ENTRIES[passes] // block, triton.next_power_of_2(rows)))
     warps = min(32, max(4, together * block // (32 * ENTRIES[passes])))
     sizes = {"ROWS": rows, "WIDTH": width, "BLOCK": block, "TOGETHER": together}
-    return _launch(groups, -(-rows // together), warps, NORM_THREADS if passes == "backward" else None) | sizes
+    threads = (CENTERED_THREADS if centered else NORM_THREADS) if passes == "backward" else None
+    return _launch(groups, -(-rows // together), warps, threads) | sizes
 
 
 def _walk_heads(shape, passes: str) -> dict:
@@ -128,9 +142,16 @@ def _rows_of(group, step, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
+def _centered(h, exists, WIDTH: tl.constexpr):
+    """h less the mean of its row, and 0 where there is nothing."""
+    return tl.where(exists, h - (tl.sum(h, axis=1) * (1.0 / WIDTH))[:, None], 0.0)
+
+
+@triton.jit
 def _forward(
     x_ptr,
     scale_ptr,
+    bias_ptr,
     residual_ptr,
     y_ptr,
     h_ptr,
@@ -139,6 +160,7 @@ def _forward(
     BLOCK: tl.constexpr,
     TOGETHER: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    CENTERED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     EPS: tl.constexpr,
 ):
@@ -152,8 +174,12 @@ def _forward(
     columns = tl.arange(0, BLOCK)
     scale = tl.load(scale_ptr + group * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
     h = h.to(tl.float32)
+    if CENTERED:
+        h = _centered(h, exists, WIDTH)
     inverse = tl.rsqrt(tl.sum(h * h, axis=1) * (1.0 / WIDTH) + EPS)
     y = h * inverse[:, None] * scale
+    if CENTERED:
+        y += tl.load(bias_ptr + group * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + start + offsets, y.to(y_ptr.dtype.element_ty), mask=exists)
 
 
@@ -165,11 +191,13 @@ def _backward(
     dh_ptr,
     dx_ptr,
     shares_ptr,
+    bias_shares_ptr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     TOGETHER: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    CENTERED: tl.constexpr,
     HAS_SUM: tl.constexpr,
     EPS: tl.constexpr,
 ):
@@ -181,17 +209,24 @@ def _backward(
     h = tl.load(h_ptr + start + offsets, mask=exists, other=0.0)
     dy = tl.load(dy_ptr + start + offsets, mask=exists, other=0.0)
     share = tl.zeros([BLOCK], tl.float32)
+    bias_share = tl.zeros([BLOCK], tl.float32)
     while step * TOGETHER < ROWS:
         ahead, _, ahead_exists = _rows_of(group, step + PROGRAMS, ROWS, WIDTH, BLOCK, TOGETHER)
         ahead_h = tl.load(h_ptr + ahead + offsets, mask=ahead_exists, other=0.0)
         ahead_dy = tl.load(dy_ptr + ahead + offsets, mask=ahead_exists, other=0.0)
         h = h.to(tl.float32)
         dy = dy.to(tl.float32)
+        if CENTERED:
+            h = _centered(h, exists, WIDTH)
+            bias_share += tl.sum(dy, axis=0)
         inverse = tl.rsqrt(tl.sum(h * h, axis=1) * (1.0 / WIDTH) + EPS)[:, None]
         u = h * inverse
         g = dy * scale
         share += tl.sum(dy * u, axis=0)
-        dx = inverse * (g - u * (tl.sum(g * u, axis=1) * (1.0 / WIDTH))[:, None])
+        dx = g - u * (tl.sum(g * u, axis=1) * (1.0 / WIDTH))[:, None]
+        if CENTERED:
+            dx -= (tl.sum(g, axis=1) * (1.0 / WIDTH))[:, None]
+        dx *= inverse
         if HAS_SUM:
             dx += tl.load(dh_ptr + start + offsets, mask=exists, other=0.0).to(tl.float32)
         tl.store(dx_ptr + start + offsets, dx.to(dx_ptr.dtype.element_ty), mask=exists)
@@ -199,6 +234,8 @@ def _backward(
         step += PROGRAMS
     place = tl.program_id(0).to(tl.int64) * WIDTH
     tl.store(shares_ptr + place + columns, share, mask=columns < WIDTH)
+    if CENTERED:
+        tl.store(bias_shares_ptr + place + columns, bias_share, mask=columns < WIDTH)
 
 
 @triton.jit

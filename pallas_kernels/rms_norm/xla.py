@@ -12,6 +12,9 @@ def rms_norm(**_):
     return Passes(forward, backward, split_by_xla=True)
 
 
+layer_norm = rms_norm
+
+
 def qk_norm_rotary(**_):
     """See the op."""
     if target_device().platform != "gpu":
@@ -19,19 +22,23 @@ def qk_norm_rotary(**_):
     return Passes(rotary_forward, rotary_backward, split_by_xla=True)
 
 
-def forward(eps, x_GRD, scale_GD, residual_GRD):
+def forward(eps, x_GRD, scale_GD, bias_GD, residual_GRD):
     """`(y,)`, or `(y, h)` with a residual."""
     h = x_GRD if residual_GRD is None else x_GRD + residual_GRD
-    wide, inverse = _inverse(h, eps)
-    y = (wide * inverse * scale_GD[:, None, :]).astype(h.dtype)
+    wide, inverse = _inverse(h, eps, centered=bias_GD is not None)
+    y = wide * inverse * scale_GD[:, None, :]
+    y = (y if bias_GD is None else y + bias_GD[:, None, :]).astype(h.dtype)
     return (y,) if residual_GRD is None else (y, h)
 
 
-def backward(eps, h_GRD, scale_GD, dy_GRD, dh_GRD):
-    """`(dx, dscale)`; with u = h inverse and g = dy scale, `dx = inverse (g - u mean(g u))`."""
-    dx, dscale_GD = _gradients(h_GRD, scale_GD[:, None, :], dy_GRD, eps, axes=(1,))
-    dx = dx if dh_GRD is None else dx + dh_GRD
-    return dx.astype(h_GRD.dtype), dscale_GD
+def backward(eps, centered, h_GRD, scale_GD, dy_GRD, dh_GRD):
+    """`(dx, dscale)`, and dbias if centered; with u = h inverse and g = dy scale, `dx = inverse (g - u mean(g u))`.
+
+    Centered, h less its mean is in the place of h, and `inverse mean(g)` is taken off.
+    """
+    dx, dscale_GD = _gradients(h_GRD, scale_GD[:, None, :], dy_GRD, eps, (1,), centered=centered)
+    dx = (dx if dh_GRD is None else dx + dh_GRD).astype(h_GRD.dtype)
+    return (dx, dscale_GD, jnp.sum(dy_GRD.astype(dscale_GD.dtype), axis=1)) if centered else (dx, dscale_GD)
 
 
 def rotary_forward(eps, x_BTHE, scale_BE, cosine_BTC, sine_BTC):
@@ -45,22 +52,24 @@ def rotary_backward(eps, x_BTHE, scale_BE, cosine_BTC, sine_BTC, dy_BTHE):
     """`(dx, dscale)`: turned back, then as the norm's."""
     wide = jnp.promote_types(x_BTHE.dtype, jnp.float32)
     dy = _turn(dy_BTHE.astype(wide), cosine_BTC[:, :, None], -sine_BTC[:, :, None])
-    dx, dscale_BE = _gradients(x_BTHE, scale_BE[:, None, None, :], dy, eps, axes=(1, 2))
+    dx, dscale_BE = _gradients(x_BTHE, scale_BE[:, None, None, :], dy, eps, (1, 2))
     return dx.astype(x_BTHE.dtype), dscale_BE
 
 
-def _inverse(h, eps):
-    """h and `1 / rms`, in at least float32."""
+def _inverse(h, eps, *, centered=False):
+    """h, less its mean if it is to be centered, and `1 / rms` of that, in at least float32."""
     wide = h.astype(jnp.promote_types(h.dtype, jnp.float32))
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True) if centered else wide
     return wide, jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
 
 
-def _gradients(h, scale, dy, eps, axes):
-    wide, inverse = _inverse(h, eps)
+def _gradients(h, scale, dy, eps, axes, *, centered=False):
+    wide, inverse = _inverse(h, eps, centered=centered)
     u, dy = wide * inverse, dy.astype(wide.dtype)
     g = dy * scale
-    dx = inverse * (g - u * jnp.mean(g * u, axis=-1, keepdims=True))
-    return dx, jnp.sum(dy * u, axis=axes)
+    dx = g - u * jnp.mean(g * u, axis=-1, keepdims=True)
+    dx = dx - jnp.mean(g, axis=-1, keepdims=True) if centered else dx
+    return inverse * dx, jnp.sum(dy * u, axis=axes)
 
 
 def _turn(x, cosine, sine):

@@ -14,6 +14,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, Mesh, NamedSharding, PartitionSpec
 
+from crescendo.pallas_kernels.layer_norm import layer_norm
+from crescendo.pallas_kernels.layer_norm.specs import SPECS as LAYER_NORM_SPECS
 from crescendo.pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from crescendo.pallas_kernels.linear_cross_entropy.specs import SPECS as ENTROPY_SPECS
 from crescendo.pallas_kernels.op import Device, explain, target
@@ -28,7 +30,7 @@ from crescendo.pallas_kernels.swiglu.specs import SPECS as SWIGLU_SPECS
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")]
 OPS = [
     *((softmax, SOFTMAX_SPECS), (log_softmax, SOFTMAX_SPECS), (rms_norm, NORM_SPECS), (qk_norm_rotary, ROTARY_SPECS)),
-    (swiglu, SWIGLU_SPECS),
+    *((swiglu, SWIGLU_SPECS), (layer_norm, LAYER_NORM_SPECS)),
 ]
 CASES = [(op, spec) for op, specs in [*OPS, (linear_cross_entropy, ENTROPY_SPECS)] for spec in specs]
 SMALL = [case for case in CASES if "small" in case[1].tags]
@@ -156,9 +158,14 @@ def test_every_implementation_that_serves_compiles_for_an_h100(op, spec):
 
 
 @pytest.mark.parametrize(
-    "shape", [(64, 512, 2048), (64, 128, 8192), (16, 1024, 768), (4, 4096, 32, 128), (16, 1024, 12, 64)]
+    ("shape", "centered"),
+    [
+        *(((64, 512, 2048), False), ((64, 128, 8192), False), ((16, 1024, 768), False)),
+        *(((64, 512, 2048), True), ((64, 128, 8192), True), ((16, 1024, 768), True)),
+        *(((4, 4096, 32, 128), False), ((16, 1024, 12, 64), False)),
+    ],
 )
-def test_as_many_backward_programs_of_the_norm_fit_as_are_launched_at_once(shape, tmp_path, monkeypatch):
+def test_as_many_backward_programs_of_the_norm_fit_as_are_launched_at_once(shape, centered, tmp_path, monkeypatch):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -166,16 +173,22 @@ def test_as_many_backward_programs_of_the_norm_fit_as_are_launched_at_once(shape
     from crescendo.pallas_kernels.rms_norm import triton as kernels
 
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    rotary = len(shape) == 4
-    kernel, threads = (
-        (kernels._rotary_backward, kernels.ROTARY_THREADS) if rotary else (kernels._backward, kernels.NORM_THREADS)
+    kernel, walk_of, threads, flags = (
+        (kernels._rotary_backward, kernels._walk_heads, kernels.ROTARY_THREADS, {})
+        if len(shape) == 4
+        else (
+            kernels._backward,
+            functools.partial(kernels._walk, centered=centered),
+            kernels.CENTERED_THREADS if centered else kernels.NORM_THREADS,
+            {"CENTERED": centered, "HAS_SUM": True},
+        )
     )
     with target(AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")):
-        walk = (kernels._walk_heads if rotary else kernels._walk)(shape, "backward")
+        walk = walk_of(shape, "backward")
     assert walk.pop("grid") == (shape[0] * walk["PROGRAMS"],)
     warps = walk.pop("num_warps")
-    constants = {"EPS": 1e-5, **walk} if rotary else {"EPS": 1e-5, "HAS_SUM": True, **walk}
-    wide = ("scale_ptr", "shares_ptr", "cosine_ptr", "sine_ptr")
+    constants = {"EPS": 1e-5, **flags, **walk}
+    wide = ("scale_ptr", "shares_ptr", "bias_shares_ptr", "cosine_ptr", "sine_ptr")
     names = kernel.arg_names
     source = ASTSource(
         kernel,

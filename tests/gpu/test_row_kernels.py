@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from crescendo.pallas_kernels.layer_norm import layer_norm
+from crescendo.pallas_kernels.layer_norm.specs import SPECS as LAYER_NORM_SPECS
 from crescendo.pallas_kernels.linear_cross_entropy import chunked, linear_cross_entropy
 from crescendo.pallas_kernels.linear_cross_entropy.specs import SPECS as ENTROPY_SPECS
 from crescendo.pallas_kernels.op import Unsupported
@@ -29,6 +31,7 @@ OPS = [
     (rms_norm, NORM_SPECS),
     (qk_norm_rotary, ROTARY_SPECS),
     (swiglu, SWIGLU_SPECS),
+    (layer_norm, LAYER_NORM_SPECS),
     (linear_cross_entropy, ENTROPY_SPECS),
 ]
 SEED = int(np.random.default_rng().integers(2**31))

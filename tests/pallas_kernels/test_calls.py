@@ -15,7 +15,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from crescendo import pallas_kernels
-from crescendo.pallas_kernels import attention, linear_cross_entropy, qk_norm_rotary, rms_norm, softmax, swiglu
+from crescendo.pallas_kernels import (
+    attention,
+    layer_norm,
+    linear_cross_entropy,
+    qk_norm_rotary,
+    rms_norm,
+    softmax,
+    swiglu,
+)
 from crescendo.pallas_kernels.op import target
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -53,6 +61,12 @@ CALLS = {
         ((4, 6, 2, 16), (4, 6, 1, 16), (16,), (16,), (4, 6, 8), (1, 6, 8)),
         (ROWS, ROWS, SHARED, SHARED, ROWS, SHARED),
         qk_norm_rotary,
+    ),
+    "layer_norm": (
+        functools.partial(layer_norm, eps=1e-5),
+        ((4, 6, 256), (256,), (256,)),
+        (ROWS, SHARED, SHARED),
+        layer_norm,
     ),
     "softmax": (softmax, ((4, 512),), (ROWS,), softmax),
     "swiglu": (swiglu, ((4, 256),) * 2, (ROWS, ROWS), swiglu),

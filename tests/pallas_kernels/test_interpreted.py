@@ -14,6 +14,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
 from crescendo.pallas_kernels.hopper import products
 from crescendo.pallas_kernels.hopper import rows as hopper_rows
+from crescendo.pallas_kernels.layer_norm import layer_norm
+from crescendo.pallas_kernels.layer_norm.specs import SPECS as LAYER_NORM_SPECS
 from crescendo.pallas_kernels.linear_cross_entropy import chunked, linear_cross_entropy
 from crescendo.pallas_kernels.linear_cross_entropy import mosaic_gpu as hopper
 from crescendo.pallas_kernels.linear_cross_entropy.specs import EVERY_OPTION
@@ -126,17 +128,25 @@ def test_softmax_for_hopper_loses_nothing_to_rounded_results(part, streams_of_tw
         assert jnp.max(jnp.abs(gradient_of_the_sum("mosaic_gpu"))) < 1e-6
 
 
-@pytest.mark.parametrize("residual", [pytest.param(False, id="alone", marks=SLOW), pytest.param(True, id="residual")])
-def test_rms_norm_for_hopper(residual, streams_of_two_cores, monkeypatch):
+@pytest.mark.parametrize(
+    ("op", "residual"),
+    [pytest.param(rms_norm, False, marks=SLOW), (rms_norm, True), (layer_norm, True)],
+    ids=["alone", "residual", "centered"],
+)
+def test_norms_for_hopper(op, residual, streams_of_two_cores, monkeypatch):
     module = importlib.import_module("crescendo.pallas_kernels.rms_norm.mosaic_gpu")
     monkeypatch.setattr(module, "target_device", hopper_rows.target_device)
     random = np.random.default_rng()
     x, other = (jnp.asarray(random.normal(size=(2, 5, 1152)), jnp.float32) for _ in range(2))
-    arguments = [x, jnp.asarray(1 + random.normal(size=(2, 1152)) / 8, jnp.float32)]
-    options = {"eps": 1e-5, "probe": jnp.zeros(2), **({"residual": other} if residual else {})}
+    vectors = [jnp.asarray(1 + random.normal(size=(2, 1152)) / 8, jnp.float32) for _ in range(1 + (op is layer_norm))]
+    options = {
+        "eps": 1e-5,
+        **({"probe": jnp.zeros(2)} if op is rms_norm else {}),
+        **({"residual": other} if residual else {}),
+    }
     with on_gpu():
-        found = results(rms_norm, "mosaic_gpu", arguments, options)
-    for f, e in zip(found, results(rms_norm, "reference", arguments, options), strict=True):
+        found = results(op, "mosaic_gpu", [x, *vectors], options)
+    for f, e in zip(found, results(op, "reference", [x, *vectors], options), strict=True):
         assert jnp.linalg.norm((f - e).ravel()) <= 1e-5 * max(1.0, jnp.linalg.norm(e.ravel()))
 
 
@@ -187,20 +197,21 @@ def test_softmax_for_tpu_loses_nothing_to_rounded_results(tpu):
 
 
 @pytest.mark.parametrize(
-    "spec",
+    ("op", "spec"),
     [
-        pytest.param(s, marks=SLOW if s.name == "examples" else (), id=s.name)
-        for s in NORM_SPECS
-        if s.name in ("17 x 4099", "examples")
+        pytest.param(op, s, marks=SLOW if s.name == "examples" else (), id=f"{op.__name__} {s.name}")
+        for op, specs in ((rms_norm, NORM_SPECS), (layer_norm, LAYER_NORM_SPECS))
+        for s in specs
+        if s.name in ("17 x 4099", "examples", "two lines")
     ],
 )
-def test_rms_norm_for_tpu(spec, tpu):
+def test_norms_for_tpu(op, spec, tpu):
     arguments, options = spec.inputs(np.random.default_rng().integers(2**31))
     wide = [a.astype(jnp.float32) for a in arguments]
     options = {n: a.astype(jnp.float32) if n == "residual" else a for n, a in options.items()}
     with on_tpu():
-        found = results(rms_norm, "mosaic_tpu", wide, options)
-    for f, e in zip(found, results(rms_norm, "reference", wide, options), strict=True):
+        found = results(op, "mosaic_tpu", wide, options)
+    for f, e in zip(found, results(op, "reference", wide, options), strict=True):
         assert jnp.linalg.norm((f - e).ravel()) <= 1e-5 * max(1.0, jnp.linalg.norm(e.ravel()))
 
 

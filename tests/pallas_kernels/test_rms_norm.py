@@ -1,4 +1,4 @@
-"""RMSNorm and norm with rotary positions: values and gradients in float64, per-example norms, errors."""
+"""RMSNorm, LayerNorm and norm with rotary positions: values and gradients in float64, per-example norms, errors."""
 
 import contextlib
 
@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from crescendo.pallas_kernels.layer_norm import layer_norm
+from crescendo.pallas_kernels.layer_norm.specs import SPECS as LAYER_SPECS
 from crescendo.pallas_kernels.op import explain, target
 from crescendo.pallas_kernels.rms_norm import qk_norm_rotary, rms_norm
 from crescendo.pallas_kernels.rms_norm.specs import ROTARY_SPECS, SPECS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-CASES = [(op, spec) for op, specs in ((rms_norm, SPECS), (qk_norm_rotary, ROTARY_SPECS)) for spec in specs]
+OPS = ((rms_norm, SPECS), (layer_norm, LAYER_SPECS), (qk_norm_rotary, ROTARY_SPECS))
+CASES = [(op, spec) for op, specs in OPS for spec in specs]
 SMALL = [case for case in CASES if "small" in case[1].tags]
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 
