@@ -4,9 +4,19 @@ import os
 import sys
 from typing import Any
 
-from rich.console import Console
+import rich.console
 
 WIDTH = 1000  # columns, where nobody sees where a line ends: no table comes near
+
+
+class Console(rich.console.Console):
+    """rich's, but a reader that went away is a `BrokenPipeError`, as of any other file.
+
+    rich would put /dev/null in the place of standard output, whatever the console writes to, and end with exit code 1.
+    """
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def plain_console(**options: Any) -> Console:

@@ -1,8 +1,13 @@
 """Tables where the output is no terminal."""
 
+import io
 import os
 import subprocess
 import sys
+
+import pytest
+
+from crescendo.pallas_kernels.console import plain_console
 
 PRINT = """
 from rich.table import Table
@@ -34,3 +39,14 @@ def test_a_pipe_gets_every_row_on_one_line_without_escapes():
 
 def test_columns_of_the_environment_are_heeded():
     assert max(map(len, piped(COLUMNS="60"))) == 60
+
+
+def test_a_reader_that_went_away_is_an_error_and_standard_output_stays():
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    output = os.fstat(sys.stdout.fileno())
+    with pytest.raises(BrokenPipeError):
+        plain_console(file=Closed()).print("a line")
+    assert os.path.samestat(os.fstat(sys.stdout.fileno()), output)
