@@ -5,6 +5,7 @@ takes stands here: a corpus and a model with which the whole program takes a sec
 """
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
@@ -36,7 +38,15 @@ SMALL_MODEL = (
     "model.kv_heads = 1",
     "model.mlp_width = 32",
 )
+# What of a config is no part of the step.
+BESIDE_THE_STEP = ("train.checkpoint_", "train.evaluate_", "train.keep_", "train.label ", "train.stop_")
 WORDS = ("batch", "size", "noise", "scale", "warm", "up", "learning", "rate", "mesh", "kernel", "decay", "token")
+
+
+def pytest_collection_finish():
+    """The modules that are loaded are garbage no more, and JAX's part of each collection costs more than the rest."""
+    gc.freeze()
+    gc.set_threshold(20_000)
 
 
 # By module: without an __init__.py beside it, a package's fixture would last to the end of the session.
@@ -79,15 +89,31 @@ def small_bindings(corpus, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def train_small(small_bindings):
-    """`train_small(run, *bindings)`: trains in this process, on the first of its devices or on several."""
+    """`train_small(run, *bindings)`: trains in this process, on the first of its devices or on several.
+
+    What is asked for with the same bindings has the same step, which is traced and compiled once.
+    """
+    steps: dict[tuple, jax.stages.Compiled] = {}
 
     def call(run: Path, *bindings: str, devices: int = 1) -> dict:
         from crescendo import parallel
         from crescendo.experiments.configs import binding as configurables
+        from crescendo.experiments.trainer.session import Session
         from crescendo.experiments.trainer.training import train
 
+        lower, quick = Session.lower, jax.config.read("jax_disable_most_optimizations")
+
+        def lowered(session: Session, plan: parallel.BatchPlan, **options) -> SimpleNamespace:
+            of_step = tuple(binding for binding in bindings if not binding.startswith(BESIDE_THE_STEP))
+            key = (of_step, devices, quick, plan, *options.values())
+            if key not in steps:
+                steps[key] = lower(session, plan, **options).compile()
+            return SimpleNamespace(compile=lambda: steps[key])
+
         mesh = parallel.make_mesh(devices=jax.devices()[:devices])
-        return configurables.bind(train, ["debug.gin"], bindings, own=small_bindings)(run=str(run), mesh=mesh)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Session, "lower", lowered)
+            return configurables.bind(train, ["debug.gin"], bindings, own=small_bindings)(run=str(run), mesh=mesh)
 
     return call
 

@@ -10,10 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from crescendo.experiments.reports import plots
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick(quick_compilation):
     """For every module of the folder: its runs are short, and compiled for each batch size."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drawn_elsewhere():
+    """Charts cost most of a report, and are drawn in the reports' own tests: here they are no pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "render", lambda chart, arms: b"")
+        yield
 
 
 @pytest.fixture

@@ -161,7 +161,7 @@ def test_a_run_starts_from_another_ones_state_and_clock(train_small, tmp_path):
     np.testing.assert_allclose(second["learning_rate"], 1e-2 * (384 - middle) / 128, rtol=1e-4)
     # The same rows as the run that it left.
     np.testing.assert_allclose(second["loss"][0], first["loss"][16], rtol=1e-5)
-    session = Session(**session_options(configurables.arguments(train)))
+    session = Session(**session_options(configurables.arguments(train)) | {"mesh": one_device()})
     for wrong, message in {
         f"{stable}": "must be RUN@EXAMPLES",
         f"{stable}@100": "no checkpoint at 100 examples",
@@ -206,6 +206,11 @@ def session_of(batch_size: int) -> Session:
     return small_session(batch_size=batch_size, total_examples=72, **options)
 
 
+@functools.cache
+def fresh_state_of(batch_size: int):
+    return jax.device_get(session_of(batch_size).fresh_state())
+
+
 @pytest.mark.parametrize("skipped", [False, True], ids=["", "steps skipped"])
 @pytest.mark.parametrize(
     ("before", "after", "seen", "steps"), [(16, 4, 32, 10), (4, 16, 12, 3), (4, 16, 60, 0), (16, 4, 72, 0)]
@@ -215,7 +220,8 @@ def test_what_was_pending_fits_another_batch_size(before, after, seen, steps, sk
 
     Steps that are skipped decide nothing, so that the state goes on holding the other size.
     """
-    session, state, records = session_of(after), session_of(before).fresh_state(), []
+    session, records = session_of(after), []
+    state = jax.device_put(fresh_state_of(before), session_of(before).shardings)
     if skipped:
         state = dataclasses.replace(state, parameters=jax.tree.map(lambda x: x * jnp.nan, state.parameters))
     clock, end = Clock(examples_seen=seen, batch_size=before), session.end_from(seen)
