@@ -159,8 +159,8 @@ def test_a_finished_run_is_left_as_it_is(staged, train_small):
 @pytest.mark.parametrize(
     ("binding", "said"),
     [
-        ("schedules.linear.peak = 2e-2", "linear.peak was 0.01 and is now 0.02"),
-        ("TOTAL_EXAMPLES = 256", "train.total_examples was 512 and is now 256"),
+        pytest.param(*("schedules.linear.peak = 2e-2", "linear.peak was 0.01 and is now 0.02"), marks=pytest.mark.slow),
+        pytest.param("TOTAL_EXAMPLES = 256", "train.total_examples was 512 and is now 256", marks=pytest.mark.slow),
         ("train.evaluate_every_examples = 64", "train.evaluate_every_examples was None and is now 64"),
     ],
 )

@@ -13,7 +13,7 @@ from crescendo.models.layout import ONE_DEVICE
 from crescendo.models.transformer import _drop
 
 CONFIG = ModelConfig(
-    vocab_size=40, width=16, layers=3, heads=2, kv_heads=1, mlp_width=24, dropout=0.25, scan_layers=True
+    vocab_size=40, width=16, layers=2, heads=2, kv_heads=1, mlp_width=24, dropout=0.25, scan_layers=True
 ).for_platform("cpu")
 
 

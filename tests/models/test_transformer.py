@@ -99,7 +99,10 @@ def unrolled_gradients(parameters, packed):
     return gradients(on_cpu(scan_layers=False), parameters, packed)
 
 
-@pytest.mark.parametrize(("scan_layers", "remat"), [(True, "none"), (False, "dots"), (True, "full")])
+@pytest.mark.parametrize(
+    ("scan_layers", "remat"),
+    [pytest.param(True, "none", marks=pytest.mark.slow), (False, "dots"), (True, "full")],
+)
 def test_scan_and_remat_change_no_loss_and_no_gradient(parameters, packed, unrolled_gradients, scan_layers, remat):
     expected = unrolled_gradients
     ours = gradients(on_cpu(scan_layers=scan_layers, remat=remat), parameters, packed)

@@ -209,7 +209,13 @@ def trained(optimizer, sizes, *, total=640):
     return params, state, rates
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+# They read their rate as others do which a quick run has: as AdamW but for LAMB, which does as LARS.
+ALIKE = {"adafactor", "adagrad", "adagrad_norm", "nadamw", "lion", "sgd", "sophia", "lamb"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in optim.OPTIMIZERS]
+)
 def test_every_optimizer_sees_the_rate_that_follows_the_batch(name):
     """Two steps at 4 times the batch are two steps at twice the rate, in every number of the state too."""
     make = optim.OPTIMIZERS[name]
@@ -245,7 +251,20 @@ def label_is_matrix(params):
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+# A quick run has a mask, a partition, an injection, an optimizer of two rules and one without a rate.
+LIKE_THESE = {
+    "optax adamw",
+    "optax partition of optax's",
+    "inject_hyperparams of optax's",
+    "dadapt_adamw",
+    "momo",
+    "chain",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LIKE_THESE else ()) for name in FOREIGN]
+)
 def test_any_optimizer_can_be_wrapped(name):
     """Optax's own and what optax wraps, under jit, told all that a run tells; the factor counts once."""
     once, _, _ = trained(adaptive_batch_size(FOREIGN[name](), constant(4)), [4])

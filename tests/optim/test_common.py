@@ -168,14 +168,12 @@ def test_complex_numbers_are_taken_by_their_size(name):
     params, grads = random_tree(0), random_tree(1)
     phases = jax.tree.map(lambda x: jnp.resize(jnp.array([1, 1j, -1j]), x.shape[:-1])[..., None], params)
     phases["blocks"]["mlp"]["bias"] = jnp.complex64(1j)
-    transform = make(name)
+    init, step = jitted(name)
 
-    @jax.jit
     def two_updates(params, grads):
-        state, moved = transform.init(params), params
+        state, moved = init(params), params
         for i in range(2):
-            updates, state = transform.update(grads, state, moved, examples_seen=32 * i)
-            moved = optax.apply_updates(moved, updates)
+            updates, moved, state = step(grads, state, moved, jnp.int32(32 * i))
         return updates, optim.reported(state)
 
     turned = [jax.tree.map(jnp.multiply, phases, tree) for tree in (params, grads)]

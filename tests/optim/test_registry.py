@@ -121,6 +121,7 @@ def test_configs_name_what_a_new_file_defines(with_a_new_file):
     assert python(with_a_new_file, "-c", CONFIG).strip() == "1.0 (8, 16)"
 
 
+@pytest.mark.slow
 def test_the_common_tests_take_what_a_new_file_defines(with_a_new_file):
     tests = ["tests/optim/test_common.py", "tests/experiments/trainer/test_conformance.py"]
     listed = python(with_a_new_file, "-m", "pytest", "-n", "0", "--collect-only", "-q", *tests)

@@ -42,7 +42,7 @@ def typed(value):
     return type(value), repr(value)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.dictionaries(st.sampled_from(["train.batch_size", "peak/linear.total", "RATE"]), values))
 def test_gin_reads_back_what_was_given(bindings):
     text = statements(bindings)

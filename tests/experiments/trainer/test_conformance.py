@@ -107,10 +107,9 @@ def steps_of(session: Session) -> dict:
 
 
 # A quick run compiles all schedules together, all transforms together and most optimizers together, and alone what does
-# more than change an update, some of it on a mesh; `make test-slow` takes every name alone on every mesh.
+# more than change an update; `make test-slow` takes every name alone on every mesh.
 QUICK = {
     ("schedule_free", "one device"),  # evaluates elsewhere
-    ("muon", "fsdp 2, data 2"),  # two rules in one state
     ("sophia", "one device"),  # second derivatives
     ("norm_test", "one device"),  # wants several microbatches, and statistics of them
 }
@@ -136,7 +135,7 @@ def test_every_optimizer(name, mesh, conforms):
 def test_all_optimizers_in_one_chain(conforms, files):
     """One behind the other but for those that must stand alone: a step compiled once runs the rule of each."""
     alone = {name for name, _ in QUICK}
-    names = [name for name in optim.OPTIMIZERS if name not in alone or name == "muon"]
+    names = [name for name in optim.OPTIMIZERS if name not in alone]
     required = [binding for name in names for binding in required_bindings(name, optim.OPTIMIZERS[name], files)]
     chain = f"optim.chain.transforms = [{', '.join(f'@{name}()' for name in names)}]"
     conforms("train", lambda: None, "train.optimizer = @optim.chain()", chain, *required)
@@ -176,12 +175,15 @@ def test_every_schedule(name, mesh, conforms):
     assert record["learning_rate"] > 0
 
 
-def test_all_transforms_in_one_chain(conforms):
+@pytest.mark.parametrize("guard", optim.GUARDS)
+def test_all_transforms_in_one_chain(conforms, guard):
+    """Behind one of optax's, and under a guard."""
     names = [name for name in optim.TRANSFORMS if name != "scale_by_learning_rate"]
-    transforms = ", ".join(f"@{name}()" for name in names)
+    transforms = ", ".join(f"@{name}()" for name in ("optax.clip_by_global_norm", *names))
     bindings = [f"optim.chain.transforms = [{transforms}, @average_weights()]", "average_weights.optimizer = @sgd()"]
     bindings += ["average_weights.examples = 64", "sgd.learning_rate = 1e-3", "train.optimizer = @optim.chain()"]
-    conforms("train", lambda: None, *bindings)
+    bindings += ["optax.clip_by_global_norm.max_norm = 0.5", f"train.guard = @{guard}()"]
+    assert conforms(guard, optim.GUARDS[guard], *bindings)["skipped_steps"] == 0
 
 
 def test_all_schedules_in_one_step(conforms, files):
@@ -207,30 +209,25 @@ def test_every_batch_size_policy(name, mesh, conforms):
     conforms(qualified, POLICIES[name], f"train.batch_size = @{qualified}()", mesh=mesh)
 
 
-@pytest.mark.parametrize(("name", "mesh"), cases(optim.GUARDS, lambda name, mesh: mesh == "one device"))
+@pytest.mark.parametrize(("name", "mesh"), cases(optim.GUARDS, never))
 def test_every_guard(name, mesh, conforms):
     record = conforms(name, optim.GUARDS[name], f"train.guard = @{name}()", mesh=mesh)
     assert record["skipped_steps"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     [
-        pytest.param(["train.optimizer = @optax.contrib.dog()"], marks=pytest.mark.slow),
-        pytest.param(
-            ["train.optimizer = @optax.contrib.muon()", "optax.contrib.muon.learning_rate = 1e-3"],
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            [
-                "train.optimizer = @optax.adamw()",
-                "optax.adamw.learning_rate = @optax.linear_schedule()",
-                "optax.linear_schedule.init_value = 1e-3",
-                "optax.linear_schedule.end_value = 1e-4",
-                "optax.linear_schedule.transition_steps = 8",
-            ],
-            marks=pytest.mark.slow,
-        ),
+        ["train.optimizer = @optax.contrib.dog()"],
+        ["train.optimizer = @optax.contrib.muon()", "optax.contrib.muon.learning_rate = 1e-3"],
+        [
+            "train.optimizer = @optax.adamw()",
+            "optax.adamw.learning_rate = @optax.linear_schedule()",
+            "optax.linear_schedule.init_value = 1e-3",
+            "optax.linear_schedule.end_value = 1e-4",
+            "optax.linear_schedule.transition_steps = 8",
+        ],
         [
             "train.optimizer = @optim.chain()",
             "optim.chain.transforms = [@optax.clip_by_global_norm(), @lion()]",
