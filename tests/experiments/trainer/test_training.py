@@ -31,6 +31,7 @@ from crescendo.experiments.runtime.interruption import Interrupted
 from crescendo.experiments.sweeps.finished import is_finished
 from crescendo.experiments.tasks.base import Context
 from crescendo.experiments.trainer import loop
+from crescendo.experiments.trainer import session as session_module
 from crescendo.experiments.trainer.frozen import Trainable
 from crescendo.experiments.trainer.optimizer_checks import climbs
 from crescendo.experiments.trainer.recorder import Recorder
@@ -465,7 +466,10 @@ def test_nothing_frozen_is_the_whole_tree():
     assert every.put(tree, tree) == tree
 
 
-def test_a_policy_takes_its_rows_from_the_data_and_says_before_the_first_step_that_it_stays():
+def test_a_policy_takes_its_rows_from_the_data_and_says_before_the_first_step_that_it_stays(monkeypatch):
+    # What it says is known without its step.
+    monkeypatch.setattr(Session, "lower", lambda *_, **__: SimpleNamespace(compile=lambda: "the step"))
+    monkeypatch.setattr(session_module, "peak_bytes", lambda compiled: 0)
     curve = {"tokens": [0, 1600], "critical_batch_size": [0, 32]}  # above 16 from 800 tokens on, 50 rows of 16
     policy = optim.critical_batch_following(curve, 8, 16)
     session = small_session(batch_size=policy, total_examples=64)
