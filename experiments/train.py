@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   python -m crescendo.experiments.train --config lm_30m.gin --set 'text_files.paths = ["books/*.txt"]'
   python -m crescendo.experiments.train --config debug.gin --set 'train.total_examples = 2048' --run runs/short
   python -m crescendo.experiments.train --config lm_1b.gin --dry-run --device H100 --devices 8
+  python -m crescendo.experiments.train --config lm_124m.gin --profile 5
   python -m crescendo.experiments.train --list learning_rate
   srun python -m crescendo.experiments.train --config lm_1b.gin --hosts auto
 
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--list", nargs="?", const="", metavar="WORD", help="print every setting, or those with a word in their name")
+    add("--profile", type=int, metavar="STEPS", help="trace so many steps into RUN/profile (train.profile_steps)")
     add("--dry-run", action="store_true", help="print what the run will be and need, and train nothing")
     add("--devices", type=int, help="how many of --device (default 1)")
     run.add_options(result)
@@ -94,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         list_settings(arguments.list)
         return
     configs = arguments.config or ["debug.gin"]
-    bound = configurables.bind(train, configs, arguments.set)
+    profiled = [] if arguments.profile is None else [f"train.profile_steps = {arguments.profile}"]
+    bound = configurables.bind(train, configs, [*arguments.set, *profiled])
     if arguments.dry_run:
         run.plan_run(
             output_console(),

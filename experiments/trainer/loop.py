@@ -16,6 +16,7 @@ from crescendo.experiments.trainer.batch_sizes import DecidedBatchSizes
 from crescendo.experiments.trainer.feed import Feed
 from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.session import Session
+from crescendo.experiments.trainer.step_trace import StepTrace
 from crescendo.experiments.trainer.watching import Watch
 
 
@@ -54,6 +55,7 @@ def run(
     stop: Callable[[Clock], object] = lambda clock: None,
     max_bad_steps: int = 10,
     watch: Watch | None = None,
+    trace: StepTrace | None = None,
 ) -> tuple[TrainState, Clock]:
     """Trains from the clock to `end` examples, or until asked to stop.
 
@@ -69,6 +71,7 @@ def run(
       stop: asked before every step.
       max_bad_steps: give up after so many steps in a row that changed nothing.
       watch: looks at every step, and goes back where the run's guard asks for it; None: nobody.
+      trace: asked before every step, as `stop`; None: no step is traced.
 
     Returns:
       The state and the clock at the end.
@@ -103,6 +106,8 @@ def run(
     recorder.restart_timer()
     with jax.transfer_guard("disallow"):
         while clock.examples_seen < end and not stop(clock):
+            if trace is not None:
+                trace.before_step(state)
             start = clock.examples_seen
             examples = min(clock.batch_size, end - start)
             state, metrics = session.step(state, feed.read(start, examples))

@@ -32,6 +32,7 @@ from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.run_files import RunFiles
 from crescendo.experiments.trainer.session import Session, check_enough_rows
 from crescendo.experiments.trainer.starting import fresh_state, state_of
+from crescendo.experiments.trainer.step_trace import StepTrace
 from crescendo.experiments.trainer.stopping import Stops
 from crescendo.experiments.trainer.wall_clock import WallClock
 from crescendo.experiments.trainer.watching import check_patience
@@ -91,6 +92,7 @@ def train(
     keep_checkpoints_at_examples: Sequence[Count] = (),
     keep_best_checkpoint: bool = False,
     probes: Sequence[Probe] = (),
+    profile_steps: Count | None = None,
     stop_at_loss: Positive | None = None,
     stop_after_minutes: Positive | None = None,
     stop_after_tokens: Tokens | None = None,
@@ -118,6 +120,9 @@ def train(
       keep_checkpoints_at_examples: also save at the first step that reaches each of these, and keep it for ever.
       keep_best_checkpoint: save whenever the validation loss is the lowest so far, and keep the best.
       probes: what looks at the run and never changes it.
+      profile_steps: so many steps, from the fourth of a start on, are traced into `RUN/profile` by JAX's profiler, for
+        XProf, TensorBoard or Perfetto; None: none. On a GPU kernels have their names there with
+        `XLA_FLAGS=--xla_gpu_enable_command_buffer=` in the environment.
       stop_at_loss: the run ends at the first evaluation whose loss on held-out rows is at most this.
       stop_after_minutes: it ends after so much training time: over all resumes, and without compilation, evaluation and
         checkpoints.
@@ -197,8 +202,15 @@ def train(
             loop.Event(files.validate, evaluate_every_examples or max(1, total_examples // 5)),
             saves,
         ]
+        trace = stack.enter_context(StepTrace(folder / "profile", profile_steps, say))
         run_on = functools.partial(
-            loop.run, session, recorder=recorder, events=events, max_bad_steps=max_bad_steps, watch=files.watch
+            loop.run,
+            session,
+            recorder=recorder,
+            events=events,
+            max_bad_steps=max_bad_steps,
+            watch=files.watch,
+            trace=trace,
         )
         write = functools.partial(_write_end, folder, info, counter, operative_config)
         of_end = files.run(

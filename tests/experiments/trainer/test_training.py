@@ -1,5 +1,6 @@
 """What a run can be asked for besides: probes, groups, averages, the best checkpoint, another run's state."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -16,6 +17,7 @@ import optax
 import pytest
 
 from crescendo import optim, parallel
+from crescendo.experiments.benchmarks.profile import spans_of_cpu
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.data.random_text import RandomText
 from crescendo.experiments.reports.compare import compare
@@ -37,6 +39,7 @@ from crescendo.experiments.trainer.optimizer_checks import climbs
 from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.session import Session, session_options
 from crescendo.experiments.trainer.starting import state_of
+from crescendo.experiments.trainer.step_trace import StepTrace
 from crescendo.experiments.trainer.stopping import Stops
 from crescendo.experiments.trainer.training import make_recorder, train
 from crescendo.models import ModelConfig
@@ -53,6 +56,24 @@ def small_session(**options) -> Session:
     """A session of random text on one device."""
     given = {"model": SMALL, "optimizer": optim.adamw(1e-2), "batch_size": 8, "total_examples": 64}
     return Session(data=RandomText(128, 16), **{**given, "mesh": one_device(), **options})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "traced"), [(2, 2), (100, 5)], ids=["some", "to the end"])
+def test_steps_are_traced_for_the_usual_viewers(tmp_path, steps, traced):
+    session, said = small_session(), []
+    with StepTrace(tmp_path / "profile", steps, said.append) as trace:
+        loop.run(
+            session,
+            session.fresh_state(),
+            Clock(batch_size=8),
+            end=64,
+            recorder=make_recorder(session, [].append),
+            trace=trace,
+        )
+    assert said == [f"profile of {traced} steps in {tmp_path}/profile: see it with tensorboard --logdir or xprof"]
+    ran = collections.Counter(span.instruction for span in spans_of_cpu(tmp_path / "profile"))
+    assert traced in ran.values()  # instructions outside of loops, each on one thread
 
 
 def run(session: Session, end: int | None = None):
