@@ -25,7 +25,7 @@ from crescendo.pallas_kernels.attention import op, xla
 from crescendo.pallas_kernels.rms_norm import reference
 
 assert op.attention is attention is crescendo.pallas_kernels.attention
-assert all(map(callable, (attention, softmax, linear_cross_entropy, rms_norm, xla.kernels, reference.rms_norm)))
+assert all(map(callable, (attention, softmax, linear_cross_entropy, rms_norm, xla.attention, reference.rms_norm)))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
