@@ -27,8 +27,8 @@ has another's gradient. Second and forward-mode ones (`jax.jvp`) are sure to be 
 `implementation="reference"` only; what hasn't them says so. (Under or around a `jax.jit` the lack of a forward-mode one
 is told by JAX, which doesn't know what to pass.)
 
-**Specs.** `OP/specs.py` holds `SPECS`, named calls of real and awkward shapes (`Spec`): the same ones drive the tests,
-the benchmark (`crescendo.pallas_kernels.bench`) and the tuning.
+**Specs.** `OP/specs.py` holds `SPECS`, named calls of real and awkward shapes (`Spec`): the same ones drive the tests
+(`crescendo.pallas_kernels.conformance`), the benchmark (`crescendo.pallas_kernels.bench`) and the tuning.
 
 **Mesh.** A kernel that XLA can't partition is wrapped by `crescendo.pallas_kernels.sharded`, from the letters of its
 dimensions and which of them are batch-like. Inside `jax.shard_map`, checked or not, an op sees a device's part.
@@ -57,6 +57,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 # Streaming multiprocessors and compute capability of GPUs that are known by name only (ahead of time).
 GPUS = {"H100": (9.0, 132), "H200": (9.0, 132), "A100": (8.0, 108), "B200": (10.0, 148)}
+# What the kind of a device begins with whose kernels run in an interpreter, here (`interpreter`).
+INTERPRETED = "interpreted "
 
 
 class Unsupported(NotImplementedError):  # noqa: N818  it is an answer, not a failure
@@ -106,6 +108,11 @@ class Device:
     def abstract(self) -> AbstractDevice:
         """What `target` takes."""
         return AbstractDevice(self.kind, self.cores, self.platform)
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether its kernels run in an interpreter."""
+        return self.kind.startswith(INTERPRETED)
 
     def __str__(self) -> str:
         return f"{self.kind} ({self.platform})"
@@ -194,10 +201,12 @@ class Spec:
       flops: of the forward pass's matmuls, masked ones not counted, or 0.
       bytes: that the forward pass must move through device memory, or 0.
       differentiable: the names or positions of the arguments with gradients.
-      tags: what the spec is for: "small" (interpreters), "awkward", "real", "speed" (the issue's table).
+      tags: what the spec is for: "small" or "awkward" (compared with the reference in float64), "quick" (of those,
+        the ones that take each kernel once through its branches), "scaled" (a real one made short), "real", "speed".
       backward_bytes: that the gradient must move besides, or 0 for one and a half times `bytes`.
       backward_flops: of the gradient's matmuls besides, or 0 for twice `flops`: a matmul has two derivatives of its
         size.
+      slack: how many times as far as usual results may be from the exact ones (`conformance.TOLERANCE`).
     """
 
     name: str
@@ -208,6 +217,7 @@ class Spec:
     tags: frozenset[str] = frozenset()
     backward_bytes: float = 0.0
     backward_flops: float = 0.0
+    slack: float = 1.0
 
     def inputs(self, seed: int = 0) -> tuple[tuple, dict]:
         """Arrays on the default device."""

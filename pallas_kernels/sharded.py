@@ -47,7 +47,8 @@ def sharded(
 
     Under an automatic mesh the partitioner splits the call, under an explicit one the arguments' types do, and
     inside `shard_map` the arrays are parts already (a mesh axis that it leaves automatic is gathered). The TPU's
-    compiler knows no such operation: there several devices need an explicit mesh or `shard_map`.
+    compiler knows no such operation: there several devices need an explicit mesh or `shard_map`. A device that is
+    interpreted is alone.
 
     >>> double = sharded(lambda x: (2 * x,), ["b t"], ["b t"], batch=["b"])
     >>> double(jnp.ones((2, 3)))[0].sum()
@@ -69,7 +70,7 @@ def sharded(
     @custom_vmap
     def call(*arrays):
         types = jax.sharding.get_abstract_mesh().axis_types
-        if AxisType.Manual in types:
+        if AxisType.Manual in types or device.interpreted:
             return given({})(*arrays)
         if AxisType.Explicit in types:
             return _by_types(given, names, arrays, structure)

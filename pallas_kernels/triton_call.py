@@ -37,6 +37,12 @@ def triton_call(
       Unsupported: on anything but an NVIDIA GPU of compute capability 8.0 or later.
     """
     device = require_gpu(8.0)
+    if device.interpreted:
+        from crescendo.pallas_kernels import triton_interpreter
+
+        return triton_interpreter.run(
+            *arrays, kernel=kernel, out_shape=out_shape, grid=grid, zeroed=zeroed, **constants
+        )
     results = jax_triton.triton_call(
         *arrays,
         kernel=kernel,

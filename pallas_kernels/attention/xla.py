@@ -1,5 +1,7 @@
 """Chunked over the keys with an online softmax, on any device; memory linear in the length, backward too."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -13,10 +15,16 @@ from crescendo.pallas_kernels.attention.contract import (
     taint,
     visible,
 )
+from crescendo.pallas_kernels.attention.tiles import tuned
 from crescendo.pallas_kernels.op import gradient_dtype
 from crescendo.pallas_kernels.sharded import results_of
 
-CHUNK_KEYS = 512
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """How a call is cut up: `keys` at a time."""
+
+    keys: int = 512
 
 
 def attention(config: Config, operands: Operands) -> Kernels:
@@ -24,10 +32,10 @@ def attention(config: Config, operands: Operands) -> Kernels:
     return Kernels(forward, backward, split_by_xla=True)
 
 
-def _chunks(operands: Operands):
+def _chunks(config: Config, operands: Operands):
     """Everything with a key dimension, cut into chunks on a leading axis, and the chunks' first keys."""
     _, _, keys, *_ = operands.dims
-    chunk = min(CHUNK_KEYS, keys)
+    chunk = min(tuned("chunks of keys", config, operands, Chunk()).keys, keys)
     count = -(-keys // chunk)
 
     def cut(array, axis):
@@ -98,7 +106,7 @@ def forward(config: Config, operands: Operands):
     batch, length, _, heads, kv_heads, width = operands.dims
     exact = jnp.promote_types(q.dtype, jnp.float32)
     grouped = _grouped(q, kv_heads)
-    parts = _chunks(operands)
+    parts = _chunks(config, operands)
 
     def step(carry, part):
         maximum, total, out = carry
@@ -134,7 +142,7 @@ def backward(config: Config, operands: Operands, lse, dout, delta, _out=None):
     grouped, dout = _grouped(q, kv_heads), _grouped(dout, kv_heads)
     lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf).reshape(batch, kv_heads, groups, length, 1)
     delta = delta.reshape(batch, kv_heads, groups, length, 1)
-    parts, narrow = _chunks(operands), gradient_dtype(q.dtype)
+    parts, narrow = _chunks(config, operands), gradient_dtype(q.dtype)
     of_v, of_q, of_dout = only_finite(dout), only_finite(grouped), jnp.moveaxis(taint(dout, exact), 1, 3)[..., None]
 
     def product(letters, left, right):

@@ -1,13 +1,12 @@
 """Matrix products of a warpgroup: accumulators that begin with what registers hold, and rows and columns of results.
 
 Pallas' interpreter knows neither accumulators that begin with registers' values nor left operands in registers. Within
-`interpreted` such a part of a sum is kept aside, and added when the accumulator is read.
+`sums_aside` such a part of a sum is kept aside, and added when the accumulator is read.
 """
 
 import contextlib
 import contextvars
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,12 +51,11 @@ _aside = contextvars.ContextVar[_Aside | None]("aside", default=None)
 
 
 @contextlib.contextmanager
-def interpreted(**parameters: Any) -> Iterator[None]:
-    """Kernels traced within run in Pallas' interpreter; `parameters` are those of `plgpu.InterpretGPUParams`."""
+def sums_aside() -> Iterator[None]:
+    """For kernels that are traced within, for Pallas' interpreter (`crescendo.pallas_kernels.interpreter`)."""
     token = _aside.set(_Aside())
     try:
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**parameters)):
-            yield
+        yield
     finally:
         _aside.reset(token)
 

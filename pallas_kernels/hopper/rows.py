@@ -4,9 +4,8 @@ A block of 128 threads takes every n-th row. The copy engine brings the next row
 takes away the results, which lie where the row was: between the passes over a row nothing is read from device memory
 twice. So many blocks share a streaming multiprocessor as its shared memory holds: one waits while others compute.
 
-A row is `[W / 128, 128]` for the copy engine, and is worked on in pieces of `PIECE` entries, 16 to a thread. A long row
-is shared by the blocks of a cluster, which tell each other a few numbers of each row (`Meeting`): they go on with the
-next row while these are on their way.
+A row is `[W / 128, 128]` for the copy engine, and is worked on in pieces (`Cut`). A long row is shared by the blocks of
+a cluster, which tell each other a few numbers of each row: they go on with the next row while these are on their way.
 """
 
 import dataclasses
@@ -21,19 +20,39 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from crescendo.pallas_kernels import tiles
 from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
 from crescendo.pallas_kernels.sharded import results_of
 
 LANES = 128
-PIECE = 2048
 # Of a streaming multiprocessor, for blocks that share it, with 1 KiB that each costs besides.
 SHARED_BYTES = 220 * 1024
-MAX_BLOCKS = 8
-# Rows of a block in shared memory: one to work on, one on its way out, others on their way in.
-STAGES = 4
-# A row of more bytes is shared by two blocks, or four, or eight.
-PART_BYTES = 32 * 1024
-ROWS_OF_A_CLUSTER = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How rows are cut up.
+
+    Attributes:
+      piece: entries that a block works on at a time, 16 to a thread.
+      held: entries of a row, or of two, that a block keeps in registers between two passes.
+      blocks: of a streaming multiprocessor at most.
+      stages: rows of a block in shared memory: one to work on, one on its way out, others on their way in.
+      part_bytes: a row of more is shared by two blocks, or four, or eight.
+      cluster_rows: that a cluster of blocks takes.
+    """
+
+    piece: int = 2048
+    held: int = 8192
+    blocks: int = 8
+    stages: int = 4
+    part_bytes: int = 32 * 1024
+    cluster_rows: int = 8
+
+
+def cut() -> Cut:
+    """How they are cut up on the target device."""
+    return tiles.tuned("hopper", "rows", {}, 1, Cut())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +74,7 @@ class Geometry:
     def clusters(self, rows: int) -> int:
         """So many as run at a time; of long rows a few for each, as not all multiprocessors suit a cluster."""
         at_once = self.blocks * target_device().cores // self.parts
-        return min(rows, at_once if self.parts == 1 else -(-rows // ROWS_OF_A_CLUSTER))
+        return min(rows, at_once if self.parts == 1 else -(-rows // cut().cluster_rows))
 
 
 def geometry(width: int, bytes_of_an_entry: int, other_bytes: int = 0, *, shared: bool = False) -> Geometry:
@@ -65,7 +84,7 @@ def geometry(width: int, bytes_of_an_entry: int, other_bytes: int = 0, *, shared
       Unsupported: rows that don't suit the copy engine or shared memory.
     """
     require_gpu(9.0, below=10.0)
-    lines = width // LANES
+    usual, lines = cut(), width // LANES
     if width % LANES:
         raise Unsupported(f"needs rows of a multiple of {LANES} entries, not {width:,}")
     fitting = [
@@ -77,17 +96,17 @@ def geometry(width: int, bytes_of_an_entry: int, other_bytes: int = 0, *, shared
     ]
     if not fitting:
         raise Unsupported(f"can't hold three rows of {width:,} entries in shared memory")
-    small = [parts for parts in fitting if width // parts * bytes_of_an_entry <= PART_BYTES]
+    small = [parts for parts in fitting if width // parts * bytes_of_an_entry <= usual.part_bytes]
     parts = min(small) if small else max(fitting)
     row_bytes = width // parts * bytes_of_an_entry
-    stages = next(n for n in (STAGES, 3) if n == 3 or 2 * (n * row_bytes + other_bytes) <= SHARED_BYTES)
-    blocks = max(1, min(MAX_BLOCKS, SHARED_BYTES // (stages * row_bytes + other_bytes + 1024)))
+    stages = next(n for n in (usual.stages, 3) if n == 3 or 2 * (n * row_bytes + other_bytes) <= SHARED_BYTES)
+    blocks = max(1, min(usual.blocks, SHARED_BYTES // (stages * row_bytes + other_bytes + 1024)))
     return Geometry(parts, lines // parts, stages, blocks)
 
 
 def pieces(width: int) -> list[pl.Slice]:
     """Lines of 128 entries, as many at a time as make a piece."""
-    lines, together = width // LANES, PIECE // LANES
+    lines, together = width // LANES, cut().piece // LANES
     return [pl.ds(first, min(together, lines - first)) for first in range(0, lines, together)]
 
 

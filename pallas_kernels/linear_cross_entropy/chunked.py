@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from crescendo.pallas_kernels import op
+from crescendo.pallas_kernels import op, tiles
 from crescendo.pallas_kernels.sharded import mesh_axes, sharded
 
 
@@ -120,29 +120,40 @@ class Options:
         return w.shape[0] * (1 if self.vocab_axis is None else jax.lax.axis_size(self.vocab_axis))
 
 
-def rows_in_chunk(rows: int, vocab_size: int, bytes_per_logit: int, multiple: int = 1, lent_bytes: int = 0) -> int:
-    """As many rows as cost the least, with padding, of those that `CHUNK_BYTES` or `lent_bytes` hold.
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """How rows are cut up.
 
-    At least `MIN_CHUNK_ROWS` may be taken. Bytes are lent by a result that isn't there yet.
+    Attributes:
+      bytes: of a chunk's logits.
+      least_rows: that a chunk may have, whatever its logits take. Every chunk reads and writes all of dW in float32:
+        with fewer rows, that takes longer than the matmul itself.
+      cost_rows: a chunk takes the time of so many rows' three matmuls (on an H100, whatever V and D).
+      alignment: rows of a chunk are a multiple of so many.
+    """
+
+    bytes: int = 350 * 2**20
+    least_rows: int = 2048
+    cost_rows: int = 111
+    alignment: int = 128
+
+
+def rows_in_chunk(rows: int, vocab_size: int, bytes_per_logit: int, multiple: int = 1, lent_bytes: int = 0) -> int:
+    """As many rows as cost the least, with padding, of those that `Chunks.bytes` or `lent_bytes` hold.
+
+    At least `Chunks.least_rows` may be taken. Bytes are lent by a result that isn't there yet.
 
     >>> rows_in_chunk(8192, 50304, 2), rows_in_chunk(17, 50304, 6), rows_in_chunk(17, 50304, 2, multiple=256)
     (2048, 17, 256)
     """
-    most = max(MIN_CHUNK_ROWS, max(CHUNK_BYTES, lent_bytes) // (bytes_per_logit * vocab_size))
+    cut = tiles.tuned("linear_cross_entropy", "chunks", {}, rows, Chunks())
+    most = max(cut.least_rows, max(cut.bytes, lent_bytes) // (bytes_per_logit * vocab_size))
     fewest = math.ceil(rows / most)
     if fewest == 1:
         return -(-rows // multiple) * multiple
-    aligned = math.lcm(multiple, ROW_ALIGNMENT)
+    aligned = math.lcm(multiple, cut.alignment)
     sizes = {count: -(-rows // (count * aligned)) * aligned for count in range(fewest, 2 * fewest)}
-    return min(sizes.values(), key=lambda size: -(-rows // size) * (size + ROWS_A_CHUNK_COSTS))
-
-
-CHUNK_BYTES = 350 * 2**20
-# Every chunk reads and writes all of dW in float32: fewer rows, and that takes longer than the matmul itself. It takes
-# the time of so many rows' three matmuls (on an H100, whatever V and D).
-MIN_CHUNK_ROWS = 2048
-ROWS_A_CHUNK_COSTS = 111
-ROW_ALIGNMENT = 128
+    return min(sizes.values(), key=lambda size: -(-rows // size) * (size + cut.cost_rows))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

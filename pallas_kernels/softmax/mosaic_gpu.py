@@ -14,8 +14,6 @@ from crescendo.pallas_kernels.softmax.gradient import Call, weighted_mean
 
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-# Entries of a row, or two, that a block holds in registers.
-HELD = 8192
 
 
 def softmax(x, *, axis, soft_cap, mask, **_):
@@ -82,7 +80,7 @@ class _Passes:
     def both(self, row, refs, carry):
         """On a full row."""
         del row
-        keep = refs[0].shape[0] * len(refs) * hopper_rows.LANES <= HELD
+        keep = refs[0].shape[0] * len(refs) * hopper_rows.LANES <= hopper_rows.cut().held
         numbers, held = self.first(refs, keep)
         self.second(refs, [numbers], held)
         return carry

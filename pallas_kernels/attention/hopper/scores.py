@@ -3,7 +3,7 @@
 The kernel for the gradients of k and v has `dS` at hand, rounded as its own product takes it. Written to memory, in
 blocks of 64 keys and 64 queries, it spares the kernel for the gradient of q two products of three: what is left, `scale
 dS K`, is bound by reading dS (2 bytes for 2 D operations). Memory stays linear in the length: as many heads are done at
-a time as fill the device, within `MOST_BYTES`.
+a time as fill the device, within `Bounds`.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from crescendo.pallas_kernels.attention.contract import Config, Operands
 from crescendo.pallas_kernels.attention.hopper import tiling
+from crescendo.pallas_kernels.attention.tiles import tuned
 from crescendo.pallas_kernels.hopper.block import launch, warpgroups
 from crescendo.pallas_kernels.hopper.memory import ROWS, tiled
 from crescendo.pallas_kernels.hopper.products import product
@@ -25,7 +26,14 @@ from crescendo.pallas_kernels.hopper.ring import Part, Ring, Slots
 from crescendo.pallas_kernels.op import target_device
 
 SIDE = 2 * ROWS  # of a tile of scores: the keys of a block of threads, and as many queries
-USUAL_BYTES, MOST_BYTES = 5 * 2**27, 5 * 2**28  # of dS: where heads can be divided so finely, and of one group of heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """How much of dS is kept at a time: bytes where heads can be divided so finely, and of one group of heads."""
+
+    usual_bytes: int = 5 * 2**27
+    most_bytes: int = 5 * 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,19 +104,21 @@ def parts_for(config: Config, operands: Operands, keys_tile) -> Parts | None:
     if operands.has_metadata or config.window is not None or not 64 < width <= 128:
         return None
     units, groups = batch * kv_heads, heads // kv_heads
+    bounds = tuned("scores that are kept", config, operands, Bounds())
     tiles_q, tiles_k = -(-length // SIDE), -(-keys // SIDE)
 
     def store(count: int) -> Store:
         return Store(count * groups, tiles_q, tiles_k, config.causal)
 
-    if store(1).size_bytes > MOST_BYTES:
+    if store(1).size_bytes > bounds.most_bytes:
         return None
     blocks = -(-tiles_k // 2) if tiling.in_pairs(config, keys_tile, keys, keys_tile.rows) else tiles_k
 
     def waves(count: int) -> int:
         return units // count * -(-count * blocks // target_device().cores)
 
-    fitting = [n for n in range(1, units + 1) if units % n == 0 and (n == 1 or store(n).size_bytes <= USUAL_BYTES)]
+    in_bounds = lambda n: n == 1 or store(n).size_bytes <= bounds.usual_bytes  # noqa: E731
+    fitting = [n for n in range(1, units + 1) if units % n == 0 and in_bounds(n)]
     best = min(fitting, key=lambda n: (waves(n), -n))
     return Parts(best, units // best, store(best))
 
