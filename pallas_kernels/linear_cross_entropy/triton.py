@@ -9,7 +9,7 @@ from crescendo.pallas_kernels.linear_cross_entropy import chunked, xla
 from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
 from crescendo.pallas_kernels.rows import check
 from crescendo.pallas_kernels.triton_call import triton_call
-from crescendo.pallas_kernels.triton_rows import LOG2E, capped, meet, meeting, place
+from crescendo.pallas_kernels.triton_rows import LOG2E, capped_logits, leave, meet, meeting, of_parts, place, store
 
 # Logits that a program holds.
 COLUMNS = 16384
@@ -85,9 +85,8 @@ def _kernel(
     columns = part * BLOCK + tl.arange(0, BLOCK)
     offsets = row.to(tl.int64) * COLUMNS + columns
     exists = columns < COLUMNS
-    logits = tl.load(logits_ptr + offsets, mask=exists, other=-float("inf"))
     is_label = columns == tl.load(labels_ptr + row)
-    logits = tl.where(exists, capped(logits, 1.0, CAP), -float("inf"))
+    logits = capped_logits(logits_ptr, None, offsets, exists, 1.0, CAP, False)
     highest = tl.max(logits, axis=0)
     highest = tl.where(highest == -float("inf"), 0.0, highest)
     exponentials = tl.exp2((logits - highest) * LOG2E)
@@ -97,16 +96,13 @@ def _kernel(
         target_logit += (SMOOTHING / COLUMNS) * tl.sum(tl.where(exists, logits, 0.0), axis=0)
     top = highest
     if PARTS > 1:
-        left = left_ptr + row * PARTS
-        tl.store(left + part, highest)
-        tl.store(left + ROWS * PARTS + part, total)
-        tl.store(left + 2 * ROWS * PARTS + part, target_logit)
+        leave(left_ptr, 0, row, part, highest, ROWS, PARTS)
+        leave(left_ptr, 1, row, part, total, ROWS, PARTS)
+        leave(left_ptr, 2, row, part, target_logit, ROWS, PARTS)
         meet(arrived_ptr, row, PARTS)
-        others = tl.arange(0, triton.next_power_of_2(PARTS))
-        there = others < PARTS
-        tops = tl.load(left + others, mask=there, other=-float("inf"), cache_modifier=".cg")
-        totals = tl.load(left + ROWS * PARTS + others, mask=there, other=0.0, cache_modifier=".cg")
-        targets = tl.load(left + 2 * ROWS * PARTS + others, mask=there, other=0.0, cache_modifier=".cg")
+        tops = of_parts(left_ptr, 0, row, ROWS, PARTS, -float("inf"))
+        totals = of_parts(left_ptr, 1, row, ROWS, PARTS, 0.0)
+        targets = of_parts(left_ptr, 2, row, ROWS, PARTS, 0.0)
         top = tl.max(tops, axis=0)
         total = tl.sum(totals * tl.exp2((tops - top) * LOG2E), axis=0)
         target_logit = tl.sum(targets, axis=0)
@@ -121,4 +117,4 @@ def _kernel(
         gradient -= of_target * tl.where(is_label, 1 - SMOOTHING + SMOOTHING / COLUMNS, SMOOTHING / COLUMNS)
         if CAP > 0:
             gradient *= 1 - (logits / CAP) * (logits / CAP)
-        tl.store(gradient_ptr + offsets, gradient.to(gradient_ptr.dtype.element_ty), mask=exists)
+        store(gradient_ptr, offsets, gradient, exists)

@@ -13,6 +13,7 @@ import triton.language as tl
 from crescendo.pallas_kernels import rows
 from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
 from crescendo.pallas_kernels.triton_call import triton_call
+from crescendo.pallas_kernels.triton_rows import load, load_row, store
 
 MAX_WIDTH = 16384
 # Entries of a row that one thread holds.
@@ -171,16 +172,15 @@ def _forward(
         residual = tl.load(residual_ptr + start + offsets, mask=exists, other=0.0)
         h = (h.to(tl.float32) + residual.to(tl.float32)).to(x_ptr.dtype.element_ty)
         tl.store(h_ptr + start + offsets, h, mask=exists)
-    columns = tl.arange(0, BLOCK)
-    scale = tl.load(scale_ptr + group * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+    scale = load_row(scale_ptr, group, WIDTH, BLOCK)
     h = h.to(tl.float32)
     if CENTERED:
         h = _centered(h, exists, WIDTH)
     inverse = tl.rsqrt(tl.sum(h * h, axis=1) * (1.0 / WIDTH) + EPS)
     y = h * inverse[:, None] * scale
     if CENTERED:
-        y += tl.load(bias_ptr + group * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + start + offsets, y.to(y_ptr.dtype.element_ty), mask=exists)
+        y += load_row(bias_ptr, group, WIDTH, BLOCK)
+    store(y_ptr + start, offsets, y, exists)
 
 
 @triton.jit
@@ -204,7 +204,7 @@ def _backward(
     group = tl.program_id(0) // PROGRAMS
     step = tl.program_id(0) % PROGRAMS
     columns = tl.arange(0, BLOCK)
-    scale = tl.load(scale_ptr + group * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+    scale = load_row(scale_ptr, group, WIDTH, BLOCK)
     start, offsets, exists = _rows_of(group, step, ROWS, WIDTH, BLOCK, TOGETHER)
     h = tl.load(h_ptr + start + offsets, mask=exists, other=0.0)
     dy = tl.load(dy_ptr + start + offsets, mask=exists, other=0.0)
@@ -228,8 +228,8 @@ def _backward(
             dx -= (tl.sum(g, axis=1) * (1.0 / WIDTH))[:, None]
         dx *= inverse
         if HAS_SUM:
-            dx += tl.load(dh_ptr + start + offsets, mask=exists, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + start + offsets, dx.to(dx_ptr.dtype.element_ty), mask=exists)
+            dx += load(dh_ptr + start, offsets, exists)
+        store(dx_ptr + start, offsets, dx, exists)
         h, dy, start, exists = ahead_h, ahead_dy, ahead, ahead_exists
         step += PROGRAMS
     place = tl.program_id(0).to(tl.int64) * WIDTH
@@ -260,6 +260,12 @@ def _heads_of(
 
 
 @triton.jit
+def _halves(pointer, at, exists, HALF: tl.constexpr):
+    """The first and the second half of heads, in float32."""
+    return load(pointer, at, exists), load(pointer + at, HALF, exists)
+
+
+@triton.jit
 def _rotary_forward(
     x_ptr,
     scale_ptr,
@@ -278,21 +284,18 @@ def _rotary_forward(
     batch = tl.program_id(0) // PROGRAMS
     step = tl.program_id(0) % PROGRAMS
     start, offsets, turn, exists = _heads_of(batch, step, ROWS, HEADS, WIDTH, BLOCK, TOGETHER)
-    x1 = tl.load(x_ptr + start + offsets, mask=exists, other=0.0).to(tl.float32)
-    x2 = tl.load(x_ptr + start + offsets + HALF, mask=exists, other=0.0).to(tl.float32)
+    x1, x2 = _halves(x_ptr + start, offsets, exists, HALF)
     cosine = tl.load(cosine_ptr + turn, mask=exists, other=0.0)
     sine = tl.load(sine_ptr + turn, mask=exists, other=0.0)
     columns = tl.arange(0, BLOCK)
-    scale = scale_ptr + batch * WIDTH + columns
-    scale1 = tl.load(scale, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
-    scale2 = tl.load(scale + HALF, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
+    scale1, scale2 = _halves(scale_ptr + batch * WIDTH, columns[None, :], columns[None, :] < HALF, HALF)
     inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) * (1.0 / WIDTH) + EPS)[:, None]
     u1 = x1 * inverse * scale1
     u2 = x2 * inverse * scale2
     y1 = u1 * cosine - u2 * sine
     y2 = u2 * cosine + u1 * sine
-    tl.store(y_ptr + start + offsets, y1.to(y_ptr.dtype.element_ty), mask=exists)
-    tl.store(y_ptr + start + offsets + HALF, y2.to(y_ptr.dtype.element_ty), mask=exists)
+    store(y_ptr + start, offsets, y1, exists)
+    store(y_ptr + start + offsets, HALF, y2, exists)
 
 
 @triton.jit
@@ -316,17 +319,13 @@ def _rotary_backward(
     batch = tl.program_id(0) // PROGRAMS
     step = tl.program_id(0) % PROGRAMS
     columns = tl.arange(0, BLOCK)
-    scale = scale_ptr + batch * WIDTH + columns
-    scale1 = tl.load(scale, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
-    scale2 = tl.load(scale + HALF, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
+    scale1, scale2 = _halves(scale_ptr + batch * WIDTH, columns[None, :], columns[None, :] < HALF, HALF)
     share1 = tl.zeros([TOGETHER, BLOCK], tl.float32)
     share2 = tl.zeros([TOGETHER, BLOCK], tl.float32)
     while step * TOGETHER < ROWS:
         start, offsets, turn, exists = _heads_of(batch, step, ROWS, HEADS, WIDTH, BLOCK, TOGETHER)
-        x1 = tl.load(x_ptr + start + offsets, mask=exists, other=0.0).to(tl.float32)
-        x2 = tl.load(x_ptr + start + offsets + HALF, mask=exists, other=0.0).to(tl.float32)
-        dy1 = tl.load(dy_ptr + start + offsets, mask=exists, other=0.0).to(tl.float32)
-        dy2 = tl.load(dy_ptr + start + offsets + HALF, mask=exists, other=0.0).to(tl.float32)
+        x1, x2 = _halves(x_ptr + start, offsets, exists, HALF)
+        dy1, dy2 = _halves(dy_ptr + start, offsets, exists, HALF)
         cosine = tl.load(cosine_ptr + turn, mask=exists, other=0.0)
         sine = tl.load(sine_ptr + turn, mask=exists, other=0.0)
         d1 = dy1 * cosine + dy2 * sine
@@ -341,8 +340,8 @@ def _rotary_backward(
         mean = tl.sum(g1 * u1 + g2 * u2, axis=1)[:, None] * (1.0 / WIDTH)
         dx1 = inverse * (g1 - u1 * mean)
         dx2 = inverse * (g2 - u2 * mean)
-        tl.store(dx_ptr + start + offsets, dx1.to(dx_ptr.dtype.element_ty), mask=exists)
-        tl.store(dx_ptr + start + offsets + HALF, dx2.to(dx_ptr.dtype.element_ty), mask=exists)
+        store(dx_ptr + start, offsets, dx1, exists)
+        store(dx_ptr + start + offsets, HALF, dx2, exists)
         step += PROGRAMS
     place = shares_ptr + tl.program_id(0).to(tl.int64) * WIDTH + columns
     tl.store(place, tl.sum(share1, axis=0), mask=columns < HALF)

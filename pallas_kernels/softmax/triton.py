@@ -5,6 +5,7 @@ take two kernels, by pairs (mantissa, exponent): two reads and one write, as the
 and Ablavatski, 2020).
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,17 +13,41 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from crescendo.pallas_kernels import rows
+from crescendo.pallas_kernels import rows, tiles
 from crescendo.pallas_kernels.op import require_gpu, target_device
 from crescendo.pallas_kernels.softmax.gradient import Call, weighted_mean
 from crescendo.pallas_kernels.triton_call import triton_call
-from crescendo.pallas_kernels.triton_rows import LOG2E, capped, meet, meeting, place
+from crescendo.pallas_kernels.triton_rows import (
+    LOG2E,
+    capped,
+    capped_logits,
+    leave,
+    load,
+    meet,
+    meeting,
+    of_parts,
+    part_of_row,
+    place,
+    store,
+)
 
-# Columns of a program that has a row to itself, forward and backward; of one that shares its row; and entries of one
-# whose rows are shorter.
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """How rows are cut up.
+
+    Attributes:
+      alone: columns of a program that has a row to itself.
+      shared: of one that shares its row.
+      entries: of one whose rows are shorter.
+    """
+
+    alone: int
+    shared: int = 8192
+    entries: int = 4096
+
+
 ALONE = {"forward": 32768, "backward": 16384}
-SHARED = 8192
-ENTRIES = 4096
 # Of a thread of a program that has its rows to itself, and of one that waits for the others of its row: forward so many
 # that more programs share a multiprocessor (NOTES.md).
 THREAD_ENTRIES = {"forward": (32, 64), "backward": (16, 16)}
@@ -45,14 +70,15 @@ log_softmax = softmax
 def _geometry(shape, passes: str) -> dict[str, Any]:
     """Blocks, programs and warps for rows of that shape."""
     rows, columns = shape
+    cut = tiles.tuned("softmax", passes, {}, columns, Columns(ALONE[passes]))
     block = triton.next_power_of_2(columns)
-    if block > ALONE[passes]:
+    if block > cut.alone:
         # A row has at most as many parts as there are streaming multiprocessors, if it fits on chip at all.
-        block = SHARED
-        while block < ALONE[passes] and -(-columns // block) > target_device().cores:
+        block = cut.shared
+        while block < cut.alone and -(-columns // block) > target_device().cores:
             block *= 2
     parts = -(-columns // block)
-    together = max(1, min(ENTRIES // block, triton.next_power_of_2(rows)))
+    together = max(1, min(cut.entries // block, triton.next_power_of_2(rows)))
     waits = 1 < parts <= target_device().cores
     warps = min(32, max(4, together * block // (32 * THREAD_ENTRIES[passes][waits])))
     grid = (rows * parts,) if parts > 1 else (-(-rows // together),)
@@ -131,25 +157,18 @@ def _forward_kernel(
 ):
     row, part = place(arrived_ptr, ROWS, PARTS, TOGETHER)
     offsets, exists = _offsets(row, part, ROWS, COLUMNS, TOGETHER, BLOCK)
-    x = tl.load(x_ptr + offsets, mask=exists, other=-float("inf"))
-    logits = capped(x, SCALE, CAP)
-    if MASKED:
-        seen = tl.load(mask_ptr + offsets, mask=exists, other=0)
-        logits = tl.where(seen != 0, logits, -float("inf"))
-    logits = tl.where(exists, logits, -float("inf"))
+    logits = capped_logits(x_ptr, mask_ptr, offsets, exists, SCALE, CAP, MASKED)
     top = tl.max(logits, axis=1)
     top = tl.where(top == -float("inf"), 0.0, top)
     exponentials = tl.exp2((logits - top[:, None]) * LOG2E)
     total = tl.sum(exponentials, axis=1)
     if PARTS > 1:
         one = tl.arange(0, 1)
-        left = left_ptr + row * PARTS
-        tl.store(left + part + one, tl.where(total > 0, top, -float("inf")))
-        tl.store(left + ROWS * PARTS + part + one, total)
+        leave(left_ptr, 0, row, part + one, tl.where(total > 0, top, -float("inf")), ROWS, PARTS)
+        leave(left_ptr, 1, row, part + one, total, ROWS, PARTS)
         meet(arrived_ptr, row, PARTS)
-        others = tl.arange(0, triton.next_power_of_2(PARTS))
-        tops = tl.load(left + others, mask=others < PARTS, other=-float("inf"), cache_modifier=".cg")
-        totals = tl.load(left + ROWS * PARTS + others, mask=others < PARTS, other=0.0, cache_modifier=".cg")
+        tops = of_parts(left_ptr, 0, row, ROWS, PARTS, -float("inf"))
+        totals = of_parts(left_ptr, 1, row, ROWS, PARTS, 0.0)
         highest = tl.max(tops, axis=0)
         highest = tl.where(highest == -float("inf"), 0.0, highest)
         total = tl.sum(totals * tl.exp2((tops - highest) * LOG2E), axis=0)
@@ -161,24 +180,23 @@ def _forward_kernel(
     else:
         total = tl.where(total == 0, 1.0, total)
         y = logits - top[:, None] - (tl.log2(total) * LN2)[:, None] if LOG else exponentials * (1.0 / total)[:, None]
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=exists)
+    store(y_ptr, offsets, y, exists)
 
 
 @triton.jit
-def _terms(y, dy, LOG: tl.constexpr):
-    """The cotangents that count, and what their row adds up: terms and weights, all of them 0 in log space."""
-    y = y.to(tl.float32)
-    dy = dy.to(tl.float32)
+def _terms(y_ptr, dy_ptr, offsets, exists, LOG: tl.constexpr):
+    """Results, the cotangents that count, and what their row adds up: terms and weights, all of them 0 in log space."""
+    y = load(y_ptr, offsets, exists, -float("inf") if LOG else 0.0)
+    dy = load(dy_ptr, offsets, exists)
     dy = tl.where(y == (-float("inf") if LOG else 0.0), 0.0, dy)
     if LOG:
-        return dy, dy, tl.zeros_like(dy)
-    return dy, y * dy, y
+        return y, dy, dy, tl.zeros_like(dy)
+    return y, dy, y * dy, y
 
 
 @triton.jit
 def _gradient(y, dy, x, total, SCALE: tl.constexpr, CAP: tl.constexpr, LOG: tl.constexpr):
     """The gradient of x, given the row's weighted mean of dy, or in log space its sum."""
-    y = y.to(tl.float32)
     dx = dy - tl.exp2(y * LOG2E) * total if LOG else y * (dy - total)
     if CAP > 0:
         t = capped(x, SCALE, CAP) * (1 / CAP)
@@ -205,27 +223,23 @@ def _backward_kernel(
 ):
     row, part = place(arrived_ptr, ROWS, PARTS, TOGETHER)
     offsets, exists = _offsets(row, part, ROWS, COLUMNS, TOGETHER, BLOCK)
-    y = tl.load(y_ptr + offsets, mask=exists, other=-float("inf") if LOG else 0.0)
-    dy = tl.load(dy_ptr + offsets, mask=exists, other=0.0)
-    dy, terms, weights = _terms(y, dy, LOG)
+    y, dy, terms, weights = _terms(y_ptr, dy_ptr, offsets, exists, LOG)
     total = tl.sum(terms, axis=1)
     weight = tl.sum(weights, axis=1)
     if PARTS > 1:
         one = tl.arange(0, 1)
-        left = left_ptr + row * PARTS
-        tl.store(left + part + one, total)
-        tl.store(left + ROWS * PARTS + part + one, weight)
+        leave(left_ptr, 0, row, part + one, total, ROWS, PARTS)
+        leave(left_ptr, 1, row, part + one, weight, ROWS, PARTS)
         meet(arrived_ptr, row, PARTS)
-        others = tl.arange(0, triton.next_power_of_2(PARTS))
-        totals = tl.load(left + others, mask=others < PARTS, other=0.0, cache_modifier=".cg")
-        their_weights = tl.load(left + ROWS * PARTS + others, mask=others < PARTS, other=0.0, cache_modifier=".cg")
+        totals = of_parts(left_ptr, 0, row, ROWS, PARTS, 0.0)
+        their_weights = of_parts(left_ptr, 1, row, ROWS, PARTS, 0.0)
         total = tl.sum(totals, axis=0) + tl.zeros([1], tl.float32)
         weight = tl.sum(their_weights, axis=0) + tl.zeros([1], tl.float32)
     if not LOG:
         total /= tl.where(weight == 0, 1.0, weight)
     x = tl.load(x_ptr + offsets, mask=exists, other=0.0) if CAP > 0 else y
     dx = _gradient(y, dy, x, total[:, None], SCALE, CAP, LOG)
-    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=exists)
+    store(dx_ptr, offsets, dx, exists)
 
 
 @triton.jit
@@ -236,16 +250,6 @@ def _pair(logits):
     exponent = tl.floor(value * LOG2E + 0.5)
     rest = value - exponent * LN2_HIGH - exponent * LN2_LOW
     return tl.where(seen, tl.exp2(rest * LOG2E), 0.0), tl.where(seen, exponent, -float("inf"))
-
-
-@triton.jit
-def _long_logits(x_ptr, mask_ptr, offsets, exists, SCALE: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr):
-    x = tl.load(x_ptr + offsets, mask=exists, other=-float("inf"))
-    logits = tl.where(exists, capped(x, SCALE, CAP), -float("inf"))
-    if MASKED:
-        seen = tl.load(mask_ptr + offsets, mask=exists, other=0)
-        logits = tl.where(seen != 0, logits, -float("inf"))
-    return logits
 
 
 @triton.jit
@@ -262,15 +266,14 @@ def _pairs_kernel(
     LOG: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    columns = (program % PARTS) * BLOCK + tl.arange(0, BLOCK)
-    offsets = (program // PARTS) * COLUMNS + columns
-    logits = _long_logits(x_ptr, mask_ptr, offsets, columns < COLUMNS, SCALE, CAP, MASKED)
+    _, offsets, exists = part_of_row(COLUMNS, PARTS, BLOCK)
+    logits = capped_logits(x_ptr, mask_ptr, offsets, exists, SCALE, CAP, MASKED)
     mantissas, exponents = _pair(logits)
     exponent = tl.maximum(tl.max(exponents, axis=0), -1e30)
     mantissa = tl.sum(mantissas * tl.exp2(exponents - exponent), axis=0)
-    tl.store(pairs_ptr + program * 2, mantissa)
-    tl.store(pairs_ptr + program * 2 + 1, exponent)
+    at = pairs_ptr + tl.program_id(0).to(tl.int64) * 2
+    tl.store(at, mantissa)
+    tl.store(at + 1, exponent)
 
 
 @triton.jit
@@ -288,12 +291,8 @@ def _scale_kernel(
     LOG: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    row = program // PARTS
-    columns = (program % PARTS) * BLOCK + tl.arange(0, BLOCK)
-    offsets = row * COLUMNS + columns
-    exists = columns < COLUMNS
-    logits = _long_logits(x_ptr, mask_ptr, offsets, exists, SCALE, CAP, MASKED)
+    row, offsets, exists = part_of_row(COLUMNS, PARTS, BLOCK)
+    logits = capped_logits(x_ptr, mask_ptr, offsets, exists, SCALE, CAP, MASKED)
     total = tl.load(totals_ptr + row * 2)
     exponent = tl.load(totals_ptr + row * 2 + 1)
     total = tl.where(total == 0, 1.0, total)
@@ -302,7 +301,7 @@ def _scale_kernel(
     else:
         mantissas, exponents = _pair(logits)
         y = mantissas * (1.0 / total) * tl.exp2(exponents - exponent)
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=exists)
+    store(y_ptr, offsets, y, exists)
 
 
 @triton.jit
@@ -316,14 +315,11 @@ def _sums_kernel(
     BLOCK: tl.constexpr,
     LOG: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    columns = (program % PARTS) * BLOCK + tl.arange(0, BLOCK)
-    offsets = (program // PARTS) * COLUMNS + columns
-    y = tl.load(y_ptr + offsets, mask=columns < COLUMNS, other=-float("inf") if LOG else 0.0)
-    dy = tl.load(dy_ptr + offsets, mask=columns < COLUMNS, other=0.0)
-    dy, terms, weights = _terms(y, dy, LOG)
-    tl.store(sums_ptr + program * 2, tl.sum(terms, axis=0))
-    tl.store(sums_ptr + program * 2 + 1, tl.sum(weights, axis=0))
+    _, offsets, exists = part_of_row(COLUMNS, PARTS, BLOCK)
+    _, _, terms, weights = _terms(y_ptr, dy_ptr, offsets, exists, LOG)
+    at = sums_ptr + tl.program_id(0).to(tl.int64) * 2
+    tl.store(at, tl.sum(terms, axis=0))
+    tl.store(at + 1, tl.sum(weights, axis=0))
 
 
 @triton.jit
@@ -341,14 +337,8 @@ def _gradient_kernel(
     CAP: tl.constexpr,
     LOG: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    row = program // PARTS
-    columns = (program % PARTS) * BLOCK + tl.arange(0, BLOCK)
-    offsets = row * COLUMNS + columns
-    exists = columns < COLUMNS
-    y = tl.load(y_ptr + offsets, mask=exists, other=-float("inf") if LOG else 0.0)
-    dy = tl.load(dy_ptr + offsets, mask=exists, other=0.0)
-    dy, _, _ = _terms(y, dy, LOG)
+    row, offsets, exists = part_of_row(COLUMNS, PARTS, BLOCK)
+    y, dy, _, _ = _terms(y_ptr, dy_ptr, offsets, exists, LOG)
     x = tl.load(x_ptr + offsets, mask=exists, other=0.0) if CAP > 0 else y
     dx = _gradient(y, dy, x, tl.load(totals_ptr + row), SCALE, CAP, LOG)
-    tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=exists)
+    store(dx_ptr, offsets, dx, exists)

@@ -9,6 +9,7 @@ import triton.language as tl
 from crescendo.pallas_kernels.op import require_gpu
 from crescendo.pallas_kernels.rows import Passes, check
 from crescendo.pallas_kernels.triton_call import triton_call
+from crescendo.pallas_kernels.triton_rows import load, store
 
 BLOCK = 2048  # entries of a program
 WARPS = 8
@@ -37,24 +38,19 @@ def _entries(SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, at, exists):
-    return tl.load(ptr + at, mask=exists, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _forward(gate_ptr, up_ptr, y_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     at, exists = _entries(SIZE, BLOCK)
-    gate = _load(gate_ptr, at, exists)
-    y = gate * tl.sigmoid(gate) * _load(up_ptr, at, exists)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=exists)
+    gate = load(gate_ptr, at, exists)
+    y = gate * tl.sigmoid(gate) * load(up_ptr, at, exists)
+    store(y_ptr, at, y, exists)
 
 
 @triton.jit
 def _backward(gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     at, exists = _entries(SIZE, BLOCK)
-    gate, dy = _load(gate_ptr, at, exists), _load(dy_ptr, at, exists)
+    gate, dy = load(gate_ptr, at, exists), load(dy_ptr, at, exists)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    dgate = dy * _load(up_ptr, at, exists) * (sigmoid + silu * (1 - sigmoid))
-    tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=exists)
-    tl.store(dup_ptr + at, (dy * silu).to(dup_ptr.dtype.element_ty), mask=exists)
+    dgate = dy * load(up_ptr, at, exists) * (sigmoid + silu * (1 - sigmoid))
+    store(dgate_ptr, at, dgate, exists)
+    store(dup_ptr, at, dy * silu, exists)
