@@ -10,6 +10,7 @@ computed, chunks of them never loaded (`contract.block_ranges`), and only blocks
 of a group walk over one copy of their keys. The gradients of k and v are computed the other way round.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -20,17 +21,30 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, Ranges, block_ranges
+from crescendo.pallas_kernels.attention.tiles import tuned
 from crescendo.pallas_kernels.op import Unsupported
 from crescendo.pallas_kernels.sharded import result_like
-from crescendo.pallas_kernels.tpu_rows import VMEM_BYTES, require_tpu
+from crescendo.pallas_kernels.tpu_rows import VMEM_BYTES, padded, product, require_tpu
 
 LANES = 128
-BLOCK = 512  # queries, and keys, of a block at most
-CHUNK_BYTES = 2**24  # of vector memory, for the two arrays that are walked over, twice
-BIAS_BYTES = 2**23  # of vector memory, for the bias of a block and a chunk
 FLOOR = -1e30  # the least maximum: finite, so that a row which has seen nothing makes no NaN
 # What a product sums over: the rows of both operands, the columns of both, or columns and rows.
 DOWN, ALONG, ACROSS = ((0,), (0,)), ((1,), (1,)), ((1,), (0,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How a call is cut up.
+
+    Attributes:
+      block: queries, and keys, of a block at most.
+      chunk_bytes: of vector memory, for the two arrays that are walked over, twice.
+      bias_bytes: of vector memory, for the bias of a block and a chunk.
+    """
+
+    block: int = 512
+    chunk_bytes: int = 2**24
+    bias_bytes: int = 2**23
 
 
 def attention(config: Config, operands: Operands) -> Kernels:
@@ -47,10 +61,10 @@ class Call:
     """The blocks of a call, and its arrays as the kernels read them."""
 
     def __init__(self, config: Config, operands: Operands):
-        self.config = config
+        self.config, self.tile = config, tuned("on TPU", config, operands, Tile())
         self.batch, self.length, self.keys, heads, self.kv_heads, self.width = operands.dims
         self.groups = heads // self.kv_heads
-        self.block_q, self.block_k = (min(BLOCK, -(-n // LANES) * LANES) for n in (self.length, self.keys))
+        self.block_q, self.block_k = (min(self.tile.block, -(-n // LANES) * LANES) for n in (self.length, self.keys))
         self.count_q, self.count_k = pl.cdiv(self.length, self.block_q), pl.cdiv(self.keys, self.block_k)
         self.segmented = operands.q_segments is not None
         self.positioned = operands.q_positions is not None
@@ -71,7 +85,7 @@ class Call:
 
     def tokens_last(self, array, block: int):
         """`[B, N, H, D]` as `[B, H, D, blocks * block]`."""
-        return _padded(array.transpose(0, 2, 3, 1), 3, block)
+        return padded(array.transpose(0, 2, 3, 1), 3, block)
 
     def tokens_first(self, array, count: int):
         """And back, without the padding."""
@@ -80,25 +94,25 @@ class Call:
     def rows(self, array, side: str, fill=0):
         """`[..., T]` or `[..., S]` as `[..., blocks, 1, block]`."""
         block = self.block_q if side == "q" else self.block_k
-        return _padded(array, array.ndim - 1, block, fill).reshape(*array.shape[:-1], -1, 1, block)
+        return padded(array, array.ndim - 1, block, fill).reshape(*array.shape[:-1], -1, 1, block)
 
     def _blocked_bias(self, bias):
         """`[B, H, T, S]` as `[B, H, query blocks, keys, block_q]`; sizes of 1 stay so."""
         bias = bias.swapaxes(2, 3)
         if self.bias_shape[3] > 1:
-            bias = _padded(bias, 2, self.block_k)
+            bias = padded(bias, 2, self.block_k)
         if self.bias_shape[2] > 1:
-            bias = _padded(bias, 3, self.block_q)
+            bias = padded(bias, 3, self.block_q)
         block = min(bias.shape[3], self.block_q)
         return bias.reshape(*bias.shape[:3], -1, block).transpose(0, 1, 3, 2, 4)
 
     def chunk(self, side: str) -> int:
         """How many blocks of a side are walked over in one step of the grid."""
         block, count = (self.block_q, self.count_q) if side == "q" else (self.block_k, self.count_k)
-        most = CHUNK_BYTES // (4 * self.width * self.dtype.itemsize * block)
+        most = self.tile.chunk_bytes // (4 * self.width * self.dtype.itemsize * block)
         if self.bias_shape:
             other = self.block_k if side == "q" else self.block_q
-            most = min(most, BIAS_BYTES // (2 * 4 * block * other))
+            most = min(most, self.tile.bias_bytes // (2 * 4 * block * other))
         return max(1, min(most, count))
 
     def ranges(self, ranges: Ranges):
@@ -159,20 +173,6 @@ class Call:
         )(self.ranges(ranges), *(arrays[name] for name in names))
 
 
-def _padded(array, axis: int, multiple: int, fill=0):
-    extra = -array.shape[axis] % multiple
-    if not extra:
-        return array
-    pad = [(0, 0)] * array.ndim
-    pad[axis] = (0, extra)
-    return jnp.pad(array, pad, constant_values=fill)
-
-
-def _product(a, b, over):
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (over, ((), ())), precision=precision, preferred_element_type=jnp.float32)
-
-
 def _range(ranges_ref, per_row: bool, row, block, count: int):
     """The range of a block, from scalar memory."""
     start = 4 * ((row * count if per_row else 0) + block)
@@ -208,7 +208,7 @@ def _scores(call: Call, refs, q, k, i, j, here, there, masked: bool):
     `here` and `there` are the blocks' places in what the step holds.
     """
     config, shape = call.config, (call.block_k, call.block_q)
-    scores, slope = config.scale * _product(k, q, DOWN), None
+    scores, slope = config.scale * product(k, q, DOWN), None
     if config.soft_cap is not None:
         capped = jnp.tanh(scores / config.soft_cap)
         scores, slope = config.soft_cap * capped, 1 - capped * capped
@@ -288,7 +288,7 @@ def forward(config: Config, operands: Operands):
             maximum = jnp.maximum(maximum_ref[...], jnp.max(scores, axis=0, keepdims=True))
             weights, shrink = jnp.exp(scores - maximum), jnp.exp(maximum_ref[...] - maximum)
             total_ref[...] = total_ref[...] * shrink + jnp.sum(weights, axis=0, keepdims=True)
-            mixed_ref[...] = mixed_ref[...] * shrink + _product(v, weights.astype(v.dtype), ACROSS)
+            mixed_ref[...] = mixed_ref[...] * shrink + product(v, weights.astype(v.dtype), ACROSS)
             maximum_ref[...] = maximum
 
         _walk(call, reach(ranges_ref, b, i), c * chunk, chunk, step)
@@ -324,7 +324,7 @@ def _weights_and_gradient(call: Call, refs, q, k, v, dout, i, j, here, there, ma
     """P of two blocks, and the gradients of their capped scores and of their products q.k, all `[keys, queries]`."""
     scores, slope = _scores(call, refs, q, k, i, j, here, there, masked)
     weights = jnp.exp(scores - refs["lse"][here])
-    dscores = weights * (_product(v, dout, DOWN) - refs["delta"][here])
+    dscores = weights * (product(v, dout, DOWN) - refs["delta"][here])
     dproducts = call.config.scale * (dscores if slope is None else dscores * slope)
     return weights, dscores, dproducts
 
@@ -347,7 +347,7 @@ def _gradient_of_q(call: Call, arrays):
             there = j - c * chunk
             k, v = (_tokens(refs[name], call.block_k, there) for name in ("k", "v"))
             *_, dproducts = _weights_and_gradient(call, refs, q, k, v, dout, i, j, 0, there, masked)
-            sum_ref[...] += _product(k, dproducts.astype(k.dtype), ACROSS)
+            sum_ref[...] += product(k, dproducts.astype(k.dtype), ACROSS)
 
         _walk(call, reach(ranges_ref, b, i), c * chunk, chunk, step)
 
@@ -386,8 +386,8 @@ def _gradients_of_k_and_v(call: Call, arrays):
             here = i - c * chunk
             q, dout = (_tokens(refs[name], call.block_q, here) for name in ("q", "dout"))
             weights, _, dproducts = _weights_and_gradient(call, refs, q, k, v, dout, i, j, here, 0, masked)
-            dv_sum[...] += _product(dout, weights.astype(dout.dtype), ALONG)
-            dk_sum[...] += _product(q, dproducts.astype(q.dtype), ALONG)
+            dv_sum[...] += product(dout, weights.astype(dout.dtype), ALONG)
+            dk_sum[...] += product(q, dproducts.astype(q.dtype), ALONG)
 
         _walk(call, reach(ranges_ref, b, j), c * chunk, chunk, step)
 

@@ -3,13 +3,10 @@
 import functools
 
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from crescendo.pallas_kernels import rows
-from crescendo.pallas_kernels.sharded import result_like
 from crescendo.pallas_kernels.softmax.gradient import Call, logits, of_rows
-from crescendo.pallas_kernels.tpu_rows import VMEM_BYTES, block_rows, require_full_rows
+from crescendo.pallas_kernels.tpu_rows import on_blocks, require_full_rows
 
 
 def softmax(x, *, axis, **_):
@@ -24,26 +21,11 @@ log_softmax = softmax
 
 def _forward(call: Call, x, mask):
     arrays = [x] if mask is None else [x, mask.astype(jnp.float32).astype(x.dtype)]
-    return _blocks(functools.partial(_forward_kernel, call), arrays)
+    return on_blocks("softmax", functools.partial(_forward_kernel, call), arrays)
 
 
 def _backward(call: Call, y, dy, x):
-    return _blocks(functools.partial(_backward_kernel, call), [y, dy] if x is None else [y, dy, x])
-
-
-def _blocks(kernel, arrays):
-    """Runs `kernel(*inputs, output)` on blocks of rows, the output as the first array."""
-    first = arrays[0]
-    block = block_rows(*first.shape)
-    spec = pl.BlockSpec((block, first.shape[1]), lambda i: (i, 0))
-    return pl.pallas_call(
-        kernel,
-        grid=(pl.cdiv(first.shape[0], block),),
-        in_specs=[spec] * len(arrays),
-        out_specs=[spec],
-        out_shape=[result_like(first, first.shape, first.dtype)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES),
-    )(*arrays)
+    return on_blocks("softmax", functools.partial(_backward_kernel, call), [y, dy] if x is None else [y, dy, x])
 
 
 def _forward_kernel(call: Call, x_ref, *refs):
