@@ -34,7 +34,7 @@ SPECS = (
     _spec("32768 x 2048", (32768, 2048), "real speed"),
     _spec("8192 x 8192", (8192, 8192), "real speed"),
     _spec("32768 x 768 residual", (32768, 768), "real speed", residual=True),
-    _spec("two lines", (3, 5, 256), "small", jnp.float32, residual=True),
+    _spec("two lines", (3, 5, 256), "small quick", jnp.float32, residual=True),
     _spec("one row", (1, 48), "small awkward"),
     _spec("three columns", (5, 3), "small awkward", jnp.float32),
     _spec("17 x 4099", (17, 4099), "small awkward", residual=True),
@@ -42,3 +42,5 @@ SPECS = (
     _spec("vectors for each example", (3, 7, 40), "small awkward", examples=(3,)),
     _spec("half", (6, 256), "small awkward", jnp.float16),
 )
+# In an interpreter: 8 rows at a time.
+FINE = {"blocks of rows": {"entries": 1}}

@@ -34,11 +34,14 @@ SPECS = (
         for rows, columns in ((16384, 1024), (8192, 8192), (8192, 32768), (2048, 131072), (256, 1048576))
         for dtype in (jnp.bfloat16, jnp.float32)
     ),
-    _spec("one row", (1, 300), "small awkward"),
+    _spec("one row", (1, 300), "small awkward quick"),
+    _spec("whole lines", (7, 1280), "small quick", jnp.float32, holes=True, scale=0.5),
     _spec("one column", (5, 1), "small awkward", jnp.float32),
     _spec("17 x 4099", (17, 4099), "small awkward", holes=True),
     _spec("three axes", (3, 5, 40), "small awkward", jnp.float32, masked=True, axis=1),
-    _spec("capped", (6, 257), "small awkward", jnp.float32, holes=True, scale=0.5, soft_cap=3.0),
+    _spec("capped", (6, 257), "small awkward quick", jnp.float32, holes=True, scale=0.5, soft_cap=3.0),
     _spec("turned over", (6, 257), "small awkward", jnp.float32, holes=True, scale=-0.5, soft_cap=3.0),
     _spec("no axis to split", (77,), "small awkward", jnp.float16),
 )
+# In an interpreter: 8 rows at a time.
+FINE = {"blocks of rows": {"entries": 1}}

@@ -1,7 +1,6 @@
 """Attention's kernels, compiled for H100s and TPUs that are not here: registers, memory, collectives."""
 
 import functools
-import importlib.util
 import math
 import os
 import re
@@ -18,9 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from crescendo import parallel
 from crescendo.models.attention import packed_attention
-from crescendo.pallas_kernels.attention import attention, checking, contract
+from crescendo.pallas_kernels import conformance
+from crescendo.pallas_kernels.attention import attention
 from crescendo.pallas_kernels.attention.blocks import FusedBlockAttention
-from crescendo.pallas_kernels.attention.specs import SPECS
+from crescendo.pallas_kernels.conformance import cases
 from crescendo.pallas_kernels.op import target
 
 pytestmark = [pytest.mark.aot, pytest.mark.timeout(900)]
@@ -30,6 +30,10 @@ HERE = Path(__file__).parent
 def h100s(count: int):
     config = (HERE / "h100.txtpb").read_text()
     return topologies.get_topology_desc("h100", "cuda", target_config=config, topology=f"1x1x{count}").devices
+
+
+def v5es():
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 
 
 def spilled_bytes(folder: Path) -> list[int]:
@@ -85,116 +89,35 @@ def test_forward_and_backward_compile_and_hardly_spill(width, kv_heads, options,
     assert all(spilled <= (192 if width == 256 and i == 1 else 128) for i, spilled in enumerate(spills)), spills
 
 
-def compile_everything(implementation, spec, device, platform):
-    """Result, log-sum-exp and all gradients of a spec's call, compiled for one device."""
-    mesh = Mesh(np.array([device]), ("x",))
-    call = checking.case(spec)
-    shape = call.arrays["q"].shape
-    cotangents = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:3], jnp.float32)
-    arguments = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, P())),
-        (call.arrays, call.metadata, cotangents),
-    )
-    run = functools.partial(checking.everything, implementation, call.options)
-    if platform == "tpu":
-        run = jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-    with target(device):
-        return jax.jit(run).trace(*arguments).lower(lowering_platforms=(platform,)).compile()
+WHOLE = {(c.implementation, c.spec.name): c for c in cases() if c.op is attention and "scaled" not in c.spec.tags}
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [spec for spec in SPECS if spec.tags & {"real", "awkward"} and not spec.name.endswith("-scaled")],
-    ids=lambda spec: spec.name,
-)
-def test_triton_kernels_compile(spec):
+@pytest.mark.parametrize(("name", "kernels"), [("packed", 3), ("bias-of-keys", 4)])
+def test_the_gradient_of_a_bias_is_a_kernel_of_its_own(name, kernels):
     pytest.importorskip("triton")
-    if spec.name == "float32":
-        with target(h100s(1)[0]), pytest.raises(NotImplementedError, match="triton: needs bfloat16 or float16"):
-            compile_everything("triton", spec, h100s(1)[0], "cuda")
-        return
-    text = compile_everything("triton", spec, h100s(1)[0], "cuda").as_text()
-    assert text.count('custom_call_target="triton_kernel_call"') == (4 if "bias" in checking.case(spec).arrays else 3)
-
-
-WHOLE = [spec for spec in SPECS if not spec.name.endswith("-scaled")]
+    compiled = conformance.lowered(WHOLE["triton", name], h100s(1)[0]).compile()
+    assert compiled.as_text().count('custom_call_target="triton_kernel_call"') == kernels
+    compiled = conformance.lowered(WHOLE["mosaic_tpu", name], v5es()[0]).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == kernels
 
 
 @pytest.mark.parametrize(
-    ("topology", "spec"),
+    "name",
+    # In one case of each width; the others take minutes and have said nothing new.
     [
-        # On one generation; on the others they take minutes and have said nothing new.
-        pytest.param(
-            topology,
-            spec,
-            marks=() if topology == "v5e:2x2" else pytest.mark.slow,
-            id=f"{topology}-{spec.name}",
-        )
-        for topology in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
-        for spec in WHOLE
+        pytest.param(name, marks=() if name in ("gpt2", "llama-8b", "gemma", "packed-128") else pytest.mark.slow)
+        for (implementation, name), case in WHOLE.items()
+        if implementation == "mosaic_tpu" and not case.small and name != "t5"
     ],
 )
-def test_tpu_kernels_compile(topology, spec):
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    if spec.name == "half":
-        with pytest.raises(NotImplementedError, match="mosaic_tpu: takes float32 and bfloat16, not float16"):
-            compile_everything("mosaic_tpu", spec, device, "tpu")
-        return
-    compiled = compile_everything("mosaic_tpu", spec, device, "tpu")
-    text = compiled.as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == (4 if "bias" in checking.case(spec).arrays else 3)
-    call = checking.case(spec)
-    if "bias" in call.arrays:
-        return  # and its gradient are as large as the scores
-    # Heads first, gradients, and what is float32; nothing that is quadratic in the length.
-    tokens = sum(math.prod(array.shape[:3]) for array in (call.arrays["q"], *2 * (call.arrays["k"],)))
-    lanes = -(-call.arrays["q"].shape[3] // 128) * 128
+def test_memory_on_a_tpu_is_linear_in_the_length(name):
+    """Heads first, gradients, and what is float32."""
+    case = WHOLE["mosaic_tpu", name]
+    q, k, _ = conformance.call_of(case.op, case.spec).arrays.floating.values()
+    tokens = sum(math.prod(array.shape[:3]) for array in (q, k, k))
+    compiled = conformance.lowered(case, v5es()[0]).compile()
+    lanes = -(-q.shape[3] // 128) * 128
     assert compiled.memory_analysis().temp_size_in_bytes < 2**22 + 3 * 4 * tokens * lanes
-
-
-# Every branch of the kernels once; what is left are other widths and the scaled shapes of real models.
-INTERPRETED_EVERY_DAY = {
-    *("packed", "square", "one-query", "ring", "bias-shared", "bias-hides", "empty-rows", "capped", "window"),
-    *("window-both-ways", "unequal", "unequal-causal", "half", "odd", "one-token", "width-80", "segments-of-one"),
-}
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        pytest.param(spec, marks=() if spec.name in INTERPRETED_EVERY_DAY else pytest.mark.slow, id=spec.name)
-        for spec in SPECS
-        if spec.tags & {"small", "awkward"}
-    ],
-)
-def test_triton_kernels_interpreted(spec, monkeypatch):
-    pytest.importorskip("triton")
-    from triton.runtime import interpreter, jit
-
-    from crescendo.pallas_kernels.attention import triton as kernels
-
-    def patched(tensor, scope, original=interpreter._patch_lang_tensor):
-        original(tensor, scope)
-        # A loaded scalar is an array of one entry there, which NumPy doesn't take for an integer any more.
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-    call = lambda self, *args, **kwargs: interpreter.InterpretedFunction(self.fn)(*args, **kwargs)  # noqa: E731
-    monkeypatch.setattr(jit.JITFunction, "__call__", call)
-    found = importlib.util.spec_from_file_location("triton_interpreter", HERE / "triton_interpreter.py")
-    stand_in = importlib.util.module_from_spec(found)
-    found.loader.exec_module(stand_in)
-    monkeypatch.setattr(kernels, "triton_call", stand_in.triton_call)
-    monkeypatch.setattr(contract, "sharded", lambda function, *_, **__: function)
-    # The interpreter takes bfloat16 for integers, and the kernels take no float32.
-    seed = int(np.random.default_rng().integers(2**31))
-    given, cotangents = checking.case(spec, seed, jnp.float16), checking.cotangents(spec, seed)
-    with target(h100s(1)[0]):
-        results = checking.everything("triton", given.options, given.arrays, given.metadata, cotangents)
-    exact = checking.exactly(given)(cotangents)
-    np.testing.assert_array_equal(results["seen"], exact["seen"])
-    errors = {name: checking.error(result, exact[name]) for name, result in results.items()}
-    assert all(value < 2e-3 for value in errors.values()), errors
 
 
 def of_scores(batch: int, length: int, heads: int, kv_heads: int):
@@ -251,10 +174,6 @@ def test_sharded_by_batch_and_heads_nothing_is_gathered(width):
     assert f"bf16[2,1024,1,2,{width}]" in text or f"bf16[2,1024,2,{width}]" in text
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in text
-
-
-def v5es():
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 
 
 def test_sharded_on_tpus_nothing_is_gathered():

@@ -1,9 +1,6 @@
-"""Attention on an NVIDIA GPU: every implementation on every spec, on fresh inputs, beside cuDNN's own error.
+"""Attention on an NVIDIA GPU: no worse than cuDNN, the same every time, and within its arrays."""
 
-Small calls are compared with the reference in float64 on the host, real ones with the chunked implementation in
-float32, which the small ones check. What was collected is compiled in threads ahead of the tests.
-"""
-
+import dataclasses
 import functools
 import os
 import shutil
@@ -15,150 +12,93 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crescendo.pallas_kernels.attention import attention, checking
+from crescendo.pallas_kernels import conformance
+from crescendo.pallas_kernels.attention import attention
 from crescendo.pallas_kernels.attention.specs import SPECS
-from crescendo.pallas_kernels.op import explain
+from crescendo.pallas_kernels.conformance import Case
+from crescendo.pallas_kernels.op import Spec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
-BY_NAME = {spec.name: spec for spec in SPECS}
-# The short versions of real calls are for machines without a GPU.
-CHECKED = [spec for spec in SPECS if not spec.name.endswith("-scaled")]
 SEED = int(np.random.default_rng().integers(2**31))
-# bfloat16 keeps 8 bits: rounding the weights and the results alone costs about 2e-3.
-TOLERANCE = 1e-2
 # Of cuDNN's error, and what both may lose where that is almost nothing.
 NO_WORSE, ALMOST_NOTHING = 1.3, 1e-5
 
 
-def is_small(spec) -> bool:
-    return bool(spec.tags & {"small", "awkward"})
+def without_lse(spec: Spec) -> Spec:
+    """cuDNN has no gradient of it."""
+
+    def make(key):
+        arguments, options = spec.make(key)
+        return arguments, {name: value for name, value in options.items() if name != "return_lse"}
+
+    return dataclasses.replace(spec, make=make)
+
+
+CALLS = {spec.name: without_lse(spec) for spec in SPECS if "scaled" not in spec.tags}
 
 
 @functools.cache
-def shapes(spec):
-    """The call's arrays as shapes, its constants, and the cotangents' shapes."""
-    call = checking.case(spec)
-    out = call.arrays["q"].shape
-    like = jax.ShapeDtypeStruct(out, jnp.float32), jax.ShapeDtypeStruct(out[:3], jnp.float32)
-    return call, like
+def refusal(implementation: str, name: str) -> str:
+    return conformance.refusal(attention, implementation, conformance.call_of(attention, CALLS[name]))
 
 
-@functools.cache
-def refusal(implementation: str, spec) -> str:
-    """Why it doesn't serve the spec, or nothing; cuDNN is asked for a result alone."""
-    call, _ = shapes(spec)
-    lse = implementation != "cudnn"
-    answers = explain(attention, **call.arrays, **call.metadata, **call.options, return_lse=lse).answers
-    return next(answer.reason for answer in answers if answer.implementation == implementation)
-
-
-def build(implementation: str, spec):
-    """The compiled `checking.everything`; "exact" is what real calls are compared with."""
-    call, like = shapes(spec)
-    arrays = call.arrays
-    with jax.default_matmul_precision("highest" if implementation == "exact" else None):
-        if implementation == "exact":
-            implementation = "xla"
-            arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), arrays)
-        run = functools.partial(checking.everything, implementation, call.options, return_lse=implementation != "cudnn")
-        return jax.jit(run).lower(arrays, call.metadata, like).compile()
-
-
-@functools.cache
-def drawn(spec):
-    return checking.case(spec, SEED), checking.cotangents(spec, SEED)
-
-
-def find_exact(spec, run):
-    """Exact results, with the cotangent of the log-sum-exp and without; `run` is None for a small call."""
-    given, (dout, dlse) = drawn(spec)
-    if is_small(spec):
-        at = checking.exactly(given)
+def calls(implementation: str, name: str):
+    """What is compiled, its own and cuDNN's, and how exact results are found: `(function, *arguments)` each."""
+    spec = CALLS[name]
+    yield conformance.compiled, attention, implementation, spec
+    yield conformance.compiled, attention, "cudnn", spec
+    if Case(attention, implementation, spec).small:
+        yield conformance.exactly, attention, spec, SEED, None
     else:
-        wide = jax.tree.map(lambda x: x.astype(jnp.float32), given.arrays)
-        at = lambda cotangents: run(wide, given.metadata, cotangents)  # noqa: E731
-    return at((dout, dlse)), at((dout, 0 * dlse))
+        yield conformance.compiled, attention, "xla", spec, "float32"
 
 
 def foreseen(parameters):
     """What a test of these parameters will ask for (`ahead`)."""
-    if {"implementation", "spec"} <= set(parameters):
-        implementation, spec = parameters["implementation"], parameters["spec"]
-        if not refusal(implementation, spec):
-            yield build, implementation, spec
-            yield (find_exact, spec, None) if is_small(spec) else (build, "exact", spec)
-            if not refusal("cudnn", spec):
-                yield build, "cudnn", spec
+    if {"implementation", "name"} <= set(parameters):
+        asked = parameters["implementation"], parameters["name"]
+        if not refusal(*asked) and not refusal("cudnn", asked[1]):
+            yield from calls(*asked)
 
 
-def run(compiled, given, cotangents):
-    """Results in memory that was full of NaN: one that nobody wrote shows."""
-    poison = [jnp.full(info.shape, jnp.nan, info.dtype) for info in jax.tree.leaves(compiled.out_info) * 2]
-    jax.block_until_ready(poison)
-    del poison
-    return compiled(given.arrays, given.metadata, cotangents)
+on_device = jax.jit(functools.partial(conformance.error, xp=jnp))
 
 
-on_device = jax.jit(functools.partial(checking.error, xp=jnp))
-
-
-def errors(results, exact) -> dict[str, float]:
-    measure = checking.error if isinstance(exact["out"], np.ndarray) else on_device
-    return {name: float(measure(result, exact[name])) for name, result in results.items() if name != "seen"}
-
-
-@pytest.mark.parametrize("spec", sorted(CHECKED, key=is_small, reverse=True), ids=lambda spec: spec.name)
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", "xla", "cudnn"])
-def test_result_and_gradients(implementation, spec, ahead):
-    if reason := refusal(implementation, spec):
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", "xla"])
+def test_no_worse_than_cudnn(implementation, name, ahead, poisoned):
+    if reason := refusal(implementation, name) or refusal("cudnn", name):
         pytest.skip(reason)
-    given, (dout, dlse) = drawn(spec)
-    exact, exact_alone = ahead(find_exact, spec, None if is_small(spec) else ahead(build, "exact", spec))
-    compiled = ahead(build, implementation, spec)
-    alone = errors(run(compiled, given, (dout, 0 * dlse)), exact_alone)
-    found = alone
-    if implementation == "cudnn":
-        alone.pop("lse")
-    else:
-        results = run(compiled, given, (dout, dlse))
-        np.testing.assert_array_equal(results["seen"], exact["seen"])
-        found = errors(results, exact)
-    print(f"\n{implementation} {spec.name}", *(f"{name} {value:.1e}" for name, value in found.items()), flush=True)
-    assert all(value < TOLERANCE for value in found.values()), (SEED, found)
-    if implementation != "cudnn" and not refusal("cudnn", spec):
-        theirs = errors(run(ahead(build, "cudnn", spec), given, (dout, dlse)), exact_alone)
-        worse = {
-            name: (alone[name], value)
-            for name, value in theirs.items()
-            if name != "lse" and not alone[name] <= NO_WORSE * value + ALMOST_NOTHING
-        }
-        assert not worse, (SEED, worse)
+    ours, theirs, exact = (ahead(*call) for call in calls(implementation, name))
+    call = conformance.call_of(attention, CALLS[name], SEED)
+    cotangents = conformance.cotangents_for(attention, call, SEED)
+    if not isinstance(exact, dict):
+        exact = poisoned(exact, conformance.call_of(attention, CALLS[name], SEED, "float32").arrays, cotangents)
+
+    def errors(compiled):
+        found = poisoned(compiled, call.arrays, cotangents)
+        return {name: float(on_device(array, jnp.asarray(exact[name]))) for name, array in found.items()}
+
+    own, of_cudnn = errors(ours), errors(theirs)
+    print(f"\n{implementation} {name}", *(f"{part} {value:.1e}" for part, value in own.items()), flush=True)
+    worse = {
+        part: (own[part], value)
+        for part, value in of_cudnn.items()
+        if not own[part] <= NO_WORSE * value + ALMOST_NOTHING
+    }
+    assert not worse, (SEED, worse)
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
-def test_the_same_bits_every_time(implementation, ahead):
-    spec = BY_NAME["packed"]
-    given, cotangents = drawn(spec)
-    compiled = ahead(build, implementation, spec)
-    first = run(compiled, given, cotangents)
+def test_the_same_bits_every_time(implementation, ahead, poisoned):
+    spec = next(spec for spec in SPECS if spec.name == "packed")
+    call = conformance.call_of(attention, spec, SEED)
+    cotangents = conformance.cotangents_for(attention, call, SEED)
+    compiled = ahead(conformance.compiled, attention, implementation, spec)
+    first = poisoned(compiled, call.arrays, cotangents)
     for _ in range(5):
-        for name, again in run(compiled, given, cotangents).items():
+        for name, again in poisoned(compiled, call.arrays, cotangents).items():
             assert np.asarray(first[name]).tobytes() == np.asarray(again).tobytes(), name
-
-
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
-def test_under_vmap(implementation):
-    given, _ = drawn(BY_NAME["packed"])
-    q, k, v = (given.arrays[name] for name in "qkv")
-    segment_ids = given.metadata["segment_ids"]
-
-    def call(q, k, v, segment_ids):
-        return attention(q, k, v, segment_ids=segment_ids, implementation=implementation, **given.options)
-
-    rows = jax.vmap(call)(*(array[:, None] for array in (q, k, v, segment_ids)))
-    np.testing.assert_array_equal(
-        np.asarray(rows[:, 0], np.float32), np.asarray(call(q, k, v, segment_ids), np.float32)
-    )
 
 
 SMALLEST = """

@@ -1,7 +1,6 @@
-"""Attention: every implementation against the reference in float64, on this machine or in an interpreter."""
+"""Attention: what a mask hides, memory, which blocks are computed, who serves, errors."""
 
 import functools
-import importlib
 import itertools
 
 import jax
@@ -13,58 +12,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice
 
-from crescendo.pallas_kernels.attention import attention, checking, contract
+from crescendo.pallas_kernels import conformance, tiles
+from crescendo.pallas_kernels.attention import attention
 from crescendo.pallas_kernels.attention.contract import Config, Operands, block_ranges, positions, visible
-from crescendo.pallas_kernels.attention.hopper import backward, scores
+from crescendo.pallas_kernels.attention.hopper import backward
 from crescendo.pallas_kernels.attention.hopper.tiling import Schedule
 from crescendo.pallas_kernels.attention.specs import SPECS
+from crescendo.pallas_kernels.interpreter import interpreted
 from crescendo.pallas_kernels.op import explain, target
 
-# The small ones are quick; all of them take minutes.
-ALL = [
-    pytest.param(spec, marks=() if "small" in spec.tags else pytest.mark.slow)
-    for spec in SPECS
-    if spec.tags & {"small", "awkward"}
-]
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 A100 = AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
 BY_NAME = {spec.name: spec for spec in SPECS}
-
-
-@functools.cache
-def drawn(spec, dtype=None, seed=0):
-    """The spec's inputs in `dtype`, cotangents, and everything about them in float64."""
-    given, cotangents = checking.case(spec, seed, dtype), checking.cotangents(spec, seed)
-    return given, cotangents, checking.exactly(given)(cotangents)
-
-
-def compute(implementation, given, cotangents):
-    run = functools.partial(checking.everything, implementation, given.options)
-    return jax.tree.map(np.asarray, jax.jit(run)(given.arrays, given.metadata, cotangents))
-
-
-def compare(implementation, spec, dtype, tolerance, seed=0):
-    given, cotangents, exact = drawn(spec, dtype, seed)
-    results = compute(implementation, given, cotangents)
-    np.testing.assert_array_equal(results["seen"], exact["seen"])
-    errors = {name: checking.error(result, exact[name]) for name, result in results.items()}
-    assert all(value < tolerance for value in errors.values()), (spec.name, errors)
-
-
-@pytest.mark.parametrize("spec", ALL, ids=lambda spec: spec.name)
-def test_chunked_attention_is_exact(spec, quick_compilation):
-    compare("xla", spec, jnp.float32, 2e-5)
-
-
-@pytest.mark.parametrize("implementation", ["xla"])
-def test_half_precision_is_half_precision_only(implementation, quick_compilation):
-    compare(implementation, BY_NAME["packed"], jnp.bfloat16, 1e-2)
-
-
-def test_more_keys_than_a_chunk(quick_compilation, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("crescendo.pallas_kernels.attention.xla"), "CHUNK_KEYS", 32)
-    for name in ("bias", "empty-rows"):
-        compare("xla", BY_NAME[name], jnp.float32, 2e-5, seed=1)
 
 
 HIDING = {
@@ -102,10 +61,10 @@ def hidden_case(name: str, implementation: str):
 
 @pytest.mark.parametrize("name", HIDING)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_what_a_mask_hides_does_not_matter(name, implementation, quick_compilation, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("crescendo.pallas_kernels.attention.xla"), "CHUNK_KEYS", 4)
+def test_what_a_mask_hides_does_not_matter(name, implementation, quick_compilation):
     run = hidden_case(name, implementation)
-    expected = run(0.0, 0.0)
+    with tiles.cut("attention", "chunks of keys", keys=4):
+        expected = run(0.0, 0.0)
     assert all(np.isfinite(array).all() and np.any(array) for array in expected)
     for value in (np.nan, np.inf, -np.inf, 1e38):
         # The reference's derivative is JAX's, which multiplies a cotangent by 0 too.
@@ -264,32 +223,17 @@ def test_bad_input_is_named():
         attention(q, k, k, causal=True, positions=jnp.ones((2, 8)))
 
 
-IN_MINUTES = (
-    "wide",
-    *("capped", "odd", "empty-rows", "one-token", "half", "wide-full", "unequal-causal", "window-both-ways"),
-    *("packed-wide", "ring-window", "width-192", "window-past-the-end"),
-)
-
-
-@pytest.mark.parametrize("name", ["packed", *(pytest.param(name, marks=pytest.mark.slow) for name in IN_MINUTES)])
-def test_hopper_kernels_are_right_and_free_of_races(name, interpreted, monkeypatch):
-    monkeypatch.setattr(contract, "sharded", lambda function, *_, **__: function)
-    monkeypatch.setattr(scores, "USUAL_BYTES", 1)  # so that each key head is a part
-    with interpreted():
-        compare("mosaic_gpu", BY_NAME[name], None, 1e-2)
-
-
-def test_hopper_kernels_take_a_sum_of_whole_rows_from_a_ring(interpreted):
+def test_hopper_kernels_take_a_sum_of_whole_rows_from_a_ring():
     """`delta` from outside, as for a block of keys, is what they would have found from the rows of `out`."""
     keys = jax.random.split(jax.random.key(0), 5)
     q, k, v, out, dout = (jax.random.normal(key, (1, 90, 1, 64), jnp.bfloat16) for key in keys)
     operands, config, lse = Operands(q, k, v), Config(0.1), jnp.zeros((1, 1, 90))
     delta = jnp.einsum("bthd,bthd->bht", out.astype(jnp.float32), dout.astype(jnp.float32)) - 1.0
-    with interpreted():
+    with interpreted(conformance.HOMES["mosaic_gpu"].stand_in):
         run = functools.partial(jax.jit(backward.backward, static_argnums=0), config, operands, lse, dout)
         whole, found = run(delta)[:3], run(jnp.full_like(delta, -1.0), out)[:3]
     for theirs, ours in zip(whole, found, strict=True):
-        assert checking.error(ours, np.asarray(theirs, np.float64)) < 1e-3
+        assert conformance.error(ours, np.asarray(theirs)) < 1e-3
 
 
 @settings(deadline=None, max_examples=30)

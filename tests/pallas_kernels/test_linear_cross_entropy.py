@@ -1,4 +1,4 @@
-"""Linear cross-entropy: values and gradients against the reference in float64, options, meshes, memory, errors."""
+"""Linear cross-entropy: precision, chunks, meshes, memory, errors."""
 
 import functools
 import re
@@ -13,8 +13,9 @@ from jax.experimental import checkify
 from jax.sharding import AbstractDevice, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from crescendo.pallas_kernels.linear_cross_entropy import chunked, linear_cross_entropy
-from crescendo.pallas_kernels.linear_cross_entropy.specs import SPECS
+from crescendo.pallas_kernels import tiles
+from crescendo.pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from crescendo.pallas_kernels.linear_cross_entropy.specs import FINE, SPECS
 from crescendo.pallas_kernels.op import explain, target
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -24,11 +25,10 @@ EVERY_OPTION = {"z_loss": 1e-2, "label_smoothing": 0.1, "soft_cap": 3.0}
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
+def small_chunks():
     """At most four rows a chunk."""
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 0)
-    monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 4)
-    monkeypatch.setattr(chunked, "ROW_ALIGNMENT", 1)
+    with tiles.cut("linear_cross_entropy", "chunks", **FINE["chunks"]):
+        yield
 
 
 def distance(found, expected) -> float:
@@ -80,16 +80,6 @@ def unpacked(spec, seed: int):
     if (ignored := options.pop("ignore_id", None)) is not None:
         weights = jnp.where(labels == ignored, 0, weights)
     return labels, options, (x, w, weights)
-
-
-@pytest.mark.parametrize(
-    "spec", [pytest.param(s, id=s.name, marks=pytest.mark.slow if s.name == "whole tiles" else ()) for s in SMALL]
-)
-def test_values_and_gradients(spec, small_chunks):
-    labels, options, (x, w, weights) = unpacked(spec, np.random.default_rng().integers(2**31))
-    arrays = (x.astype(jnp.float32), w.astype(jnp.float32), weights)
-    found, expected = (f(labels, options, *arrays) for f in (functools.partial(value_and_gradients, "xla"), exact))
-    assert max(distance(f, e) for f, e in zip(found, expected, strict=True)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -213,11 +203,11 @@ def test_derivatives_that_are_not_there_are_refused_by_name():
     assert jnp.isfinite(jax.jvp(lambda x: loss(x, "reference"), (x,), (x,))[1])
 
 
-def test_results_do_not_depend_on_the_chunks(small_chunks, monkeypatch):
+def test_results_do_not_depend_on_the_chunks(small_chunks):
     labels, options, arrays = unpacked(SPECS[-1], 3)
     many = value_and_gradients("xla", labels, options, *arrays)
-    monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 10**6)
-    one = value_and_gradients("xla", labels, options, *arrays)
+    with tiles.cut("linear_cross_entropy", "chunks", least_rows=10**6):
+        one = value_and_gradients("xla", labels, options, *arrays)
     # The chunks' parts of dW are added in another order.
     assert max(distance(f, e) for f, e in zip(many, one, strict=True)) < 2**-9
 
@@ -370,29 +360,11 @@ def test_mistakes_are_named(arguments, options, error, message):
         linear_cross_entropy(*arguments, **options)
 
 
-@pytest.mark.parametrize(
-    ("spec", "platform"),
-    [(spec, platform) for spec in SPECS for platform in ("cuda", "tpu") if platform == "cuda" or "speed" in spec.tags],
-    ids=lambda value: getattr(value, "name", value),
-)
-def test_lowers_for_devices_that_are_not_here(spec, platform):
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_the_kernel_for_hopper_serves_whole_tiles(spec):
     arguments, options = spec.abstract()
-    dynamic = {name: value for name, value in options.items() if isinstance(value, jax.ShapeDtypeStruct)}
-    fixed = {name: value for name, value in options.items() if name not in dynamic}
-    names = ["xla"]
-    if platform == "cuda":
-        with target(H100):
-            answers = explain(linear_cross_entropy, *arguments, **options).answers
-        reason = next(answer.reason for answer in answers if answer.implementation == "mosaic_gpu")
-        vocab_size, width = arguments[1].shape
-        assert bool(reason) == bool(vocab_size % 128 or width % 64 or width < 192 or "capped" in spec.name)
-        names += [] if reason else ["mosaic_gpu"]
-    for name in names:
-
-        def loss(x, w, labels, dynamic, name=name):
-            return linear_cross_entropy(x, w, labels, **dynamic, **fixed, implementation=name)[0]
-
-        with target(H100 if platform == "cuda" else AbstractDevice("TPU v5e", 1, "tpu")):
-            traced = jax.jit(jax.grad(loss, (0, 1))).trace(*arguments, dynamic)
-            text = traced.lower(lowering_platforms=(platform,)).as_text()
-        assert ("mosaic_gpu" in text) == (name == "mosaic_gpu")
+    with target(H100):
+        answers = explain(linear_cross_entropy, *arguments, **options).answers
+    reason = next(answer.reason for answer in answers if answer.implementation == "mosaic_gpu")
+    vocab_size, width = arguments[1].shape
+    assert bool(reason) == bool(vocab_size % 128 or width % 64 or width < 192 or "capped" in spec.name)

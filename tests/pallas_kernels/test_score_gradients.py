@@ -11,8 +11,10 @@ from jax.sharding import AbstractDevice
 from crescendo.pallas_kernels.attention.contract import Config, Operands
 from crescendo.pallas_kernels.attention.hopper import scores as kept
 from crescendo.pallas_kernels.attention.hopper import tiling
-from crescendo.pallas_kernels.attention.hopper.scores import MOST_BYTES, USUAL_BYTES, ScoresTile, Store, parts_for
+from crescendo.pallas_kernels.attention.hopper.scores import Bounds, ScoresTile, Store, parts_for
 from crescendo.pallas_kernels.attention.hopper.tiles import BackwardTile
+from crescendo.pallas_kernels.conformance import HOMES
+from crescendo.pallas_kernels.interpreter import interpreted
 from crescendo.pallas_kernels.op import target
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
@@ -81,7 +83,7 @@ def test_parts_divide_a_call_and_bound_its_memory(batch, length, kv_heads, group
     assert parts is not None
     assert parts.units * parts.count == batch * kv_heads
     assert parts.store.heads == parts.units * groups
-    assert parts.store.size_bytes <= (MOST_BYTES if parts.units == 1 else USUAL_BYTES)
+    assert parts.store.size_bytes <= (Bounds.most_bytes if parts.units == 1 else Bounds.usual_bytes)
 
 
 def test_parts_leave_few_cores_idle():
@@ -96,7 +98,7 @@ def test_parts_leave_few_cores_idle():
     [(True, ScoresTile(stages=2)), (False, ScoresTile(blocks=1, persistent=False))],
     ids=["causal, in pairs on two cores", "full, a block for each tile"],
 )
-def test_the_gradient_of_q_interpreted(causal, tile, interpreted):
+def test_the_gradient_of_q_interpreted(causal, tile):
     random = np.random.default_rng()
     length, keys, heads, width = 600, 300, 4, 64  # two of the four query heads are a part
     config = Config(0.3, causal=causal)
@@ -125,7 +127,7 @@ def test_the_gradient_of_q_interpreted(causal, tile, interpreted):
         kept.gradient_of_q(config, k, scores, jnp.array([2]), dq, store, tile, paired)
         return jax.freeze(dq)
 
-    with interpreted():
+    with interpreted(HOMES["mosaic_gpu"].stand_in):
         dq = np.asarray(run(*(jnp.asarray(array, jnp.bfloat16) for array in (padded, scores))), np.float64)
     expected = config.scale * np.einsum("hts,sd->thd", dscores, k[:, 1])  # the second key head's
     error = np.linalg.norm(dq[0, :length, 2:] - expected) / np.linalg.norm(expected)

@@ -1,4 +1,4 @@
-"""Softmax and log-softmax: values and gradients against the reference in float64, masks, extremes, errors."""
+"""Softmax and log-softmax: masks, extremes, sums, errors."""
 
 import functools
 
@@ -8,14 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AbstractDevice
 
-from crescendo.pallas_kernels.op import explain, target
 from crescendo.pallas_kernels.softmax import log_softmax, softmax
-from crescendo.pallas_kernels.softmax.specs import SPECS
 
-SMALL = [spec for spec in SPECS if "small" in spec.tags]
-H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 OPS = [softmax, log_softmax]
 
@@ -45,18 +40,6 @@ def close(found, expected, tolerance) -> bool:
     assert (np.isneginf(found) == ~finite).all()
     error = np.linalg.norm(found[finite] - expected[finite])
     return error <= tolerance * max(np.linalg.norm(expected[finite]), 1e-30)
-
-
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
-@pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.name)
-def test_values_and_gradients(op, spec):
-    random = np.random.default_rng()
-    (x,), options = spec.inputs(random.integers(2**31))
-    cotangent = jnp.asarray(random.normal(size=x.shape), x.dtype)
-    results = value_and_gradient(op, "xla", options, x, cotangent)
-    for found, expected in zip(results, exact(op, options, x, cotangent), strict=True):
-        assert found.dtype == x.dtype
-        assert close(found, expected, 1e-5 if x.dtype == jnp.float32 else 1e-2)
 
 
 def test_rows_where_one_entry_has_nearly_all_of_the_weight_keep_their_gradient():
@@ -185,15 +168,3 @@ def test_vmap_and_empty_rows():
 def test_mistakes_are_named(op, x, options, error, message):
     with pytest.raises(error, match=message):
         op(x, **options)
-
-
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_lowers_for_devices_that_are_not_here(platform):
-    for spec in SPECS:
-        (x,), options = spec.abstract()
-        mask = options.pop("mask", None)
-        loss = lambda x, mask: jnp.sum(softmax(x, mask=mask, **options, implementation="xla"))  # noqa: B023, E731
-        device = H100 if platform == "cuda" else AbstractDevice("TPU v5e", 1, "tpu")
-        with target(device):
-            assert explain(softmax, x, mask=mask, **options).chosen is not None
-            jax.jit(jax.grad(loss)).trace(x, mask).lower(lowering_platforms=(platform,))
