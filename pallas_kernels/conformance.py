@@ -51,15 +51,18 @@ class Home:
     in_program: str = ""
 
 
-# An implementation's name is its language.
+# Few cores, so that a block of threads takes several tiles.
+HOPPER = Home("gpu", AbstractDevice("NVIDIA H100 80GB HBM3", 2, "gpu"), "mosaic_gpu")
+# An implementation's name is its language, or what it does.
 HOMES = {
-    # Few cores, so that a block of threads takes several tiles.
-    "mosaic_gpu": Home("gpu", AbstractDevice("NVIDIA H100 80GB HBM3", 2, "gpu"), "mosaic_gpu"),
+    "mosaic_gpu": HOPPER,
+    "split_keys": HOPPER,
     # One: its interpreter runs a program to its end, which must not wait for another.
     "triton": Home("gpu", AbstractDevice("NVIDIA H100 80GB HBM3", 1, "gpu"), "triton_kernel_call"),
     "cudnn": Home("gpu", None, "__cudnn"),
     "mosaic_tpu": Home("tpu", AbstractDevice("TPU v5e", 1, "tpu"), "tpu_custom_call"),
     "xla": Home(),
+    "merged": Home(),
     "reference": Home(),
 }
 

@@ -49,10 +49,12 @@ class BlockAttention(NamedTuple):
         and -inf of nothing. Causal is meant for a block of the queries' own tokens.
       backward: `(q, k, v, segments_q, segments_k, causal, log_sum, d_output, delta) -> (dq, dk, dv)`, float32, from the
         full row's log-sum-exp and `delta = sum(dO O)`, both `[B, H, Tq]`.
+      merge: `(mixed [N, B, Tq, H, E], log-sum-exp [N, B, H, Tq]) -> (mixed, log-sum-exp)` of N blocks together.
     """
 
     forward: Callable
     backward: Callable
+    merge: Callable
 
 
 def attention(
@@ -114,10 +116,10 @@ def _ring_forward(q, k, v, segment_ids, blocks: BlockAttention, ring: int, ulyss
                 return mixed, jnp.pad(log_sum, ((0, 0), (0, 0), (half, 0)), constant_values=-jnp.inf)
 
             part = jax.lax.cond(place >= step, before, after, q, k_now, v_now, segment_ids, segments_now)
-            mixed, log_sum = _merge(mixed, log_sum, *part)
+            mixed, log_sum = blocks.merge(*map(jnp.stack, zip((mixed, log_sum), part, strict=True)))
         else:
             part = blocks.forward(q, k_now, v_now, segment_ids, segments_now, False)
-            mixed, log_sum = _merge(mixed, log_sum, *part)
+            mixed, log_sum = blocks.merge(*map(jnp.stack, zip((mixed, log_sum), part, strict=True)))
         block = following
     output = mixed.astype(q.dtype)
     return output, (q, k, v, segment_ids, output, log_sum)
@@ -174,10 +176,3 @@ def _shift(ring: int, ulysses: int) -> Callable:
     """Sends a tree to the next device of the ring."""
     following = [(i * ulysses + j, (i + 1) % ring * ulysses + j) for i in range(ring) for j in range(ulysses)]
     return lambda tree: jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, following), tree)
-
-
-def _merge(mixed, log_sum, mixed_now, log_sum_now):
-    """The attention over two sets of keys, from that over each; a query sees at least itself in the first."""
-    together = jnp.logaddexp(log_sum, log_sum_now)
-    weigh = lambda x, of: x * jnp.exp(of - together).swapaxes(1, 2)[..., None]  # noqa: E731
-    return weigh(mixed, log_sum) + weigh(mixed_now, log_sum_now), together

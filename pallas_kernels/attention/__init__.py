@@ -1,3 +1,4 @@
-"""Fused attention: `attention` is the op, its implementations are the modules beside this one."""
+"""Fused attention: `attention` and `shared_prefix` are the ops, implementations are the modules beside this one."""
 
 from crescendo.pallas_kernels.attention.op import attention as attention
+from crescendo.pallas_kernels.attention.prefix import shared_prefix as shared_prefix

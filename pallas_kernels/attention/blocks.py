@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from crescendo.pallas_kernels.attention.contract import Config, Operands
+from crescendo.pallas_kernels.attention.merging import merge
 from crescendo.pallas_kernels.attention.op import kernels
 
 
@@ -11,13 +12,15 @@ class FusedBlockAttention:
 
     `forward` gives `[B, Tq, H, E]` and the log-sum-exp `[B, H, Tq]`, float32, 0 and -inf of nothing; `backward` gives
     `(dq, dk, dv)`, float32, from the log-sum-exp of all blocks and `delta = sum(dO O)`. Causal is meant for a block of
-    the queries' own tokens, each of which sees itself.
+    the queries' own tokens, each of which sees itself. `merge` puts results of blocks together.
 
     >>> q = jnp.ones((1, 2, 1, 4))
     >>> mixed, log_sum = FusedBlockAttention.forward(q, q, q, jnp.array([[1, 2]]), jnp.array([[2, 2]]), False)
     >>> print(mixed[0, :, 0, 0], log_sum[0, 0])
     [0. 1.] [     -inf 2.6931472]
     """
+
+    merge = staticmethod(merge)
 
     @staticmethod
     def _serving(q, k, v, segments_q, segments_k, causal: bool):

@@ -11,7 +11,7 @@ from crescendo.pallas_kernels.op import op
 from crescendo.pallas_kernels.sharded import alike
 
 HERE = "crescendo.pallas_kernels.attention"
-IMPLEMENTATIONS = {"mosaic_gpu": f"{HERE}.hopper"} | {
+IMPLEMENTATIONS = {"split_keys": f"{HERE}.hopper.split_keys", "mosaic_gpu": f"{HERE}.hopper"} | {
     name: f"{HERE}.{name}" for name in ("cudnn", "triton", "mosaic_tpu", "xla", "reference")
 }
 

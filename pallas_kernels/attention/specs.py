@@ -22,8 +22,8 @@ def packed_segments(batch: int, length: int, mean_tokens: int, seed: int = 0) ->
     return segments
 
 
-def visible_pairs(length: int, keys: int, *, causal: bool, window: int | None, segments) -> float:
-    """How many pairs of a query and a key a row of the batch has, in the mean.
+def visible_pairs(length: int, keys: int, *, causal: bool, window: int | None, segments, first: int = 0) -> float:
+    """How many pairs of a query and a key a row of the batch has, in the mean; `first` is the first query's position.
 
     >>> visible_pairs(4, 4, causal=True, window=2, segments=None)
     7.0
@@ -36,7 +36,7 @@ def visible_pairs(length: int, keys: int, *, causal: bool, window: int | None, s
         return total / len(segments)
     if not causal and window is None:
         return float(length * keys)
-    q = np.arange(length)
+    q = first + np.arange(length)
     end = np.minimum(keys, q + (1 if causal or window is None else window))
     begin = 0 if window is None else np.maximum(0, q - window + 1)
     return float(np.maximum(0, end - begin).sum())
@@ -50,7 +50,13 @@ def zig_zag(batch: int, length: int) -> np.ndarray:
     )
 
 
-def _make(key, *, shape, dtype, segments, bias_shape, hidden, ids, ring, kwargs):
+def tail(batch: int, length: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of queries that are the last tokens of a cache, and of its keys, int32."""
+    sides = (np.arange(keys - length, keys, dtype=np.int32), np.arange(keys, dtype=np.int32))
+    return np.broadcast_to(sides[0], (batch, length)), np.broadcast_to(sides[1], (batch, keys))
+
+
+def _make(key, *, shape, dtype, segments, bias_shape, hidden, ids, ring, last, kwargs):
     batch, length, keys, heads, kv_heads, width = shape
     parts = jax.random.split(key, 5)
     q = jax.random.normal(parts[0], (batch, length, heads, width), dtype)
@@ -72,6 +78,8 @@ def _make(key, *, shape, dtype, segments, bias_shape, hidden, ids, ring, kwargs)
                 .set(-jnp.inf)
             )
         kwargs["bias"] = bias
+    if last:
+        kwargs["positions"] = tuple(map(jnp.asarray, tail(batch, length, keys)))
     if ring:
         kwargs["positions"] = jnp.asarray(zig_zag(batch, length)), jnp.asarray(zig_zag(batch, keys))
     return (q, k, v), kwargs
@@ -88,6 +96,8 @@ def spec(
     bias_shape=None,
     hidden: float = 0.0,
     ring: bool = False,
+    last: bool = False,
+    by_bytes: bool = False,
     **kwargs,
 ) -> Spec:
     """A spec of the shape (B, T, S, H, K, D).
@@ -97,6 +107,8 @@ def spec(
       ids: draws segment ids below this, unsorted; queries of segment 0 see nothing.
       bias_shape, hidden: of a random bias, and which part of it is -inf.
       ring: positions as a device of a ring holds them.
+      last: the queries are the last tokens of a cache.
+      by_bytes: its rate is one of bytes, not of operations.
       kwargs: what `attention` takes besides.
     """
     batch, length, keys, heads, kv_heads, width = shape
@@ -113,12 +125,12 @@ def spec(
         hidden=hidden,
         ids=ids,
         ring=ring,
+        last=last,
         kwargs=kwargs,
     )
-    pairs = visible_pairs(
-        length, keys, causal=kwargs.get("causal", False), window=kwargs.get("window"), segments=segments
-    )
-    size, flops = jnp.dtype(dtype).itemsize, 4.0 * batch * heads * width * pairs
+    causal, window, first = kwargs.get("causal", False), kwargs.get("window"), keys - length if last else 0
+    pairs = visible_pairs(length, keys, causal=causal, window=window, segments=segments, first=first)
+    size, flops = jnp.dtype(dtype).itemsize, 0.0 if by_bytes else 4.0 * batch * heads * width * pairs
     return Spec(
         name=name,
         make=make,
@@ -140,6 +152,12 @@ SPEED: dict[str, tuple[tuple, dict]] = {
     "packed-gpt2": ((16, 1024, 1024, 12, 12, 64), {"causal": True, "mean_tokens": 256}),
     "packed-64": ((4, 8192, 8192, 12, 12, 64), {"causal": True, "mean_tokens": 512}),
     "packed-128": ((4, 8192, 8192, 16, 16, 128), {"causal": True, "mean_tokens": 512}),
+}
+# Few queries over many keys: what decoding asks for.
+DECODE: dict[str, tuple[tuple, dict]] = {
+    "decode": ((1, 1, 65536, 32, 8, 128), {}),
+    "decode-16": ((4, 16, 32768, 32, 8, 128), {"causal": True, "last": True}),
+    "decode-64": ((8, 1, 16384, 16, 16, 64), {}),
 }
 REAL: dict[str, tuple[tuple, dict]] = {
     "llama-8b": ((1, 8192, 8192, 32, 8, 128), {"causal": True}),
@@ -167,6 +185,7 @@ def scaled(name: str, shape: tuple, options: dict, length: int = 144) -> Spec:
 
 SPECS = (
     *(spec(name, shape, "speed", **options) for name, (shape, options) in SPEED.items()),
+    *(spec(name, shape, "speed", by_bytes=True, **options) for name, (shape, options) in DECODE.items()),
     *(spec(name, shape, "real", **options) for name, (shape, options) in REAL.items()),
     *(
         scaled(name, *call)
@@ -180,6 +199,11 @@ SPECS = (
     spec("unequal-causal", (1, 333, 100, 2, 1, 64), "awkward", causal=True),
     spec("one-token", (2, 1, 1, 2, 2, 64), "small", "awkward", causal=True),
     spec("one-query", (2, 1, 300, 4, 1, 128), "awkward"),
+    spec("few-queries", (2, 3, 304, 4, 2, 64), "small", "awkward", causal=True, last=True),
+    spec("few-queries-window", (1, 5, 200, 6, 2, 128), "awkward", causal=True, last=True, window=70),
+    spec("few-queries-apart", (2, 6, 328, 2, 1, 64), "awkward", ids=4),
+    spec("few-queries-capped", (1, 2, 1100, 6, 1, 128), "awkward", soft_cap=5.0),
+    spec("many-heads", (1, 9, 392, 16, 1, 64), "awkward", causal=True),
     spec("packed", (2, 256, 256, 2, 1, 64), "small", "awkward", "quick", causal=True, mean_tokens=48),
     spec("packed-wide", (1, 300, 300, 2, 2, 128), "awkward", causal=True, mean_tokens=40),
     spec("segments-of-one", (1, 130, 130, 2, 2, 64), "awkward", segments=np.arange(130, dtype=np.int32)[None]),
@@ -207,3 +231,54 @@ SPECS = (
 )
 # In an interpreter, and in small calls: several blocks to each side, and a key head a part.
 FINE = {"on TPU": {"block": 128}, "chunks of keys": {"keys": 64}, "scores that are kept": {"usual_bytes": 1}}
+
+
+def _make_prefix(key, *, shape, dtype, kwargs):
+    groups, members, length, prefix, keys, heads, kv_heads, width = shape
+    parts = jax.random.split(key, 5)
+    q = jax.random.normal(parts[0], (groups * members, length, heads, width), dtype)
+    of_prefix = (jax.random.normal(part, (groups, prefix, kv_heads, width), dtype) for part in parts[1:3])
+    own = (jax.random.normal(part, (groups * members, keys, kv_heads, width), dtype) for part in parts[3:])
+    kwargs = dict(kwargs)
+    if (of_ids := kwargs.pop("lengths", None)) is not None:
+        # Members of different lengths: past its end a member has another segment.
+        ends = jnp.asarray(of_ids, jnp.int32)[:, None]
+        kwargs["segment_ids"] = (jnp.arange(length)[None] < ends).astype(jnp.int32)
+    if kwargs.pop("last", False):
+        kwargs["positions"] = tuple(map(jnp.asarray, tail(groups * members, length, keys)))
+    return (q, *of_prefix, *own), kwargs
+
+
+def prefix_spec(name: str, shape: tuple, *tags: str, dtype=jnp.bfloat16, by_bytes: bool = False, **kwargs) -> Spec:
+    """A call of `shared_prefix` of the shape (G, members, T, P, S, H, K, D).
+
+    `lengths` of the members give segment ids, and `last` positions.
+    """
+    groups, members, length, prefix, keys, heads, kv_heads, width = shape
+    if {"small", "awkward"} & set(tags):
+        kwargs.setdefault("return_lse", True)  # which has a gradient too
+    first = keys - length if kwargs.get("last") else 0
+    causal = kwargs.get("causal", False)
+    pairs = length * prefix + visible_pairs(length, keys, causal=causal, window=None, segments=None, first=first)
+    flops = 0.0 if by_bytes else 4.0 * groups * members * heads * width * pairs
+    entries = 2 * members * (length * heads + keys * kv_heads) + 2 * prefix * kv_heads
+    return Spec(
+        name=name,
+        make=functools.partial(_make_prefix, shape=shape, dtype=dtype, kwargs=kwargs),
+        flops=flops,
+        bytes=jnp.dtype(dtype).itemsize * float(groups * width * entries),
+        differentiable=(0, 1, 2, 3, 4),
+        tags=frozenset(tags),
+        backward_flops=2.5 * flops,
+    )
+
+
+PREFIX_SPECS = (
+    prefix_spec("answers", (1, 16, 1, 32768, 512, 32, 8, 128), "speed", by_bytes=True),
+    prefix_spec("rollouts", (2, 8, 512, 4096, 512, 16, 16, 128), "speed", causal=True),
+    prefix_spec("members", (2, 3, 20, 70, 20, 4, 2, 64), "small", "awkward", "quick", causal=True),
+    prefix_spec("lengths", (1, 3, 18, 33, 18, 2, 1, 64), "awkward", causal=True, lengths=(18, 1, 7)),
+    prefix_spec("later", (2, 2, 3, 1, 40, 6, 2, 32), "awkward", causal=True, last=True, soft_cap=5.0),
+    prefix_spec("alone", (1, 1, 1, 5, 1, 2, 2, 64), "small", "awkward", dtype=jnp.float32),
+)
+SPECS_OF = {"shared_prefix": PREFIX_SPECS}

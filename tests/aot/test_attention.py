@@ -92,6 +92,26 @@ def test_forward_and_backward_compile_and_hardly_spill(width, kv_heads, options,
 WHOLE = {(c.implementation, c.spec.name): c for c in cases() if c.op is attention and "scaled" not in c.spec.tags}
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["decode", *(pytest.param(name, marks=pytest.mark.slow) for name in ("decode-16", "decode-64", "width-192"))],
+)
+def test_split_keys_compile_and_do_not_spill(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    call = conformance.call_of(attention, WHOLE["split_keys", name].spec)
+    where = NamedSharding(Mesh(np.array(h100s(1)), ("x",)), P())
+    arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), call.arrays)
+
+    def forward(arrays):
+        arguments, options = call.rebuild(arrays)
+        return attention(*arguments, **options, implementation="split_keys")
+
+    with target(h100s(1)[0]):
+        jax.jit(forward).trace(arrays).lower(lowering_platforms=("cuda",)).compile()
+    assert spilled_bytes(tmp_path) == [0]
+
+
 @pytest.mark.parametrize(("name", "kernels"), [("packed", 3), ("bias-of-keys", 4)])
 def test_the_gradient_of_a_bias_is_a_kernel_of_its_own(name, kernels):
     pytest.importorskip("triton")

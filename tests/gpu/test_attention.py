@@ -89,7 +89,7 @@ def test_no_worse_than_cudnn(implementation, name, ahead, poisoned):
     assert not worse, (SEED, worse)
 
 
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
+@pytest.mark.parametrize("implementation", ["split_keys", "mosaic_gpu", "triton"])
 def test_the_same_bits_every_time(implementation, ahead, poisoned):
     spec = next(spec for spec in SPECS if spec.name == "packed")
     call = conformance.call_of(attention, spec, SEED)

@@ -22,7 +22,7 @@ def runs_here(case) -> bool:
     if case.implementation == "reference" or "scaled" in case.spec.tags:
         return False
     fits = case.op.__name__ == "attention" or (case.spec.flops < 1e12 and "float32" not in case.spec.name)
-    return case.small or (fits and case.implementation != "xla")
+    return case.small or (fits and case.implementation != "xla" and "xla" in case.op.implementations)
 
 
 @functools.cache

@@ -84,8 +84,13 @@ class Forward(OverKeys):
     def extra(self) -> Any:
         """With a place of their own the next tile's queries are loaded early, where there is room."""
         own = tiled((self.tile.consumers, ROWS, self.width), self.dtype)
-        # 256 bytes are for the barrier of turns, and for what aligning takes.
-        return own if size_bytes([own, *(ring.scratch() for ring in self.rings)]) <= SHARED_BYTES - 256 else None
+        # For the barrier of turns, and for what aligning takes, ids most of all.
+        spare = 4096 if self.operands.has_metadata else 256
+        return own if size_bytes([own, *(ring.scratch() for ring in self.rings)]) <= SHARED_BYTES - spare else None
+
+    def leaves_at(self, at: Place):
+        """The row of the results that a tile writes."""
+        return at.row
 
     def place(self, arrays, block, n) -> Place:
         # With ids the registers that a warp shares run out: a tile's place is computed anew, and not stored.
@@ -96,7 +101,7 @@ def call_of(config: Config, operands: Operands, tile: ForwardTile) -> Forward:
     """The kernel's call for operands as they come."""
     _, length, keys, _, _, _ = operands.dims
     paired = tiling.in_pairs(config, tile, length, tile.rows)
-    blocked = tiling.padded(operands, tile.rows * (2 if paired else 1), tile.block)
+    blocked = tiling.padded(operands, tile.rows * (2 if paired else 1), tile.block, in_place=True)
     return Forward(config, tile, blocked, (length, keys), paired)
 
 
@@ -109,11 +114,11 @@ def forward(config: Config, operands: Operands, tile: ForwardTile | None = None)
         jax.ShapeDtypeStruct(call.operands.q.shape, call.dtype),
         jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
     )
-    out, lse = call.run(_compute, call.arrays(operands), out_type)
+    out, lse = call.run(compute, call.arrays(operands), out_type)
     return out[:, :true_length, :, : operands.dims[-1]], lse[:, :, :true_length]
 
 
-def _compute(call: Forward, refs: Refs, consumer, at: Place, step):
+def compute(call: Forward, refs: Refs, consumer, at: Place, step):
     """A consumer's 64 queries of a tile."""
     at = at._replace(start=at.start + consumer * ROWS)
     rows, (lo, _, _, hi), (out_ref, lse_ref) = pl.ds(at.start, ROWS), at.blocks, refs.results
@@ -132,8 +137,9 @@ def _compute(call: Forward, refs: Refs, consumer, at: Place, step):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left the buffer
     leaving[...] = out.astype(call.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(leaving, out_ref.at[at.row, rows, at.head])
-    lse_ref.at[at.row, at.head, rows][...] = lse
+    leaves_at = call.leaves_at(at)
+    plgpu.copy_smem_to_gmem(leaving, out_ref.at[leaves_at, rows, at.head])
+    lse_ref.at[leaves_at, at.head, rows][...] = lse
     if not own_place:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         refs.own.free(consumer)
@@ -157,7 +163,8 @@ def _softmax(call: Forward, refs: Refs, at: Place, q_ids: Ids, scores, slot, j, 
 
     def masked(scores):
         k_ids = refs.arrays.k_ids.of(refs.first, slot).each(load_columns)
-        scores = masks.hide(scores, config, q_ids, k_ids, at.start, j * block, keys=call.ragged)
+        keys = (j * block, None) if call.in_place else (None, call.ragged)
+        scores = masks.hide(scores, config, q_ids, k_ids, at.start, call.first_key(j), keys=keys)
         if any(ids is not None for ids in k_ids):
             plgpu.commit_smem()  # these reads come before the copy that overwrites the slot
         return scores

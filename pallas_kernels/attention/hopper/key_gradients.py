@@ -146,7 +146,7 @@ def _one_block(
         q_ids = refs.arrays.q_ids.of(queries, slot).each(load_columns)
         first_key = at.start + consumer * ROWS
         return masks.hide(
-            scores, config, q_ids, k_ids, q_block * tile.block, first_key, transposed=True, keys=call.ragged
+            scores, config, q_ids, k_ids, q_block * tile.block, first_key, transposed=True, keys=(None, call.ragged)
         )
 
     def products(scores_acc, dp_acc, dk_acc, dv_acc):

@@ -43,7 +43,7 @@ def ids_of(operands: Operands) -> tuple[Ids, Ids]:
     return Ids(operands.q_segments, operands.q_positions), Ids(operands.k_segments, operands.k_positions)
 
 
-def hide(scores, config: Config, q_ids: Ids, k_ids: Ids, first_row, first_column, *, transposed=False, keys=None):
+def hide(scores, config: Config, q_ids: Ids, k_ids: Ids, first_row, first_column, *, transposed=False, keys):
     """One block of scores with -inf where the query doesn't see the key.
 
     Args:
@@ -52,7 +52,7 @@ def hide(scores, config: Config, q_ids: Ids, k_ids: Ids, first_row, first_column
       q_ids, k_ids: of the block's queries and keys.
       first_row, first_column: index of the block's first query, and of its first key.
       transposed: whether the block's rows are keys.
-      keys: keys from this index on are hidden; None: none.
+      keys: the first that counts, and the first that doesn't any more; None where no key is outside.
     """
     q_dim, k_dim = (1, 0) if transposed else (0, 1)
     shape = scores.shape
@@ -78,8 +78,11 @@ def hide(scores, config: Config, q_ids: Ids, k_ids: Ids, first_row, first_column
             masks.append(compare(jnp.greater, q_positions, k_positions - config.window))
         if config.window is not None:
             masks.append(compare(jnp.less, q_positions, k_positions + config.window))
-    if keys is not None:
-        masks.append(over[k_dim](index(k_dim, first_column), shape) < keys)
+    first, end = keys
+    if first is not None:
+        masks.append(over[k_dim](index(k_dim, first_column), shape) >= first)
+    if end is not None:
+        masks.append(over[k_dim](index(k_dim, first_column), shape) < end)
     for mask in masks:  # one after the other: all at once would need more registers
         scores = jnp.where(mask, scores, -jnp.inf)
     return scores

@@ -110,7 +110,7 @@ def _one_block(
 
     def masked(scores):
         k_ids = refs.arrays.k_ids.of(keys, slot).each(load_columns)
-        scores = masks.hide(scores, config, q_ids, k_ids, at.start, j * tile.block, keys=call.ragged)
+        scores = masks.hide(scores, config, q_ids, k_ids, at.start, j * tile.block, keys=(None, call.ragged))
         if any(ids is not None for ids in k_ids):
             plgpu.commit_smem()  # these reads come before the copy that overwrites the slot
         return scores

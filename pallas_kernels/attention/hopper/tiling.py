@@ -23,12 +23,17 @@ from crescendo.pallas_kernels.hopper.ring import Part, Ring, Slots, Turns
 from crescendo.pallas_kernels.op import target_device
 from crescendo.pallas_kernels.sharded import results_of
 
+COPIED = 8  # rows: what the copy engine brings begins, and the array ends, at a multiple
 
-def padded(operands: Operands, block_q: int, block_k: int) -> Operands:
+
+def padded(operands: Operands, block_q: int, block_k: int, in_place: bool = False) -> Operands:
     """Lengths filled up to full blocks and widths to a multiple of 64.
 
-    Padded keys are hidden by the mask; what padded queries compute is dropped.
+    Padded keys are hidden by the mask; what padded queries compute is dropped. Where `in_place`, keys stay as they are
+    if that can be: then the last block begins before its place (`OverKeys.first_key`).
     """
+    if in_place and operands.dims[2] % COPIED == 0 and operands.dims[2] >= block_k:
+        block_k = COPIED
     _, length, keys, _, _, width = operands.dims
     more_q, more_k, more_d = -length % block_q, -keys % block_k, -width % 64
     if not (more_q or more_k or more_d):
@@ -140,6 +145,7 @@ class Place(NamedTuple):
       tile: its number in the head.
       start: index of its first query or key.
       blocks: of the other side, that it needs.
+      part: of these blocks, where several tiles share them.
     """
 
     unit: Any
@@ -148,6 +154,7 @@ class Place(NamedTuple):
     tile: Any
     start: Any
     blocks: Ranges
+    part: Any = 0
 
 
 class Refs(NamedTuple):
@@ -224,8 +231,12 @@ class Call:
     @property
     def schedule(self) -> Schedule:
         """Of as many blocks of threads as run at a time, or, where the tile is not persistent, of one for each."""
-        tiles = (self.operands.q if self.side == "q" else self.operands.k).shape[1] // self.tile.rows
-        return Schedule(tiles, self.units, self.paired, target_device().cores if self.tile.persistent else None)
+        return Schedule(self.tiles, self.units, self.paired, target_device().cores if self.tile.persistent else None)
+
+    @property
+    def tiles(self) -> int:
+        """Of a head."""
+        return (self.operands.q if self.side == "q" else self.operands.k).shape[1] // self.tile.rows
 
     @property
     def _blocks(self) -> tuple[int, int]:
@@ -241,7 +252,7 @@ class Call:
             return None
         of_queries, of_keys = block_ranges(self.config, operands, *self._blocks)
         stacked = jnp.stack(of_queries if self.side == "q" else of_keys, axis=-1)
-        return jnp.pad(stacked, [(0, 0), (0, self.schedule.tiles - stacked.shape[1]), (0, 0)])
+        return jnp.pad(stacked, [(0, 0), (0, self.tiles - stacked.shape[1]), (0, 0)])
 
     def arrays(self, operands: Operands, **others) -> Arrays:
         """What the kernel reads: operands without padding, and others that have it."""
@@ -255,12 +266,14 @@ class Call:
         of_batch, heads = unit if arrays.first is None else arrays.first[0] + unit, self.operands.dims[3]
         heads = heads if self.side == "q" else self.operands.dims[4]
         head, row = lax.rem(of_batch, heads), lax.div(of_batch, heads)
+        return Place(unit, row, head, tile, tile * self.tile.rows, self.needed(arrays, row, tile))
+
+    def needed(self, arrays: Arrays, row, tile) -> Ranges:
+        """The blocks that a tile needs."""
         if arrays.ranges is None:
-            blocks = ranges_of_tile(self.config, tile, self.side, self.lengths, *self._blocks)
-        else:
-            of_row = row if arrays.ranges.shape[0] > 1 else 0
-            blocks = Ranges(*(arrays.ranges[of_row, tile, i] for i in range(4)))
-        return Place(unit, row, head, tile, tile * self.tile.rows, blocks)
+            return ranges_of_tile(self.config, tile, self.side, self.lengths, *self._blocks)
+        of_row = row if arrays.ranges.shape[0] > 1 else 0
+        return Ranges(*(arrays.ranges[of_row, tile, i] for i in range(4)))
 
     @property
     def rings(self) -> tuple[Ring, Ring, Ring]:
@@ -349,6 +362,16 @@ class OverKeys(Call):
     side = "q"
     own_parts: ClassVar[tuple[str, ...]] = ("q",)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether keys that fill no whole number of blocks are read where they are."""
+        return self.operands.k.shape[1] % self.tile.block != 0
+
+    def first_key(self, j):
+        """Where a block of keys begins: the last one so that it ends with them, and repeats some of those before."""
+        start = j * self.tile.block
+        return jnp.minimum(start, self.operands.k.shape[1] - self.tile.block) if self.in_place else start
+
     def _parts(self, rows, block):
         _, k_ids = ids_of(self.operands)
         return dict.fromkeys(self.own_parts, rows), {"k": block, **k_ids.parts(self.tile.block)}, {"v": block}
@@ -361,7 +384,7 @@ class OverKeys(Call):
             refs.own.fill(n, consumer, **{name: getattr(arrays, name).at[here] for name in self.own_parts})
 
         def one_block(j, step):
-            columns = pl.ds(j * block, block)
+            columns = pl.ds(self.first_key(j), block)
             here = at.row, columns, kv_head
             refs.first.fill(step, k=arrays.k.at[here], **arrays.k_ids.sources((at.row, columns)))
             refs.second.fill(step, v=arrays.v.at[here])
