@@ -295,7 +295,7 @@ def op(
                 token = _asked_by_name.set(implementation is not None)
                 try:
                     with jax.named_scope(name):  # by which a profile knows whose a kernel is
-                        result = _load(call, candidate)(**arguments)
+                        result = load(call, candidate)(**arguments)
                         if run is not None and isinstance(result, Kernels):
                             result = run(result, **arguments)
                     _note_choice(name, candidate)
@@ -363,7 +363,7 @@ def _names(op_name: str, table: Mapping[str, str], implementation) -> tuple[str,
     return names
 
 
-def _load(function: Any, implementation: str) -> Callable[..., Any]:
+def load(function: Any, implementation: str) -> Callable[..., Any]:
     """One implementation of an op; a missing optional package is a reason, not an error."""
     try:
         module = importlib.import_module(function.implementations[implementation])
@@ -386,7 +386,7 @@ def _ask(function: Any, args: tuple, kwargs: dict) -> list[Answer]:
             merged = [next(given) if d else leaf for leaf, d in zip(leaves, dynamic, strict=True)]
             args, kwargs = jax.tree.unflatten(structure, merged)
             arguments = function.check(*args, **kwargs)
-            result = _load(function, name)(**arguments)
+            result = load(function, name)(**arguments)
             if isinstance(result, Kernels):
                 result = None if function.run is None else function.run(result, **arguments)
             return result

@@ -1,5 +1,6 @@
 """jax-triton, Ampere and later: forward and backward after FlashAttention-2, deterministic."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import triton
 import triton.language as tl
 
 from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, block_ranges
+from crescendo.pallas_kernels.attention.tiles import tuned
 from crescendo.pallas_kernels.op import Unsupported, require_gpu
 from crescendo.pallas_kernels.triton_call import triton_call
 
@@ -28,16 +30,37 @@ def attention(config: Config, operands: Operands) -> Kernels:
     return Kernels(forward, backward)
 
 
-def _blocks(width: int, *, backward: bool) -> tuple[int, int, int]:
-    """Queries and keys of a block, and warps."""
+@dataclasses.dataclass(frozen=True)
+class TritonTile:
+    """How a pass is cut up.
+
+    Attributes:
+      block_q, block_k: queries and keys of a block.
+      warps: of a program.
+      stages: blocks in flight.
+    """
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int = 2
+
+
+def forward_tile(width: int) -> TritonTile:
+    """Where nobody measured."""
     if width <= 64:
-        return (64, 64, 4) if backward else (128, 64, 4)
+        return TritonTile(128, 64, 4)
+    return TritonTile(128 if width <= 128 else 64, 64 if width <= 128 else 32, 8)
+
+
+def backward_tile(width: int) -> TritonTile:
+    """Of both kernels, where nobody measured."""
     if width <= 128:
-        return (64, 64, 8) if backward else (128, 64, 8)
-    return (32, 32, 8) if backward else (64, 32, 8)
+        return TritonTile(64, 64, 4 if width <= 64 else 8)
+    return TritonTile(32, 32, 8, stages=1)
 
 
-def _constants(config: Config, operands: Operands, block_q: int, block_k: int, ranges) -> dict[str, Any]:
+def _constants(config: Config, operands: Operands, tile: TritonTile, ranges) -> dict[str, Any]:
     _, length, keys, heads, kv_heads, width = operands.dims
     sizes = (1, 1, 1, 1) if operands.bias is None else operands.bias.shape
     strides = [0 if size == 1 else math.prod(sizes[axis + 1 :]) for axis, size in enumerate(sizes)]
@@ -48,8 +71,10 @@ def _constants(config: Config, operands: Operands, block_q: int, block_k: int, r
         K=kv_heads,
         D=width,
         BLOCK_D=max(16, triton.next_power_of_2(width)),
-        BLOCK_Q=block_q,
-        BLOCK_K=block_k,
+        BLOCK_Q=tile.block_q,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
         SCALE=config.scale,
         CAP=config.soft_cap or 0.0,
         CAUSAL=config.causal,
@@ -72,10 +97,10 @@ def _metadata(operands: Operands, ranges):
     return [bias, ranges, *(ranges if array is None else array.astype(jnp.int32) for array in operands.metadata)]
 
 
-def forward(config: Config, operands: Operands):
+def forward(config: Config, operands: Operands, tile: TritonTile | None = None):
     batch, length, _, heads, _, width = operands.dims
-    block_q, block_k, warps = _blocks(width, backward=False)
-    ranges = jnp.stack(block_ranges(config, operands, block_q, block_k)[0], -1)
+    tile = tile or tuned("triton forward", config, operands, forward_tile(width))
+    ranges = jnp.stack(block_ranges(config, operands, tile.block_q, tile.block_k)[0], -1)
     return triton_call(
         *operands[:3],
         *_metadata(operands, ranges),
@@ -84,16 +109,15 @@ def forward(config: Config, operands: Operands):
             jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ],
-        grid=(triton.cdiv(length, block_q), heads, batch),
-        num_warps=warps,
-        num_stages=2,
-        **_constants(config, operands, block_q, block_k, ranges),
+        grid=(triton.cdiv(length, tile.block_q), heads, batch),
+        **_constants(config, operands, tile, ranges),
     )
 
 
-def backward(config: Config, operands: Operands, lse, dout, delta, _out=None):
+def backward(config: Config, operands: Operands, lse, dout, delta, _out=None, tile: TritonTile | None = None):
     batch, length, keys, heads, kv_heads, width = operands.dims
-    block_q, block_k, warps = _blocks(width, backward=True)
+    tile = tile or tuned("triton backward", config, operands, backward_tile(width))
+    block_q, block_k = tile.block_q, tile.block_k
     # exp(score - inf) = 0: rows that see nothing take no part.
     lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf)
     arrays = (*operands[:3], dout, lse, delta.astype(jnp.float32))
@@ -106,9 +130,7 @@ def backward(config: Config, operands: Operands, lse, dout, delta, _out=None):
             kernel=kernel,
             out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in results],
             grid=grid,
-            num_warps=warps,
-            num_stages=2 if width <= 128 else 1,
-            **_constants(config, operands, block_q, block_k, ranges),
+            **_constants(config, operands, tile, ranges),
         )
 
     (dq,) = call(_queries_kernel, both[0], [operands.q], (triton.cdiv(length, block_q), heads, batch))

@@ -1,4 +1,4 @@
-"""What `python -m crescendo.pallas_kernels.tune attention` chooses: the tiles of the kernels for Hopper."""
+"""What `python -m crescendo.pallas_kernels.tune attention` chooses: the tiles of the kernels for GPUs."""
 
 import functools
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import jax
 
 from crescendo.pallas_kernels.attention import hopper
-from crescendo.pallas_kernels.attention.contract import Config, Operands
-from crescendo.pallas_kernels.attention.hopper import backward, forward, scores, tiling
+from crescendo.pallas_kernels.attention.contract import Config, Operands, dout_out
+from crescendo.pallas_kernels.attention.hopper import backward, forward, scores, split_keys, tiling
 from crescendo.pallas_kernels.attention.hopper.key_gradients import KeyGradients
 from crescendo.pallas_kernels.attention.hopper.query_gradients import QueryGradients
 from crescendo.pallas_kernels.attention.op import attention
 from crescendo.pallas_kernels.attention.tiles import key
 from crescendo.pallas_kernels.hopper import memory
-from crescendo.pallas_kernels.op import Spec, Unsupported
+from crescendo.pallas_kernels.op import Spec, Unsupported, load
 from crescendo.pallas_kernels.tune import Problem, Tunable
 
 
@@ -103,8 +103,60 @@ def _backward(which: int, from_scores: bool | None, spec: Spec) -> Problem:
     return Problem(key(config, operands), operands.dims[1], defaults[which], arrays, run, fits)
 
 
+def _split_keys(spec: Spec) -> Problem:
+    config, operands, width = _call(spec)
+    split_keys.attention(config, operands)  # refuses what it leaves to others
+    default = split_keys.default_tile(operands)
+
+    def fits(tile: forward.ForwardTile) -> bool:
+        matrices = width // 2 + tile.block // 2 + tile.block // 4
+        call = jax.eval_shape(lambda operands: split_keys.call_of(config, operands, tile).operands, operands)
+        ours = split_keys.SplitKeys(config, tile, call, operands.dims[1:3], False, 1, 1)
+        return memory.fits(ours.scratch, matrices, tile.consumers)
+
+    return Problem(
+        key(config, operands),
+        operands.dims[2],
+        default,
+        lambda: (operands,),
+        lambda tile: functools.partial(split_keys.forward, config, tile=tile),
+        fits,
+    )
+
+
+def _triton(passes: str, spec: Spec) -> Problem:
+    args, options = spec.inputs()
+    checked = attention.check(*args, **options)  # type: ignore[attr-defined]
+    config, operands = checked["config"], checked["operands"]
+    load(attention, "triton")(config, operands)  # refuses what it doesn't serve, or where the package is missing
+    from crescendo.pallas_kernels.attention import triton
+
+    length, width = operands.dims[1], operands.dims[-1]
+
+    def fits(tile) -> bool:
+        # Of a thread, two blocks of keys or queries in float32 and one of scores, in registers.
+        numbers = tile.block_q * width + tile.block_q * tile.block_k + tile.block_k * width * (passes == "backward")
+        return numbers <= 32 * tile.warps * 200
+
+    def arrays() -> tuple:
+        if passes == "forward":
+            return (operands,)
+        out, lse = jax.jit(triton.forward, static_argnums=0)(config, operands)
+        dout = jax.random.normal(jax.random.key(1), out.shape, out.dtype)
+        return operands, lse, dout, dout_out(dout, out)
+
+    def run(tile):
+        if passes == "forward":
+            return functools.partial(triton.forward, config, tile=tile)
+        return lambda operands, lse, dout, delta: triton.backward(config, operands, lse, dout, delta, None, tile)[:3]
+
+    default = triton.forward_tile(width) if passes == "forward" else triton.backward_tile(width)
+    return Problem(key(config, operands), length, default, arrays, run, fits)
+
+
 ORDER: dict[str, tuple[bool, ...]] = {"persistent": (True, False), "pairs": (True, False)}
 BACKWARD = ({"block": (64, 128), "stages": (2, 3, 4), "behind": (True, False)}, ORDER)
+OF_TRITON = ({"block_q": (64, 128), "block_k": (32, 64, 128), "warps": (4, 8)}, {"stages": (1, 2, 3, 4)})
 TUNABLES = (
     Tunable(
         "forward",
@@ -122,4 +174,7 @@ TUNABLES = (
         functools.partial(_backward, 1, True),
         ({"blocks": (1, 2), "stages": (3, 4, 5, 6)}, ORDER),
     ),
+    Tunable("split keys", _split_keys, ({"block": (64, 128), "stages": (2, 3, 4, 6, 8)},)),
+    Tunable("triton forward", functools.partial(_triton, "forward"), OF_TRITON),
+    Tunable("triton backward", functools.partial(_triton, "backward"), OF_TRITON),
 )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -211,7 +212,17 @@ class Abstract:
         self.inputs = spec.abstract
 
 
-@pytest.mark.parametrize("kernel", tuning.TUNABLES, ids=lambda kernel: kernel.name)
+NEEDS_TRITON = pytest.mark.skipif(not importlib.util.find_spec("jax_triton"), reason="needs Triton")
+OF_TRITON = (pytest.mark.aot, NEEDS_TRITON)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(kernel, id=kernel.name, marks=OF_TRITON if "triton" in kernel.name else ())
+        for kernel in tuning.TUNABLES
+    ],
+)
 def test_the_committed_tiles_of_attention_fit_and_gained(kernel):
     found = []
     with target(H100):
