@@ -171,5 +171,7 @@ def test_a_checked_mesh_changes_neither_results_nor_gradients(name, implementati
     found = jax.jit(run)(*arrays)
     expected = jax.jit(functools.partial(gradient_of_a_sum, call, "reference"))(*arrays)
     for ours, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        # Both round sums of float32, in another order.
-        assert jnp.linalg.norm((ours - right).ravel()) <= 1e-4 * max(1.0, jnp.linalg.norm(right.ravel()))
+        # Both round sums of float32, in another order. The total is that of up to 98,304 sines of either sign, and may
+        # be near 0: up to 1.1e-4 off in 1,000 draws.
+        most = 1e-4 if ours.ndim else 1e-3
+        assert jnp.linalg.norm((ours - right).ravel()) <= most * max(1.0, jnp.linalg.norm(right.ravel()))
