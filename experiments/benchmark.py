@@ -14,6 +14,7 @@ from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.files import local_path
+from crescendo.experiments.runtime.tracing import check_writable
 from crescendo.models import ModelConfig
 from crescendo.models.config import PRESETS
 from crescendo.pallas_kernels.console import output_console
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         models = {preset: ModelConfig.preset(preset, **changes) for preset in arguments.presets}
     tables: list[Table] = []
     folder = None if arguments.profile is None else local_path(arguments.profile)
+    if folder is not None:
+        check_writable(folder)  # before anything is timed
 
     def profiled(preset: str, loop: Loop) -> None:
         if folder is None:

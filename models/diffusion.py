@@ -84,7 +84,7 @@ def diffusion_loss(
       batch: `tokens`, `segment_ids`, `positions`, each int32 `[B, T]`.
       keys_B, times_B, mask_token: see `mask_tokens`.
       z_loss: `config.z_loss` when training, weighted like the cross-entropy; 0 gives the bound.
-      implementation: of the attention; "reference" is that of the loss too.
+      implementation: of the attention; "reference" is that of every other op too.
       layout: how activations lie over the devices.
       dropout_keys_B: see `Transformer`.
 

@@ -81,7 +81,7 @@ def masked_lm_loss(
       batch: `tokens`, `segment_ids`, `positions`, each int32 `[B, T]`.
       keys_B, mask_token, mask_fraction: see `mask_tokens`.
       z_loss: `config.z_loss` when training; 0 gives the plain cross-entropy.
-      implementation: of the attention; "reference" is that of the loss too.
+      implementation: of the attention; "reference" is that of every other op too.
       layout: how activations lie over the devices.
       dropout_keys_B: see `Transformer`.
 

@@ -69,7 +69,7 @@ def next_token_loss(
     Args:
       batch: `tokens`, `labels`, `segment_ids`, `positions`, each int32 `[B, T]`.
       z_loss: `config.z_loss` when training; 0 gives the plain cross-entropy.
-      implementation: of the attention; "reference" is that of the loss too, so that it has second derivatives.
+      implementation: of the attention; "reference" is that of every other op too, which so has second derivatives.
       layout: how activations lie over the devices.
       dropout_keys_B: see `Transformer`.
     """

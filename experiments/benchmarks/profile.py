@@ -23,6 +23,7 @@ from crescendo.experiments.benchmarks.steps import Loop
 from crescendo.experiments.runtime import hardware
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access, replace_file
+from crescendo.experiments.runtime.tracing import traced
 from crescendo.models import ModelConfig
 from crescendo.parallel.collectives import ITEM_BYTES, KINDS
 
@@ -215,7 +216,7 @@ def is_collective(kernel: str) -> bool:
 
 def trace(loop: Loop, steps: int, folder: Path) -> Loop:
     """The loop after some steps, which left the profiler's files under a folder (XProf, TensorBoard, Perfetto)."""
-    with file_access("write", folder), jax.profiler.trace(str(folder)):
+    with traced(folder):
         loop, _ = loop.timed(steps)
     return loop
 
@@ -373,7 +374,7 @@ def profile_table(title: str, seen: Profile, at_least: float = 0.005) -> Table:
 
 
 def _cells(seen: Profile, seconds: float, runs: float, flops: float, bound: float) -> tuple[str, ...]:
-    rate = f"{flops / seconds / 1e12:,.0f}" if flops and seconds else "-"
+    rate = f"{flops / seconds / 1e12:,.{0 if flops >= 1e13 * seconds else 3}f}" if flops and seconds else "-"
     share = f"{seconds / seen.step_seconds:.1%}"
     of_bound = f"{bound / seconds:.0%}" if bound and seconds else "-"
     return f"{1e3 * seconds:.2f}", share, f"{runs:g}", rate, f"{1e3 * bound:.2f}" if bound else "-", of_bound

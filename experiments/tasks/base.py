@@ -44,7 +44,7 @@ class Context:
       seed: of the random draws, an integer or a uint32 scalar.
       examples_seen: the clock before the batch, int32; None where there is no run.
       training: whether parameters are being trained: dropout and terms that only training has.
-      implementation: of attention, and of the loss where it is "reference"; None: the first one that serves.
+      implementation: of attention, and of every other op where it is "reference"; None: the first one that serves.
     """
 
     layout: Layout = ONE_DEVICE

@@ -106,8 +106,8 @@ def run(
     recorder.restart_timer()
     with jax.transfer_guard("disallow"):
         while clock.examples_seen < end and not stop(clock):
-            if trace is not None:
-                trace.before_step(state)
+            if trace is not None and trace.before_step(drain):
+                recorder.restart_timer()
             start = clock.examples_seen
             examples = min(clock.batch_size, end - start)
             state, metrics = session.step(state, feed.read(start, examples))

@@ -1,12 +1,10 @@
 """Some steps of a run under JAX's profiler, for XProf, TensorBoard and Perfetto."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import jax
-
-from crescendo.experiments.runtime.files import file_access
+from crescendo.experiments.runtime.tracing import traced
 
 BEFORE = 3  # steps that go before, in which much is done for the first time
 
@@ -17,13 +15,13 @@ class StepTrace:
     Args:
       folder: for the profiler's files.
       steps: how many; None: none.
-      say: told where the files are.
+      say: told where the files are, or why there are none.
     """
 
     def __init__(self, folder: Path, steps: int | None, say: Callable[[str], None]):
         self._folder, self._steps, self._say = folder, steps, say
         self._begun = 0
-        self._tracing = False
+        self._tracing: ExitStack | None = None
 
     def __enter__(self) -> "StepTrace":
         return self
@@ -31,33 +29,37 @@ class StepTrace:
     def __exit__(self, *raised: object) -> None:
         """Writes what there is, where the run ended in the middle."""
         self._stop()
+        if self._steps is not None and self._begun <= BEFORE:
+            self._say(f"no profile: it begins after {BEFORE} steps, and there were {self._begun}")
 
-    def before_step(self, state: Any) -> None:
-        """Starts or stops, once the device is done with all steps before.
+    def before_step(self, finish: Callable[[], object]) -> bool:
+        """Starts or stops, or does nothing.
 
         Args:
-          state: after them.
+          finish: waits until the device is done with all steps before.
+
+        Returns:
+          Whether it did something, which takes time of its own.
 
         Raises:
           UserError: the folder can't be written.
         """
-        if self._steps is None:
-            return
-        if self._begun == BEFORE:
-            jax.block_until_ready(state)
-            with file_access("write", self._folder):
-                jax.profiler.start_trace(str(self._folder))
-            self._tracing = True
-        elif self._begun == BEFORE + self._steps:
-            jax.block_until_ready(state)
+        starts = self._steps is not None and self._begun == BEFORE
+        stops = self._steps is not None and self._begun == BEFORE + self._steps
+        if starts or stops:
+            finish()
+        if starts:
+            self._tracing = ExitStack()
+            self._tracing.enter_context(traced(self._folder))
+        elif stops:
             self._stop()
         self._begun += 1
+        return starts or stops
 
     def _stop(self) -> None:
-        if not self._tracing:
+        if self._tracing is None:
             return
-        self._tracing = False
-        with file_access("write", self._folder):
-            jax.profiler.stop_trace()
+        tracing, self._tracing = self._tracing, None
+        tracing.close()
         steps = min(self._begun - BEFORE, self._steps or 0)
-        self._say(f"profile of {steps} steps in {self._folder}: see it with tensorboard --logdir or xprof")
+        self._say(f"profile of {steps} steps: see it with tensorboard --logdir {self._folder}, or xprof")

@@ -43,7 +43,7 @@ from crescendo.ranges import Count, OneOf, Positive, Tokens
 
 # Settings that say how fast a run is, who sees it and where data are kept, and not what it computes.
 _AT_WILL = re.compile(
-    r"(.*/)?(train\.(writers|mesh|strategy|max_microbatch_examples)|(mesh|strategy)\.\w+"
+    r"(.*/)?(train\.(writers|mesh|strategy|max_microbatch_examples|profile_steps)|(mesh|strategy)\.\w+"
     rf"|\w+\.({'|'.join(SPEED_FIELDS)}|cache_directory))"
 )
 

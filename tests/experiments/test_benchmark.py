@@ -81,6 +81,12 @@ def test_a_profile_sums_up_kernels_by_whose_they_are():
     assert kernels["optimizer"][2:] == pytest.approx((1, 50e-9, 0, 2 * 2 * 64 * 32 / 1e12))
 
 
+def test_a_profile_that_has_no_place_is_refused_before_anything_is_timed(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^cannot write .*/file: File exists"):
+        main(["benchmark", "train", "debug", "--profile", str(tmp_path / "file")])
+
+
 @pytest.mark.slow
 def test_a_step_is_profiled(tmp_path, capsys):
     options = ["--sequence-length", "16", "--batch-size", "8", "--steps", "1", "--profile", str(tmp_path)]

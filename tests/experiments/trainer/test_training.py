@@ -1,8 +1,10 @@
 """What a run can be asked for besides: probes, groups, averages, the best checkpoint, another run's state."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -32,7 +34,8 @@ from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.interruption import Interrupted
 from crescendo.experiments.sweeps.finished import is_finished
 from crescendo.experiments.tasks.base import Context
-from crescendo.experiments.trainer import loop
+from crescendo.experiments.trainer import loop, step_trace
+from crescendo.experiments.trainer import recorder as recorder_module
 from crescendo.experiments.trainer import session as session_module
 from crescendo.experiments.trainer.frozen import Trainable
 from crescendo.experiments.trainer.optimizer_checks import climbs
@@ -60,18 +63,32 @@ def small_session(**options) -> Session:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("steps", "traced"), [(2, 2), (100, 5)], ids=["some", "to the end"])
-def test_steps_are_traced_for_the_usual_viewers(tmp_path, steps, traced):
-    session, said = small_session(), []
+def test_steps_are_traced_for_the_usual_viewers(tmp_path, monkeypatch, steps, traced):
+    session, said, records = small_session(), [], []
+    ticks, real = itertools.count(), step_trace.traced
+    seconds = {"away": 0.0}
+    now = lambda: seconds["away"] + 1e-3 * next(ticks)  # noqa: E731
+    monkeypatch.setattr(recorder_module, "time", SimpleNamespace(perf_counter=now))
+
+    @contextlib.contextmanager
+    def slow(folder):
+        seconds["away"] += 100
+        with real(folder):
+            yield
+        seconds["away"] += 100
+
+    monkeypatch.setattr(step_trace, "traced", slow)
     with StepTrace(tmp_path / "profile", steps, said.append) as trace:
         loop.run(
             session,
             session.fresh_state(),
             Clock(batch_size=8),
             end=64,
-            recorder=make_recorder(session, [].append),
+            recorder=make_recorder(session, records.append),
             trace=trace,
         )
-    assert said == [f"profile of {traced} steps in {tmp_path}/profile: see it with tensorboard --logdir or xprof"]
+    assert records[-1]["seconds"] < 1  # of training, without the profiler's own
+    assert said == [f"profile of {traced} steps: see it with tensorboard --logdir {tmp_path}/profile, or xprof"]
     ran = collections.Counter(span.instruction for span in spans_of_cpu(tmp_path / "profile"))
     assert traced in ran.values()  # instructions outside of loops, each on one thread
 
@@ -557,8 +574,12 @@ def test_a_run_from_python_keeps_what_it_was_given_and_says_that_it_does_not_rep
     folder = tmp_path / "run"
     options = {"model": SMALL, "optimizer": optim.adamw(1e-2), "mesh": one_device(), "evaluation_examples": 8}
     once = {"evaluate_every_examples": 16, "checkpoint_every_examples": 16}
-    train(run=str(folder), data=RandomText(128, 16), batch_size=8, total_examples=16, **options, **once)
-    lines = iter(capsys.readouterr().out.splitlines())
+    train(
+        run=str(folder), data=RandomText(128, 16), batch_size=8, total_examples=16, profile_steps=1, **options, **once
+    )
+    said = capsys.readouterr().out
+    assert "\nno profile: it begins after 3 steps, and there were 2\n" in said
+    lines = iter(said.splitlines())
     for begin in (
         "data: ",
         "run: 16 examples, ",
@@ -568,11 +589,14 @@ def test_a_run_from_python_keeps_what_it_was_given_and_says_that_it_does_not_rep
         assert next(lines).startswith(begin)
     assert next(lines) == "compiling the step ..."
     assert re.match(r"model: .* needs [\d.,]+ MiB", next(lines))
-    assert re.match(r"kernels: .*attention xla, linear_cross_entropy xla$", next(lines))
+    assert re.match(r"kernels: rms_norm xla, .*attention xla, swiglu xla, linear_cross_entropy xla$", next(lines))
     kept = (folder / "config.gin").read_text()
     assert "\n# train.batch_size = 8\n" in kept
     assert "\n# train.model = ModelConfig(vocab_size=128, width=16, " in kept
     assert "\n# train.optimizer = optax." in kept
+    # A profile is no part of what was trained.
+    train(run=str(folder), data=RandomText(128, 16), batch_size=8, total_examples=16, **options, **once)
+    assert f"{folder} is complete" in capsys.readouterr().out
     otherwise = options | once | {"evaluation_examples": 16}
     with pytest.raises(UserError, match=r"is complete, and train.evaluation_examples was 8 and is now 16: undo that"):
         train(run=str(folder), data=RandomText(128, 16), batch_size=8, total_examples=16, **otherwise)
