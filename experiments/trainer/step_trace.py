@@ -29,7 +29,7 @@ class StepTrace:
     def __exit__(self, *raised: object) -> None:
         """Writes what there is, where the run ended in the middle."""
         self._stop()
-        if self._steps is not None and self._begun <= BEFORE:
+        if raised[0] is None and self._steps is not None and self._begun <= BEFORE:
             self._say(f"no profile: it begins after {BEFORE} steps, and there were {self._begun}")
 
     def before_step(self, finish: Callable[[], object]) -> bool:
@@ -49,8 +49,9 @@ class StepTrace:
         if starts or stops:
             finish()
         if starts:
-            self._tracing = ExitStack()
-            self._tracing.enter_context(traced(self._folder))
+            with ExitStack() as tracing:
+                tracing.enter_context(traced(self._folder))
+                self._tracing = tracing.pop_all()
         elif stops:
             self._stop()
         self._begun += 1

@@ -93,6 +93,17 @@ def test_steps_are_traced_for_the_usual_viewers(tmp_path, monkeypatch, steps, tr
     assert traced in ran.values()  # instructions outside of loops, each on one thread
 
 
+def test_a_profile_that_has_no_place_says_that_alone(tmp_path):
+    (tmp_path / "profile").touch()
+    said: list[str] = []
+    trace = StepTrace(tmp_path / "profile", 2, said.append)
+    for _ in range(step_trace.BEFORE):
+        trace.before_step(lambda: None)
+    with pytest.raises(UserError, match=r"^cannot write .*/profile: File exists"), trace:
+        trace.before_step(lambda: None)
+    assert said == []
+
+
 def run(session: Session, end: int | None = None):
     """The state at the end, and the records."""
     records: list[dict] = []
