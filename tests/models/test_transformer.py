@@ -109,6 +109,14 @@ def test_scan_and_remat_change_no_loss_and_no_gradient(parameters, packed, unrol
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, expected)
 
 
+def test_full_remat_keeps_each_layers_input_and_nothing_else_of_its_activations(parameters, packed):
+    config = on_cpu(scan_layers=True, remat="full")
+    residuals = jax.eval_shape(lambda p: jax.vjp(lambda p: next_token_loss(config, p, packed)[0], p)[1], parameters)
+    rows = packed["tokens"].shape
+    kept = [x.shape for x in jax.tree.leaves(residuals) if x.shape[:3] == (config.layers, *rows)]
+    assert kept == [(config.layers, *rows, config.width)]
+
+
 def test_parameters_do_not_depend_on_how_layers_run():
     unrolled, scanned = (models.initialize(on_cpu(scan_layers=scan), jax.random.key(0)) for scan in (False, True))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), unrolled, scanned))
