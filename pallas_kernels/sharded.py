@@ -126,6 +126,24 @@ def alike(*arrays, but: Any = None):
     return jax.tree.map(one, arrays)
 
 
+def laid_out_as(arrays, gradients):
+    """Trees of gradients laid out as the arrays they are of: under an explicit mesh a derivative rule has to.
+
+    A gradient is None where there is none. Elsewhere they stay as they are.
+    """
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return gradients
+
+    def one(gradient, array):
+        return None if gradient is None else _placed(gradient, jax.typeof(array).sharding.spec)
+
+    return jax.tree.map(one, gradients, arrays, is_leaf=lambda leaf: leaf is None)
+
+
+def _placed(array, spec: PartitionSpec):
+    return array if jax.typeof(array).sharding.spec == spec else jax.sharding.reshard(array, spec)
+
+
 def results_of(arrays, results):
     """What a kernel made of arrays, varying as they do: a kernel's own results have no such types."""
     return alike(arrays, results)[1]
@@ -178,6 +196,7 @@ def _by_types(given, names: _Names, arrays, structure):
         return jax.tree.leaves(given(where)(*jax.tree.unflatten(tree, alike(*leaves))))
 
     in_specs, out_specs = tuple(names.specs(names.inputs, where)), names.specs(names.outputs, where)
+    leaves = map(_placed, leaves, in_specs)
     return jax.tree.unflatten(structure, jax.shard_map(part, in_specs=in_specs, out_specs=out_specs)(*leaves))
 
 

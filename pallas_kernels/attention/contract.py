@@ -11,7 +11,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from crescendo.pallas_kernels import op
-from crescendo.pallas_kernels.sharded import sharded
+from crescendo.pallas_kernels.sharded import laid_out_as, sharded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +345,7 @@ def _attend_backward(kernels, config, residuals, cotangents):
         once = [axis for axis, size in enumerate(operands.bias.shape) if size != dbias.shape[axis]]
         dbias = dbias.sum(once, keepdims=True).astype(operands.bias.dtype)
     nothing = tuple(None for _ in operands.metadata)
-    return (Operands(dq, dk, dv, dbias, *nothing),)
+    return (laid_out_as(operands, Operands(dq, dk, dv, dbias, *nothing)),)
 
 
 attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)

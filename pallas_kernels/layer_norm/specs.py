@@ -40,6 +40,7 @@ SPECS = (
     _spec("17 x 4099", (17, 4099), "small awkward", residual=True),
     _spec("examples of many rows", (2, 150, 40), "small awkward", jnp.float32, residual=True),
     _spec("vectors for each example", (3, 7, 40), "small awkward", examples=(3,)),
+    _spec("no example", (0, 7, 40), "small awkward", jnp.float32),
     _spec("half", (6, 256), "small awkward", jnp.float16),
 )
 # In an interpreter: 8 rows at a time.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from crescendo.pallas_kernels import op, tiles
-from crescendo.pallas_kernels.sharded import mesh_axes, sharded
+from crescendo.pallas_kernels.sharded import laid_out_as, mesh_axes, sharded
 
 
 class RowCoefficients(NamedTuple):
@@ -146,11 +146,11 @@ def rows_in_chunk(rows: int, vocab_size: int, bytes_per_logit: int, multiple: in
     >>> rows_in_chunk(8192, 50304, 2), rows_in_chunk(17, 50304, 6), rows_in_chunk(17, 50304, 2, multiple=256)
     (2048, 17, 256)
     """
-    cut = tiles.tuned("linear_cross_entropy", "chunks", {}, rows, Chunks())
+    cut = tiles.tuned("linear_cross_entropy", "chunks", {}, max(1, rows), Chunks())
     most = max(cut.least_rows, max(cut.bytes, lent_bytes) // (bytes_per_logit * vocab_size))
     fewest = math.ceil(rows / most)
-    if fewest == 1:
-        return -(-rows // multiple) * multiple
+    if fewest <= 1:
+        return max(1, -(-rows // multiple)) * multiple
     aligned = math.lcm(multiple, cut.alignment)
     sizes = {count: -(-rows // (count * aligned)) * aligned for count in range(fewest, 2 * fewest)}
     return min(sizes.values(), key=lambda size: -(-rows // size) * (size + cut.cost_rows))
@@ -184,7 +184,8 @@ def _backward(kernels: Kernels, options: Options, residuals, cotangents):
         run = _on_parts(kernels, options, (dx is not None, dw is not None), x, of_lse=True)
         more = run(x, w.astype(x.dtype), labels, weights, *of_lse)
         dx, dw = (None if d is None else d + m for d, m in ((dx, _unpacked(more["dx"])), (dw, more["dw"])))
-    return None if dx is None else dx.astype(x.dtype), None if dw is None else dw.astype(w.dtype), None, dweights
+    dx, dw = None if dx is None else dx.astype(x.dtype), None if dw is None else dw.astype(w.dtype)
+    return laid_out_as((x, w, labels, weights), (dx, dw, None, dweights))
 
 
 loss.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -278,7 +279,7 @@ def _over_chunks(how: _How, axes: dict[str, Any], x, w, labels, weights, of_lse=
             dw = _add_product(dw, of_logits.gradient, scaled)
         return dw, {"losses": losses, "lse": of_logits.lse, "dx": dx, "of_label": of_label}
 
-    count = -(-n // chunk)
+    count = max(1, -(-n // chunk))
     padding = count * chunk - n
     if padding:
         # Padded rows have weight 0: they add nothing to dW, and their own results are cut off.

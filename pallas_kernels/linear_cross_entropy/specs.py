@@ -33,6 +33,7 @@ SPECS = (
     _spec("16384 x 4096 x 128256", 16384, 4096, 128256, "real speed"),
     _spec("gpt2 vocabulary", 1024, 768, 50257, "real awkward", z_loss=1e-4),
     _spec("one row", 1, 64, 513, "small awkward", **EVERY_OPTION),
+    _spec("no row", 0, 64, 513, "small awkward", z_loss=1e-2),
     _spec("one column", 5, 1, 7, "small awkward"),
     _spec("one class", 5, 8, 1, "small awkward", z_loss=1e-2),
     _spec("17 x 64 x 4099", 17, 64, 4099, "small awkward", **EVERY_OPTION),

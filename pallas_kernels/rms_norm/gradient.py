@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from crescendo.pallas_kernels.rows import Passes
+from crescendo.pallas_kernels.sharded import laid_out_as
 
 # Of rows that belong to no example; a mesh of so many devices can still split them.
 MAX_GROUPS = 64
@@ -34,9 +35,9 @@ def norm(kernels: Passes, x, scale, eps, residual, *, bias=None, probe=None):
     rows = math.prod(x.shape[:-1])
     by_example = scale.ndim == 2 or probe is not None or x.ndim > 2
     groups = x.shape[0] if by_example else math.gcd(rows, MAX_GROUPS)
-    shape = (groups, rows // groups, width)
+    shape = (groups, rows // max(1, groups), width)
     vectors = [None if vector is None else jnp.broadcast_to(vector, (groups, width)) for vector in (scale, bias)]
-    given = None if residual is None else residual.reshape(shape)
+    given = None if residual is None else laid_out_as(x, residual).reshape(shape)
     results = _norm(kernels, eps, x.reshape(shape), given, *vectors, probe)
     y, *h = (result.reshape(x.shape) for result in results)
     return y if residual is None else (y, *h)
@@ -70,7 +71,9 @@ def _norm_backward(kernels: Passes, eps, kept, cotangents):
     )
     dprobe = None if probe is None else jnp.sum(jnp.square(dscale), axis=-1).astype(probe.dtype)
     of_bias = dbias[0].astype(bias.dtype) if centered else None
-    return dx, None if dh is None else dx, dscale.astype(scale.dtype), of_bias, dprobe
+    gradients = dx, dscale.astype(scale.dtype), of_bias, dprobe
+    dx, *others = laid_out_as((h, scale, bias, probe), gradients)
+    return dx, None if dh is None else dx, *others
 
 
 _norm.defvjp(_norm_forward, _norm_backward)
@@ -101,7 +104,7 @@ def _rotary_backward(kernels: Passes, eps, kept, dy):
     inputs = (HEADS, HEAD_SCALE, ANGLE, ANGLE, HEADS)
     run = kernels.on_parts(functools.partial(kernels.backward, eps), inputs, (HEADS, HEAD_SCALE), ("b",))
     dx, dscale = run(*kept, dy)
-    return dx, dscale.astype(kept[1].dtype), None, None
+    return *laid_out_as(kept[:2], (dx, dscale.astype(kept[1].dtype))), None, None
 
 
 _rotary.defvjp(_rotary_forward, _rotary_backward)

@@ -44,6 +44,7 @@ SPECS = (
     _spec("examples", (3, 7, 40), "small awkward", residual=True, probe=True),
     _spec("examples of many rows", (2, 150, 40), "small awkward", residual=True, probe=True),
     _spec("a scale for each example", (3, 7, 40), "small awkward", jnp.float32, examples=(3,)),
+    _spec("no example", (0, 7, 40), "small awkward", jnp.float32, probe=True),
 )
 
 

@@ -8,6 +8,7 @@ import functools
 import jax
 
 from crescendo.pallas_kernels.rows import Passes
+from crescendo.pallas_kernels.sharded import laid_out_as
 
 
 def product(gate, up):
@@ -34,7 +35,7 @@ def _forward(kernels: Passes, gate, up):
 
 def _backward(kernels: Passes, kept, dy):
     gate, up = kept
-    return _on_entries(kernels, kernels.backward, 3, 2, gate)(gate, up, dy.astype(gate.dtype))
+    return laid_out_as(kept, _on_entries(kernels, kernels.backward, 3, 2, gate)(gate, up, dy.astype(gate.dtype)))
 
 
 run.defvjp(_forward, _backward)

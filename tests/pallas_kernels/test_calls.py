@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from crescendo import pallas_kernels
 from crescendo.pallas_kernels import (
@@ -98,12 +98,15 @@ def gradient_of_a_sum(call, implementation, *arrays):
     return jax.value_and_grad(total, given)(*arrays)
 
 
+def dtype_of(shape):
+    return jnp.bfloat16 if math.prod(shape) > 512 else jnp.float32
+
+
 def trace(function, implementation: str, call, shapes, places):
     """Traces the function of a call for a device of a checked mesh of two; large arrays are bfloat16."""
     device = DEVICES[implementation]
     mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
-    dtypes = [shape and (jnp.bfloat16 if math.prod(shape) > 512 else jnp.float32) for shape in shapes]
-    arrays = [shape and jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    arrays = [shape and jax.ShapeDtypeStruct(shape, dtype_of(shape)) for shape in shapes]
 
     def part(*arrays):
         results = jax.tree.leaves(function(call, implementation, *arrays))
@@ -158,8 +161,7 @@ def test_six_calls_to_a_kernel_of_its_own_also_where_a_mesh_is_checked(name, imp
 def test_a_checked_mesh_changes_neither_results_nor_gradients(name, implementation):
     """Gradients are taken inside: those of an array that devices share are sums over them, and say so."""
     call, shapes, places, _ = CALLS[name]
-    random = np.random.default_rng()
-    arrays = [None if shape is None else jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
+    arrays = drawn(shapes)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     of_gradients = tuple(place for place, array in zip(places, arrays, strict=True) if array is not None)
 
@@ -169,6 +171,53 @@ def test_a_checked_mesh_changes_neither_results_nor_gradients(name, implementati
 
     run = jax.shard_map(part, mesh=mesh, in_specs=tuple(places), out_specs=(SHARED, of_gradients))
     found = jax.jit(run)(*arrays)
+    assert_right(found, call, arrays)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "scores kept"])
+def test_an_explicit_mesh_changes_neither_results_nor_gradients(name):
+    """Gradients are laid out as the arrays they are of, which JAX asks for."""
+    call, shapes, places, _ = CALLS[name]
+    arrays = drawn(shapes)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        given = [
+            None if array is None else jax.device_put(array, NamedSharding(mesh, place))
+            for array, place in zip(arrays, places, strict=True)
+        ]
+        found = jax.device_get(jax.jit(functools.partial(gradient_of_a_sum, call, "xla"))(*given))
+    assert_right(found, call, arrays)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "implementation"), KERNELS)
+def test_kernels_and_their_gradients_under_an_explicit_mesh(name, implementation):
+    call, shapes, places, _ = CALLS[name]
+    device = DEVICES[implementation]
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Explicit,), abstract_device=device)
+    arrays = [
+        shape and jax.ShapeDtypeStruct(shape, dtype_of(shape), sharding=NamedSharding(mesh, place))
+        for shape, place in zip(shapes, places, strict=True)
+    ]
+    with jax.sharding.use_abstract_mesh(mesh):
+        _, gradients = jax.eval_shape(functools.partial(gradient_of_a_sum, call, implementation), *arrays)
+    given = [array for array in arrays if array is not None]
+    assert [spec_of(gradient) for gradient in gradients] == [spec_of(array) for array in given]
+
+
+def spec_of(array):
+    """Of every dimension."""
+    spec = tuple(array.sharding.spec)
+    return spec + (None,) * (array.ndim - len(spec))
+
+
+def drawn(shapes):
+    random = np.random.default_rng()
+    return [None if shape is None else jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def assert_right(found, call, arrays):
+    """Of `gradient_of_a_sum`: the reference's on one device."""
     expected = jax.jit(functools.partial(gradient_of_a_sum, call, "reference"))(*arrays)
     for ours, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         # Both round sums of float32, in another order. The total is that of up to 98,304 sines of either sign, and may
