@@ -92,8 +92,8 @@ def linear_cross_entropy(
             )
     if weights is not None and not jnp.issubdtype(weights.dtype, jnp.floating):
         raise TypeError(f"weights are {weights.dtype} and must be floating")
-    if w.shape[0] < 1:
-        raise ValueError("w [0, D] must hold at least one row")
+    if not w.size:
+        raise ValueError(f"w {list(w.shape)} must hold at least one row and one column")
     if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
         raise ValueError(f"soft_cap = {soft_cap} must be positive and finite, or None")
     if not 0 <= label_smoothing < 1:
@@ -102,6 +102,8 @@ def linear_cross_entropy(
         raise ValueError(f"z_loss = {z_loss} must be at least 0 and finite")
     if vocab_axis is not None and vocab_axis not in varying(w):
         raise ValueError(f"vocab_axis = {vocab_axis!r} must split w inside jax.shard_map, with its check_vma left on")
+    # A narrow dtype holds neither V nor ignore_id, and would wrap them around.
+    labels = jnp.asarray(labels, jnp.promote_types(labels.dtype, jnp.int32))
     vocab_size = w.shape[0] * (1 if vocab_axis is None else jax.lax.axis_size(vocab_axis))
     wide, counts_all = jnp.promote_types(x.dtype, jnp.float32), weights is None and ignore_id is None
     weights = jnp.ones(labels.shape, wide) if weights is None else jnp.asarray(weights, wide)

@@ -316,6 +316,15 @@ def test_a_float32_table_beside_bfloat16_rows_keeps_its_gradient_in_float32():
     assert distance(gradient, exact(labels, options, x, w, weights)[2]) < 2**-8
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_labels_of_a_narrow_dtype_wrap_nothing_around(dtype):
+    random = np.random.default_rng()
+    x, w = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((128, 4), (300, 4)))
+    labels = jnp.asarray(random.permutation(128))  # 300 is 44 in 8 bits, -200 is 56
+    found = linear_cross_entropy(x, w, labels.astype(dtype), ignore_id=-200)
+    assert found == linear_cross_entropy(x, w, labels, ignore_id=-200)
+
+
 def test_labels_out_of_range_make_the_loss_nan_or_are_reported():
     x, w = jnp.ones((3, 4)), jnp.ones((8, 4))
     labels, weights = jnp.array([0, 8, -1]), jnp.array([1.0, 1.0, 0.0])
