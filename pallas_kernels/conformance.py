@@ -110,12 +110,12 @@ def cases(
 
 
 def fine_tiles(op: Callable) -> dict[tuple[str, str], dict[str, Any]]:
-    """What `tiles.cut` takes, so that small calls have several tiles: `FINE` of the folder's specs, by kernel."""
+    """What `tiles.cut` takes, so that small calls have several tiles: `FINE` of the folder's specs, and of all rows."""
     name = op.__name__
     of_op = module(name, "specs")
     folder = of_op.__name__.split(".")[-2]
     own = {(folder, kernel): fields for kernel, fields in getattr(of_op, "FINE", {}).items()}
-    return own | {("hopper", "rows"): {"blocks": 1, "piece": 512}}
+    return own | {("hopper", "rows"): {"blocks": 1, "piece": 512}, ("tpu_rows", "blocks"): {"entries": 1}}
 
 
 class Arrays(NamedTuple):

@@ -45,19 +45,18 @@ class RowBlock:
     entries: int = BLOCK_ENTRIES
 
 
-def block_rows(op_name: str, rows: int, width: int) -> int:
-    """Rows of a block of an op: a multiple of 32, which every dtype's tiles divide, or all of them, or 8."""
-    entries = tiles.tuned(op_name, "blocks of rows", {"width": width}, rows, RowBlock()).entries
+def block_rows(rows: int, width: int) -> int:
+    """Rows of a block: a multiple of 32, which every dtype's tiles divide, or all of them, or 8."""
+    entries = tiles.tuned("tpu_rows", "blocks", {"width": width}, rows, RowBlock()).entries
     return min(rows, max(8, entries // (32 * -(-width // 128) * 128) * 32))
 
 
 def on_blocks(
-    op_name: str, kernel: Callable, rows: Sequence, of_groups: Sequence = (), *, results: int = 1, sums: int = 0
+    kernel: Callable, rows: Sequence, of_groups: Sequence = (), *, results: int = 1, sums: int = 0
 ) -> tuple[Any, ...]:
     """Runs `kernel(*rows, *of_groups, *results, *sums)` on blocks of the rows of `[G, R, D]`, or `[R, D]`.
 
     Args:
-      op_name: whose tiles say how many rows a block has.
       rows: arrays of one shape.
       of_groups: arrays `[G, D]`; a block sees its group's, `[1, D]`.
       results: how many, each as the first of the rows.
@@ -66,7 +65,7 @@ def on_blocks(
     first = rows[0]
     by_group = [array.reshape(-1, *first.shape[-2:]) for array in rows]
     groups, count, width = by_group[0].shape
-    block = block_rows(op_name, count, width)
+    block = block_rows(count, width)
     of_rows = pl.BlockSpec((None, block, width), lambda g, r: (g, r, 0))
     of_group = pl.BlockSpec((None, 1, width), lambda g, r: (g, 0, 0))
     found = pl.pallas_call(

@@ -43,5 +43,3 @@ SPECS = (
     _spec("no example", (0, 7, 40), "small awkward", jnp.float32),
     _spec("half", (6, 256), "small awkward", jnp.float16),
 )
-# In an interpreter: 8 rows at a time.
-FINE = {"blocks of rows": {"entries": 1}}

@@ -32,13 +32,13 @@ def qk_norm_rotary(**_):
 def forward(eps, x, scale, bias, residual):
     """`(y,)`, or `(y, h)` with a residual."""
     given, vectors = ([array for array in arrays if array is not None] for arrays in ((x, residual), (scale, bias)))
-    return on_blocks("rms_norm", functools.partial(_forward, eps, bias is not None), given, vectors, results=len(given))
+    return on_blocks(functools.partial(_forward, eps, bias is not None), given, vectors, results=len(given))
 
 
 def backward(eps, centered, h, scale, dy, dh):
     """`(dx, dscale)`, and dbias if centered."""
     given, kernel = [h, dy] if dh is None else [h, dy, dh], functools.partial(_backward, eps, centered, h.shape[1])
-    return on_blocks("rms_norm", kernel, given, [scale], sums=1 + centered)
+    return on_blocks(kernel, given, [scale], sums=1 + centered)
 
 
 def _forward(eps, centered, x_ref, *refs):

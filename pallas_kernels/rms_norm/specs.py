@@ -74,5 +74,3 @@ ROTARY_SPECS = (
     _heads("one token", (1, 1, 1, 2), 1, "small awkward", slack=3),
 )
 SPECS_OF = {"qk_norm_rotary": ROTARY_SPECS}
-# In an interpreter: 8 rows at a time.
-FINE = {"blocks of rows": {"entries": 1}}

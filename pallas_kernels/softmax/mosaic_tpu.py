@@ -21,11 +21,11 @@ log_softmax = softmax
 
 def _forward(call: Call, x, mask):
     arrays = [x] if mask is None else [x, mask.astype(jnp.float32).astype(x.dtype)]
-    return on_blocks("softmax", functools.partial(_forward_kernel, call), arrays)
+    return on_blocks(functools.partial(_forward_kernel, call), arrays)
 
 
 def _backward(call: Call, y, dy, x):
-    return on_blocks("softmax", functools.partial(_backward_kernel, call), [y, dy] if x is None else [y, dy, x])
+    return on_blocks(functools.partial(_backward_kernel, call), [y, dy] if x is None else [y, dy, x])
 
 
 def _forward_kernel(call: Call, x_ref, *refs):

@@ -43,5 +43,3 @@ SPECS = (
     _spec("turned over", (6, 257), "small awkward", jnp.float32, holes=True, scale=-0.5, soft_cap=3.0),
     _spec("no axis to split", (77,), "small awkward", jnp.float16),
 )
-# In an interpreter: 8 rows at a time.
-FINE = {"blocks of rows": {"entries": 1}}
