@@ -272,20 +272,22 @@ def widest_served(case: Case) -> str | None:
     raise NotImplementedError(reason)
 
 
-def compare(case: Case, found: Mapping[str, Any], exact: Mapping[str, Any], arrays: Arrays) -> None:
-    """Raises AssertionError, with all errors, unless they are within the tolerance and of the inputs' dtypes.
+def compare(case: Case, found: Mapping[str, Any], exact: Mapping[str, Any], call: Call) -> None:
+    """Raises AssertionError, with all errors, unless they are within the tolerance and of the reference's types.
 
     On the host, or where the exact results are.
     """
     on_host = all(isinstance(array, np.ndarray) for array in exact.values())
     measure = error if on_host else _error_on_device
     narrow = lambda f: np.asarray(f.astype(jnp.float32)) if on_host else f  # noqa: E731
+    types = {f"result {i}": y for i, y in enumerate(result_shapes(case.op, call))}
+    types |= {f"gradient of {name}": array for name, array in call.arrays.floating.items()}
+    shown = lambda arrays: {name: (str(a.dtype), a.shape) for name, a in arrays.items()}  # noqa: E731
+    assert shown(found) == shown(types), f"{case}: {shown(found)}, not {shown(types)}"
     errors = {name: float(measure(narrow(f), exact[name])) for name, f in found.items()}
-    most = tolerance(case.spec, arrays)
+    most = tolerance(case.spec, call.arrays)
     wrong = {name: value for name, value in errors.items() if not value <= most}  # which no NaN is
     assert not wrong, f"{case}: beyond {most:.1e}: {wrong}; of {errors}"
-    dtypes = {name: found[f"gradient of {name}"].dtype for name in arrays.floating}
-    assert dtypes == {name: a.dtype for name, a in arrays.floating.items()}, f"{case}: {dtypes}"
 
 
 _error_on_device = jax.jit(functools.partial(error, xp=jnp))
@@ -296,7 +298,7 @@ def check(case: Case, dtype: str | None = None, seed: int = 0) -> None:
     call = call_of(case.op, case.spec, seed, dtype)
     cotangents = cotangents_for(case.op, call, seed)
     found = jax.jit(everything(case.op, case.implementation, call.rebuild))(call.arrays, cotangents)
-    compare(case, jax.tree.map(np.asarray, found), exactly(case.op, case.spec, seed, dtype), call.arrays)
+    compare(case, jax.tree.map(np.asarray, found), exactly(case.op, case.spec, seed, dtype), call)
 
 
 def check_vmap(case: Case, dtype: str | None = None, seed: int = 0) -> None:
@@ -307,7 +309,7 @@ def check_vmap(case: Case, dtype: str | None = None, seed: int = 0) -> None:
     found = jax.jit(jax.vmap(everything(case.op, case.implementation, calls[0].rebuild)))(*stacked)
     for i, call in enumerate(calls):
         own = {name: np.asarray(array[i]) for name, array in found.items()}
-        compare(case, own, exactly(case.op, case.spec, seed + i, dtype), call.arrays)
+        compare(case, own, exactly(case.op, case.spec, seed + i, dtype), call)
 
 
 def check_jvp(case: Case, seed: int = 0) -> None:
@@ -354,7 +356,7 @@ def check_sharded(case: Case, dtype: str | None = None, seed: int = 0) -> None:
     given = call.arrays, cotangents_for(case.op, call, seed)
     run = jax.jit(everything(case.op, case.implementation, call.rebuild))
     found = run(*jax.device_put(given, jax.tree.map(place, given)))
-    compare(case, jax.tree.map(np.asarray, found), exactly(case.op, case.spec, seed, dtype), call.arrays)
+    compare(case, jax.tree.map(np.asarray, found), exactly(case.op, case.spec, seed, dtype), call)
 
 
 def compiled(op: Callable, implementation: str, spec: Spec, dtype: str | None = None) -> jax.stages.Compiled:

@@ -60,4 +60,4 @@ def test_linear_cross_entropy_over_several_chunks(implementation):
         found = conformance.compiled(case.op, implementation, case.spec)(call.arrays, cotangents)
     wide = conformance.call_of(case.op, case.spec, SEED, "float32").arrays
     exact = conformance.compiled(case.op, "xla", case.spec, "float32")(wide, cotangents)
-    conformance.compare(case, found, exact, call.arrays)
+    conformance.compare(case, found, exact, call)
