@@ -174,6 +174,21 @@ def gradient_dtype(dtype: Any) -> Any:
     return np.dtype(np.float32) if dtype == np.float16 else np.dtype(dtype)
 
 
+def check_floating(**arrays: Any) -> None:
+    """Raises TypeError for the first argument that is no array, or none of floating numbers.
+
+    >>> check_floating(x=[1.0, 2.0])
+    Traceback (most recent call last):
+    ...
+    TypeError: x is a list and must be an array: pass jnp.asarray(x)
+    """
+    for name, array in arrays.items():
+        if not hasattr(array, "dtype"):
+            raise TypeError(f"{name} is a {type(array).__name__} and must be an array: pass jnp.asarray({name})")
+        if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
+            raise TypeError(f"{name} is {array.dtype} and must be floating")
+
+
 def once_differentiable(function: Callable[..., Any], called: str) -> Callable[..., Any]:
     """A function of arrays inside of an op's derivative rule, which refuses to be differentiated by name.
 
@@ -352,7 +367,7 @@ def _names(op_name: str, table: Mapping[str, str], implementation) -> tuple[str,
     """The implementations to ask, in order."""
     if implementation is None:
         return tuple(table)
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    names = tuple(implementation) if isinstance(implementation, (tuple, list)) else (implementation,)
     for name in names:
         if name not in table:
             near = difflib.get_close_matches(str(name), table, n=1)

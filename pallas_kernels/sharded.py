@@ -196,7 +196,7 @@ def _by_types(given, names: _Names, arrays, structure):
         return jax.tree.leaves(given(where)(*jax.tree.unflatten(tree, alike(*leaves))))
 
     in_specs, out_specs = tuple(names.specs(names.inputs, where)), names.specs(names.outputs, where)
-    leaves = map(_placed, leaves, in_specs)
+    leaves = [_placed(leaf, spec) for leaf, spec in zip(leaves, in_specs, strict=True)]
     return jax.tree.unflatten(structure, jax.shard_map(part, in_specs=in_specs, out_specs=out_specs)(*leaves))
 
 

@@ -1,7 +1,7 @@
 """LayerNorm with a residual sum, in one pass over the activations; the kernels are RMSNorm's, centered."""
 
-from crescendo.pallas_kernels.op import op
-from crescendo.pallas_kernels.rms_norm import MODULES, check_floating, check_residual, checked_eps, gradient
+from crescendo.pallas_kernels.op import check_floating, op
+from crescendo.pallas_kernels.rms_norm import MODULES, check_residual, checked_eps, gradient
 from crescendo.pallas_kernels.sharded import alike
 
 

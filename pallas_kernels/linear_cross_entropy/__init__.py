@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from crescendo.pallas_kernels.linear_cross_entropy import chunked
-from crescendo.pallas_kernels.op import op
+from crescendo.pallas_kernels.op import check_floating, op
 from crescendo.pallas_kernels.sharded import alike, varying
 
 IMPLEMENTATIONS = {
@@ -80,9 +80,9 @@ def linear_cross_entropy(
     >>> print(f"{loss_sum / weight_sum:.4f} {math.log(8):.4f} {weight_sum}")
     2.0794 2.0794 2.0
     """
-    for name, array, dtype in (("x", x, jnp.floating), ("w", w, jnp.floating), ("labels", labels, jnp.integer)):
-        if not jnp.issubdtype(array.dtype, dtype):
-            raise TypeError(f"{name} is {array.dtype} and must be {'integer' if name == 'labels' else 'floating'}")
+    check_floating(x=x, w=w, **({} if weights is None else {"weights": weights}))
+    if not (hasattr(labels, "dtype") and jnp.issubdtype(labels.dtype, jnp.integer)):
+        raise TypeError(f"labels is {getattr(labels, 'dtype', type(labels).__name__)} and must be an array of integers")
     if x.ndim < 1 or w.ndim != 2 or x.shape[-1] != w.shape[1]:
         raise ValueError(f"x {list(x.shape)} must be [..., D] and w {list(w.shape)} [V, D] with the same D")
     for name, array in (("labels", labels), ("weights", weights)):
@@ -90,8 +90,6 @@ def linear_cross_entropy(
             raise ValueError(
                 f"{name} {list(array.shape)} must have the shape of x {list(x.shape)} without its last axis"
             )
-    if weights is not None and not jnp.issubdtype(weights.dtype, jnp.floating):
-        raise TypeError(f"weights are {weights.dtype} and must be floating")
     if not w.size:
         raise ValueError(f"w {list(w.shape)} must hold at least one row and one column")
     if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):

@@ -2,9 +2,7 @@
 
 import math
 
-import jax.numpy as jnp
-
-from crescendo.pallas_kernels.op import op
+from crescendo.pallas_kernels.op import check_floating, op
 from crescendo.pallas_kernels.rms_norm import gradient
 from crescendo.pallas_kernels.sharded import alike
 
@@ -44,6 +42,7 @@ def rms_norm(x, scale, *, eps, residual=None, probe=None):
       Gray et al., 2024, `Normalization Layer Per-Example Gradients are Sufficient to Predict Gradient Noise Scale in
       Transformers <https://arxiv.org/abs/2411.00999>`_ (per-example norms)
 
+    >>> import jax.numpy as jnp
     >>> y, h = rms_norm(jnp.array([[3.0, 3.0]]), jnp.ones(2), eps=0.0, residual=jnp.array([[0.0, 1.0]]))
     >>> print(h, jnp.sum(y * y))
     [[3. 4.]] 2.0
@@ -85,6 +84,7 @@ def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
       Dehghani et al., 2023, `Scaling Vision Transformers to 22 Billion Parameters <https://arxiv.org/abs/2302.05442>`_
       (the norms); Su et al., 2021, `RoFormer <https://arxiv.org/abs/2104.09864>`_
 
+    >>> import jax.numpy as jnp
     >>> q = jnp.ones((1, 1, 1, 2))
     >>> angle = jnp.full((1, 1, 1), math.pi / 2)
     >>> turned, _ = qk_norm_rotary(q, q, jnp.ones(2), jnp.ones(2), jnp.cos(angle), jnp.sin(angle), eps=0.0)
@@ -105,13 +105,6 @@ def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
             raise ValueError(f"{name} {list(angle.shape)} must be [B, T, E / 2] for q {list(q.shape)}")
     arguments = {"q": q, "k": k, "q_scale": q_scale, "k_scale": k_scale, "cosine": cosine, "sine": sine}
     return {**alike(arguments)[0], "eps": checked_eps(eps)}
-
-
-def check_floating(**arrays) -> None:
-    """Raises TypeError for the first array that isn't floating."""
-    for name, array in arrays.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} is {array.dtype} and must be floating")
 
 
 def check_residual(x, residual) -> None:

@@ -2,10 +2,11 @@
 
 import functools
 import math
+import numbers
 
 import jax.numpy as jnp
 
-from crescendo.pallas_kernels.op import op
+from crescendo.pallas_kernels.op import check_floating, op
 from crescendo.pallas_kernels.sharded import alike
 from crescendo.pallas_kernels.softmax import gradient
 
@@ -37,7 +38,7 @@ def softmax(x, axis=-1, *, scale=None, soft_cap=None, mask=None):
 
     Raises:
       ValueError: an axis that x doesn't have, a mask that doesn't broadcast, options out of range.
-      TypeError: an x that is not floating, a mask that is not bool.
+      TypeError: an x that is not floating, a mask that is not bool, an axis that is no integer.
 
     References:
       Milakov and Gimelshein, 2018, `Online normalizer calculation for softmax <https://arxiv.org/abs/1805.02867>`_;
@@ -63,8 +64,9 @@ def log_softmax(x, axis=-1, *, scale=None, soft_cap=None, mask=None):
 
 
 def _checked(x, axis, scale, soft_cap, mask) -> dict:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"x is {x.dtype} and must be floating")
+    check_floating(x=x)
+    if not isinstance(axis, numbers.Integral):
+        raise TypeError(f"axis = {axis!r} must be an integer")
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis = {axis} is none of the axes of x {list(x.shape)}")
     if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):

@@ -1,8 +1,6 @@
 """SwiGLU's product `silu(gate) up`, forward and backward in one pass each."""
 
-import jax.numpy as jnp
-
-from crescendo.pallas_kernels.op import op
+from crescendo.pallas_kernels.op import check_floating, op
 from crescendo.pallas_kernels.sharded import alike
 from crescendo.pallas_kernels.swiglu import gradient
 
@@ -34,12 +32,11 @@ def swiglu(gate, up):
     References:
       Shazeer, 2020, `GLU Variants Improve Transformer <https://arxiv.org/abs/2002.05202>`_
 
+    >>> import jax.numpy as jnp
     >>> print(swiglu(jnp.array([0.0, 1.0]), jnp.array([5.0, 2.0])))
     [0.        1.4621172]
     """
-    for name, array in (("gate", gate), ("up", up)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} is {array.dtype} and must be floating")
+    check_floating(gate=gate, up=up)
     if gate.shape != up.shape:
         raise ValueError(f"gate {list(gate.shape)} and up {list(up.shape)} must have one shape")
     if gate.dtype != up.dtype:

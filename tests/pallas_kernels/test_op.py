@@ -81,6 +81,8 @@ def test_unknown_names_and_bad_arguments_are_the_users_mistakes(raised):
         raised(3.0, implementation="plane")
     with pytest.raises(ValueError, match="power must be >= 0, not -1"):
         raised(3.0, power=-1)
+    with pytest.raises(ValueError, match="no implementation 3"):
+        raised(3.0, implementation=3)
     with pytest.raises(ValueError, match="names none"):
         raised(3.0, implementation=())
 

@@ -155,6 +155,7 @@ def test_vmap_and_empty_rows():
     ("x", "options", "error", "message"),
     [
         (jnp.ones(3, jnp.int32), {}, TypeError, "x is int32"),
+        (jnp.ones(3), {"axis": (0,)}, TypeError, r"axis = \(0,\) must be an integer"),
         (jnp.ones((3, 4)), {"axis": 2}, ValueError, r"axis = 2 .* x \[3, 4\]"),
         (jnp.ones((3, 4)), {"mask": jnp.ones((3, 5), bool)}, ValueError, r"mask \[3, 5\] .* x \[3, 4\]"),
         (jnp.ones((3, 4)), {"mask": jnp.ones((2, 3, 4), bool)}, ValueError, r"mask \[2, 3, 4\]"),

@@ -28,6 +28,7 @@ def test_large_gates_neither_overflow_nor_lose_the_gradient():
     [
         (jnp.ones((2, 3)), jnp.ones((3, 2)), ValueError, r"gate \[2, 3\] and up \[3, 2\] must have one shape"),
         (jnp.ones(2), jnp.ones(2, jnp.bfloat16), TypeError, "must have one dtype: cast them first"),
+        ([1.0, 2.0], jnp.ones(2), TypeError, r"gate is a list and must be an array: pass jnp.asarray\(gate\)"),
         (jnp.ones(2, int), jnp.ones(2, int), TypeError, "gate is int32 and must be floating"),
     ],
 )
