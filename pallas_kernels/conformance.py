@@ -4,8 +4,8 @@ Ops and implementations are those of `OPS`, and calls those of `OP/specs.py`: a 
 run natively, in an interpreter (`interpreter`), or compiled for a device that is not there, by its implementation's
 `HOMES`::
 
-    for case in cases():
-        with interpreted(HOMES[case.implementation].stand_in):
+    for case in cases("quick", platforms=["tpu"]):
+        with interpreted(case.home.stand_in):
             check(case)
 
 Everything that is floating in a call is differentiated, for random cotangents. "Exact" is the reference in float64 of
