@@ -45,7 +45,7 @@ def forty_steps() -> dict:
     return {"losses": losses, "parameters_l1_norm": float(optax.tree.norm(state.parameters, ord=1))}
 
 
-def test_forty_steps_are_what_they_were():
+def test_forty_steps_are_what_they_were(quick_compilation):
     known, found = json.loads(FIGURES.read_text()), forty_steps()
     print("the same bits" if found == known else "other bits")
     np.testing.assert_allclose(found["losses"], known["losses"], rtol=1e-5)

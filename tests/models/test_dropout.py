@@ -49,6 +49,7 @@ def test_elements_are_dropped_at_the_rate_and_the_rest_scaled():
     assert len({dropped.tobytes() for dropped in found}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

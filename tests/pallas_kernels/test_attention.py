@@ -223,6 +223,7 @@ def test_bad_input_is_named():
         attention(q, k, k, causal=True, positions=jnp.ones((2, 8)))
 
 
+@pytest.mark.slow
 def test_hopper_kernels_take_a_sum_of_whole_rows_from_a_ring():
     """`delta` from outside, as for a block of keys, is what they would have found from the rows of `out`."""
     keys = jax.random.split(jax.random.key(0), 5)

@@ -27,6 +27,7 @@ H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platfo
 BY_NAME = {spec.name: spec for spec in SPECS}
 
 
+@pytest.mark.slow
 def test_parts_make_the_whole(quick_compilation):
     """Any sets of keys, some that a query sees nothing of and a query that sees nothing, with gradients."""
     random = np.random.default_rng()

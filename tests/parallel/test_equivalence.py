@@ -61,8 +61,6 @@ MESHES: dict[str, tuple[dict, parallel.Strategy]] = {
     ),
     "expert 2, fsdp 2, tensor 2": ({"data": 1, "expert": 2, "fsdp": 2, "tensor": 2}, parallel.strategy("zero2")),
 }
-# Of the quick ones, `deviations` (a second pass) is left out: it takes as long to compile as all the rest.
-QUICK = {"fsdp 2, tensor 2, ring 2": STATISTICS[:2]}
 
 
 @functools.cache
@@ -134,13 +132,11 @@ def on_one_device(microbatch: int, statistics, config=CONFIG) -> tuple[TrainStat
     return trainer.state, found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("name", "statistics"),
-    [*QUICK.items(), *(pytest.param(name, STATISTICS, marks=pytest.mark.slow) for name in MESHES)],
-)
-def test_ten_steps_equal_those_of_one_device(name, statistics):
-    check_ten_steps(layout_of(name), statistics, CONFIG)
+@pytest.mark.parametrize("name", MESHES)
+def test_ten_steps_equal_those_of_one_device(name):
+    check_ten_steps(layout_of(name), STATISTICS, CONFIG)
 
 
 @pytest.mark.timeout(900)

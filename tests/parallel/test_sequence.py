@@ -31,8 +31,9 @@ def problem():
     ("sizes", "ulysses", "causal"),
     [
         ({"sequence": 4, "tensor": 2}, 1, True),
-        ({"sequence": 8}, 4, True),  # more devices than key heads: these are copied
-        ({"sequence": 4, "data": 2}, 2, False),
+        # More devices than key heads: these are copied.
+        pytest.param({"sequence": 8}, 4, True, marks=pytest.mark.slow),
+        pytest.param({"sequence": 4, "data": 2}, 2, False, marks=pytest.mark.slow),
         *(
             pytest.param(sizes, ulysses, causal, marks=pytest.mark.slow)
             for sizes, ulysses in [

@@ -337,6 +337,7 @@ def test_what_the_format_lacks_is_named():
         hf.model_parameters(config, tensors, "here")
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_and_gone_on_with(run, small_bindings, tmp_path):
     folder, loss = run
     export(folder, tmp_path / "hf")

@@ -83,6 +83,7 @@ def test_any_mesh_will_do(make, mesh):
     assert_same_on(task, MESHES[mesh], read(task.train, range(4)))
 
 
+@pytest.mark.slow
 def test_any_cut_will_do(make):
     task = make()
     assert_any_cut(task, read(task.train, range(5)), seed=1)

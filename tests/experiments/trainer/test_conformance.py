@@ -110,7 +110,6 @@ def steps_of(session: Session) -> dict:
 # more than change an update; `make test-slow` takes every name alone on every mesh.
 QUICK = {
     ("schedule_free", "one device"),  # evaluates elsewhere
-    ("sophia", "one device"),  # second derivatives
     ("norm_test", "one device"),  # wants several microbatches, and statistics of them
 }
 
@@ -134,7 +133,7 @@ def test_every_optimizer(name, mesh, conforms):
 
 def test_all_optimizers_in_one_chain(conforms, files):
     """One behind the other but for those that must stand alone: a step compiled once runs the rule of each."""
-    alone = {name for name, _ in QUICK}
+    alone = {"schedule_free", "sophia"}  # one evaluates elsewhere, the other wants second derivatives
     names = [name for name in optim.OPTIMIZERS if name not in alone]
     required = [binding for name in names for binding in required_bindings(name, optim.OPTIMIZERS[name], files)]
     chain = f"optim.chain.transforms = [{', '.join(f'@{name}()' for name in names)}]"

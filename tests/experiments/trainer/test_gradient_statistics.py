@@ -64,6 +64,7 @@ def flat(tree, batch_axes):
     return np.concatenate([x.reshape(*x.shape[:batch_axes], -1) for x in jax.tree.leaves(tree)], axis=-1)
 
 
+@pytest.mark.slow
 def test_what_is_not_asked_for_is_not_there_and_changes_nothing_else(measured):
     (gradients, stats, _), (plain_gradients, plain, _) = measured
     assert [getattr(plain, name) for name in plain._fields[6:]] == [None] * len(plain._fields[6:])

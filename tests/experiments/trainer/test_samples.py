@@ -31,6 +31,7 @@ def sampled(train_small, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_samples_are_recorded_and_change_nothing(sampled, train_small, records, tmp_path):
     train_small(tmp_path / "plain", *SHORT)
     written = [record for record in records(sampled) if record["kind"] == "sample"]

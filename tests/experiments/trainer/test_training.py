@@ -196,6 +196,7 @@ def test_speed_is_not_identity(asked, train_small):
     assert bound(run=str(folder)) == last
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_ones_state_and_clock(train_small, tmp_path):
     stable = tmp_path / "stable"
     shape = ("adamw.learning_rate = @schedules.wsd()", "schedules.wsd.peak = 1e-2", "schedules.wsd.warmup = 64")
@@ -221,6 +222,7 @@ def test_a_run_starts_from_another_ones_state_and_clock(train_small, tmp_path):
             state_of(wrong, session)
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finite_changes_no_parameter_and_is_counted():
     def poisoned(updates, state, params=None):
         return jax.tree.map(lambda u: jnp.where(state == 1, jnp.nan, -0.01 * u), updates), state + 1
@@ -263,7 +265,8 @@ def fresh_state_of(batch_size: int):
 
 @pytest.mark.parametrize("skipped", [False, True], ids=["", "steps skipped"])
 @pytest.mark.parametrize(
-    ("before", "after", "seen", "steps"), [(16, 4, 32, 10), (4, 16, 12, 3), (4, 16, 60, 0), (16, 4, 72, 0)]
+    ("before", "after", "seen", "steps"),
+    [(4, 16, 12, 3), (4, 16, 60, 0), (16, 4, 72, 0), pytest.param(16, 4, 32, 10, marks=pytest.mark.slow)],
 )
 def test_what_was_pending_fits_another_batch_size(before, after, seen, steps, skipped):
     """Clock and state of a run in batches of `before`: from the first step on the batch is `after`, to the end.
