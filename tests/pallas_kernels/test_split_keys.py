@@ -60,7 +60,7 @@ def test_processors_have_nearly_the_same_work(units, blocks):
     assert 132 * most <= 1.1 * units * blocks
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=4)
 @given(
     batch=st.integers(1, 2),
     length=st.integers(1, 40),
@@ -105,8 +105,9 @@ def test_every_block_that_is_seen_is_taken_once(batch, length, keys, groups, cau
         assert sizes.max() - sizes.min() <= 1
 
 
+@pytest.mark.slow
 def test_parts_are_right_and_free_of_races():
-    """The slow tests of conformance have the other calls, on too few processors for more than a part or two."""
+    """Conformance has too few processors for more than a part or two."""
     assert split_keys.parts_for(units=4, blocks=3, cores=8) == 2
     with interpreted(AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=8, platform="gpu")):
         conformance.check(Case(attention, "split_keys", BY_NAME["few-queries"]), "float16")

@@ -213,6 +213,7 @@ def restore(folder: Path, shardings) -> tuple[TrainState, Clock]:
     return restored
 
 
+@pytest.mark.slow
 @given(writer=st.sampled_from(list(MESHES)), reader=st.sampled_from(list(MESHES)))
 @settings(deadline=None, max_examples=2)
 def test_a_checkpoint_of_any_mesh_restores_on_any_other(writer, reader):

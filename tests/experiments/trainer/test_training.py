@@ -241,6 +241,7 @@ def test_an_update_that_is_not_finite_changes_no_parameter_and_is_counted():
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(state.parameters), jax.tree.leaves(before), strict=True))
 
 
+@pytest.mark.slow
 def test_a_state_that_is_not_finite_is_never_saved(train_small, tmp_path):
     """A decay beyond all bounds: the update overflows while loss and gradient are finite."""
     run_folder = tmp_path / "run"
