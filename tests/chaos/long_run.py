@@ -3,10 +3,10 @@
     python tests/chaos/long_run.py --minutes 120
 
 Trains a tiny model in this process, by `train` with its records, evaluations and checkpoints, while the batch goes up
-and down; asks the process in even intervals for its memory and its processors' time. It ends with a table, and exit code
-1 where memory grows by more than 100 bytes a step, by least squares, or steps are slower by more than 10% in the second
-half than in the first. Compared are the quickest tenths of both: beside other work on the machine a step takes more of
-the processors' time, since they share caches and cores.
+and down; asks the process in even intervals for its memory and its processors' time. It ends with a table, and exit
+code 1 where memory grows by more than 100 bytes a step, by least squares, or steps are slower by more than 10% in the
+second half than in the first. Compared are the quickest tenths of both: beside other work on the machine a step takes
+more of the processors' time, since they share caches and cores.
 """
 
 import argparse
