@@ -45,8 +45,9 @@ def compiled_for(target: str, case):
 
 
 def every_day(case) -> bool:
-    """Attention's kernels for Hopper take half a minute each; those of every day are in test_attention.py."""
-    return case.quick or case.op.__name__ != "attention" or case.implementation == "triton"
+    """Kernels in calls that say most, and row kernels at their real sizes: attention's take half a minute each."""
+    real = "speed" in case.spec.tags and case.op.__name__ != "attention"
+    return (case.quick or real) and case.implementation != "xla"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,12 @@ def test_compiles_for_an_h100(case):
 @pytest.mark.parametrize(
     ("target", "case"),
     [
-        pytest.param(target, case, id=f"{target}-{case}", marks=() if target == EVERY_DAY else pytest.mark.slow)
+        pytest.param(
+            target,
+            case,
+            id=f"{target}-{case}",
+            marks=() if target == EVERY_DAY and every_day(case) else pytest.mark.slow,
+        )
         for target in (EVERY_DAY, "v5p:2x2x1", "v6e:2x2")
         for case in WHOLE
         if case.home.platform == "tpu"
