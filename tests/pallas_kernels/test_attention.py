@@ -126,7 +126,7 @@ def test_memory_is_linear_in_the_length_backward_too():
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("block_q", "block_k"), [(8, 16), (16, 8)])
+@pytest.mark.parametrize(("block_q", "block_k"), [(8, 16), pytest.param(16, 8, marks=pytest.mark.slow)])
 def test_ranges_of_blocks_hold_every_visible_pair(seed, block_q, block_k):
     """Outside of its range a block is hidden; among the full ones no pair is."""
     rng = np.random.default_rng(seed)

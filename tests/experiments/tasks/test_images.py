@@ -89,6 +89,7 @@ def test_any_cut_will_do(make):
     assert_any_cut(task, read(task.train, range(5)), seed=1)
 
 
+@pytest.mark.slow
 def test_padding_weighs_nothing(make):
     task = make()
     parameters = fresh(task)

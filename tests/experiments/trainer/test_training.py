@@ -188,6 +188,7 @@ def test_a_run_says_where_its_seconds_went(asked):
     assert 0 < where.goodput < 1
 
 
+@pytest.mark.slow
 def test_speed_is_not_identity(asked, train_small):
     """The finished run is recognised under another scan, remat and dtype."""
     folder, last = asked
