@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     changes = {"remat": arguments.remat, "scan_layers": arguments.scan_layers or None}
     with user_values():
         models = {preset: ModelConfig.preset(preset, **changes) for preset in arguments.presets}
+    packed = {"documents_in_row": arguments.documents_in_row}
     tables: list[Table] = []
     folder = None if arguments.profile is None else local_path(arguments.profile)
     if folder is not None:
@@ -101,7 +102,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         write(folder, preset, title, seen)
         tables.append(profile_table(title, seen))
 
-    packed = {"documents_in_row": arguments.documents_in_row}
     tables.insert(0, training_table(models, **rows, **packed, steps=arguments.steps, after_each=profiled))
     for table in tables:
         console.print(table)

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -19,6 +19,9 @@ ITEM_BYTES = {
     **dict.fromkeys(("s32", "u32", "f32"), 4),
     **dict.fromkeys(("s64", "u64", "f64"), 8),
 }
+
+
+Shape = tuple[str, tuple[int, ...]]  # such as `("f32", (8, 128))`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +45,14 @@ class Collective(NamedTuple):
       result_bytes: of what a device gets.
       group: how many devices take part together.
       runs: how often it is run, being inside loops.
-      shapes: of the results, such as `("f32", (8, 128))`.
+      shapes: of the results.
     """
 
     kind: str
     result_bytes: int
     group: int
     runs: float
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    shapes: tuple[Shape, ...]
 
     @property
     def sent_bytes(self) -> float:
@@ -79,7 +82,7 @@ def collectives(text: str, *, microbatches: float = 1) -> list[Collective]:
     >>> [(c.kind, c.group, c.result_bytes, c.sent_bytes) for c in collectives(text)]
     [('all-gather', 2, 64, 32.0)]
     """
-    bodies = _computations(text)
+    bodies = computations(text)
     runs = _runs(bodies, microbatches)
     fused = set(re.findall(r"fusion\(.*calls=%?([\w.\-]+)", text))
     results, parts = [], set()
@@ -112,18 +115,29 @@ def traffic(text: str, *, microbatches: float = 1) -> dict[str, Traffic]:
     return total
 
 
+def shapes_of(text: str) -> list[Shape]:
+    """The arrays that a type names, such as `(f32[8,128]{1,0}, s8[4]{0})`.
+
+    >>> shapes_of("(f32[8,128]{1,0}, s8[4]{0})")
+    [('f32', (8, 128)), ('s8', (4,))]
+    """
+    found = re.findall(r"\b(\w+)\[([\d,]*)\]", text)
+    return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in found if dtype in ITEM_BYTES]
+
+
+def bytes_of(shapes: Iterable[Shape]) -> int:
+    """Of so many arrays together."""
+    return sum(ITEM_BYTES[dtype] * math.prod(dims) for dtype, dims in shapes)
+
+
 def _collective(line: str, match: re.Match, runs: float) -> Collective:
     kind, asynchronous = match[2], match[3]
-    shapes = [
-        (dtype, tuple(int(n) for n in dims.split(",") if n))
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-        if dtype in ITEM_BYTES
-    ]
+    shapes = shapes_of(match[1])
     operands = line[match.end() :].split(")", 1)[0].count("%") or 1
     if asynchronous and len(shapes) >= 2 * operands:
         # The result of a start is (operands, results, and on some targets numbers of contexts).
         shapes = shapes[operands : 2 * operands]
-    size = sum(ITEM_BYTES[dtype] * math.prod(dims) for dtype, dims in shapes)
+    size = bytes_of(shapes)
     group = 2 if kind == "collective-permute" else _group_size(line)
     if kind == "collective-permute" and not re.search(r"\{(\d+),(?!\1\})\d+\}", line.split("source_target_pairs")[-1]):
         group = 1  # every device sends to itself
@@ -142,7 +156,7 @@ def _group_size(line: str) -> int:
     return match[1].count(",") + 1
 
 
-def _computations(text: str) -> dict[str, list[str]]:
+def computations(text: str) -> dict[str, list[str]]:
     """The lines of each computation; the entry's name is `ENTRY`."""
     bodies: dict[str, list[str]] = {}
     current: list[str] | None = None

@@ -25,7 +25,7 @@ from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access, replace_file
 from crescendo.experiments.runtime.tracing import traced
 from crescendo.models import ModelConfig
-from crescendo.parallel.collectives import ITEM_BYTES, KINDS
+from crescendo.parallel.collectives import KINDS, Shape, bytes_of, computations, shapes_of
 
 # In whose name: the scopes that ops, the model and the step give to what they compute.
 GROUPS = {
@@ -128,64 +128,56 @@ def instructions(text: str) -> dict[str, Instruction]:
     >>> instructions(text)["f"]
     Instruction(opcode='fusion', scope='f/dot_general', flops=128.0, moved_bytes=144, shape='8x4 . 4x2')
     """
-    lines = re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$", text, re.MULTILINE)
-    results = {name: _shapes(rest.split("metadata=", 1)[0].split("(%", 1)[0]) for name, rest in lines}
-    products = _products(text, results)
+    bodies = {
+        computation: re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$", "\n".join(lines), re.MULTILINE)
+        for computation, lines in computations(text).items()
+    }
+    written = {name: rest for lines in bodies.values() for name, rest in lines}
+    results = {name: _results(rest) for name, rest in written.items()}
+    opcodes = {name: re.search(r"(?:^|[\s)}\]])([a-z][\w\-]*)\(", rest) for name, rest in written.items()}
+    operands = {
+        name: re.findall(r"%([\w.\-]+)", written[name][opcode.end() :].split(")", 1)[0]) if opcode else []
+        for name, opcode in opcodes.items()
+    }
+    own = {name: _product(rest, operands[name], results) for name, rest in written.items()}
+    inner = {
+        computation: [product for name, _ in lines if (product := own[name])] for computation, lines in bodies.items()
+    }
     found = {}
-    for name, rest in lines:
-        opcode = re.search(r"(?:^|[\s)}\]])([a-z][\w\-]*)\(", rest)
-        operands = re.findall(r"%([\w.\-]+)", rest[opcode.end() :].split(")", 1)[0]) if opcode else []
-        scope = re.search(r'op_name="((?:[^"\\]|\\.)*)"', rest)
-        called = re.search(r"calls=%?([\w.\-]+)", rest)
-        own = _product(rest, operands, results)
-        within = [own] if own else products.get(called[1] if called else "", [])
-        arrays = [*results[name], *(shape for operand in operands for shape in results.get(operand, []))]
+    for name, rest in written.items():
+        scope, called = (
+            re.search(pattern, rest) for pattern in (r'op_name="((?:[^"\\]|\\.)*)"', r"calls=%?([\w.\-]+)")
+        )
+        product, opcode = own[name], opcodes[name]
+        within = [product] if product else inner.get(called[1] if called else "", [])
+        arrays = [*results[name], *(shape for operand in operands[name] for shape in results.get(operand, []))]
         found[name] = Instruction(
             opcode[1] if opcode else "",
             scope[1] if scope else "",
             float(sum(flops for flops, _ in within)),
-            sum(map(_bytes, arrays)),
+            bytes_of(arrays),
             max(within)[1] if within else "",
         )
     return found
 
 
-def _shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
-    found = re.findall(r"\b(\w+)\[([\d,]*)\]", text)
-    return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in found if dtype in ITEM_BYTES]
+def _results(rest: str) -> list[Shape]:
+    """The arrays that an instruction gives."""
+    return shapes_of(rest.split("metadata=", 1)[0].split("(%", 1)[0])
 
 
-def _bytes(shape: tuple[str, tuple[int, ...]]) -> int:
-    return ITEM_BYTES[shape[0]] * math.prod(shape[1])
-
-
-def _product(rest: str, operands: Sequence[str], results: Mapping[str, list]) -> tuple[float, str] | None:
+def _product(rest: str, operands: Sequence[str], results: Mapping[str, list[Shape]]) -> tuple[float, str] | None:
     """FLOPs and shape of a matrix product; None of anything else."""
     if not (re.search(r"\bdot\(", rest) or MATMULS.search(rest)) or len(operands) < 2:
         return None
     contracted = re.search(r"lhs_contracting_dim(?:s=\{|ensions\":\[)([^}\]]*)", rest)
     left, right = (results.get(operand, [("", ())])[0][1] for operand in operands[:2])
     summed = [left[int(axis)] for axis in re.findall(r"\d+", contracted[1])] if contracted and left else []
-    output = _shapes(rest.split("(%", 1)[0])
+    output = _results(rest)
     if not summed or not output:
         return None
     flops = 2.0 * math.prod(output[0][1]) * math.prod(summed)
     return flops, " . ".join("x".join(map(str, shape)) for shape in (left, right))
-
-
-def _products(text: str, results: Mapping[str, list]) -> dict[str, list[tuple[float, str]]]:
-    """The matrix products of each computation."""
-    found: dict[str, list[tuple[float, str]]] = collections.defaultdict(list)
-    current = ""
-    for line in text.splitlines():
-        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
-            current = header[1]
-        elif " dot(" in line:
-            rest = line.split(" = ", 1)[1]
-            operands = re.findall(r"%([\w.\-]+)", rest[rest.index("dot(") :].split(")", 1)[0])
-            if product := _product(rest, operands, results):
-                found[current].append(product)
-    return found
 
 
 def group_of(kernel: str, instruction: Instruction | None) -> str:
@@ -245,17 +237,26 @@ def _of_line(line: Any) -> Iterator[Span]:
         yield Span(event.name, instruction, int(event.start_ns), int(event.start_ns + event.duration_ns))
 
 
-def union(intervals: Iterable[tuple[int, int]]) -> int:
-    """The length of what intervals cover together.
+def overlap(collectives: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The length of the union of the first intervals, and of the part of it that the second ones don't cover.
 
-    >>> union([(5, 9), (0, 3), (2, 4)])
-    8
+    Args:
+      collectives, others: pairs of begin and end, in any order.
+
+    >>> overlap([(0, 10), (5, 12)], [(2, 4), (11, 20)])
+    (12, 9)
     """
-    total, reached = 0.0, -math.inf
-    for begin, end in sorted(intervals):
-        total += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return int(total)
+    events = [(t, change, 0) for begin, end in others for t, change in ((begin, 1), (end, -1))]
+    events += [(t, change, 1) for begin, end in collectives for t, change in ((begin, 1), (end, -1))]
+    running = [0, 0]
+    total = exposed = previous = 0
+    for t, change, which in sorted(events):
+        if running[1]:
+            total += t - previous
+            exposed += 0 if running[0] else t - previous
+        running[which] += change
+        previous = t
+    return total, exposed
 
 
 def profile(
@@ -295,7 +296,7 @@ def profile(
     for group, total in flops.items():
         kernels = _with_flops(kernels, group, total, peak_flops_per_second)
     whole = max(span.end for span in leaves) - min(span.begin for span in leaves)
-    busy = union((span.begin, span.end) for span in leaves)
+    busy, _ = overlap([(span.begin, span.end) for span in leaves], [])
     slowest_first = tuple(sorted(kernels, key=lambda kernel: -kernel.seconds))
     return Profile(1e-9 * whole / steps, 1e-9 * busy / steps, slowest_first)
 

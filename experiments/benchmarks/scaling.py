@@ -1,7 +1,7 @@
 """What several devices give, beside one of them in the same session: `crescendo benchmark scaling`."""
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ import jax
 from rich.table import Table
 
 from crescendo import parallel
-from crescendo.experiments.benchmarks.profile import is_collective, spans_of_gpu, trace
+from crescendo.experiments.benchmarks.profile import is_collective, overlap, spans_of_gpu, trace
 from crescendo.experiments.benchmarks.steps import Loop, prepare
 from crescendo.experiments.runtime.errors import user_values
 from crescendo.models import ModelConfig
@@ -58,28 +58,6 @@ class Communication(NamedTuple):
 
     seconds: float
     exposed_seconds: float
-
-
-def overlap(collectives: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """The length of the union of the first intervals, and of the part of it that the second ones don't cover.
-
-    Args:
-      collectives, others: pairs of begin and end, in any order.
-
-    >>> overlap([(0, 10), (5, 12)], [(2, 4), (11, 20)])
-    (12, 9)
-    """
-    events = [(t, change, 0) for begin, end in others for t, change in ((begin, 1), (end, -1))]
-    events += [(t, change, 1) for begin, end in collectives for t, change in ((begin, 1), (end, -1))]
-    running = [0, 0]
-    total = exposed = previous = 0
-    for t, change, which in sorted(events):
-        if running[1]:
-            total += t - previous
-            exposed += 0 if running[0] else t - previous
-        running[which] += change
-        previous = t
-    return total, exposed
 
 
 def communication(loop: Loop, steps: int = 4) -> Communication | None:

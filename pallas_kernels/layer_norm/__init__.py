@@ -1,7 +1,7 @@
 """LayerNorm with a residual sum, in one pass over the activations; the kernels are RMSNorm's, centered."""
 
 from crescendo.pallas_kernels.op import check_floating, op
-from crescendo.pallas_kernels.rms_norm import MODULES, check_residual, checked_eps, gradient
+from crescendo.pallas_kernels.rms_norm import MODULES, check_residual, check_vectors, checked_eps, gradient
 from crescendo.pallas_kernels.sharded import alike
 
 
@@ -39,9 +39,7 @@ def layer_norm(x, scale, bias, *, eps, residual=None):
     [[-2.  3.]]
     """
     check_floating(x=x, scale=scale, bias=bias)
-    for name, vector in (("scale", scale), ("bias", bias)):
-        if x.ndim < 1 or vector.shape not in ((x.shape[-1],), (x.shape[0], x.shape[-1])[: x.ndim]):
-            raise ValueError(f"{name} {list(vector.shape)} must be [D] or [B, D] for x {list(x.shape)}, [B, ..., D]")
+    check_vectors(x, scale=scale, bias=bias)
     if scale.shape != bias.shape:
         raise ValueError(f"scale {list(scale.shape)} and bias {list(bias.shape)} must have one shape")
     check_residual(x, residual)

@@ -48,8 +48,7 @@ def rms_norm(x, scale, *, eps, residual=None, probe=None):
     [[3. 4.]] 2.0
     """
     check_floating(x=x, scale=scale)
-    if x.ndim < 1 or scale.shape not in ((x.shape[-1],), (x.shape[0], x.shape[-1])[: x.ndim]):
-        raise ValueError(f"scale {list(scale.shape)} must be [D] or [B, D] for x {list(x.shape)}, [B, ..., D]")
+    check_vectors(x, scale=scale)
     check_residual(x, residual)
     if probe is not None and (x.ndim < 2 or probe.shape != x.shape[:1]):
         raise ValueError(f"probe {list(probe.shape)} must be [B] for x {list(x.shape)}, [B, ..., D]")
@@ -105,6 +104,13 @@ def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
             raise ValueError(f"{name} {list(angle.shape)} must be [B, T, E / 2] for q {list(q.shape)}")
     arguments = {"q": q, "k": k, "q_scale": q_scale, "k_scale": k_scale, "cosine": cosine, "sine": sine}
     return {**alike(arguments)[0], "eps": checked_eps(eps)}
+
+
+def check_vectors(x, **vectors) -> None:
+    """Raises ValueError for vectors of a norm, by their names, which are neither `[D]` nor one for each example."""
+    for name, vector in vectors.items():
+        if x.ndim < 1 or vector.shape not in ((x.shape[-1],), (x.shape[0], x.shape[-1])[: x.ndim]):
+            raise ValueError(f"{name} {list(vector.shape)} must be [D] or [B, D] for x {list(x.shape)}, [B, ..., D]")
 
 
 def check_residual(x, residual) -> None:

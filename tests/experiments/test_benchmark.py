@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from crescendo.experiments.__main__ import main
 from crescendo.experiments.benchmarks import profile
-from crescendo.experiments.benchmarks.scaling import overlap
+from crescendo.experiments.benchmarks.profile import overlap
 from crescendo.experiments.runtime.errors import UserError
 
 spans = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 10)).map(lambda x: (x[0], x[0] + x[1])), max_size=6)
