@@ -204,7 +204,7 @@ SPECS = (
     spec("few-queries-apart", (2, 6, 328, 2, 1, 64), "awkward", ids=4),
     spec("few-queries-capped", (1, 2, 1100, 6, 1, 128), "awkward", soft_cap=5.0),
     spec("many-heads", (1, 9, 392, 16, 1, 64), "awkward", causal=True),
-    spec("packed", (2, 256, 256, 2, 1, 64), "small", "awkward", "quick", causal=True, mean_tokens=48),
+    spec("packed", (2, 192, 192, 2, 1, 64), "small", "awkward", "quick", causal=True, mean_tokens=48),
     spec("packed-wide", (1, 300, 300, 2, 2, 128), "awkward", causal=True, mean_tokens=40),
     spec("segments-of-one", (1, 130, 130, 2, 2, 64), "awkward", segments=np.arange(130, dtype=np.int32)[None]),
     spec("empty-rows", (1, 130, 210, 2, 2, 64), "small", "awkward", ids=5),

@@ -24,6 +24,7 @@ from crescendo.pallas_kernels.op import explain, target
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 A100 = AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
 BY_NAME = {spec.name: spec for spec in SPECS}
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 HIDING = {
@@ -61,7 +62,7 @@ def hidden_case(name: str, implementation: str):
 
 @pytest.mark.parametrize("name", HIDING)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_what_a_mask_hides_does_not_matter(name, implementation, quick_compilation):
+def test_what_a_mask_hides_does_not_matter(name, implementation):
     run = hidden_case(name, implementation)
     with tiles.cut("attention", "chunks of keys", keys=4):
         expected = run(0.0, 0.0)
@@ -125,6 +126,11 @@ def test_memory_is_linear_in_the_length_backward_too():
     assert peak_bytes(8192) < 2.5 * peak_bytes(4096)
 
 
+def ranges_of(config, operands, block_q, block_k):
+    """`block_ranges`, by one program."""
+    return jax.jit(lambda: block_ranges(config, operands, block_q, block_k))()
+
+
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("block_q", "block_k"), [(8, 16), pytest.param(16, 8, marks=pytest.mark.slow)])
 def test_ranges_of_blocks_hold_every_visible_pair(seed, block_q, block_k):
@@ -146,7 +152,7 @@ def test_ranges_of_blocks_hold_every_visible_pair(seed, block_q, block_k):
         mask = visible(config, operands.q_segments, operands.k_segments, *positions(operands))
         mask = np.ones((1, length, keys), bool) if mask is None else np.asarray(mask)
         for ranges, blocks, pairs in zip(
-            block_ranges(config, operands, block_q, block_k),
+            ranges_of(config, operands, block_q, block_k),
             ((block_q, block_k), (block_k, block_q)),
             (mask, mask.swapaxes(1, 2)),
             strict=True,
@@ -173,8 +179,8 @@ def test_ranges_by_arithmetic_are_those_found_by_comparing_positions(lengths, bl
     config = Config(1.0, causal=causal, window=window)
     q, k = (jax.ShapeDtypeStruct((1, size, 1, 8), jnp.float32) for size in lengths)
     where = (jnp.arange(size, dtype=jnp.int32)[None] for size in lengths)
-    found = block_ranges(config, Operands(q, k, k), *blocks)
-    expected = block_ranges(config, Operands(q, k, k, None, None, None, *where), *blocks)
+    found = ranges_of(config, Operands(q, k, k), *blocks)
+    expected = ranges_of(config, Operands(q, k, k, None, None, None, *where), *blocks)
     for ours, theirs in zip(found, expected, strict=True):
         lo, full_lo, full_hi, hi = map(np.asarray, ours)
         np.testing.assert_array_equal(hi - lo, theirs.hi - theirs.lo)

@@ -11,19 +11,19 @@ from crescendo.pallas_kernels import bench
 
 
 def test_it_prints_compares_and_draws(tmp_path, capsys):
-    arguments = ["rms_norm", "--tags", "small", "--only", "xla", "jax", "triton", "--passes", "forward"]
+    arguments = ["rms_norm", "--tags", "quick", "--only", "xla", "jax", "triton", "--passes", "forward"]
     files = ["--json", str(tmp_path / "found.json"), "--plot", str(tmp_path / "found.png")]
     bench.main([*arguments, *files])
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     assert {r["who"] for r in found if r["seconds"] is not None} == {"xla", "jax"}
     assert all(r["error"] for r in found if r["who"] == "triton")
-    assert "one row  forward  xla" in printed
+    assert "whole lines  forward  xla" in printed
     # No terminal: the table is as wide as its cells, and a measurement is one line of it.
     rows = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
     assert sorted({cell.strip() for cell in (row[2] for row in rows)}) == ["jax", "triton", "xla"]
     assert not [r["error"] for r in found if r["who"] == "jax" and r["error"]]
-    specs = bench.specs("rms_norm", ["small"])
+    specs = bench.specs("rms_norm", ["quick"])
     probed = {spec.name for spec in specs if "probe" in spec.inputs()[1]}  # which JAX's own functions don't have
     assert {r["spec"] for r in found if r["who"] == "jax"} == {spec.name for spec in specs} - probed
     assert len(rows) == 3 * len(specs) - len(probed)

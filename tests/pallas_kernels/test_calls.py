@@ -216,10 +216,15 @@ def drawn(shapes):
     return [None if shape is None else jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
 
 
+@functools.cache
+def reference_of(call):
+    """`gradient_of_a_sum` of the reference, compiled once for all who are compared with it."""
+    return jax.jit(functools.partial(gradient_of_a_sum, call, "reference"))
+
+
 def assert_right(found, call, arrays):
     """Of `gradient_of_a_sum`: the reference's on one device."""
-    expected = jax.jit(functools.partial(gradient_of_a_sum, call, "reference"))(*arrays)
-    for ours, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for ours, right in zip(jax.tree.leaves(found), jax.tree.leaves(reference_of(call)(*arrays)), strict=True):
         # Both round sums of float32, in another order. The total is that of up to 98,304 sines of either sign, and may
         # be near 0: up to 1.1e-4 off in 1,000 draws.
         most = 1e-4 if ours.ndim else 1e-3

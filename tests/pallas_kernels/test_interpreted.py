@@ -63,7 +63,7 @@ def extremes(key):
 @pytest.mark.parametrize(
     ("held", "part"),
     [
-        pytest.param(0, 2**20, id="read again"),
+        pytest.param(0, 2**20, id="read again", marks=SLOW),
         pytest.param(2**20, 2**20, id="held", marks=SLOW),
         pytest.param(0, 2048, id="shared"),
     ],
@@ -83,7 +83,7 @@ def gradient_of_the_sum(implementation):
 @pytest.mark.parametrize(
     ("implementation", "cut"),
     [
-        pytest.param("mosaic_gpu", functools.partial(fine_rows, part_bytes=2**20), id="hopper-alone"),
+        pytest.param("mosaic_gpu", functools.partial(fine_rows, part_bytes=2**20), id="hopper-alone", marks=SLOW),
         pytest.param("mosaic_gpu", functools.partial(fine_rows, part_bytes=1024), id="hopper-shared"),
         pytest.param("mosaic_tpu", contextlib.nullcontext, id="tpu"),
     ],

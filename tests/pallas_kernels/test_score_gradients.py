@@ -95,7 +95,10 @@ def test_parts_leave_few_cores_idle():
 
 @pytest.mark.parametrize(
     ("causal", "tile"),
-    [(True, ScoresTile(stages=2)), (False, ScoresTile(blocks=1, persistent=False))],
+    [
+        (True, ScoresTile(stages=2)),
+        pytest.param(False, ScoresTile(blocks=1, persistent=False), marks=pytest.mark.slow),
+    ],
     ids=["causal, in pairs on two cores", "full, a block for each tile"],
 )
 def test_the_gradient_of_q_interpreted(causal, tile):

@@ -91,22 +91,20 @@ def test_extremes_give_no_nan(implementation):
     np.testing.assert_allclose(dx, [[-2, 2, 0], [0, 0, 0], [-1, 0, 1]], atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("scale", [-1.0, 0.0, 2.0])
-def test_an_entry_of_minus_infinity_counts_nothing_at_any_scale(op, implementation, soft_cap, scale):
+def test_an_entry_of_minus_infinity_counts_nothing_at_any_scale(op, soft_cap, scale):
     """The other entries' results and gradients are those of a row without it."""
-    x = jnp.array([[1.0, -jnp.inf, 3.0, -jnp.inf], [-20.0, -jnp.inf, 0.5, 0.0], [-jnp.inf] * 4])
-    cotangent = jnp.arange(12.0).reshape(3, 4)
+    x = jnp.array([[1.0, -jnp.inf, 3.0, 2.0], [-20.0, 0.5, 0.0, -jnp.inf], [-jnp.inf] * 4])
+    cotangent, counts = jnp.arange(12.0).reshape(3, 4), np.isfinite(x)
     options = {"scale": scale, "soft_cap": soft_cap}
-    results = value_and_gradient(op, implementation, options, x, cotangent)
-    for row in range(3):
-        counts = np.isfinite(x[row])
-        expected = exact(op, options, x[row, counts], cotangent[row, counts])
+    expected = exact(op, options, *(array[counts].reshape(2, 3) for array in (x, cotangent)))
+    for implementation in ("xla", "reference"):
+        results = map(np.asarray, value_and_gradient(op, implementation, options, x, cotangent))
         for found, right, nothing in zip(results, expected, (0 if op is softmax else -np.inf, 0), strict=True):
-            np.testing.assert_array_equal(found[row, ~counts], nothing)
-            np.testing.assert_allclose(found[row, counts], right, rtol=1e-4, atol=1e-5)
+            np.testing.assert_array_equal(found[~counts], nothing)
+            np.testing.assert_allclose(found[counts].reshape(2, 3), right, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])

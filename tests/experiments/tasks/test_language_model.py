@@ -16,7 +16,7 @@ from crescendo.models import ModelConfig
 from crescendo.models.loss import next_token_loss
 from crescendo.models.norm_probes import norm_probes, with_probes
 
-from .conftest import MESHES, assert_any_cut, assert_same_on, fresh, meshes, on_mesh, read, value_and_gradient
+from .conftest import MESHES, assert_any_cut, assert_same_on, fresh, meshes, on_mesh, read
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +112,9 @@ def test_the_reference_serves_on_any_mesh(task, mesh):
     layout = task.place(parallel.Layout(parallel.make_mesh(**MESHES[mesh], devices=jax.devices()[:4]), "fsdp"))
     placed = on_mesh(task, layout, rows)
     context = Context(layout=layout, implementation="reference")
-    found, _ = value_and_gradient(task, parameters, placed, context)
+    found = jax.jit(lambda p: task.loss(p, placed, context).sum)(parameters)
     expected = jax.jit(lambda p: task.loss(p, rows, Context()).sum)(parameters)
-    np.testing.assert_allclose(found.sum, expected, rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
     gradient = jax.grad(lambda p: task.loss(p, placed, context).sum)
     jax.eval_shape(lambda p: jax.jvp(gradient, (p,), (p,))[1], parameters)
 

@@ -114,6 +114,17 @@ QUICK = {
 }
 
 
+# Of a chain of many rules a few parameters show as much: stacked matrices, a table, and a vector.
+FEW_PARAMETERS = [
+    "train.groups = [@mlp/group(), @table/group(), @norm/group(), @rest/group()]",
+    "mlp/group.path = 'blocks/mlp/up/*'",
+    "table/group.path = 'embedding/*'",
+    "norm/group.path = 'final_norm/*'",
+    "rest/group.path = '*'",
+    "rest/group.frozen = True",
+]
+
+
 def cases(names, quick=lambda name, mesh: (name, mesh) in QUICK):
     return [
         pytest.param(name, mesh, marks=() if quick(name, mesh) else pytest.mark.slow)
@@ -137,7 +148,7 @@ def test_all_optimizers_in_one_chain(conforms, files):
     names = [name for name in optim.OPTIMIZERS if name not in alone]
     required = [binding for name in names for binding in required_bindings(name, optim.OPTIMIZERS[name], files)]
     chain = f"optim.chain.transforms = [{', '.join(f'@{name}()' for name in names)}]"
-    conforms("train", lambda: None, "train.optimizer = @optim.chain()", chain, *required)
+    conforms("train", lambda: None, "train.optimizer = @optim.chain()", chain, *required, *FEW_PARAMETERS)
 
 
 @pytest.mark.slow
@@ -182,7 +193,7 @@ def test_all_transforms_in_one_chain(conforms, guard):
     bindings = [f"optim.chain.transforms = [{transforms}, @average_weights()]", "average_weights.optimizer = @sgd()"]
     bindings += ["average_weights.examples = 64", "sgd.learning_rate = 1e-3", "train.optimizer = @optim.chain()"]
     bindings += ["optax.clip_by_global_norm.max_norm = 0.5", f"train.guard = @{guard}()"]
-    assert conforms(guard, optim.GUARDS[guard], *bindings)["skipped_steps"] == 0
+    assert conforms(guard, optim.GUARDS[guard], *bindings, *FEW_PARAMETERS)["skipped_steps"] == 0
 
 
 def test_all_schedules_in_one_step(conforms, files):
@@ -196,7 +207,7 @@ def test_all_schedules_in_one_step(conforms, files):
         # The rates multiply: peaks of 1 keep the update within what float32 can add to a parameter.
         bindings += [f"{qualified}.peak = 1.0"] if "peak" in inspect.signature(factory).parameters else []
     chain = ["train.optimizer = @optim.chain()", f"optim.chain.transforms = [{', '.join(transforms)}]"]
-    record = conforms("train", lambda: None, *chain, *bindings)
+    record = conforms("train", lambda: None, *chain, *bindings, *FEW_PARAMETERS)
     rates = [value for name, value in record.items() if name.startswith("learning_rate")]
     assert len(rates) == len(optim.SCHEDULES)
     assert all(rate > 0 for rate in rates)
