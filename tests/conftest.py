@@ -39,7 +39,10 @@ SMALL_MODEL = (
     "model.mlp_width = 32",
 )
 # What of a config is no part of the step.
-BESIDE_THE_STEP = ("train.checkpoint_", "train.evaluate_", "train.keep_", "train.label ", "train.stop_")
+BESIDE_THE_STEP = (
+    *("train.checkpoint_", "train.evaluat", "train.keep_", "train.label ", "train.stop_"),
+    *("train.probes = [@samples()]", "samples.", "text_files.validation_paths"),
+)
 WORDS = ("batch", "size", "noise", "scale", "warm", "up", "learning", "rate", "mesh", "kernel", "decay", "token")
 
 

@@ -20,10 +20,9 @@ def run(train_small, corpus, tmp_path_factory):
     train_small(
         folder,
         f"text_files.validation_paths = {sets}",
-        "TOTAL_EXAMPLES = 128",
         "train.evaluation_examples = 8",
-        "train.checkpoint_every_examples = 64",
-        "train.evaluate_every_examples = 64",
+        "train.checkpoint_every_examples = 256",
+        "train.evaluate_every_examples = 256",
     )
     return folder
 
@@ -41,7 +40,7 @@ def test_a_run_is_evaluated_as_it_was_while_it_trained_and_nothing_is_written(ru
 
     before = content()
     task, seen, evaluations = command.evaluate(run)
-    assert (task.unit, seen, list(evaluations)) == ("token", 128, ["validation", "news"])
+    assert (task.unit, seen, list(evaluations)) == ("token", 512, ["validation", "news"])
     validation = read_run(run).validation
     for name, prefix in (("validation", ""), ("news", "news/")):
         assert evaluations[name].rows == 8
@@ -49,8 +48,8 @@ def test_a_run_is_evaluated_as_it_was_while_it_trained_and_nothing_is_written(ru
         for metric in ("loss", "bits_per_byte"):
             recorded = validation[prefix + metric][-1]
             assert evaluations[name].means[metric] == pytest.approx(recorded, rel=1e-5)
-    _, seen, earlier = command.evaluate(run, at=64)
-    assert seen == 64
+    _, seen, earlier = command.evaluate(run, at=256)
+    assert seen == 256
     assert earlier["validation"].means["loss"] == pytest.approx(validation["loss"][0], rel=1e-5)
     assert content() == before
 
@@ -82,7 +81,7 @@ def test_the_reports_show_every_held_out_set(run, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--at", "5"], r"no checkpoint at 5 examples.*64, 128"),
+        (["--at", "5"], r"no checkpoint at 5 examples.*256, 512"),
         (["--examples", "0"], r"--examples 0 must be at least 1"),
         (["--data", "nowhere.txt"], r'--data: "nowhere.txt" does not exist'),
     ],

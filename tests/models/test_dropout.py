@@ -25,7 +25,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def parameters():
-    return jax.tree.map(lambda x: 3 * x, models.initialize(CONFIG, jax.random.key(0)))
+    return jax.tree.map(lambda x: 3 * x, jax.jit(models.initialize, static_argnums=0)(CONFIG, jax.random.key(0)))
 
 
 def keys(*seeds):

@@ -156,7 +156,8 @@ def test_six_calls_to_a_kernel_of_its_own_also_where_a_mesh_is_checked(name, imp
         assert 2 <= len(way) <= 6 + 2 * again, way
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+# The reference is JAX's own operations, whose way through a checked mesh is JAX's.
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "scores kept"])
 def test_a_checked_mesh_changes_neither_results_nor_gradients(name, implementation):
     """Gradients are taken inside: those of an array that devices share are sums over them, and say so."""

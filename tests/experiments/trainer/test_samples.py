@@ -15,10 +15,10 @@ from crescendo.experiments.trainer.probes.samples import samples
 from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
 
-SHORT = ("TOTAL_EXAMPLES = 64", "schedules.linear.warmup = 16", "train.evaluate_every_examples = 64")
+SELDOM = "train.evaluate_every_examples = 512"
 SAMPLES = (
     "train.probes = [@samples()]",
-    "samples.every_examples = 32",
+    "samples.every_examples = 256",
     "samples.prompts = ['batch', '', '']",
     "samples.tokens = 12",
 )
@@ -27,17 +27,17 @@ SAMPLES = (
 @pytest.fixture(scope="module")
 def sampled(train_small, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "sampled"
-    train_small(run, *SHORT, *SAMPLES)
+    train_small(run, SELDOM, *SAMPLES)
     return run
 
 
 @pytest.mark.slow
 def test_samples_are_recorded_and_change_nothing(sampled, train_small, records, tmp_path):
-    train_small(tmp_path / "plain", *SHORT)
+    train_small(tmp_path / "plain", SELDOM)
     written = [record for record in records(sampled) if record["kind"] == "sample"]
     assert [(each["examples_seen"], each["prompt"]) for each in written] == [
-        *((32, "batch"), (32, ""), (32, "")),
-        *((64, "batch"), (64, ""), (64, "")),
+        *((256, "batch"), (256, ""), (256, "")),
+        *((512, "batch"), (512, ""), (512, "")),
     ]
     assert len({each["text"] for each in written}) == 6
     assert [each for each in records(sampled) if each["kind"] != "sample"] == records(tmp_path / "plain")
@@ -47,7 +47,7 @@ def test_a_sample_is_what_generating_gives_by_the_clock(sampled, records):
     last = [record for record in records(sampled) if record["kind"] == "sample"][-3:]
     model = trained.load(sampled)
     for place, sample in enumerate(last):
-        tokens = generate(model, sample["prompt"], tokens=12, seed=64 + place)
+        tokens = generate(model, sample["prompt"], tokens=12, seed=512 + place)
         assert "".join(stream(model, sample["prompt"], tokens)) == sample["text"]
 
 
@@ -69,7 +69,7 @@ def test_the_report_shows_them_without_control_characters(sampled, tmp_path):
 )
 def test_what_cannot_be_sampled_is_refused_before_the_first_step(train_small, tmp_path, bindings, message):
     with pytest.raises(UserError, match=message):
-        train_small(tmp_path / "run", *SHORT, *SAMPLES, *bindings)
+        train_small(tmp_path / "run", SELDOM, *SAMPLES, *bindings)
     assert not [path for path in tmp_path.rglob("metrics.jsonl") if path.stat().st_size]
 
 
@@ -88,5 +88,5 @@ def test_a_task_that_writes_no_text_is_refused_when_the_run_is_assembled():
 
 @pytest.mark.slow
 def test_several_devices_write_too(train_small, records, tmp_path):
-    train_small(tmp_path / "run", *SHORT, *SAMPLES, "train.average_examples = 16", devices=2)
+    train_small(tmp_path / "run", SELDOM, *SAMPLES, "train.average_examples = 16", devices=2)
     assert sum(record["kind"] == "sample" for record in records(tmp_path / "run")) == 6
