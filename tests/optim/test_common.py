@@ -307,7 +307,14 @@ def problems():
     }
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+# Whose every step is that of the maths in float64 (`test_rules.py`).
+BY_THE_MATHS = {"adamw", "nadamw", "lamb", "lars", "lion", "sgd"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in BY_THE_MATHS else ()) for name in optim.OPTIMIZERS],
+)
 def test_converges(name):
     """Linear decay to 0 over 400 steps brings every test function below 5% of where it started."""
     functions = problems()

@@ -115,6 +115,8 @@ def test_label_smoothing_is_of_the_training_loss_alone(make):
     np.testing.assert_allclose(smooth.loss(parameters, rows, Context()).sum, expected, rtol=1e-5)
 
 
+# A vision transformer's norms are those of the decoder, quick in `test_language_model.py`.
+@pytest.mark.parametrize("make", ["resnet", pytest.param("vit", marks=pytest.mark.slow)], indirect=True)
 def test_probed_parameters_will_do(make):
     task = make()
     parameters, rows = fresh(task), read(task.train, range(4))

@@ -56,6 +56,8 @@ def test_draws_are_functions_of_seed_and_example(make):
     np.testing.assert_allclose(loss(rows, 1), whole.sum, rtol=1e-6)
 
 
+# BERT's scores are quick to see in `models/test_encoder.py`.
+@pytest.mark.parametrize("make", [pytest.param("masked_lm", marks=pytest.mark.slow), "masked_diffusion"], indirect=True)
 def test_held_out_rows_are_masked_alike_every_time_and_padding_weighs_nothing(make):
     task = make()
     parameters = fresh(task)
