@@ -44,6 +44,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -187,6 +188,20 @@ def check_floating(**arrays: Any) -> None:
             raise TypeError(f"{name} is a {type(array).__name__} and must be an array: pass jnp.asarray({name})")
         if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
             raise TypeError(f"{name} is {array.dtype} and must be floating")
+
+
+def check_number(name: str, value: Any, *, optional: bool = False) -> None:
+    """Raises TypeError for an argument that is no Python number, such as one that JAX traces; None may be `optional`.
+
+    >>> check_number("eps", None)
+    Traceback (most recent call last):
+    ...
+    TypeError: eps must be a Python number, not None: kernels are compiled for it
+    """
+    if (optional and value is None) or (isinstance(value, numbers.Real) and not isinstance(value, jax.core.Tracer)):
+        return
+    what = "a Python number or None" if optional else "a Python number"
+    raise TypeError(f"{name} must be {what}, not {value!r}: kernels are compiled for it")
 
 
 def once_differentiable(function: Callable[..., Any], called: str) -> Callable[..., Any]:

@@ -29,7 +29,7 @@ def layer_norm(x, scale, bias, *, eps, residual=None):
 
     Raises:
       ValueError: shapes that don't fit each other, a negative eps.
-      TypeError: dtypes that are not floating, or a residual of another dtype than x.
+      TypeError: dtypes that are not floating, a residual of another dtype than x, an eps that is no Python number.
 
     References:
       Ba, Kiros and Hinton, 2016, `Layer Normalization <https://arxiv.org/abs/1607.06450>`_

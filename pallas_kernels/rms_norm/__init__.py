@@ -2,7 +2,7 @@
 
 import math
 
-from crescendo.pallas_kernels.op import check_floating, op
+from crescendo.pallas_kernels.op import check_floating, check_number, op
 from crescendo.pallas_kernels.rms_norm import gradient
 from crescendo.pallas_kernels.sharded import alike
 
@@ -35,7 +35,7 @@ def rms_norm(x, scale, *, eps, residual=None, probe=None):
 
     Raises:
       ValueError: shapes that don't fit each other, a negative eps.
-      TypeError: dtypes that are not floating, or a residual of another dtype than x.
+      TypeError: dtypes that are not floating, a residual of another dtype than x, an eps that is no Python number.
 
     References:
       Zhang and Sennrich, 2019, `Root Mean Square Layer Normalization <https://arxiv.org/abs/1910.07467>`_;
@@ -77,7 +77,7 @@ def qk_norm_rotary(q, k, q_scale, k_scale, cosine, sine, *, eps):
 
     Raises:
       ValueError: shapes that don't fit each other, an odd E, a negative eps.
-      TypeError: dtypes that are not floating.
+      TypeError: dtypes that are not floating, an eps that is no Python number.
 
     References:
       Dehghani et al., 2023, `Scaling Vision Transformers to 22 Billion Parameters <https://arxiv.org/abs/2302.05442>`_
@@ -121,7 +121,8 @@ def check_residual(x, residual) -> None:
 
 
 def checked_eps(eps) -> float:
-    """A norm's epsilon; raises ValueError for one out of its range."""
+    """A norm's epsilon; raises TypeError for what is no number, ValueError for one out of its range."""
+    check_number("eps", eps)
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps = {eps} must be at least 0 and finite")
     return float(eps)

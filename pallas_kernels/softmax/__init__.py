@@ -6,7 +6,7 @@ import numbers
 
 import jax.numpy as jnp
 
-from crescendo.pallas_kernels.op import check_floating, op
+from crescendo.pallas_kernels.op import check_floating, check_number, op
 from crescendo.pallas_kernels.sharded import alike
 from crescendo.pallas_kernels.softmax import gradient
 
@@ -38,7 +38,8 @@ def softmax(x, axis=-1, *, scale=None, soft_cap=None, mask=None):
 
     Raises:
       ValueError: an axis that x doesn't have, a mask that doesn't broadcast, options out of range.
-      TypeError: an x that is not floating, a mask that is not bool, an axis that is no integer.
+      TypeError: an x that is not floating, a mask that is not bool, an axis that is no integer, options that are no
+        Python numbers.
 
     References:
       Milakov and Gimelshein, 2018, `Online normalizer calculation for softmax <https://arxiv.org/abs/1805.02867>`_;
@@ -69,6 +70,8 @@ def _checked(x, axis, scale, soft_cap, mask) -> dict:
         raise TypeError(f"axis = {axis!r} must be an integer")
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis = {axis} is none of the axes of x {list(x.shape)}")
+    check_number("scale", scale, optional=True)
+    check_number("soft_cap", soft_cap, optional=True)
     if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
         raise ValueError(f"soft_cap = {soft_cap} must be positive and finite, or None")
     if scale is not None and not math.isfinite(scale):

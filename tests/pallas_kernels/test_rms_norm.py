@@ -101,6 +101,8 @@ Q, A = jnp.ones((2, 3, 2, 4)), jnp.ones((1, 3, 2))
         (lambda: rms_norm(X, jnp.ones(3), eps=0), ValueError, r"scale \[3\] .* x \[2, 3, 4\]"),
         (lambda: rms_norm(X, jnp.ones((3, 4)), eps=0), ValueError, r"scale \[3, 4\]"),
         (lambda: rms_norm(X, S, eps=-1.0), ValueError, "eps = -1.0"),
+        (lambda: rms_norm(X, S, eps=None), TypeError, "eps must be a Python number, not None"),
+        (lambda: jax.jit(rms_norm)(X, S, eps=1e-5), TypeError, "eps must be a Python number, not JitTracer"),
         (lambda: rms_norm(X, S, eps=0, residual=X[0]), ValueError, r"residual float32\[3, 4\]"),
         (lambda: rms_norm(X, S, eps=0, residual=X.astype(jnp.bfloat16)), TypeError, "residual bfloat16"),
         (lambda: rms_norm(X, S, eps=0, probe=jnp.zeros(3)), ValueError, r"probe \[3\]"),
