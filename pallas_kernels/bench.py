@@ -36,6 +36,7 @@ EXAMPLES = """examples:
   python -m crescendo.pallas_kernels.bench attention --plot attention.png
   python -m crescendo.pallas_kernels.bench linear_cross_entropy --passes backward --tags speed
   python -m crescendo.pallas_kernels.bench rms_norm --only triton xla --json rms_norm.json
+  python -m crescendo.pallas_kernels.bench attention --specs gpt2 llama --only mosaic_gpu tokamax
   python -m crescendo.pallas_kernels.bench softmax --passes forward --calls 20"""
 
 
@@ -353,6 +354,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("op", choices=list(OPS), metavar="OP", help=", ".join(OPS))
     result.add_argument("--passes", nargs="+", choices=["forward", "backward"], default=["forward", "backward"])
     result.add_argument("--tags", nargs="+", default=["speed"], help="of the specs, all of them (default speed)")
+    result.add_argument("--specs", nargs="+", default=[], help="only those of these names")
     result.add_argument("--only", nargs="+", default=[], help="these implementations and peers (default all)")
     result.add_argument(
         "--calls", type=int, default=1, help="in one program or CUDA graph, where a call takes less than to ask for it"
@@ -368,9 +370,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.calls < 1:
         print(f"--calls must be at least 1, not {arguments.calls}", file=sys.stderr)
         raise SystemExit(2)
-    chosen, who = specs(arguments.op, arguments.tags), candidates(arguments.op, arguments.only)
+    chosen = [s for s in specs(arguments.op, arguments.tags) if not arguments.specs or s.name in arguments.specs]
+    who = candidates(arguments.op, arguments.only)
     if not chosen or not who:
-        what = f"no spec with the tags {arguments.tags}" if not chosen else f"nobody named {arguments.only}"
+        named = f" and a name in {arguments.specs}" if arguments.specs else ""
+        what = f"no spec with the tags {arguments.tags}{named}" if not chosen else f"nobody named {arguments.only}"
         print(f"{arguments.op} has {what}: see --help", file=sys.stderr)
         raise SystemExit(2)
     console = output_console()
