@@ -7,6 +7,7 @@ threads ahead of the tests.
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
@@ -65,10 +66,22 @@ def test_results_and_gradients(case, ahead, poisoned):
     conformance.compare(case, poisoned(compiled, call.arrays, cotangents), exact, call)
 
 
-@pytest.mark.parametrize(
+quick_kernels = pytest.mark.parametrize(
     "case", [case for case in cases("quick", platforms=["gpu"]) if case.implementation != "cudnn"], ids=str
 )
+
+
+@quick_kernels
 def test_under_vmap(case):
     if reason := refusal(case):
         pytest.skip(reason)
     conformance.check_vmap(case, None, SEED)
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two GPUs")
+@quick_kernels
+def test_on_two_devices(case):
+    """Each runs the kernel on its part, in one program that XLA splits."""
+    if reason := refusal(case):
+        pytest.skip(reason)
+    conformance.check_sharded(case, None, SEED)
