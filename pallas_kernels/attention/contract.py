@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType
 
 from crescendo.pallas_kernels import op
 from crescendo.pallas_kernels.sharded import laid_out_as, sharded
@@ -38,8 +39,9 @@ class Config:
 class Operands(NamedTuple):
     """The arrays of a call; those that are absent are None.
 
-    `q` is `[B, T, H, D]`, `k` and `v` `[B, S, K, D]`, `bias` broadcasts to `[B, H, T, S]`; the others are int32
-    `[B, T]` or `[B, S]`.
+    `q` is `[B, T, H, D]`, `k` and `v` `[B, S, K, D]`, `bias` broadcasts to `[B, H, T, S]`; segments and positions are
+    int32 `[B, T]` or `[B, S]`. `begin`, int32 `[1]`, is the position of the first query where there are no such arrays:
+    the next queries follow it, and the keys are counted from 0 on (`positions`).
     """
 
     q: Any
@@ -50,6 +52,7 @@ class Operands(NamedTuple):
     k_segments: Any = None
     q_positions: Any = None
     k_positions: Any = None
+    begin: Any = None
 
     @property
     def dims(self) -> tuple[int, int, int, int, int, int]:
@@ -59,12 +62,21 @@ class Operands(NamedTuple):
 
     @property
     def metadata(self) -> tuple:
-        return self[4:]
+        return self[4:8]
 
     @property
     def has_metadata(self) -> bool:
-        """Whether what a query sees depends on arrays."""
+        """Whether what a query sees depends on arrays of a number for each query or key."""
         return any(array is not None for array in self.metadata)
+
+    def with_positions(self) -> "Operands":
+        """The same with arrays in the place of `begin`."""
+        if self.begin is None:
+            return self
+        batch, length, keys, *_ = self.dims
+        of_queries, of_keys = positions(self)
+        of_queries, of_keys = jnp.broadcast_to(of_queries, (batch, length)), jnp.broadcast_to(of_keys, (batch, keys))
+        return self._replace(q_positions=of_queries, k_positions=of_keys, begin=None)
 
 
 def positions(operands: Operands) -> tuple[Any, Any]:
@@ -72,7 +84,8 @@ def positions(operands: Operands) -> tuple[Any, Any]:
     if operands.q_positions is not None:
         return operands.q_positions, operands.k_positions
     _, length, keys, *_ = operands.dims
-    return jnp.arange(length, dtype=jnp.int32)[None], jnp.arange(keys, dtype=jnp.int32)[None]
+    of_queries, of_keys = jnp.arange(length, dtype=jnp.int32)[None], jnp.arange(keys, dtype=jnp.int32)[None]
+    return of_queries if operands.begin is None else of_queries + operands.begin, of_keys
 
 
 def visible(config: Config, q_segments, k_segments, q_positions, k_positions):
@@ -124,13 +137,16 @@ class Ranges(NamedTuple):
     hi: Any
 
 
-def ranges_of_tile(config: Config, tile, side: str, lengths: tuple[int, int], block_q: int, block_k: int) -> Ranges:
+def ranges_of_tile(
+    config: Config, tile, side: str, lengths: tuple[int, int], block_q: int, block_k: int, begin=None
+) -> Ranges:
     """The blocks that a tile of queries (`side` "q") or of keys ("k") needs, where index is position.
 
     Args:
       tile: its number, or several numbers: int32, also in a kernel.
       side: whose tile it is; the blocks are of the other side.
       lengths: T and S; a tile past its side's end needs nothing.
+      begin: the position of the first query, of a tile of queries; None for 0.
     """
     (length, keys), seen = lengths, None if config.window is None else config.window - 1
     # How far a row of the tile sees, back and ahead.
@@ -150,6 +166,8 @@ def ranges_of_tile(config: Config, tile, side: str, lengths: tuple[int, int], bl
     first = tile * rows
     last = jnp.minimum(first + rows, size) - 1
     sees_any = first < size
+    if begin is not None:
+        first, last = first + begin, last + begin
     lo: Any = 0
     full_lo: Any = 0
     hi: Any = count
@@ -186,7 +204,7 @@ def block_ranges(config: Config, operands: Operands, block_q: int, block_k: int)
     and those of packed rows, padding at the end among them, are tight.
     """
     _, length, keys, *_ = operands.dims
-    if not operands.has_metadata:
+    if not operands.has_metadata and operands.begin is None:
         tiles = {"q": -(-length // block_q), "k": -(-keys // block_k)}
 
         def of(side: str) -> Ranges:
@@ -253,6 +271,7 @@ class Kernels(op.Kernels):
     Attributes:
       adds_out: whether `backward` adds dout.out itself, as kernels may that read `dout` anyway: then it takes `out`,
         and `delta` is the rest, None for 0. Otherwise `out` is None.
+      takes_begin: whether `forward` reads `Operands.begin`; others, and every `backward`, find positions in its place.
       split_by_xla: whether XLA knows how to split the functions over devices, and `vmap` how to map them. Others give
         the gradient of bias as `[B, H or K, t, s]`: K where bias has one head; t and s are 1 where it has the size 1.
     """
@@ -260,6 +279,7 @@ class Kernels(op.Kernels):
     forward: Callable
     backward: Callable
     adds_out: bool = False
+    takes_begin: bool = False
     split_by_xla: bool = False
 
     def forward_on_parts(self, config: Config, operands: Operands) -> Callable:
@@ -279,10 +299,11 @@ class Kernels(op.Kernels):
         return self._on_parts(function, operands, letters, (like_q, "b s k d", "b s k d", of_bias))
 
     def _on_parts(self, function: Callable, operands: Operands, others: tuple, outputs: tuple) -> Callable:
-        if self.split_by_xla:
+        # Under an explicit mesh XLA takes arrays only as they lie, and they may not lie alike.
+        if self.split_by_xla and AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
             return function
         heads = _heads(operands)
-        letters = Operands(f"b t {heads} d", "b s k d", "b s k d", None, "b t", "b s", "b t", "b s")
+        letters = Operands(f"b t {heads} d", "b s k d", "b s k d", None, "b t", "b s", "b t", "b s", "one")
         letters = Operands(*(None if a is None else name for a, name in zip(operands, letters, strict=True)))
         if operands.bias is not None:
             letters = letters._replace(bias=" ".join(_bias_letters(operands)))
@@ -308,6 +329,7 @@ def _bias_letters(operands: Operands) -> list[str]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attend(kernels: Kernels, config: Config, operands: Operands):
     """Runs a pair of kernels as one differentiable function."""
+    operands = operands if kernels.takes_begin else operands.with_positions()
     return _results(config, *kernels.forward_on_parts(config, operands)(operands))
 
 
@@ -317,8 +339,10 @@ def _results(config: Config, out, lse):
 
 def _attend_forward(kernels, config, operands):
     operands = jax.custom_derivatives.custom_vjp_primal_tree_values(operands)
+    spelled_out = operands.with_positions()
+    operands = operands if kernels.takes_begin else spelled_out
     out, lse = kernels.forward_on_parts(config, operands)(operands)
-    return _results(config, out, lse), (operands, out, lse)
+    return _results(config, out, lse), (spelled_out, out, lse)
 
 
 def dout_out(dout, out):

@@ -17,7 +17,7 @@ def attention(config: Config, operands: Operands):
         "takes no soft_cap": config.soft_cap is not None,
         "gives no gradient of the log-sum-exp": config.return_lse,
         "gives no zeros where a row sees nothing": operands.q_segments is not None and not config.sees_itself,
-        "takes no positions": operands.q_positions is not None,
+        "takes no positions": operands.q_positions is not None or operands.begin is not None,
         "takes a window with causal only": config.window is not None and not config.causal,
         f"is not asked for causal lengths that differ, {length} and {keys}": config.causal and length != keys,
         # Known only when the gradient is lowered, too late for another to be asked.

@@ -3,11 +3,10 @@
 import math
 import numbers
 
-import jax
 import jax.numpy as jnp
 
 from crescendo.pallas_kernels.attention.contract import Config, Operands, attend
-from crescendo.pallas_kernels.op import op
+from crescendo.pallas_kernels.op import check_number, op
 from crescendo.pallas_kernels.sharded import alike
 
 HERE = "crescendo.pallas_kernels.attention"
@@ -45,7 +44,9 @@ def attention(
       causal: a query sees keys whose position is not greater than its own.
       window: keeps keys at a distance less than this: `i - w < j`, and `j <= i` when causal, `j < i + w` otherwise.
       segment_ids: int `[B, T]` (where S = T), or a pair of `[B, T]` and `[B, S]`: queries see keys of their segment.
-      positions: likewise, int; `arange` from 0 on both sides where it is None. `causal` and `window` compare them.
+      positions: likewise, int; `arange` from 0 on both sides where it is None. Or one number, Python's or an int array
+        of the shape (): that of the first query, the next ones following it, and the keys from 0 on, as in a cache that
+        holds so many tokens before them. `causal` and `window` compare them.
       bias: added to the scores, floating-point; its shape broadcasts to `[B, H, T, S]`. -inf hides a key.
       scale: `D ** -0.5` where it is None.
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`, before the bias.
@@ -93,9 +94,8 @@ def attention(
         raise ValueError(f"q has {heads} heads, which is no multiple of k's {kv_heads}")
     if window is not None and (not isinstance(window, numbers.Integral) or window < 1):
         raise ValueError(f"window must be a whole number of at least 1, or None, not {window!r}")
-    for name, value in (("scale", scale), ("soft_cap", soft_cap)):
-        if value is not None and (isinstance(value, jax.core.Tracer) or not isinstance(value, numbers.Real)):
-            raise TypeError(f"{name} must be a Python number or None, not {value!r}: kernels are compiled for it")
+    check_number("scale", scale, optional=True)
+    check_number("soft_cap", soft_cap, optional=True)
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, not {scale!r}")
     if soft_cap is not None and not 0 < soft_cap < math.inf:
@@ -116,17 +116,15 @@ def attention(
         sees_itself=not isinstance(segment_ids, tuple) and positions is None and bias is None and length == keys,
         return_lse=bool(return_lse),
     )
-    if not config.causal and config.window is None:
+    begin = None
+    if not config.masks:
         positions = None  # nothing reads them
-    operands = Operands(
-        q,
-        k,
-        v,
-        bias,
-        *_pair("segment_ids", segment_ids, batch, length, keys),
-        *_pair("positions", positions, batch, length, keys),
-    )
-    return {"config": config, "operands": alike(operands)[0]}
+    elif isinstance(positions, numbers.Integral) or getattr(positions, "shape", None) == ():
+        _check_integers("positions", positions)
+        positions, begin = None, jnp.asarray(positions, jnp.int32)[None]
+    segments = _pair("segment_ids", segment_ids, batch, length, keys)
+    operands = Operands(q, k, v, bias, *segments, *_pair("positions", positions, batch, length, keys))
+    return {"config": config, "operands": alike(operands._replace(begin=begin))[0]}
 
 
 @op({name: at for name, at in IMPLEMENTATIONS.items() if name not in ("cudnn", "reference")}, function="attention")
@@ -154,6 +152,10 @@ def _pair(name: str, value, batch: int, length: int, keys: int):
             raise TypeError(f"{name} for {side} must be an array, not {type(array).__name__}")
         if tuple(array.shape) != (batch, size):
             raise ValueError(f"{name} for {side} must have the shape {(batch, size)}, not {tuple(array.shape)}")
-        if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise TypeError(f"{name} for {side} must be integers, not {array.dtype}")
+        _check_integers(f"{name} for {side}", array)
     return value
+
+
+def _check_integers(name: str, value) -> None:
+    if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        raise TypeError(f"{name} must be integers, not {jnp.result_type(value)}")

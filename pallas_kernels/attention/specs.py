@@ -56,7 +56,7 @@ def tail(batch: int, length: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
     return np.broadcast_to(sides[0], (batch, length)), np.broadcast_to(sides[1], (batch, keys))
 
 
-def _make(key, *, shape, dtype, segments, bias_shape, hidden, ids, ring, last, kwargs):
+def _make(key, *, shape, dtype, segments, bias_shape, hidden, ids, ring, last, begin, kwargs):
     batch, length, keys, heads, kv_heads, width = shape
     parts = jax.random.split(key, 5)
     q = jax.random.normal(parts[0], (batch, length, heads, width), dtype)
@@ -80,6 +80,8 @@ def _make(key, *, shape, dtype, segments, bias_shape, hidden, ids, ring, last, k
         kwargs["bias"] = bias
     if last:
         kwargs["positions"] = tuple(map(jnp.asarray, tail(batch, length, keys)))
+    if begin is not None:
+        kwargs["positions"] = jnp.int32(begin)
     if ring:
         kwargs["positions"] = jnp.asarray(zig_zag(batch, length)), jnp.asarray(zig_zag(batch, keys))
     return (q, k, v), kwargs
@@ -97,6 +99,7 @@ def spec(
     hidden: float = 0.0,
     ring: bool = False,
     last: bool = False,
+    begin: int | None = None,
     by_bytes: bool = False,
     **kwargs,
 ) -> Spec:
@@ -108,6 +111,7 @@ def spec(
       bias_shape, hidden: of a random bias, and which part of it is -inf.
       ring: positions as a device of a ring holds them.
       last: the queries are the last tokens of a cache.
+      begin: how many tokens of a cache the queries follow, where it is told as one number.
       by_bytes: its rate is one of bytes, not of operations.
       kwargs: what `attention` takes besides.
     """
@@ -126,9 +130,10 @@ def spec(
         ids=ids,
         ring=ring,
         last=last,
+        begin=begin,
         kwargs=kwargs,
     )
-    causal, window, first = kwargs.get("causal", False), kwargs.get("window"), keys - length if last else 0
+    causal, window, first = kwargs.get("causal", False), kwargs.get("window"), keys - length if last else begin or 0
     pairs = visible_pairs(length, keys, causal=causal, window=window, segments=segments, first=first)
     size, flops = jnp.dtype(dtype).itemsize, 0.0 if by_bytes else 4.0 * batch * heads * width * pairs
     return Spec(
@@ -156,7 +161,7 @@ SPEED: dict[str, tuple[tuple, dict]] = {
 # Few queries over many keys: what decoding asks for.
 DECODE: dict[str, tuple[tuple, dict]] = {
     "decode": ((1, 1, 65536, 32, 8, 128), {}),
-    "decode-16": ((4, 16, 32768, 32, 8, 128), {"causal": True, "last": True}),
+    "decode-16": ((4, 16, 32768, 32, 8, 128), {"causal": True, "begin": 32752}),
     "decode-64": ((8, 1, 16384, 16, 16, 64), {}),
 }
 REAL: dict[str, tuple[tuple, dict]] = {
@@ -201,6 +206,8 @@ SPECS = (
     spec("one-query", (2, 1, 300, 4, 1, 128), "awkward"),
     spec("few-queries", (2, 3, 304, 4, 2, 64), "small", "awkward", causal=True, last=True),
     spec("few-queries-window", (1, 5, 200, 6, 2, 128), "awkward", causal=True, last=True, window=70),
+    spec("few-queries-begun", (2, 3, 304, 4, 2, 64), "small", "awkward", causal=True, begin=170),
+    spec("few-queries-begun-window", (1, 9, 392, 16, 1, 64), "awkward", causal=True, begin=250, window=90),
     spec("few-queries-apart", (2, 6, 328, 2, 1, 64), "awkward", ids=4),
     spec("few-queries-capped", (1, 2, 1100, 6, 1, 128), "awkward", soft_cap=5.0),
     spec("many-heads", (1, 9, 392, 16, 1, 64), "awkward", causal=True),

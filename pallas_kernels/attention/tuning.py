@@ -1,7 +1,6 @@
 """What `python -m crescendo.pallas_kernels.tune attention` chooses: the tiles of the kernels for GPUs."""
 
 import functools
-from typing import Any
 
 import jax
 
@@ -85,17 +84,16 @@ def _backward(which: int, from_scores: bool | None, spec: Spec) -> Problem:
         return gradients
 
     def fits(tile) -> bool:
-        blocked = _blocked(operands, tile)
-        call: Any
+        given = config, tile, *_blocked(operands, tile)
+        call: tiling.Call
         if isinstance(tile, scores.ScoresTile):
             assert parts is not None
-            matrices, (q, k, *_) = tile.blocks * width // 2, blocked[0]
-            call = scores.Call(config, tile, q.shape, k.shape[2], k.dtype, parts.store, False)
+            matrices = tile.blocks * width // 2
+            call = scores.FromScores(*given, parts.store)
         else:
             # Up to a width of 128 the one for k and v holds both gradients.
             gradients = width if which == 0 and width <= 128 else width // 2
             matrices = gradients + tile.block + (tile.block // 4 if tile.behind else 0)
-            given = config, tile, *blocked
             call = KeyGradients(*given, parts=parts) if which == 0 else QueryGradients(*given)
         return memory.fits(call.scratch, matrices, tile.consumers) and _another(config, tile)
 

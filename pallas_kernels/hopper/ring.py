@@ -121,7 +121,9 @@ class Slots:
         plgpu.barrier_arrive(self.free_barrier.at[slot])
 
     def drain(self, steps) -> None:
-        """Waits until the slots of the last steps are free, of so many in each lane."""
+        """Waits until the slots of the last steps are free, of so many in each lane, where the ring knows that."""
+        if self.free_barrier is None:
+            return
 
         @pl.loop(jnp.maximum(steps - self.ring.stages, 0), steps)
         def _(step):

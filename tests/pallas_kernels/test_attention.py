@@ -227,6 +227,22 @@ def test_bad_input_is_named():
         attention(q, k, k, soft_cap="high")
     with pytest.raises(TypeError, match="positions for q must be integers"):
         attention(q, k, k, causal=True, positions=jnp.ones((2, 8)))
+    with pytest.raises(TypeError, match="positions must be integers, not float32"):
+        attention(q, k, k, causal=True, positions=jnp.float32(3))
+
+
+def test_positions_told_by_a_number(quick_compilation):
+    """Python's or traced, they are those of queries that follow so many of the keys."""
+    keys, begin = jax.random.split(jax.random.key(0), 3), int(np.random.default_rng().integers(1, 37))
+    q, k, v = (jax.random.normal(key, (2, n, 2, 8)) for key, n in zip(keys, (4, 40, 40), strict=True))
+    sides = jnp.broadcast_to(begin + jnp.arange(4), (2, 4)), jnp.broadcast_to(jnp.arange(40), (2, 40))
+    call = functools.partial(attention, q, k, v, causal=True)
+    for implementation in ("xla", "reference"):
+        expected = call(positions=sides, implementation=implementation)
+        np.testing.assert_array_equal(call(positions=begin, implementation=implementation), expected)
+        traced = jax.jit(functools.partial(call, implementation=implementation))(positions=jnp.int32(begin))
+        np.testing.assert_allclose(traced, expected, atol=1e-6)  # another order of sums, of numbers near 1
+    assert jnp.abs(expected - call(positions=0)).max() > 0.01
 
 
 @pytest.mark.slow

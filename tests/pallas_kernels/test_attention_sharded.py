@@ -100,6 +100,24 @@ def test_sharded_by_batch_and_heads_nothing_is_gathered(kind, bias, who, quick_c
         assert tuple(results[name].sharding.spec)[:3] == ("data", None, "model")
 
 
+def test_arrays_that_lie_in_ways_of_their_own_under_an_explicit_mesh(quick_compilation):
+    """They are laid out as q, and the gradients as what they are of."""
+    given, cotangents, exact = packed()
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    where = {"q": HEADS, "k": P(None, "data"), "v": P(), "segment_ids[0]": P("model"), "segment_ids[1]": P("data")}
+    where = {name: where.get(name, P("data")) for name in (*given.arrays.floating, *given.arrays.others)}
+
+    def placed(arrays):
+        return {name: jax.device_put(array, NamedSharding(mesh, where[name])) for name, array in arrays.items()}
+
+    with jax.set_mesh(mesh):
+        arrays = conformance.Arrays(*map(placed, given.arrays))
+        results = jax.jit(everything(given))(arrays, jax.device_put(cotangents, NamedSharding(mesh, HEADS)))
+    check(results, exact)
+    for name in given.arrays.floating:
+        assert results[f"gradient of {name}"].sharding.is_equivalent_to(NamedSharding(mesh, where[name]), 4)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_heads_alone_and_heads_that_all_share_a_key_head(kv_heads, monkeypatch, quick_compilation):
     pair = Kernels(xla.forward, backward, adds_out=True)

@@ -49,9 +49,19 @@ def attend(q, k, v, bias, **options):
     return attention(q, k, v, causal=True, bias=bias, return_lse=True, **options)
 
 
+def packed(q, k, v, **options):
+    return attention(q, k, v, causal=True, segment_ids=(q[..., 0, 0] > 0).astype(jnp.int32), **options)
+
+
+def begun(q, k, v, **options):
+    return attention(q, k, v, causal=True, positions=(q[0, 0, 0, 0] > 0).astype(jnp.int32), **options)
+
+
 # A function of an op, its arrays' shapes, None for an argument that isn't there, and where a mesh has them.
 CALLS = {
     "attention": (attend, ((4, 96, 4, 64), *[(4, 96, 2, 64)] * 2, None), (ROWS,) * 4, attention),
+    "packed": (packed, ((4, 96, 4, 64), *[(4, 96, 2, 64)] * 2), (ROWS,) * 3, attention),
+    "begun": (begun, ((4, 6, 4, 64), *[(4, 96, 2, 64)] * 2), (ROWS,) * 3, attention),
     "scores kept": (attend, ((2, 256, 2, 128),) * 3 + (None,), (ROWS,) * 4, attention),
     "bias": (attend, ((4, 96, 4, 64), *[(4, 96, 2, 64)] * 2, (1, 4, 96, 96)), (*(ROWS,) * 3, SHARED), attention),
     "rms_norm": (norm, ((4, 6, 256), None, (256,), None), (ROWS, ROWS, SHARED, ROWS), rms_norm),
@@ -74,6 +84,8 @@ CALLS = {
 }
 
 
+# Calls of their own for XLA too; what reads numbers of segments or positions differs in kernels alone.
+COMPARED = [name for name in CALLS if name not in ("scores kept", "packed", "begun")]
 # What has no kernel: a bias for Hopper, and rotation for a TPU.
 REFUSED = {("bias", "mosaic_gpu"), ("bias", "split_keys"), ("rotary", "mosaic_tpu")}
 NEEDS_TRITON = pytest.mark.skipif(not importlib.util.find_spec("jax_triton"), reason="needs Triton")
@@ -158,7 +170,7 @@ def test_six_calls_to_a_kernel_of_its_own_also_where_a_mesh_is_checked(name, imp
 
 # The reference is JAX's own operations, whose way through a checked mesh is JAX's.
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("reference", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "scores kept"])
+@pytest.mark.parametrize("name", COMPARED)
 def test_a_checked_mesh_changes_neither_results_nor_gradients(name, implementation):
     """Gradients are taken inside: those of an array that devices share are sums over them, and say so."""
     call, shapes, places, _ = CALLS[name]
@@ -175,7 +187,7 @@ def test_a_checked_mesh_changes_neither_results_nor_gradients(name, implementati
     assert_right(found, call, arrays)
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "scores kept"])
+@pytest.mark.parametrize("name", COMPARED)
 def test_an_explicit_mesh_changes_neither_results_nor_gradients(name):
     """Gradients are laid out as the arrays they are of, which JAX asks for."""
     call, shapes, places, _ = CALLS[name]

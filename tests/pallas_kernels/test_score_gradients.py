@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractDevice
 
 from crescendo.pallas_kernels.attention.contract import Config, Operands
-from crescendo.pallas_kernels.attention.hopper import scores as kept
 from crescendo.pallas_kernels.attention.hopper import tiling
-from crescendo.pallas_kernels.attention.hopper.scores import Bounds, ScoresTile, Store, parts_for
+from crescendo.pallas_kernels.attention.hopper.scores import Bounds, FromScores, ScoresTile, Store, compute, parts_for
 from crescendo.pallas_kernels.attention.hopper.tiles import BackwardTile
 from crescendo.pallas_kernels.conformance import HOMES
 from crescendo.pallas_kernels.interpreter import interpreted
@@ -126,8 +125,10 @@ def test_the_gradient_of_q_interpreted(causal, tile):
 
     @jax.jit
     def run(k, scores):
-        dq = jax.new_ref(jnp.zeros((1, -(-length // rows) * rows, heads, width), jnp.bfloat16))
-        kept.gradient_of_q(config, k, scores, jnp.array([2]), dq, store, tile, paired)
+        q = jnp.zeros((1, -(-length // rows) * rows, heads, width), jnp.bfloat16)
+        dq = jax.new_ref(q)
+        kernel = FromScores(config, tile, Operands(q, k, k), (length, keys), paired, store)
+        kernel.run(compute, kernel.reads(scores, jnp.array([2])), (), (dq,))
         return jax.freeze(dq)
 
     with interpreted(HOMES["mosaic_gpu"].stand_in):

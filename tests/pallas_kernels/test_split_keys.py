@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice
 
 from crescendo.pallas_kernels import conformance
 from crescendo.pallas_kernels.attention import attention
-from crescendo.pallas_kernels.attention.contract import Config, Operands
+from crescendo.pallas_kernels.attention.contract import Config, Operands, positions, visible
 from crescendo.pallas_kernels.attention.hopper import split_keys
 from crescendo.pallas_kernels.attention.hopper.tiling import Arrays
 from crescendo.pallas_kernels.attention.merging import merge
@@ -67,20 +67,22 @@ def test_processors_have_nearly_the_same_work(units, blocks):
     keys=st.integers(1, 1500),
     groups=st.sampled_from([1, 3, 4]),
     causal=st.booleans(),
-    begun=st.booleans(),
+    begun=st.sampled_from(["", "by arrays", "by a number"]),
 )
 def test_every_block_that_is_seen_is_taken_once(batch, length, keys, groups, causal, begun):
     """Of every tile the parts are runs one after the other, and they leave at places of their own."""
     q, k = jnp.zeros((batch, length, 2 * groups, 8), jnp.bfloat16), jnp.zeros((batch, keys, 2, 8), jnp.bfloat16)
     config = Config(1.0, causal=causal)
     operands = Operands(q, k, k)
-    if causal and begun and length <= keys:
+    if causal and begun == "by a number":
+        operands = operands._replace(begin=jnp.array([keys // 3]))
+    elif causal and begun and length <= keys:
         q_positions, k_positions = (jnp.asarray(side) for side in tail(batch, length, keys))
         operands = operands._replace(q_positions=q_positions // 2, k_positions=k_positions)
     with target(H100):
         call = split_keys.call_of(config, operands, split_keys.default_tile(operands))
         ranges = call.ranges(operands)
-        arrays = Arrays(*operands[:3], ranges=ranges)
+        arrays = Arrays(*operands[:3], ranges=ranges, begin=operands.begin)
         taken = collections.defaultdict(list)
         places = [
             call.place(arrays, jnp.int32(block), jnp.int32(n))
@@ -94,6 +96,14 @@ def test_every_block_that_is_seen_is_taken_once(batch, length, keys, groups, cau
             inside = max(full_lo, int(whole.full_lo)), min(full_hi, int(whole.full_hi))
             assert inside == (full_lo, full_hi) or full_lo == full_hi
             taken[int(at.row), int(at.head), int(at.tile)].append((int(at.part), lo, hi))
+    # The blocks that a tile needs are those that hold a key which one of its queries sees.
+    seen = visible(config, None, None, *positions(operands))
+    for row, _, tile in taken if seen is not None else ():
+        queries = slice(tile * call.queries, (tile + 1) * call.queries)
+        blocks = np.flatnonzero(np.asarray(seen[row % len(seen), queries].any(0))) // call.tile.block
+        needed = call.needed(arrays, row, tile)
+        assert set(blocks) <= set(range(int(needed.lo), int(needed.hi)))
+        assert not len(blocks) or begun == "by arrays" or (blocks[0], blocks[-1] + 1) == (needed.lo, needed.hi)
     assert len(taken) == batch * 2 * call.tiles
     assert len({(int(call.leaves_at(at)), int(at.head), int(at.tile)) for at in places}) == len(places)
     for (row, _, tile), parts in taken.items():

@@ -52,6 +52,7 @@ def backward(
     # exp(score - inf) = 0: rows that see nothing, and rows of padding, take no part.
     lse = jnp.where(lse > -jnp.inf, lse * LOG2_E, jnp.inf)
     call = KeyGradients(config, keys_tile, blocked, (length, keys), paired, parts=parts)
+    of_q = scores.FromScores(config, queries_tile, blocked, (length, keys), queries_paired, parts.store)
     rows = {"dout": like_q(dout), "lse": of_queries(lse, jnp.inf), "delta": of_queries(delta, 0)}
     stored = (jax.ShapeDtypeStruct(parts.store.shape, call.dtype),)
 
@@ -61,8 +62,7 @@ def backward(
         def one_part(index, _):
             first = jnp.full((1,), index * parts.units, jnp.int32)
             (dscores,) = call.run(compute, call.arrays(operands, first=first, **rows), stored, (dk, dv))
-            first = first * (heads // kv_heads)
-            scores.gradient_of_q(config, blocked.k, dscores, first, dq, parts.store, queries_tile, queries_paired)
+            of_q.run(scores.compute, of_q.reads(dscores, first * (heads // kv_heads)), (), (dq,))
 
         lax.fori_loop(0, parts.count, one_part, None)
 

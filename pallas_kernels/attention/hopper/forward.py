@@ -86,7 +86,8 @@ class Forward(OverKeys):
         own = tiled((self.tile.consumers, ROWS, self.width), self.dtype)
         # For the barrier of turns, and for what aligning takes, ids most of all.
         spare = 4096 if self.operands.has_metadata else 256
-        return own if size_bytes([own, *(ring.scratch() for ring in self.rings)]) <= SHARED_BYTES - spare else None
+        rings = [ring and ring.scratch() for ring in self.rings]
+        return own if size_bytes([own, *rings]) <= SHARED_BYTES - spare else None
 
     def leaves_at(self, at: Place):
         """The row of the results that a tile writes."""

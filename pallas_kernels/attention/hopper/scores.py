@@ -9,20 +9,19 @@ a time as fill the device, within `Bounds`.
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from crescendo.pallas_kernels.attention.contract import Config, Operands
-from crescendo.pallas_kernels.attention.hopper import tiling
+from crescendo.pallas_kernels.attention.contract import Config, Operands, Ranges
+from crescendo.pallas_kernels.attention.hopper.tiling import Arrays, Call, Place, Refs, in_pairs
 from crescendo.pallas_kernels.attention.tiles import tuned
-from crescendo.pallas_kernels.hopper.block import launch, warpgroups
 from crescendo.pallas_kernels.hopper.memory import ROWS, tiled
 from crescendo.pallas_kernels.hopper.products import product
-from crescendo.pallas_kernels.hopper.ring import Part, Ring, Slots
+from crescendo.pallas_kernels.hopper.ring import Part, Ring
 from crescendo.pallas_kernels.op import target_device
 
 SIDE = 2 * ROWS  # of a tile of scores: the keys of a block of threads, and as many queries
@@ -112,7 +111,7 @@ def parts_for(config: Config, operands: Operands, keys_tile) -> Parts | None:
 
     if store(1).size_bytes > bounds.most_bytes:
         return None
-    blocks = -(-tiles_k // 2) if tiling.in_pairs(config, keys_tile, keys, keys_tile.rows) else tiles_k
+    blocks = -(-tiles_k // 2) if in_pairs(config, keys_tile, keys, keys_tile.rows) else tiles_k
 
     def waves(count: int) -> int:
         return units // count * -(-count * blocks // target_device().cores)
@@ -149,66 +148,40 @@ class ScoresTile:
 def default_tile(config: Config, operands: Operands, parts: Parts) -> ScoresTile:
     """Smaller tiles where a part has too few for all cores."""
     length, usual = operands.dims[1], ScoresTile()
-    paired = tiling.in_pairs(config, usual, length, usual.rows)
+    paired = in_pairs(config, usual, length, usual.rows)
     if parts.store.heads * -(-length // (usual.rows * (2 if paired else 1))) >= target_device().cores:
         return usual
     return ScoresTile(blocks=1, stages=5, persistent=False)
 
 
-class Scratch(NamedTuple):
-    """What a block of threads allocates; as an argument of the kernel, references to it.
-
-    Attributes:
-      keys: blocks of 64 of them.
-      dscores: of each consumer's queries and a block of keys; they are free when the keys are.
-      out: dq on its way out.
-    """
-
-    keys: Any
-    dscores: Any
-    out: Any
-
-
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """What is fixed of a call when it is traced.
+class FromScores(Call):
+    """The kernel for the gradient of q: a tile of queries, and the blocks of 64 keys that it sees.
+
+    `refs.first` has the keys, and `refs.second` the gradients of the scores, of each consumer's queries, which are free
+    when the keys are; the extra memory is for dq on its way out.
 
     Attributes:
-      config: the constants.
-      tile: how it is cut up.
-      shape: of dq, `[B, T, H, D]`.
-      kv_heads: of k.
-      dtype: of k.
       store: where the gradients of the scores lie.
-      paired: whether tiles are taken in pairs.
     """
 
-    config: Config
-    tile: ScoresTile
-    shape: tuple[int, ...]
-    kv_heads: int
-    dtype: Any
     store: Store
-    paired: bool
+
+    side = "q"
 
     @property
-    def schedule(self) -> tiling.Schedule:
-        at_once = target_device().cores if self.tile.persistent else None
-        return tiling.Schedule(self.shape[1] // self.tile.rows, self.store.heads, self.paired, at_once)
+    def units(self) -> int:
+        return self.store.heads
 
-    @functools.cached_property
-    def rings(self) -> tuple[Ring, Ring]:
-        """Of keys, and of gradients of scores."""
+    @property
+    def rings(self) -> tuple[None, Ring, Ring]:
         tile, square = self.tile, Part((ROWS, ROWS), self.dtype, tiled=True)
-        keys = Ring({"k": Part((ROWS, self.shape[-1]), self.dtype, tiled=True)}, tile.stages, tile.consumers)
+        keys = Ring({"k": Part((ROWS, self.width), self.dtype, tiled=True)}, tile.stages, tile.consumers)
         squares = {f"ds{i}": square for i in range(tile.blocks)}
-        return keys, Ring(squares, tile.stages, consumers=0, lanes=tile.consumers)
+        return None, keys, Ring(squares, tile.stages, consumers=0, lanes=tile.consumers)
 
-    @functools.cached_property
-    def scratch(self) -> Scratch:
-        out = tiled((self.tile.consumers, self.tile.blocks, ROWS, self.shape[-1]), self.dtype)
-        keys, dscores = self.rings
-        return Scratch(keys.scratch(), dscores.scratch(), out)
+    def extra(self) -> Any:
+        return tiled((self.tile.consumers, self.tile.blocks, ROWS, self.width), self.dtype)
 
     def first_block(self, tile_q, consumer):
         """The first block of a consumer's queries; those of padding take the last that are there."""
@@ -216,83 +189,41 @@ class Call:
         return jnp.minimum((tile_q * self.tile.consumers + consumer) * blocks, 2 * self.store.tiles_q - blocks)
 
     def steps(self, tile_q, consumer):
-        """How many blocks of 64 keys they see, in full tiles of 128."""
+        """How many blocks of 64 keys a consumer's queries see, in full tiles of 128."""
         seen: Any = self.store.tiles_k
         if self.config.causal:
             seen = jnp.minimum(lax.div(self.first_block(tile_q, consumer), 2) + 1, seen)
         return 2 * seen
 
+    def needed(self, arrays, row, tile) -> Ranges:
+        """Of the last consumer's queries, which see the most keys."""
+        steps = self.steps(tile, self.tile.consumers - 1)
+        return Ranges(0, 0, steps, steps)
 
-class _Refs(NamedTuple):
-    """Arrays in device memory, and shared memory."""
+    def load(self, refs, n, at, step):
+        kv_head = lax.div(at.head, self.groups)
 
-    k: Any
-    store: Any
-    dq: Any
-    keys: Slots
-    dscores: Slots
-    out: Any
+        def one_block(j, step):
+            refs.first.fill(step, k=refs.arrays.k.at[at.row, pl.ds(j * ROWS, ROWS), kv_head])
+            for consumer in range(self.tile.consumers):
+                row, column = self.store.place(at.unit, lax.div(j, 2), self.first_block(at.tile, consumer))
+                stored = refs.arrays.dscores
+                squares = {f"ds{i}": stored.at[row, column + i, lax.rem(j, 2)] for i in range(self.tile.blocks)}
+                fill = functools.partial(refs.second.fill, step, consumer, **squares)
+                pl.when(j < self.steps(at.tile, consumer))(fill)
+            return step + 1
 
+        return lax.fori_loop(0, at.blocks.hi, one_block, step)
 
-class _Place(NamedTuple):
-    """A tile: its head of the part, its row of the batch, its query head there, and its number."""
-
-    head: Any
-    row: Any
-    query_head: Any
-    tile: Any
-
-
-def gradient_of_q(config: Config, k, scores, first, dq, store: Store, tile: ScoresTile, paired: bool):
-    """Writes `scale dS K` of a part's heads to `dq`, a reference to `[B, T, H, D]`, from what `scores` keeps.
-
-    `first` is int32 `[1]`, the first query head of the part, counted over the batch.
-    """
-    call = Call(config, tile, dq.shape, k.shape[2], k.dtype, store, paired)
-    body = functools.partial(_kernel, call)
-    launch(body, consumers=tile.consumers, blocks=call.schedule.blocks, scratch=call.scratch)(first, k, scores, dq)
+    def reads(self, dscores, first) -> Arrays:
+        """What the kernel takes: what `store` describes, and the part's first query head, counted over the batch."""
+        return Arrays(None, self.operands.k, None, dscores=dscores, first=first)
 
 
-def _kernel(call: Call, first, k, scores, dq, *scratch):
-    allocated, heads, (keys, dscores) = Scratch(*scratch), call.shape[2], call.rings
-    refs = _Refs(k, scores, dq, keys.of(allocated.keys), dscores.of(allocated.dscores), allocated.out)
-    block = lax.axis_index("block")
-
-    def place(n) -> _Place:
-        head, tile_q = call.schedule.late_first(block, n)
-        of_batch = first[0] + head
-        return _Place(head, lax.div(of_batch, heads), lax.rem(of_batch, heads), tile_q)
-
-    warpgroups(
-        call.tile.consumers,
-        call.schedule.count(block),
-        load=lambda n, step: _load(call, refs, place(n), step),
-        drain=refs.keys.drain,
-        compute=lambda consumer, n, step: _compute(call, refs, consumer, place(n), step),
-        end=lambda consumer: plgpu.wait_smem_to_gmem(0),
-    )
-
-
-def _load(call: Call, refs: _Refs, at: _Place, step):
-    """Fills the rings for a tile; the last consumer's queries see the most keys."""
-    kv_head = lax.div(at.query_head, call.shape[2] // call.kv_heads)
-
-    def one_block(j, step):
-        refs.keys.fill(step, k=refs.k.at[at.row, pl.ds(j * ROWS, ROWS), kv_head])
-        for consumer in range(call.tile.consumers):
-            row, column = call.store.place(at.head, lax.div(j, 2), call.first_block(at.tile, consumer))
-            squares = {f"ds{i}": refs.store.at[row, column + i, lax.rem(j, 2)] for i in range(call.tile.blocks)}
-            fill = functools.partial(refs.dscores.fill, step, consumer, **squares)
-            pl.when(j < call.steps(at.tile, consumer))(fill)
-        return step + 1
-
-    return lax.fori_loop(0, call.steps(at.tile, call.tile.consumers - 1), one_block, step)
-
-
-def _compute(call: Call, refs: _Refs, consumer, at: _Place, step):
-    """A consumer's queries of a tile."""
-    tile, keys, dscores = call.tile, refs.keys, refs.dscores
-    own, every = call.steps(at.tile, consumer), call.steps(at.tile, tile.consumers - 1)
+def compute(call: FromScores, refs: Refs, consumer, at: Place, step):
+    """A consumer's queries of a tile: `scale dS K`, written to dq, a reference to `[B, T, H, D]`."""
+    tile, keys, dscores = call.tile, refs.first, refs.second
+    own, every = call.steps(at.tile, consumer), at.blocks.hi
 
     def products(*gradients):
         @pl.loop(0, own)
@@ -316,11 +247,12 @@ def _compute(call: Call, refs: _Refs, consumer, at: _Place, step):
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left the buffer
         for i, gradient in enumerate(gradients):
-            refs.out.at[consumer, i][...] = (gradient[...] * call.config.scale).astype(call.dtype)
+            refs.extra.at[consumer, i][...] = (gradient[...] * call.config.scale).astype(call.dtype)
 
-    pl.run_scoped(products, *[plgpu.ACC((ROWS, call.shape[-1]), jnp.float32)] * tile.blocks)
+    pl.run_scoped(products, *[plgpu.ACC((ROWS, call.width), jnp.float32)] * tile.blocks)
     plgpu.commit_smem()
+    (dq,) = refs.results
     for i in range(tile.blocks):
-        rows = pl.ds(at.tile * tile.rows + (consumer * tile.blocks + i) * ROWS, ROWS)
-        plgpu.copy_smem_to_gmem(refs.out.at[consumer, i], refs.dq.at[at.row, rows, at.query_head])
+        rows = pl.ds(at.start + (consumer * tile.blocks + i) * ROWS, ROWS)
+        plgpu.copy_smem_to_gmem(refs.extra.at[consumer, i], dq.at[at.row, rows, at.head])
     return step + every

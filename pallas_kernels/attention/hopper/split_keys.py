@@ -14,7 +14,7 @@ from jax import lax
 
 from crescendo.pallas_kernels import tiles
 from crescendo.pallas_kernels.attention import hopper
-from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, Ranges
+from crescendo.pallas_kernels.attention.contract import Config, Kernels, Operands, Ranges, positions
 from crescendo.pallas_kernels.attention.hopper import backward, tiling
 from crescendo.pallas_kernels.attention.hopper.forward import Forward, ForwardTile, compute
 from crescendo.pallas_kernels.attention.hopper.tiling import Place, Schedule
@@ -39,7 +39,7 @@ def attention(config: Config, operands: Operands) -> Kernels:
         leave_to_others(
             f"is for at most {MOST_QUERIES} queries and at least {LEAST_KEYS} keys, not {length} and {keys}"
         )
-    return Kernels(forward, backward.backward, adds_out=True)
+    return Kernels(forward, backward.backward, adds_out=True, takes_begin=True)
 
 
 def parts_for(units: int, blocks: int, cores: int) -> int:
@@ -125,9 +125,9 @@ def call_of(config: Config, operands: Operands, tile: ForwardTile) -> SplitKeys:
         array = jnp.broadcast_to(array[:, :, None, None], (batch, length, groups, 1))
         return folded(array, tile.rows, queries, 1)[:, :, 0, 0]
 
-    q_positions = operands.q_positions
-    if q_positions is None and config.masks:  # a row's number is no position
-        q_positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    q_positions = None
+    if config.masks:  # a row's number is no position
+        q_positions = jnp.broadcast_to(positions(operands)[0], (batch, length))
     blocked = operands._replace(
         q=folded(operands.q, tile.rows, queries, kv_heads),
         q_segments=None if operands.q_segments is None else fold_ids(operands.q_segments),

@@ -21,7 +21,7 @@ from crescendo.pallas_kernels.hopper.block import launch, warpgroups
 from crescendo.pallas_kernels.hopper.memory import ROWS
 from crescendo.pallas_kernels.hopper.ring import Part, Ring, Slots, Turns
 from crescendo.pallas_kernels.op import target_device
-from crescendo.pallas_kernels.sharded import results_of
+from crescendo.pallas_kernels.sharded import results_of, varying
 
 COPIED = 8  # rows: what the copy engine brings begins, and the array ends, at a multiple
 
@@ -118,7 +118,9 @@ class Arrays(NamedTuple):
       k, v: `[B, S, K, D]`.
       lse, delta: float32 `[B, H, T]`: the log-sum-exp, and dout.out less the gradient of the log-sum-exp.
       ranges: int32 `[B or 1, tiles, 4]`, the blocks that a tile needs (`Call.ranges`).
+      dscores: gradients of the scores (`scores.Store`).
       first: int32 `[1]`, the first unit of a part, counted over the batch.
+      begin: int32 `[1]`, the position of the first query.
       q_ids, k_ids: segments and positions.
     """
 
@@ -130,7 +132,9 @@ class Arrays(NamedTuple):
     lse: Any = None
     delta: Any = None
     ranges: Any = None
+    dscores: Any = None
     first: Any = None
+    begin: Any = None
     q_ids: Ids = Ids()
     k_ids: Ids = Ids()
 
@@ -163,7 +167,7 @@ class Refs(NamedTuple):
     Attributes:
       arrays: in device memory.
       results: references to what it writes there.
-      own: slots of the tile, a lane for each consumer.
+      own: slots of the tile, a lane for each consumer; None where it has none.
       first, second: slots of the other side's blocks: keys and values, or queries and the gradients of their results.
       extra: other shared memory.
       turn: of `Turns`.
@@ -171,7 +175,7 @@ class Refs(NamedTuple):
 
     arrays: Arrays
     results: tuple
-    own: Slots
+    own: Any
     first: Slots
     second: Slots
     extra: Any
@@ -257,7 +261,8 @@ class Call:
     def arrays(self, operands: Operands, **others) -> Arrays:
         """What the kernel reads: operands without padding, and others that have it."""
         q_ids, k_ids = ids_of(self.operands)
-        return Arrays(*self.operands[:3], ranges=self.ranges(operands), q_ids=q_ids, k_ids=k_ids, **others)
+        ranges, begin = self.ranges(operands), operands.begin
+        return Arrays(*self.operands[:3], ranges=ranges, begin=begin, q_ids=q_ids, k_ids=k_ids, **others)
 
     def place(self, arrays: Arrays, block, n) -> Place:
         """Of the n-th tile of a block of threads; of queries the last ones first: under causality they see the most."""
@@ -271,13 +276,14 @@ class Call:
     def needed(self, arrays: Arrays, row, tile) -> Ranges:
         """The blocks that a tile needs."""
         if arrays.ranges is None:
-            return ranges_of_tile(self.config, tile, self.side, self.lengths, *self._blocks)
+            begin = None if arrays.begin is None else _plain(arrays.begin[0])
+            return ranges_of_tile(self.config, tile, self.side, self.lengths, *self._blocks, begin)
         of_row = row if arrays.ranges.shape[0] > 1 else 0
-        return Ranges(*(arrays.ranges[of_row, tile, i] for i in range(4)))
+        return Ranges(*(_plain(arrays.ranges[of_row, tile, i]) for i in range(4)))
 
     @property
-    def rings(self) -> tuple[Ring, Ring, Ring]:
-        """`Refs.own`, `Refs.first` and `Refs.second`."""
+    def rings(self) -> tuple[Ring | None, Ring, Ring]:
+        """Of `Refs.own`, `Refs.first` and `Refs.second`."""
         tile = self.tile
         rows, block = (Part((length, self.width), self.dtype, tiled=True) for length in (ROWS, tile.block))
         own, first, second = self._parts(rows, block)
@@ -302,7 +308,7 @@ class Call:
     @functools.cached_property
     def scratch(self) -> tuple:
         """What a block of threads allocates: the rings, the extra, and a barrier for turns."""
-        return *(ring.scratch() for ring in self.rings), self.extra(), self.turns and self.turns.scratch()
+        return *(ring and ring.scratch() for ring in self.rings), self.extra(), self.turns and self.turns.scratch()
 
     def run(self, compute: Callable, arrays: Arrays, out_type: tuple, written: Sequence = ()):
         """Launches the kernel.
@@ -315,17 +321,18 @@ class Call:
         """
 
         def body(arrays, written, *rest):
-            outs, (own, first, second, extra, turn) = rest[: len(out_type)], rest[len(out_type) :]
-            own_ring, first_ring, second_ring = self.rings
-            slots = own_ring.of(own), first_ring.of(first), second_ring.of(second)
-            refs = Refs(arrays, (*written, *outs), *slots, extra, turn)
+            outs, (*allocated, extra, turn) = rest[: len(out_type)], rest[len(out_type) :]
+            slots: list[Any] = [ring and ring.of(memory) for ring, memory in zip(self.rings, allocated, strict=True)]
+            own, first, second = slots
+            refs = Refs(arrays, (*written, *outs), own, first, second, extra, turn)
             block = lax.axis_index("block")
             rounds = self.schedule.count(block)
 
             def drain(steps):
                 refs.first.drain(steps)
                 refs.second.drain(steps)
-                refs.own.drain(rounds)
+                if refs.own is not None:
+                    refs.own.drain(rounds)
 
             def begin(consumer):
                 if self.turns:
@@ -354,6 +361,11 @@ class Call:
             out_type=out_type,
         )
         return results_of(arrays, kernel(arrays, tuple(written)))
+
+
+def _plain(number):
+    """A number that a kernel reads, of the type that its arithmetic has: what varies over a mesh is outside of it."""
+    return number + jnp.int32(0) if varying(number) else number
 
 
 class OverKeys(Call):
