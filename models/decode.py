@@ -31,7 +31,7 @@ def decode(config: ModelConfig, parameters: dict, tokens_BT, begin, cache: Cache
     """Logits after each of some tokens, which go behind the `begin` ones that the cache has seen.
 
     What the cache holds past `begin` is overwritten or not looked at, so a prompt may be padded at its end and
-    decoding may go on from its true length.
+    decoding may go on from its true length. It must be finite: kernels of attention multiply by 0 what they don't see.
 
     Args:
       config: `dtype` and `scan_layers` decided.
@@ -53,28 +53,27 @@ def decode(config: ModelConfig, parameters: dict, tokens_BT, begin, cache: Cache
     model = apply(config, parameters)
     batch, length = tokens_BT.shape
     positions_BT = jnp.broadcast_to(begin + jnp.arange(length, dtype=jnp.int32), (batch, length))
-    seen_BS = jnp.broadcast_to(jnp.arange(cache["keys"].shape[2], dtype=jnp.int32), cache["keys"].shape[1:3])
     cosine, sine = rotary(positions_BT, config.head_size, config.rope_theta)
     structure, stacked = nnx.split(model.blocks)
 
-    def block(stream, of_layer):
-        weights, layer_cache = of_layer
+    def block(carry, of_layer):
+        # The cache is carried, so that the new tokens are written into it where it is.
+        (stream, cache), (weights, number) = carry, of_layer
 
         def attend(q_BTHE, k_BTKE, v_BTKE):
+            of_layer = []
             for name, new in (("keys", k_BTKE), ("values", v_BTKE)):
-                # What is past the tokens becomes 0, since kernels of attention multiply by 0 what they don't see.
-                kept = jnp.where((seen_BS < begin)[..., None, None], layer_cache[name], 0)
-                layer_cache[name] = jax.lax.dynamic_update_slice_in_dim(kept, new, begin, axis=1)
+                cache[name] = jax.lax.dynamic_update_slice(cache[name], new[None], (number, 0, begin, 0, 0))
+                of_layer.append(jax.lax.dynamic_index_in_dim(cache[name], number, keepdims=False))
             # Causal by position: what lies in the cache past a token is after it.
-            return attention(
-                q_BTHE, layer_cache["keys"], layer_cache["values"], causal=True, positions=(positions_BT, seen_BS)
-            )
+            return attention(q_BTHE, *of_layer, causal=True, positions=begin)
 
         layer: Any = nnx.merge(structure, weights)
-        return layer(*stream, attend, cosine, sine, ONE_DEVICE), layer_cache
+        return (layer(*stream, attend, cosine, sine, ONE_DEVICE), cache), None
 
     x_BTD = ONE_DEVICE.look_up(model.embedding.table[...], tokens_BT, config.dtype)
-    stream, cache = jax.lax.scan(block, (x_BTD, jnp.zeros_like(x_BTD)), (stacked, cache))
+    layers = stacked, jnp.arange(config.layers, dtype=jnp.int32)
+    (stream, cache), _ = jax.lax.scan(block, ((x_BTD, jnp.zeros_like(x_BTD)), dict(cache)), layers)
     hidden_BTD, _ = model.final_norm(*stream)
     table_VD = model.output_table().astype(hidden_BTD.dtype)
     logits = jnp.einsum("btd,vd->btv", hidden_BTD, table_VD, preferred_element_type=jnp.float32)

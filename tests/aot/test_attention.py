@@ -16,12 +16,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from crescendo import parallel
+from crescendo.models import ModelConfig, initialize
 from crescendo.models.attention import packed_attention
+from crescendo.models.decode import decode, empty_cache
 from crescendo.pallas_kernels import conformance
 from crescendo.pallas_kernels.attention import attention
 from crescendo.pallas_kernels.attention.blocks import FusedBlockAttention
 from crescendo.pallas_kernels.conformance import cases
 from crescendo.pallas_kernels.op import target
+from crescendo.parallel.collectives import computations
 
 pytestmark = [pytest.mark.aot, pytest.mark.timeout(900)]
 HERE = Path(__file__).parent
@@ -110,6 +113,48 @@ def test_split_keys_compile_and_do_not_spill(name, tmp_path, monkeypatch):
     with target(h100s(1)[0]):
         jax.jit(forward).trace(arrays).lower(lowering_platforms=("cuda",)).compile()
     assert spilled_bytes(tmp_path) == [0]
+
+
+LAUNCHED = re.compile(r"= .* (fusion|custom-call|copy|reduce|broadcast|iota|slice|pad|concatenate|transpose)\(")
+
+
+def one_h100(tree):
+    """The shapes on it."""
+    where = NamedSharding(Mesh(np.array(h100s(1)), ("x",)), P())
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
+
+
+@pytest.mark.parametrize(("number", "most"), [(True, 6), (False, 10)], ids=["a number", "arrays"])
+def test_launches_of_a_query_that_follows_a_cache(number, most):
+    """Where positions are arrays, the blocks of keys that are seen are found by kernels before attention's own."""
+    q, k = (jax.ShapeDtypeStruct((1, n, heads, 128), jnp.bfloat16) for n, heads in ((1, 32), (4096, 8)))
+    sides = tuple(jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (1, 4096))
+    positions = jax.ShapeDtypeStruct((), jnp.int32) if number else sides
+
+    def call(q, k, v, positions):
+        return attention(q, k, v, causal=True, positions=positions, implementation="split_keys")
+
+    with target(h100s(1)[0]):
+        lowered = jax.jit(call).trace(*one_h100((q, k, k, positions))).lower(lowering_platforms=("cuda",))
+    (entry,) = (lines for name, lines in computations(lowered.compile().as_text()).items() if name == "ENTRY")
+    assert 2 <= sum(bool(LAUNCHED.search(line)) for line in entry) <= most
+
+
+def test_a_token_is_written_into_the_cache_where_it_is():
+    """Nothing but that writes an array of the whole cache."""
+    model = ModelConfig.preset("124m", layers=2, vocab_size=512, dtype="bfloat16").for_platform("gpu")
+    parameters = jax.eval_shape(lambda: initialize(model, jax.random.key(0)))
+    cache = jax.eval_shape(lambda: empty_cache(model, 1, 4096))
+    given = parameters, jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32), cache
+    with target(h100s(1)[0]):
+        traced = jax.jit(functools.partial(decode, model), donate_argnums=3).trace(*one_h100(given))
+        text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+    whole = f"bf16[{','.join(map(str, cache['keys'].shape))}]"
+    fused = set(re.findall(r"fusion\(.*calls=%?([\w.\-]+)", text))
+    lines = [line for name, lines in computations(text).items() if name not in fused for line in lines]
+    written = [line for line in lines if LAUNCHED.search(line) and whole in line.split("fusion(")[0].split("copy(")[0]]
+    assert len(written) == 2, written  # of keys and of values, in the loop over layers
+    assert all("dynamic_update_slice" in line.split("fusion(")[0] for line in written)
 
 
 @pytest.mark.parametrize(("name", "kernels"), [("packed", 3), ("bias-of-keys", 4)])
