@@ -271,29 +271,26 @@ class Layout:
         """The sums of `loss(hidden, table, labels, weights, vocab_axis=...)` over all rows."""
         if self.mesh.size == 1:
             return loss(hidden_BTD, table_VD, labels_BT, weights_BT)
-        manual = jax.sharding.get_abstract_mesh().manual_axes
-        rows = ("batch", "length")
+        rows, unsplit = ("batch", "length"), self._unsplit()
         local = self._by_device(
             functools.partial(
                 vocab.cross_entropy,
                 loss,
                 ways=self.sizes["tensor"],
-                rows=tuple(axis for axis in (*BATCH_AXES, "sequence") if axis not in manual),
+                rows=tuple(axis for axis in (*BATCH_AXES, "sequence") if axis not in unsplit),
             ),
             ((*rows, None), ("vocab", None), rows, rows),
             ((), ()),
-            # A loss that splits the vocabulary asks to be checked.
-            checked=self.sizes["tensor"] > 1,
         )
         return local(hidden_BTD, table_VD, labels_BT, weights_BT)
 
-    def _by_device(self, function: Callable, inputs: tuple, outputs: tuple, *, checked: bool = False) -> Callable:
+    def _by_device(self, function: Callable, inputs: tuple, outputs: tuple) -> Callable:
         """`function` on every device's own parts, from the logical axes of its arguments and of its results."""
-        context = jax.sharding.get_abstract_mesh()
+        context, unsplit = jax.sharding.get_abstract_mesh(), self._unsplit()
         manual = frozenset(context.manual_axes)
 
         def spec(names):
-            return PartitionSpec(*spec_entries(ACTIVATIONS, names, manual))
+            return PartitionSpec(*spec_entries(ACTIVATIONS, names, unsplit))
 
         one = all(isinstance(name, str | None) for name in outputs)
         return jax.shard_map(
@@ -302,8 +299,12 @@ class Layout:
             in_specs=tuple(map(spec, inputs)),
             out_specs=spec(outputs) if one and outputs else tuple(map(spec, outputs)),
             axis_names=set(self.mesh.axis_names) - manual,
-            check_vma=checked,
         )
+
+    def _unsplit(self) -> frozenset[str]:
+        """The axes over which arrays don't vary on their parts: those of one device, and those spoken for already."""
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        return frozenset(manual) | {axis for axis, size in self.sizes.items() if size == 1}
 
     def order(self, sequence_length: int) -> np.ndarray | None:
         """The order in which a row's tokens must be put on the devices (`sequence.zigzag`), or None: as they are.

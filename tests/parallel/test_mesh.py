@@ -163,6 +163,15 @@ def test_tokens_outside_of_the_table_have_zeros_on_every_layout(sizes):
         np.testing.assert_allclose(result, array, rtol=1e-5, atol=1e-5)
 
 
+def test_a_result_that_devices_do_not_share_is_not_taken_for_one_that_they_do():
+    layout = Layout(MeshSpec(data=2).abstract(2))
+    split, shared = ("batch", None), (None, None)
+    double = lambda outputs: lambda x: layout.on_parts(lambda x: 2 * x, (x,), (split,), outputs)  # noqa: E731
+    assert jax.eval_shape(double(split), jnp.ones((4, 2))).shape == (4, 2)
+    with pytest.raises(ValueError, match=r"out_specs is P\(None, None\)"):
+        jax.eval_shape(double(shared), jnp.ones((4, 2)))
+
+
 def test_an_expert_axis_is_refused_for_a_model_without_experts():
     layout = Layout(make_mesh(data=2, fsdp=4))
     assert layout.without_experts() is layout
