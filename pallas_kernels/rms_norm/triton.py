@@ -105,9 +105,11 @@ def _walk(shape, passes: str, *, centered: bool = False) -> dict:
     groups, rows, width = shape
     block = triton.next_power_of_2(width)
     together = max(1, min(THREADS[passes] * ENTRIES[passes] // block, triton.next_power_of_2(rows)))
-    warps = min(32, max(4, together * block // (32 * ENTRIES[passes])))
     sizes = {"ROWS": rows, "WIDTH": width, "BLOCK": block, "TOGETHER": together}
     threads = (CENTERED_THREADS if centered else NORM_THREADS) if passes == "backward" else None
+    # No more warps, a power of two, than have registers.
+    most = 32 if threads is None else 1 << (threads // 32).bit_length() - 1
+    warps = min(most, max(4, together * block // (32 * ENTRIES[passes])))
     return _launch(groups, -(-rows // together), warps, threads) | sizes
 
 
