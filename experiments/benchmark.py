@@ -1,11 +1,14 @@
 """Time training steps and optimizers on the devices at hand: `python -m crescendo.experiments.benchmark`."""
 
 import argparse
+import functools
 from collections.abc import Sequence
 
 import jax
+from rich.console import Console
 from rich.table import Table
 
+from crescendo.experiments.benchmarks import beside, peers
 from crescendo.experiments.benchmarks.optimizers import PEERS, optimizer_table
 from crescendo.experiments.benchmarks.profile import kernel_flops, profile_of, profile_table, write
 from crescendo.experiments.benchmarks.scaling import KINDS, scaling_table
@@ -23,6 +26,7 @@ EXAMPLES = """examples:
   python -m crescendo.experiments.benchmark train debug
   python -m crescendo.experiments.benchmark train 124m --sequence-length 1024 --batch-size 32 --profile profile
   python -m crescendo.experiments.benchmark train 1b --sequence-length 2048 --batch-size 4 --remat dots
+  python -m crescendo.experiments.benchmark train 124m --peer torch --peer jax --json beside.json
   python -m crescendo.experiments.benchmark noise-scale 30m --batch-size 32
   python -m crescendo.experiments.benchmark scaling 124m data fsdp tensor --batch-size 32 --profile
   python -m crescendo.experiments.benchmark optim adamw lion lamb --preset 1b"""
@@ -43,6 +47,15 @@ def parser() -> argparse.ArgumentParser:
         "--profile", metavar="FOLDER", help="the step by kernel: a table, PRESET.json, PRESET.png and the trace there"
     )
     train.add_argument("--scan-layers", action="store_true", help="layers in a loop (default: the preset's choice)")
+    train.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"beside ours, each in a process of its own on one device: {', '.join(peers.names())}; may be repeated",
+    )
+    train.add_argument("--rounds", type=int, help="with --peer: how often each is measured, in turns (default 1)")
+    train.add_argument("--json", type=local_path, metavar="FILE", help="with --peer: write the measurements there")
     noise = commands.add_parser("noise-scale", help="what the noise scale and a policy cost a step")
     noise.add_argument("preset", choices=list(PRESETS), metavar="PRESET", help=", ".join(PRESETS))
     noise.add_argument("--sequence-length", type=int, default=512, help="tokens in a row (default 512)")
@@ -60,6 +73,34 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def _beside_peers(arguments: argparse.Namespace, console: Console) -> None:
+    """Prints a table a preset, and writes all measurements."""
+    for name, default in {"documents_in_row": 1, "remat": "none", "scan_layers": False, "profile": None}.items():
+        if getattr(arguments, name) != default:
+            raise UserError(
+                f"--{name.replace('_', '-')} is of our step alone, and a peer's has a document a row, unrolled layers "
+                "and keeps all for its backward pass: leave it out, or --peer"
+            )
+    for name in arguments.peer:
+        peers.peer(name)  # is there, before anything is timed
+    if arguments.json is not None:
+        check_writable(arguments.json.parent)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
+    compared = []
+    for preset in arguments.presets:
+        work = beside.Work(
+            preset=preset,
+            sequence_length=arguments.sequence_length,
+            batch_size=arguments.batch_size,
+            steps=arguments.steps,
+        )
+        measured = beside.compare(work, arguments.peer, arguments.rounds or 1, say)
+        console.print(beside.peer_table(work, measured))
+        compared.append((work, measured))
+    if arguments.json is not None:
+        beside.write(arguments.json, compared)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     arguments = parser().parse_args(argv)
@@ -67,8 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.command == "optim":
         console.print(optimizer_table(arguments.names, arguments.preset))
         return
-    for name in ("sequence_length", "batch_size", "documents_in_row", "steps"):
-        if getattr(arguments, name, 1) < 1:
+    for name in ("sequence_length", "batch_size", "documents_in_row", "steps", "rounds"):
+        if getattr(arguments, name, None) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
     rows = {"sequence_length": arguments.sequence_length, "batch_size": arguments.batch_size}
     if arguments.command == "noise-scale":
@@ -83,6 +124,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         kinds, model = arguments.kinds or list(KINDS), ModelConfig.preset(arguments.preset)
         console.print(scaling_table(model, kinds, **rows, steps=arguments.steps, profile=arguments.profile))
         return
+    if arguments.peer:
+        _beside_peers(arguments, console)
+        return
+    for name in ("rounds", "json"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} is of a comparison: add --peer NAME, or leave it out")
     changes = {"remat": arguments.remat, "scan_layers": arguments.scan_layers or None}
     with user_values():
         models = {preset: ModelConfig.preset(preset, **changes) for preset in arguments.presets}

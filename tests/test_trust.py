@@ -28,6 +28,7 @@ CALLS = {
 LISTED = {
     ("docs/conf.py", "import_module"): "of modules that are files of this package",
     ("experiments/__main__.py", "import_module"): "of commands, whose names are files of this package",
+    ("experiments/benchmarks/peers/__init__.py", "import_module"): "of peers, whose names are files of this package",
     ("experiments/configs/explain.py", "literal_eval"): "reads numbers and texts, and runs nothing",
     ("experiments/configs/factories.py", "import_module"): "of modules that are files of this package",
     ("experiments/configs/own_modules.py", "import_module"): "of what --module names, or --allow-imports lets in",
