@@ -1,6 +1,7 @@
 """Evaluate a trained run on held-out sets or other files: `python -m crescendo.experiments.evaluate RUN`."""
 
 import argparse
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,8 +25,8 @@ from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.files import local_path
 from crescendo.experiments.tasks.base import Task
-from crescendo.experiments.trainer.evaluate import make_evaluation
-from crescendo.experiments.trainer.session import max_microbatch_examples
+from crescendo.experiments.trainer.evaluate import evaluation_program, make_evaluation
+from crescendo.experiments.trainer.microbatches import max_microbatch_examples
 from crescendo.experiments.trainer.training import train
 from crescendo.pallas_kernels.console import plain_console
 
@@ -75,15 +76,14 @@ def evaluate(
     )
     count = given_examples if examples is None else examples
     evaluations = {}
+    microbatch = max_microbatch_examples(task, layout, jax.default_backend())
+
+    @functools.cache
+    def program(groups: int) -> jax.stages.Compiled:
+        return evaluation_program(task, layout, state, groups, microbatch).compile()
+
     for name, rows in task.held_out.items():
-        call = make_evaluation(
-            task,
-            name,
-            layout,
-            state,
-            evaluation_examples=count,
-            microbatch_examples=max_microbatch_examples(task, layout, jax.default_backend()),
-        )
+        call = make_evaluation(task, name, layout, program, evaluation_examples=count, microbatch_examples=microbatch)
         evaluations[name] = Evaluation(min(count, len(rows)), len(rows), call(state))
     return task, examples_seen, evaluations
 

@@ -264,7 +264,8 @@ def adaptive_batch_size(
     2
     """
     base = policy.sizes[0] if base_batch_size is None else base_batch_size
-    learning_rate_factor(coupling, base, base)  # raises for an unknown coupling
+    # Raises for an unknown coupling; traced, as a GPU's first use takes seconds.
+    jax.eval_shape(lambda: learning_rate_factor(coupling, base, base))
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: optax.Params) -> AdaptiveBatchSizeState:

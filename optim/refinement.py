@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.ndimage
 from annotated_types import Ge, MultipleOf
 
 from crescendo.optim import measured
@@ -295,5 +294,7 @@ def _interpolated(
 
 def _median_filter(x: np.ndarray, width: int) -> np.ndarray:
     """A running median: the right end is reflected, so that a trend goes on to the end, and the left end repeated."""
+    import scipy.ndimage  # takes a third of a second to import
+
     padded = np.pad(x, (0, 2 * width), mode="reflect")
     return scipy.ndimage.median_filter(padded, size=width, mode="nearest")[: x.size]

@@ -280,10 +280,17 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int) -> SubwordTokenizer:
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """A choice of tokenizer: `identity` names it, `make` gives the tokenizer from the training documents."""
+    """A choice of tokenizer.
+
+    Attributes:
+      identity: names it.
+      make: gives the tokenizer from the training documents.
+      vocab_size: the tokenizer's; of one that is trained the most that it may reach.
+    """
 
     identity: str
     make: Callable[[Iterable[bytes]], Tokenizer]
+    vocab_size: int
 
 
 def parse_tokenizer(spec: str) -> TokenizerSpec:
@@ -296,7 +303,7 @@ def parse_tokenizer(spec: str) -> TokenizerSpec:
     266
     """
     if spec == "bytes":
-        return TokenizerSpec(spec, lambda documents: ByteTokenizer())
+        return TokenizerSpec(spec, lambda documents: ByteTokenizer(), ByteTokenizer.vocab_size)
     kind, _, size = spec.partition(":")
     if kind == "bpe":
         if not size.isdecimal() or int(size) < SMALLEST_BPE:
@@ -304,11 +311,11 @@ def parse_tokenizer(spec: str) -> TokenizerSpec:
                 f'text_data.tokenizer = "{spec}": the vocabulary size must be a whole number of at least '
                 f'{SMALLEST_BPE} (256 bytes and the end of text), as in "bpe:16384"'
             )
-        return TokenizerSpec(spec, lambda documents: train_bpe(documents, int(size)))
+        return TokenizerSpec(spec, lambda documents: train_bpe(documents, int(size)), int(size))
     if not Path(spec).is_file():
         raise UserError(
             f'text_data.tokenizer = "{spec}" is neither "bytes", nor "bpe:VOCAB_SIZE", nor a tokenizer.json file'
         )
     tokenizer = SubwordTokenizer.load(spec)
     digest = hashlib.blake2b(read_file(Path(spec)), digest_size=16).hexdigest()
-    return TokenizerSpec(f"json:{FILE_FORMAT}:{digest}", lambda documents: tokenizer)
+    return TokenizerSpec(f"json:{FILE_FORMAT}:{digest}", lambda documents: tokenizer, tokenizer.vocab_size)

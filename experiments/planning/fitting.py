@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from crescendo.experiments.trainer.session import MEMORY_SHARE
+from crescendo.experiments.trainer.microbatches import MEMORY_SHARE
 
 # The part of a session's memory of which the compiler may keep less.
 ACTIVATIONS = "activations of a microbatch, at most"

@@ -16,7 +16,8 @@ from crescendo.experiments.runtime import hardware
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.text import compact, duration
 from crescendo.experiments.trainer.announcing import passes
-from crescendo.experiments.trainer.session import MEMORY_SHARE, Session, check_enough_rows
+from crescendo.experiments.trainer.microbatches import MEMORY_SHARE
+from crescendo.experiments.trainer.session import Session, check_enough_rows
 from crescendo.parallel.tables import memory_table
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import typeguard
@@ -75,3 +75,26 @@ def is_a(value: Any, annotation: Any) -> bool:
     except typeguard.TypeCheckError:
         return False
     return True
+
+
+def with_options_of(options: Callable, *, without: Sequence[str]) -> Callable[[Callable], Callable]:
+    """Gives a function with `**options` the keyword parameters of another one, so that a default stands once.
+
+    Their documentation stays there: the function's attribute `options_of` says where.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        own = inspect.signature(function)
+        theirs = [
+            p
+            for p in inspect.signature(options).parameters.values()
+            if p.kind is p.KEYWORD_ONLY and p.name not in without
+        ]
+        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        # Those without a default first, as Python wants them.
+        merged = sorted([*named, *theirs], key=lambda p: p.default is not p.empty)
+        function.__signature__ = own.replace(parameters=merged)  # type: ignore[attr-defined]
+        function.options_of = options  # type: ignore[attr-defined]
+        return function
+
+    return decorate

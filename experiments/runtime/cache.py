@@ -43,6 +43,8 @@ def _count_compilations() -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that the second start of a run compiles nothing; JAX's own setting wins."""
+    """Keeps compiled programs on disk, so that the second start of a run compiles nothing; JAX's own settings win."""
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(folder() / "xla"))

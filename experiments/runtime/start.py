@@ -1,8 +1,13 @@
 """While a command imports what it needs, which takes seconds, Ctrl-C is as it is outside of Python."""
 
+import gc
 import os
 import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def ctrl_c_ends_commands() -> None:
@@ -14,6 +19,41 @@ def ctrl_c_ends_commands() -> None:
     """
     if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+_collection = threading.Lock()
+_without_collection: list[None] = []
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Leaves garbage lie: to look for it takes seconds of a start, in which much is made and little is garbage.
+
+    In several threads at once until the last one is through.
+    """
+    with _collection:
+        if not _without_collection:
+            gc.disable()
+        _without_collection.append(None)
+    try:
+        yield
+    finally:
+        with _collection:
+            _without_collection.pop()
+            if not _without_collection:
+                gc.enable()
+
+
+def command_seconds() -> float:
+    """How long ago the command was given that this process runs; 0 where it runs none, or the system doesn't say."""
+    if not _is_command():
+        return 0.0
+    try:
+        with open("/proc/self/stat") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return 0.0
 
 
 def _is_command() -> bool:

@@ -14,6 +14,7 @@ from crescendo.experiments.runs.state import TrainState
 from crescendo.experiments.tasks.base import Context, Source, Task, padded_rows
 from crescendo.experiments.trainer.feed import put_rows
 from crescendo.experiments.trainer.frozen import Trainable
+from crescendo.experiments.trainer.shapes import abstract_rows
 from crescendo.parallel.accumulate import over_weight
 
 
@@ -24,39 +25,23 @@ def evaluation_parameters(state: TrainState, trainable: Trainable | None = None)
     return averaged if trainable is None else trainable.put(averaged, state.parameters)
 
 
-def make_evaluation(
+def evaluation_program(
     task: Task,
-    held_out: str,
     layout: parallel.Layout,
     state: TrainState,
-    *,
-    evaluation_examples: int,
+    groups: int,
     microbatch_examples: int,
     trainable: Trainable | None = None,
-) -> Callable[[TrainState], dict[str, float]]:
-    """`state -> means by name` over a sample of `evaluation_examples` rows: always the same ones.
-
-    Of a text the means have `bits_per_byte` too, which unlike a loss in nats a token can be compared between
-    tokenizers: loss / (ln 2 * bytes per token), where the bytes per token are those of the whole set.
+) -> jax.stages.Lowered:
+    """`(state, rows) -> means by name`, of rows `[groups, microbatch_examples, ...]`; to be compiled.
 
     Args:
       task: what is evaluated (`Task.evaluate`).
-      held_out: the name of its rows, of which all are taken where there are fewer.
       layout: as the training's.
       state: shapes, dtypes and shardings of the state.
-      evaluation_examples: how many rows.
-      microbatch_examples: how many at a time; the last group is filled up with padding.
+      groups, microbatch_examples: of the rows.
       trainable: which parameters the optimizer knows.
     """
-    source, bytes_per_unit = task.held_out[held_out], task.bytes_per_unit.get(held_out)
-    count = min(evaluation_examples, len(source))
-    groups = -(-count // microbatch_examples)
-    stream = Stream(source, seed=0)
-
-    def read(numbers: np.ndarray) -> dict[str, np.ndarray]:
-        return padded_rows(stream, numbers[numbers < count], len(numbers))
-
-    batch = put_rows(task, layout, groups, microbatch_examples, read)
     context = Context(layout=layout, training=False)
 
     def means(state: TrainState, batch):
@@ -73,8 +58,41 @@ def make_evaluation(
         total, _ = jax.lax.scan(add, zeros, batch)
         return {name: x / weight for name, (x, weight) in total.items()}
 
-    # Compiled here, so that nothing compiles while the loop runs.
-    compiled = jax.jit(means, out_shardings=layout.replicated).lower(state, batch).compile()
+    rows = abstract_rows(task, layout, groups, microbatch_examples)
+    return jax.jit(means, out_shardings=layout.replicated).lower(state, rows)
+
+
+def make_evaluation(
+    task: Task,
+    held_out: str,
+    layout: parallel.Layout,
+    program: Callable[[int], jax.stages.Compiled],
+    *,
+    evaluation_examples: int,
+    microbatch_examples: int,
+) -> Callable[[TrainState], dict[str, float]]:
+    """`state -> means by name` over a sample of `evaluation_examples` rows: always the same ones.
+
+    Of a text the means have `bits_per_byte` too, which unlike a loss in nats a token can be compared between
+    tokenizers: loss / (ln 2 * bytes per token), where the bytes per token are those of the whole set.
+
+    Args:
+      task: what is evaluated (`Task.evaluate`).
+      held_out: the name of its rows, of which all are taken where there are fewer.
+      layout: as the training's.
+      program: gives `evaluation_program` of so many groups, compiled: now, so that nothing is while a loop runs.
+      evaluation_examples: how many rows.
+      microbatch_examples: how many at a time; the last group is filled up with padding.
+    """
+    source, bytes_per_unit = task.held_out[held_out], task.bytes_per_unit.get(held_out)
+    count = min(evaluation_examples, len(source))
+    groups = -(-count // microbatch_examples)
+    stream = Stream(source, seed=0)
+
+    def read(numbers: np.ndarray) -> dict[str, np.ndarray]:
+        return padded_rows(stream, numbers[numbers < count], len(numbers))
+
+    batch, compiled = put_rows(task, layout, groups, microbatch_examples, read), program(groups)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         numbers = {name: float(x) for name, x in jax.device_get(compiled(state, batch)).items()}

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
 
 from crescendo.experiments.runs.records import JsonlWriter, Record
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import Appender
+from crescendo.experiments.runtime.imports import without
 from crescendo.experiments.trainer.progress import ProgressLine
 from crescendo.parallel.hosts import is_leader
+
+with without("torch"):  # which takes four seconds, for what isn't asked of it here
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.record_writer import masked_crc32c
 
 
 class Observer(Protocol):

@@ -6,8 +6,8 @@ Whatever trains goes through a session: `train`, the branches of `critical_batch
 import contextlib
 import functools
 import inspect
+import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -25,29 +25,33 @@ from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.tasks.base import Model, Source, Task
 from crescendo.experiments.tasks.language_model import language_model
 from crescendo.experiments.trainer.compilation import STEP_OPTIONS, peak_bytes
-from crescendo.experiments.trainer.evaluate import evaluation_parameters, make_evaluation, make_row_losses
+from crescendo.experiments.trainer.evaluate import (
+    evaluation_parameters,
+    evaluation_program,
+    make_evaluation,
+    make_row_losses,
+)
 from crescendo.experiments.trainer.feed import Feed
 from crescendo.experiments.trainer.frozen import Trainable
 from crescendo.experiments.trainer.gradient_statistics import chosen_statistics
+from crescendo.experiments.trainer.microbatches import MEMORY_SHARE, max_microbatch_examples, plan_notes, plans
 from crescendo.experiments.trainer.optimizer_checks import check_optimizer
-from crescendo.experiments.trainer.shapes import abstract_batch, abstract_state, initial_state, state_shardings
+from crescendo.experiments.trainer.programs import CompiledStep, Programs, trace_step
+from crescendo.experiments.trainer.shapes import (
+    abstract_batch,
+    abstract_state,
+    initial_state,
+    is_finite,
+    state_shardings,
+)
 from crescendo.experiments.trainer.step import make_step
 from crescendo.experiments.trainer.wrapping import Wraps, by_groups, wrapped
 from crescendo.models.norm_probes import norm_scales
-from crescendo.optim.batch_size import BatchSizePolicy, Coupling, constant, stays_throughout
+from crescendo.optim.batch_size import BatchSizePolicy, Coupling, constant
 from crescendo.optim.checks import check_real
 from crescendo.optim.groups import ParameterGroup
 from crescendo.optim.noise_scale import required_statistics
-from crescendo.optim.run_length import LengthError, LengthWarning
-from crescendo.pallas_kernels.op import choices, target
-from crescendo.parallel.layout import SecondDerivativeError
 from crescendo.ranges import Count, OneOf, Positive, Seed
-
-# Past this many tokens on a device a larger microbatch makes no step faster, and only takes memory (on two shared
-# CPU cores, the debug model: 14,300 tokens/s in microbatches of 512 tokens, 7,900 in ones of 1,024).
-MAX_MICROBATCH_UNITS = {"cpu": 512, "gpu": 65_536, "tpu": 65_536}
-# What the allocator loses to fragmentation, and the host's own buffers take.
-MEMORY_SHARE = 0.92
 
 
 class Session:
@@ -96,8 +100,8 @@ class Session:
       trainable: which parameters are trained.
       statistics: what the step measures beyond norms.
       parameters: the shapes of the parameters.
-      kernels: the implementations that the step last lowered takes of each kernel, by the kernel's name.
-      compile_seconds: that compiling the step, the evaluation and the first state took so far.
+      programs: what is compiled; that of another session whose data have the same shapes may take its place.
+      compile_seconds: that were spent so far waiting for the step, the evaluation and the first state to be compiled.
       notes: what a person should hear of the run before it begins; complete once the step is compiled.
 
     Raises:
@@ -135,7 +139,8 @@ class Session:
         self._max_gradient_norm, self._max_microbatch_examples = max_gradient_norm, max_microbatch_examples
         self.asked_examples = total_examples
         self._said_of_lengths: list[str] = []
-        self.kernels: dict[str, list[str]] = {}
+        self._kernels: dict[str, list[str]] = {}
+        self.programs, self._traced = Programs(), threading.Event()
         mesh = parallel.make_mesh() if mesh is None else mesh
         if platform is None:
             assert isinstance(mesh, Mesh)
@@ -152,7 +157,7 @@ class Session:
             if self.policy.for_rows is not None:
                 self.policy = self.policy.for_rows(self.task.units_per_example)
         logical_axes = self.task.logical_axes()
-        self.parameters = jax.eval_shape(self.task.initialize, jax.random.key(0))
+        self.parameters = jax.eval_shape(lambda: self.task.initialize(jax.random.key(0)))
         with user_values():
             # The gradient of a complex parameter is conjugated: a step along it would climb.
             check_real(self.parameters, "a training step")
@@ -231,29 +236,33 @@ class Session:
         )
         options = STEP_OPTIONS.get(self.platform)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None), compiler_options=options)
-        # Kernels choose by the device that the step is for.
-        device = self.layout.mesh.devices.flat[0]
-        with target(device), choices() as self.kernels, warnings.catch_warnings(record=True) as heard:
-            warnings.simplefilter("always", LengthWarning)
-            try:
-                traced = jitted.trace(self.abstract_state, abstract_batch(self.task, self.layout, plan))
-            except (LengthError, SecondDerivativeError) as error:
-                raise UserError(str(error)) from None
-            except TypeError as error:
-                if "required" not in str(error):
-                    raise
-                raise UserError(f"train.optimizer asks for what a training step doesn't give: {error}") from None
-        self._said_of_lengths = []
-        for warning in heard:
-            if not issubclass(warning.category, LengthWarning):
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-            elif str(warning.message) not in self._said_of_lengths:
-                self._said_of_lengths.append(str(warning.message))
+        batch = abstract_batch(self.task, self.layout, plan)
+        traced, self._kernels, self._said_of_lengths = trace_step(
+            jitted, (self.abstract_state, batch), self.layout.mesh.devices.flat[0]
+        )
         return traced.lower(lowering_platforms=("cuda" if self.platform == "gpu" else self.platform,))
 
     @functools.cached_property
-    def _compiled(self) -> tuple[parallel.BatchPlan, int, jax.stages.Compiled]:
+    def _compiled(self) -> CompiledStep:
+        with self._compiling():
+            step = self.compile_step()
+        self.notes += plan_notes(
+            step,
+            self.policy,
+            asked_examples=self.asked_examples,
+            shards=self.layout.parts,
+            noise_of_microbatches=self.wraps.noisy and "norm_layers" not in self.statistics,
+        )
+        return step
+
+    def compile_step(self) -> CompiledStep:
         """The step with the largest microbatch that fits the device's memory, by the compiler's own count."""
+        try:
+            return self.programs.get("step", self._compile_step)
+        finally:
+            self._traced.set()
+
+    def _compile_step(self) -> CompiledStep:
         limit = hardware.memory_bytes(self.layout.mesh.local_devices[0])
         for plan in self.plans():
             total = self.asked_examples - self.asked_examples % plan.microbatch_examples
@@ -262,12 +271,11 @@ class Session:
                     f"train.total_examples = {self.asked_examples} is less than one microbatch of "
                     f"{plan.microbatch_examples}: raise it, or lower train.max_microbatch_examples"
                 )
-            with self._compiling():
-                compiled = self.lower(plan, total_examples=total).compile()
-            peak = peak_bytes(compiled)
+            lowered = self.lower(plan, total_examples=total)
+            self._traced.set()
+            peak = peak_bytes(compiled := lowered.compile())
             if limit is None or peak <= MEMORY_SHARE * limit:
-                self._note_plan(plan, total)
-                return plan, total, compiled
+                return CompiledStep(plan, total, compiled, self._kernels, tuple(self._said_of_lengths))
         assert limit is not None
         raise UserError(
             f"one example a device needs {peak / 2**30:.1f} GiB and a device has {limit / 2**30:.1f} GiB: "
@@ -276,18 +284,9 @@ class Session:
 
     def plans(self) -> Iterator[parallel.BatchPlan]:
         """How batches can be cut, from the largest microbatch that makes a step faster down to one example a device."""
-        shards, parts = self.layout.batch_shards, self.layout.parts
         bound = max_microbatch_examples(self.task, self.layout, self.platform)
         bound = min(bound, self._max_microbatch_examples or bound)
-        while True:
-            with user_values():
-                plan = parallel.plan_batches(
-                    self.sizes, shards, bound, min_microbatches=-(-self.policy.min_microbatches // parts)
-                )
-            yield plan
-            if plan.microbatch_examples == shards:
-                return
-            bound = plan.microbatch_examples // 2
+        return plans(self.sizes, self.layout, bound, self.policy.min_microbatches)
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:
@@ -295,56 +294,47 @@ class Session:
         yield
         self.compile_seconds += time.perf_counter() - begin
 
-    def _note_plan(self, plan: parallel.BatchPlan, total: int) -> None:
-        self.notes += self._said_of_lengths
-        if total < self.asked_examples:
-            self.notes.append(
-                f"the run ends at {total:,} examples, not {self.asked_examples:,}: a step takes whole microbatches "
-                f"of {plan.microbatch_examples}"
-            )
-        if stays := stays_throughout(self.policy, total):
-            self.notes.append(stays)
-        parts = min(plan.microbatches(size) for size in self.policy.sizes) * self.layout.parts
-        if self.wraps.noisy and parts == 1 and "norm_layers" not in self.statistics:
-            self.notes.append(
-                f"a batch of {min(self.policy.sizes)} is one microbatch, which says nothing of the gradient noise "
-                f"scale: set train.max_microbatch_examples = {max(1, min(self.policy.sizes) // 2)}, or "
-                "gradient_noise_scale.norm_layers = True"
-            )
-
     @property
     def step(self) -> jax.stages.Compiled:
         """The compiled step, `(state, batch) -> (state, metrics)`; it gives the state's memory back."""
-        return self._compiled[2]
+        return self._compiled.program
+
+    @property
+    def kernels(self) -> Mapping[str, Sequence[str]]:
+        """The implementations that the step takes of each kernel, by the kernel's name."""
+        return self._compiled.kernels
 
     @property
     def plan(self) -> parallel.BatchPlan:
         """How batches are cut."""
-        return self._compiled[0]
+        return self._compiled.plan
 
     @property
     def total_examples(self) -> int:
         """The length of the run, in whole microbatches."""
-        return self._compiled[1]
+        return self._compiled.total_examples
 
     @property
     def peak_bytes(self) -> int:
         """A device's memory at the step's peak, by the compiler's count."""
-        return peak_bytes(self._compiled[2])
+        return peak_bytes(self._compiled.program)
 
     def fresh_state(self, parameters: Any = None) -> TrainState:
         """The state at the begin of a run, with random parameters or the given ones, laid out as the step wants it."""
         if parameters is None:
-            begin = functools.partial(initial_state, self.task, self.optimizer, self.seed, self.trainable)
             with self._compiling():
-                compiled = jax.jit(begin, out_shardings=self.shardings).lower().compile()
-            return compiled()
+                begin = self._first_state()
+            return begin()
 
         def state_of(parameters) -> TrainState:
             opt_state = self.optimizer.init(self.trainable.take(parameters))
             return TrainState(parameters, opt_state, jnp.int32(0), jnp.int32(0))
 
         return jax.jit(state_of, out_shardings=self.shardings)(parameters)
+
+    def _first_state(self) -> jax.stages.Compiled:
+        begin = functools.partial(initial_state, self.task, self.optimizer, self.seed, self.trainable)
+        return self.programs.get("state", lambda: jax.jit(begin, out_shardings=self.shardings).lower().compile())
 
     def fitting(self, batch_size: int) -> int:
         """The size where the step serves it, else the policy's next lower: another plan's state may hold any."""
@@ -362,23 +352,46 @@ class Session:
 
     def is_finite(self, state: TrainState) -> bool:
         """Whether the parameters, and what the optimizer keeps of their shapes, are finite."""
-        return bool(jax.device_get(self._is_finite(state)))
+        return bool(jax.device_get(self.programs.get("is_finite", self._is_finite)(state)))
 
-    @functools.cached_property
     def _is_finite(self) -> jax.stages.Compiled:
-        shapes = {x.shape for x in jax.tree.leaves(self.parameters)}
-
-        def finite(state: TrainState) -> jax.Array:
-            floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating) and x.shape in shapes]
-            return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
-
+        finite = functools.partial(is_finite, {x.shape for x in jax.tree.leaves(self.parameters)})
         return jax.jit(finite, out_shardings=self.layout.replicated).lower(self.abstract_state).compile()
 
-    @functools.cached_property
-    def averaged(self) -> Callable[[TrainState], Any]:
-        """`state -> the parameters to evaluate and to use`, compiled."""
+    def averaged(self, state: TrainState) -> Any:
+        """The parameters to evaluate and to use."""
+        return self.programs.get("averaged", self._averaged)(state)
+
+    def _averaged(self) -> jax.stages.Compiled:
         average = functools.partial(evaluation_parameters, trainable=self.trainable)
         return jax.jit(average, out_shardings=self.shardings.parameters).lower(self.abstract_state).compile()
+
+    def compile_others(self, evaluation_examples: int) -> None:
+        """What a run needs beside its step, in a thread beside the step's.
+
+        It begins once that is traced, which Python does one at a time, and believes that its first plan fits.
+        """
+        self._traced.wait()
+        microbatch_examples = next(self.plans()).microbatch_examples
+        self._first_state()
+        if self.task.held_out:
+            self._evaluation(microbatch_examples, -(-evaluation_examples // microbatch_examples))
+        self._compile_for_saving()
+
+    def _compile_for_saving(self) -> None:
+        self.programs.get("is_finite", self._is_finite)
+        if optim.has_evaluation_params(self.abstract_state.opt_state):
+            self.programs.get("averaged", self._averaged)
+
+    def _evaluation(self, microbatch_examples: int, groups: int) -> jax.stages.Compiled:
+        arguments = self.task, self.layout, self.abstract_state, groups, microbatch_examples, self.trainable
+
+        def compiled() -> jax.stages.Compiled:
+            lowered = evaluation_program(*arguments)
+            self.compile_step()  # at the same time each would disturb how the other's matmuls are timed
+            return lowered.compile()
+
+        return self.programs.get(("evaluation", microbatch_examples, groups), compiled)
 
     def feed(self, seed: int | None = None) -> Feed:
         """The batches of the run, or of one with another seed, by the clock."""
@@ -391,16 +404,15 @@ class Session:
         """
         microbatch_examples = self.plan.microbatch_examples
         with self._compiling():
-            _ = self._is_finite, optim.has_evaluation_params(self.abstract_state.opt_state) and self.averaged
+            self._compile_for_saving()
             calls = {
                 name: make_evaluation(
                     self.task,
                     name,
                     self.layout,
-                    self.abstract_state,
+                    functools.partial(self._evaluation, microbatch_examples),
                     evaluation_examples=examples,
                     microbatch_examples=microbatch_examples,
-                    trainable=self.trainable,
                 )
                 for name in self.task.held_out
             }
@@ -423,11 +435,6 @@ class Session:
             microbatch_examples=self.plan.microbatch_examples,
             trainable=self.trainable,
         )
-
-
-def max_microbatch_examples(task: Task, layout: parallel.Layout, platform: str) -> int:
-    """The examples past which a larger microbatch makes no step faster, over all devices."""
-    return max(1, MAX_MICROBATCH_UNITS[platform] // task.units_per_example) * layout.batch_shards
 
 
 def check_enough_rows(session: Session) -> None:

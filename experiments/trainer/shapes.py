@@ -1,5 +1,6 @@
 """Shapes, dtypes and shardings of what a training step takes and gives, before any of it exists."""
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -71,9 +72,25 @@ def abstract_state(
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
+def is_finite(shapes: Collection[tuple[int, ...]], state: TrainState) -> jax.Array:
+    """Whether a state's floating-point arrays of these shapes are finite, a scalar."""
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating) and x.shape in shapes]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
 def row_arrays(task: Task) -> dict[str, RowArray]:
     """Every array of a batch's rows: the task's, and the number of each example."""
     return {**task.row, EXAMPLE: RowArray((), "int32", ())}
+
+
+def abstract_rows(task: Task, layout: parallel.Layout, groups: int, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Rows `[groups, examples, ...]`, by name: what `put_rows` gives."""
+    return {
+        name: jax.ShapeDtypeStruct(
+            (groups, examples, *array.shape), array.dtype, sharding=layout.rows(array.axes, leading=1)
+        )
+        for name, array in row_arrays(task).items()
+    }
 
 
 def abstract_batch(task: Task, layout: parallel.Layout, plan: parallel.BatchPlan) -> dict:
@@ -82,13 +99,8 @@ def abstract_batch(task: Task, layout: parallel.Layout, plan: parallel.BatchPlan
     def scalar(dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((), dtype, sharding=layout.replicated)
 
-    leading = (plan.max_microbatches, plan.microbatch_examples)
-    rows = {
-        name: jax.ShapeDtypeStruct((*leading, *array.shape), array.dtype, sharding=layout.rows(array.axes, leading=1))
-        for name, array in row_arrays(task).items()
-    }
     return {
-        "rows": rows,
+        "rows": abstract_rows(task, layout, plan.max_microbatches, plan.microbatch_examples),
         "microbatches": scalar(jnp.int32),
         "examples_seen": scalar(jnp.int32),
         "seed": scalar(jnp.uint32),

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +17,15 @@ from crescendo.experiments.runs.records import Record, began_at, gaps
 from crescendo.experiments.runs.run import is_complete, read_checked_records
 from crescendo.experiments.runs.state import Clock, TrainState
 from crescendo.experiments.runtime import from_python, hardware
-from crescendo.experiments.runtime.arguments import checked
+from crescendo.experiments.runtime.arguments import checked, with_options_of
 from crescendo.experiments.runtime.cache import CompilationCounter, use_compilation_cache
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access, local_path, replace_file
 from crescendo.experiments.runtime.interruption import Interruption
+from crescendo.experiments.runtime.start import command_seconds
 from crescendo.experiments.trainer import loop
 from crescendo.experiments.trainer.adapting import Adapting, as_begun
+from crescendo.experiments.trainer.ahead import begin_compiling, prepared_session
 from crescendo.experiments.trainer.announcing import announce, announce_compiled
 from crescendo.experiments.trainer.observers import WRITERS, check_writers, run_observers
 from crescendo.experiments.trainer.probes import Probe, Seen
@@ -34,7 +35,7 @@ from crescendo.experiments.trainer.session import Session, check_enough_rows
 from crescendo.experiments.trainer.starting import fresh_state, state_of
 from crescendo.experiments.trainer.step_trace import StepTrace
 from crescendo.experiments.trainer.stopping import Stops
-from crescendo.experiments.trainer.wall_clock import WallClock
+from crescendo.experiments.trainer.wall_clock import StartClock, WallClock
 from crescendo.experiments.trainer.watching import check_patience
 from crescendo.models.config import SPEED_FIELDS
 from crescendo.pallas_kernels.console import plain_console
@@ -52,29 +53,6 @@ _MOST_GAPS = 5
 
 FORMAT = 2
 """Of what a run's folder says of itself and of the optimizer's state: raised when either changes its shape."""
-
-
-def with_options_of(options: Callable, *, without: Sequence[str]) -> Callable[[Callable], Callable]:
-    """Gives a function with `**options` the keyword parameters of another one, so that a default stands once.
-
-    Their documentation stays there: the function's attribute `options_of` says where.
-    """
-
-    def decorate(function: Callable) -> Callable:
-        own = inspect.signature(function)
-        theirs = [
-            p
-            for p in inspect.signature(options).parameters.values()
-            if p.kind is p.KEYWORD_ONLY and p.name not in without
-        ]
-        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        # Those without a default first, as Python wants them.
-        merged = sorted([*named, *theirs], key=lambda p: p.default is not p.empty)
-        function.__signature__ = own.replace(parameters=merged)  # type: ignore[attr-defined]
-        function.options_of = options  # type: ignore[attr-defined]
-        return function
-
-    return decorate
 
 
 @checked
@@ -147,7 +125,10 @@ def train(
     differences = differences or functools.partial(from_python.differences, now=operative_config())
     _check_folders(run, initialize_from, start_from)
     check_writers(writers)
-    wall, session = WallClock(), Session(**as_begun(Path(run), options))
+    start, counter = StartClock(command_seconds()), CompilationCounter()
+    use_compilation_cache()
+    session = prepared_session(as_begun(Path(run), options), evaluation_examples, start)
+    wall = WallClock()
     adapting = Adapting(session)
     check_enough_rows(session)
     check_patience(session.guard, max_bad_steps)
@@ -155,11 +136,11 @@ def train(
     session.notes += stops.notes(session.task, options["total_examples"])
     folder, console = Path(run), plain_console(quiet=not hosts.is_leader())
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
-    counter = CompilationCounter()
-    use_compilation_cache()
     with contextlib.ExitStack() as stack:
         fixed = _fixed(session, initialize_from, start_from)
-        info, held = stack.enter_context(_opened(folder, session, label or folder.name, fixed, adapting, written, say))
+        opened = _opened(folder, session, label or folder.name, fixed, adapting, evaluation_examples, written, say)
+        info, held = stack.enter_context(opened)
+        start.done("compiling")
         interruption = stack.enter_context(Interruption())
         checkpoints = stack.enter_context(
             Checkpoints(
@@ -181,12 +162,12 @@ def train(
         ended = stops.reason(session.task, clock, clock.seconds, validation)
         finished = ended or clock.examples_seen >= total_examples
         if finished and validation and is_complete(folder):
-            _check_complete_same(folder, before, now)
-            say(f"{folder} is complete{f' ({ended})' if ended else ''}; to train anew, give another folder with --run")
+            _say_complete(folder, ended, before, now, say)
             return validation
         _say_of_going_on(folder, clock, records, fixed, run_folder.differing(before, now), say)
         # Compiled before anything is written.
         evaluate, looks = session.evaluation(evaluation_examples), [_prepared(probe, session) for probe in probes]
+        start.done("evaluation")
         wall.go_on(records, clock.seconds)
         recorder = _opened_recorder(stack, folder, session, info, clock, wall, writers)
         recorder.settings(clock, before, now)
@@ -197,21 +178,17 @@ def train(
         save_every = checkpoint_every_examples or max(1, total_examples // 10)
         saves = loop.Event(files.save, save_every, tuple(keep_checkpoints_at_examples))
         files.begin(clock, validation, records, functools.partial(saves.due, last=total_examples))
+        start.done("folder")
+        say(str(start))
+        info["start_seconds"] = start.seconds
         events = [
             *(_event(probe, look, recorder) for probe, look in zip(probes, looks, strict=True)),
             loop.Event(files.validate, evaluate_every_examples or max(1, total_examples // 5)),
             saves,
         ]
         trace = stack.enter_context(StepTrace(folder / "profile", profile_steps, say))
-        run_on = functools.partial(
-            loop.run,
-            session,
-            recorder=recorder,
-            events=events,
-            max_bad_steps=max_bad_steps,
-            watch=files.watch,
-            trace=trace,
-        )
+        of_loop: dict[str, Any] = {"recorder": recorder, "events": events, "watch": files.watch, "trace": trace}
+        run_on = functools.partial(loop.run, session, max_bad_steps=max_bad_steps, **of_loop)
         write = functools.partial(_write_end, folder, info, counter, operative_config)
         of_end = files.run(
             run_on, state, clock, end=total_examples, stops=stops, interruption=interruption, write=write
@@ -251,6 +228,7 @@ def _opened(
     name: str,
     fixed: dict[str, Any],
     adapting: Adapting,
+    evaluation_examples: int,
     written: Callable[[str], str] | None,
     say: Callable[[str], None],
 ) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
@@ -266,6 +244,7 @@ def _opened(
         before = run_folder.check_resumable(folder, FORMAT, fixed, adapting.can_take)
         begun = {name: value for name, value in (before or run_folder.provenance()).items() if name != "ended"}
         announce(session, written, say)
+        begin_compiling(session, evaluation_examples)
         info = _describe(session, name, fixed)
         announce_compiled(session, say)
         yield begun | info, held
@@ -350,15 +329,9 @@ def make_recorder(
 ) -> Recorder:
     """The recorder of a session's steps."""
     task, devices = session.task, session.layout.mesh.devices
-    peak = hardware.peak_flops_per_second(devices.flat[0])
+    peak = (hardware.peak_flops_per_second(devices.flat[0]) or 0.0) * devices.size or None
     return Recorder(
-        observe,
-        task.unit,
-        task.units_per_example,
-        task.flops_per_example,
-        peak and peak * devices.size,
-        wall or WallClock(),
-        seconds,
+        observe, task.unit, task.units_per_example, task.flops_per_example, peak, wall or WallClock(), seconds
     )
 
 
@@ -391,8 +364,10 @@ def _validation_at(records: Sequence[Record], examples_seen: int) -> dict[str, A
     return dict(at[0]) if at else {}
 
 
-def _check_complete_same(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """That a complete run is asked for as it was trained, but for how fast it runs and who sees it.
+def _say_complete(
+    folder: Path, ended: str | None, before: Mapping[str, str], now: Mapping[str, str], say: Callable[[str], None]
+) -> None:
+    """That a run is complete, if it is asked for as it was trained, but for how fast it runs and who sees it.
 
     Raises:
       UserError: names the settings that differ.
@@ -402,6 +377,7 @@ def _check_complete_same(folder: Path, before: Mapping[str, str], now: Mapping[s
     )
     if shown := run_folder.differing(then, asked):
         raise UserError(f"{folder} is complete, and {shown}: undo that, or give another folder with --run")
+    say(f"{folder} is complete{f' ({ended})' if ended else ''}; to train anew, give another folder with --run")
 
 
 def _fixed(session: Session, initialize_from: str | None, start_from: str | None) -> dict[str, Any]:

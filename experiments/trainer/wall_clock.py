@@ -7,8 +7,35 @@ from collections.abc import Iterator, Sequence
 from crescendo.experiments.runs.records import Record
 
 
+class StartClock:
+    """Where the seconds of a start go, part after part, up to the first step.
+
+    Args:
+      before: seconds that went by already, since the command was given.
+      now: seconds, of a clock that never goes back.
+
+    >>> seconds = iter([0.0, 8.0, 22.25])
+    >>> start = StartClock(2.5, now=lambda: next(seconds))
+    >>> start.done("data"); start.done("compiling"); print(start)
+    24.8 s to the first step: imports and configuration 2.5, data 8.0, compiling 14.2
+    """
+
+    def __init__(self, before: float = 0.0, now=time.perf_counter):
+        self._now, self._last = now, now()
+        self.seconds = {"imports and configuration": before} if before else {}
+
+    def done(self, part: str) -> None:
+        """Counts the time since the part before as this one's."""
+        last, self._last = self._last, self._now()
+        self.seconds[part] = self.seconds.get(part, 0.0) + self._last - last
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.1f} s to the first step: {parts}"
+
+
 class WallClock:
-    """Seconds of a run since `train` was called, by part; what earlier processes needed is added.
+    """Seconds of a run since its data were there, by part; what earlier processes needed is added.
 
     Args:
       now: seconds, of a clock that never goes back.

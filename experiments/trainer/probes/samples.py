@@ -14,8 +14,9 @@ from crescendo.experiments.runs.trained import Trained
 from crescendo.experiments.runtime import hardware
 from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.trainer.microbatches import MEMORY_SHARE
 from crescendo.experiments.trainer.probes import Probe
-from crescendo.experiments.trainer.session import MEMORY_SHARE, Session
+from crescendo.experiments.trainer.session import Session
 from crescendo.ranges import Count
 
 

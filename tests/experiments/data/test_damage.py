@@ -20,7 +20,10 @@ TEXTS = [f"the {word} of document {i} is a text" for i, word in enumerate(["begi
 def corpus(cache, tokenizer="bpe:300"):
     """A corpus of subwords, prepared in a folder or opened from there."""
     documents = Documents("a corpus", "of texts", lambda: (text.encode() for text in TEXTS))
-    return text_data(documents, tokenizer=tokenizer, sequence_length=16, validation_fraction=0.2, cache_directory=cache)
+    options = {"tokenizer": tokenizer, "sequence_length": 16, "validation_fraction": 0.2}
+    data = text_data(documents, **options, cache_directory=cache)
+    assert len(data.train)
+    return data
 
 
 def content(data):

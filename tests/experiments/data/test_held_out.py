@@ -75,7 +75,7 @@ def test_sets_alone_need_no_row_to_train_on(tmp_path):
 )
 def test_a_set_has_a_plain_name_and_a_text(tmp_path, held_out, message):
     with pytest.raises(UserError, match=message):
-        text_data(corpus(WORDS, **held_out), sequence_length=8, cache_directory=tmp_path)
+        str(text_data(corpus(WORDS, **held_out), sequence_length=8, cache_directory=tmp_path))
 
 
 def test_a_uniform_model_of_bytes_has_eight_bits_a_byte_of_long_text(tmp_path):

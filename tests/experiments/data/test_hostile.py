@@ -63,7 +63,8 @@ def test_pieces_and_batches_change_nothing_on_disk(tmp_path, small, kind):
 
     def files(folder):
         of = Documents("a corpus", "of texts", lambda: (f"{i} {text}".encode() for i, text in enumerate(texts)))
-        text_data(of, tokenizer=kind, sequence_length=8, validation_fraction=0.3, cache_directory=tmp_path / folder)
+        options = {"tokenizer": kind, "sequence_length": 8, "validation_fraction": 0.3}
+        str(text_data(of, **options, cache_directory=tmp_path / folder))
         paths = sorted(path for path in (tmp_path / folder).rglob("*") if path.is_file())
         return {str(path.relative_to(tmp_path / folder)): path.read_bytes() for path in paths}
 

@@ -254,7 +254,7 @@ def test_a_seed_out_of_range_is_refused(data, seed):
 )
 def test_bad_arguments_are_refused(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message) as raised:
-        text_data(**arguments, cache_directory=tmp_path)
+        str(text_data(**arguments, cache_directory=tmp_path))
     assert "\n" not in str(raised.value)
 
 
@@ -262,7 +262,7 @@ def test_bad_arguments_are_refused(tmp_path, arguments, message):
 def test_a_bad_document_is_named_whatever_the_tokenizer(tmp_path, tokenizer):
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\nbad\n')
     with pytest.raises(UserError, match=r"bad\.jsonl, line 2 is not JSON"):
-        text_data(text_files(f"{tmp_path}/bad.jsonl"), tokenizer=tokenizer, cache_directory=tmp_path / "cache")
+        str(text_data(text_files(f"{tmp_path}/bad.jsonl"), tokenizer=tokenizer, cache_directory=tmp_path / "cache"))
     assert not list((tmp_path / "cache").glob("**/*.npy"))
 
 
@@ -284,21 +284,21 @@ def test_a_full_disk_is_reported_and_leaves_nothing_half_done(tmp_path, size):
         pytest.raises(UserError, match=rf"can't prepare data in {tmp_path}/.*: .*; free some space .*cache_directory"),
         largest_file(size),
     ):
-        text_data(documents_of(WORDS), **arguments)
+        str(text_data(documents_of(WORDS), **arguments))
     assert not list(tmp_path.glob("**/*.npy"))
     assert len(text_data(documents_of(WORDS), **arguments).train) > 0
 
 
 def test_a_full_disk_is_reported_for_the_standard_library_too(tmp_path):
     with pytest.raises(UserError, match=r"can't prepare data in .*; free some space"), largest_file(1_000_000):
-        text_data(cache_directory=tmp_path)
+        str(text_data(cache_directory=tmp_path))
     assert not list(tmp_path.glob("**/*.array_record*"))
 
 
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"can't prepare data in .*/file/tokens: Not a directory; .*cache_directory"):
-        text_data(documents_of(WORDS), cache_directory=tmp_path / "file")
+        str(text_data(documents_of(WORDS), cache_directory=tmp_path / "file"))
 
 
 def test_tensorflow_is_never_imported_and_tfds_only_to_prepare(tmp_path):

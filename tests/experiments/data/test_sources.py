@@ -79,6 +79,7 @@ def test_a_file_replaced_by_one_of_equal_size_and_time_is_another_corpus(tmp_pat
     options = {"sequence_length": 8, "validation_fraction": 0.5, "cache_directory": tmp_path / "cache"}
     os.utime(path, (1e9, 1e9))
     old = text_data(text_files(path, document_bytes=256), **options)
+    assert len(old.train)  # prepares them
     write(tmp_path / "a.txt", "".join(f"new {i:03}\n" for i in range(200)))
     os.utime(path, (1e9, 1e9))
     new = text_data(text_files(path, document_bytes=256), **options)

@@ -1,0 +1,76 @@
+"""A run's programs, compiled at once, and while its data are prepared.
+
+A program depends on the shape of the data alone, which may be known before: `data.expected()` then stands in for them.
+What isn't as was expected is compiled when it is needed, as if nothing had been done ahead.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from crescendo.experiments.runtime.start import no_collection
+from crescendo.experiments.trainer.session import Session
+from crescendo.experiments.trainer.wall_clock import StartClock
+
+
+def prepared_session(options: Mapping[str, Any], evaluation_examples: int, start: StartClock) -> Session:
+    """The session with its data, which are prepared here; meanwhile a thread compiles for what is expected of them.
+
+    Args:
+      options: the session's.
+      evaluation_examples: as `Session.evaluation` takes it.
+      start: counts the seconds that the data take.
+
+    Raises:
+      UserError: of the data, or of the session.
+    """
+    data = options["data"]
+    expected = getattr(data, "expected", lambda: None)()
+    if expected is None:
+        session = Session(**options)
+        start.done("data")
+        return session
+
+    def begin() -> Session:
+        early = Session(**{**options, "data": expected})
+        begin_compiling(early, evaluation_examples)
+        return early
+
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
+    begun = pool.submit(begin)
+    pool.shutdown(wait=False)
+    fits = expected.fits(data)
+    start.done("data")
+    session = Session(**options)
+    # Where the early one failed this one says why, unless it was for the rows that weren't there.
+    if fits and begun.exception() is None:
+        session.programs = begun.result().programs
+    return session
+
+
+def _wake(session: Session) -> None:
+    """What takes seconds once, and needn't wait for the step: a GPU's first use, the import behind the first batch."""
+    jax.device_put(np.zeros(1, np.float32), session.layout.mesh.devices.flat[0]).block_until_ready()
+    import grain  # noqa: F401 (takes a second)
+
+
+def begin_compiling(session: Session, evaluation_examples: int) -> None:
+    """Has threads compile all that a run needs before its first step; the session waits for what it needs.
+
+    What goes wrong there goes wrong again where the session asks. Of several processes none has threads: they compile
+    in one order.
+
+    Args:
+      session: as it was made.
+      evaluation_examples: as `Session.evaluation` takes it.
+    """
+    if jax.process_count() > 1:
+        return
+    _ = session.abstract_state  # before two threads would make it
+    pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="compile")
+    for work in (session.compile_step, lambda: session.compile_others(evaluation_examples), lambda: _wake(session)):
+        pool.submit(no_collection()(work))
+    pool.shutdown(wait=False)
