@@ -12,7 +12,7 @@ from crescendo.models import axes, functional
 from crescendo.models.attention import Attention, packed_attention
 from crescendo.models.axes import RESIDUAL, TAKEN_IN
 from crescendo.models.config import ModelConfig
-from crescendo.models.layers import Linear, RMSNorm, Table, of_rows, rotary
+from crescendo.models.layers import Linear, RMSNorm, Table, of_rows, rotary, side_by_side
 from crescendo.models.layout import ONE_DEVICE, Layout
 from crescendo.pallas_kernels import swiglu
 from crescendo.pallas_kernels.attention.blocks import FusedBlockAttention
@@ -61,8 +61,8 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BTD, layout: Layout, *, implementation: str | None = None):
         inner, product = (axes.BATCH, axes.LENGTH, axes.MLP), functools.partial(swiglu, implementation=implementation)
-        gate_BTF, up_BTF = self.gate(x_BTD, layout), self.up(x_BTD, layout)
-        return self.down(layout.on_parts(product, (gate_BTF, up_BTF), (inner, inner), inner), layout)
+        gate_up = side_by_side((self.gate, self.up), x_BTD, layout)  # [B, T, 2, F]
+        return self.down(layout.on_parts(product, (gate_up,), ((*inner[:-1], None, inner[-1]),), inner), layout)
 
 
 class Block(nnx.Module):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from crescendo.pallas_kernels.rows import Passes
-from crescendo.pallas_kernels.swiglu.gradient import gradients, product
+from crescendo.pallas_kernels.swiglu.gradient import as_inputs, gradients, halves, product
 
 
 def swiglu(**_):
@@ -11,14 +11,15 @@ def swiglu(**_):
     return KERNELS
 
 
-def forward(gate, up):
+def forward(*inputs):
     """`(y,)`."""
-    return (product(*_wide(gate, up)).astype(gate.dtype),)
+    return (product(*_wide(*halves(*inputs))).astype(inputs[0].dtype),)
 
 
-def backward(gate, up, dy):
-    """`(dgate, dup)`."""
-    return tuple(d.astype(gate.dtype) for d in gradients(*_wide(gate, up, dy)))
+def backward(dy, *inputs):
+    """Of the inputs."""
+    found = gradients(*_wide(dy, *halves(*inputs)))
+    return as_inputs(inputs, *(d.astype(dy.dtype) for d in found))
 
 
 def _wide(*arrays):

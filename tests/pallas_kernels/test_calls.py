@@ -80,6 +80,7 @@ CALLS = {
     ),
     "softmax": (softmax, ((4, 512),), (ROWS,), softmax),
     "swiglu": (swiglu, ((4, 256),) * 2, (ROWS, ROWS), swiglu),
+    "side by side": (swiglu, ((4, 2, 256),), (ROWS,), swiglu),
     "loss": (loss, ((8, 256), (128, 256), (8,)), (ROWS, SHARED, ROWS), linear_cross_entropy),
 }
 

@@ -23,6 +23,16 @@ def test_large_gates_neither_overflow_nor_lose_the_gradient():
     np.testing.assert_allclose(dup, [0, 0, 80, 200], atol=1e-30)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_side_by_side_or_apart_is_the_same(implementation):
+    gate, up, dy = np.random.default_rng().normal(size=(3, 4, 6, 10)).astype(np.float32)
+    y, back = jax.vjp(lambda both: swiglu(both, implementation=implementation), jnp.stack([gate, up], axis=-2))
+    expected, *gradients = both(implementation, gate, up, dy)
+    # Rounded alike, but for what the compiler makes of another program: a few last bits.
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+    np.testing.assert_allclose(back(dy)[0], np.stack(gradients, axis=-2), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("gate", "up", "error", "says"),
     [
@@ -30,6 +40,8 @@ def test_large_gates_neither_overflow_nor_lose_the_gradient():
         (jnp.ones(2), jnp.ones(2, jnp.bfloat16), TypeError, "must have one dtype: cast them first"),
         ([1.0, 2.0], jnp.ones(2), TypeError, r"gate is a list and must be an array: pass jnp.asarray\(gate\)"),
         (jnp.ones(2, int), jnp.ones(2, int), TypeError, "gate is int32 and must be floating"),
+        (jnp.ones((2, 8)), None, ValueError, r"gate \[2, 8\] without up must be \[N, ..., 2, F\]"),
+        (jnp.ones((4, 3, 8)), None, ValueError, r"gate \[4, 3, 8\] without up must be \[N, ..., 2, F\]"),
     ],
 )
 def test_what_cannot_be_multiplied_is_refused(gate, up, error, says):
