@@ -258,13 +258,14 @@ def _sum_over_microbatches(
 
     value_and_grad = jax.value_and_grad(loss_and_rest, has_aux=True)
 
-    def term(index):
+    def term(index, written: Callable = lambda gradient: gradient):
         microbatch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), microbatches)
         (loss_sum, (weight, extra)), gradients = value_and_grad(parameters, microbatch)
-        gradients = keep(jax.tree.map(in_single, gradients))
+        gradients = jax.tree.map(written, keep(jax.tree.map(in_single, gradients)))
         return one(index, k_max, loss_sum, weight, extra, gradients)
 
     if k_max == 1:
-        return term(0)
+        # A stack of layers is put together once, and not by each who reads it.
+        return term(0, jax.lax.optimization_barrier)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(term, 0))
     return jax.lax.fori_loop(0, count, lambda index, total: jax.tree.map(jnp.add, total, term(index)), zero)

@@ -173,7 +173,7 @@ class Layout:
         """The activation, laid out by the logical names of its axes; None is an axis that isn't split."""
         return self._lay_out(ACTIVATIONS, array, names)
 
-    def weight(self, array: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    def weight(self, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """The weight of a matmul; its gradient is first what the sum over all tokens is, and split only then.
 
         Left to itself the partitioner may split the gradient first, and gather all devices' activations for that.
@@ -181,6 +181,8 @@ class Layout:
         Where key heads have copies (`with_heads`), the axis `kv_heads` of the result has one for each device along
         `tensor`: a device multiplies by its own head alone, and the copies' gradients are summed.
         """
+        if self.mesh.size == 1:
+            return jax.lax.optimization_barrier(array)  # as `models.layout.OneDevice`
         copies = self.key_copies if "kv_heads" in names else 1
 
         def taken(array):

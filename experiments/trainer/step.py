@@ -82,6 +82,9 @@ def make_step(
         gradients, before = split_for_update(gradients), split_for_update(trained)
         loss, norm = stats.loss, jnp.sqrt(stats.squared_norm)
         l1_norm = sum(jnp.sum(jnp.abs(g)) for g in jax.tree.leaves(gradients))
+        # The compiler makes a pass of what is between two barriers: over the gradients, for their norms; over them, the
+        # state and the parameters, for the new state, the update and its norm; and over parameters and update.
+        l1_norm, finite = jax.lax.optimization_barrier((l1_norm, jnp.isfinite(loss) & jnp.isfinite(norm)))
         if max_gradient_norm is not None:
             shrink = jnp.minimum(1.0, max_gradient_norm / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
             gradients = jax.tree.map(lambda g: g * shrink, gradients)
@@ -96,12 +99,9 @@ def make_step(
                 obj_fn=mean_loss,
                 **of_run,
             )
-        # The optimizer's state doesn't wait for the update's norm, and the update is written out once before it is
-        # measured and applied: otherwise the compiler computes it, or writes all of the state, twice.
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        opt_state = _where(finite, opt_state, state.opt_state)
-        updates = jax.lax.optimization_barrier(updates)
-        update_norm = jnp.sqrt(squared_norm(updates))
+            opt_state = _where(finite, opt_state, state.opt_state)
+            made = updates, opt_state, jnp.sqrt(squared_norm(updates))
+        updates, opt_state, update_norm = jax.lax.optimization_barrier(made)
         applied = finite & jnp.isfinite(update_norm) & optim.passed(opt_state)
         with jax.named_scope("optimizer"):
             after = _where(applied, optax.apply_updates(before, updates), before)
