@@ -1,17 +1,44 @@
 """The one door to jax-triton, whose argument names changed between its versions."""
 
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax_triton
+from jax.interpreters import mlir
+from jax_triton import triton_lib
+from jaxlib.mlir import ir
 
 from crescendo.pallas_kernels.op import require_gpu
 from crescendo.pallas_kernels.sharded import results_of
 
 # "out_shape" before jax-triton 0.4.
 RESULTS = "out_shape" if "out_shape" in inspect.signature(jax_triton.triton_call).parameters else "out_type"
+
+
+def _for_graphs(lowering: Callable) -> Callable:
+    """A lowering whose call of a kernel may be part of a CUDA graph.
+
+    jax-triton before 0.4 calls by XLA's older interface, whose calls are launched from the host one by one, with the
+    graphs cut in two around each.
+    """
+
+    def lower(*args, **kwargs):
+        results = lowering(*args, **kwargs)
+        call = results[0].owner
+        call.attributes["backend_config"] = ir.DictAttr.get({"opaque": call.attributes["backend_config"]})
+        call.attributes["call_target_name"] = ir.StringAttr.get("triton_kernel_call_ffi")
+        call.attributes["api_version"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 4)
+        return results
+
+    return lower
+
+
+if RESULTS == "out_shape":
+    on_cuda = functools.partial(triton_lib.triton_kernel_call_lowering, triton_lib.get_cuda_backend)
+    mlir.register_lowering(triton_lib.triton_kernel_call_p, _for_graphs(on_cuda), platform="cuda")
 
 
 def triton_call(

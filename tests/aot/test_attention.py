@@ -161,7 +161,7 @@ def test_a_token_is_written_into_the_cache_where_it_is():
 def test_the_gradient_of_a_bias_is_a_kernel_of_its_own(name, kernels):
     pytest.importorskip("triton")
     compiled = conformance.lowered(WHOLE["triton", name], h100s(1)[0]).compile()
-    assert compiled.as_text().count('custom_call_target="triton_kernel_call"') == kernels
+    assert compiled.as_text().count('custom_call_target="triton_kernel_call_ffi"') == kernels
     compiled = conformance.lowered(WHOLE["mosaic_tpu", name], v5es()[0]).compile()
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == kernels
 
