@@ -126,6 +126,8 @@ class Chunks:
 
     Attributes:
       bytes: of a chunk's logits.
+      fewest: chunks that many rows are cut into: up to `most_bytes`, they may take more than `bytes`.
+      most_bytes: of a chunk's logits, where there are many rows: beside the activations that made them it is little.
       least_rows: that a chunk may have, whatever its logits take. Every chunk reads and writes all of dW in float32:
         with fewer rows, that takes longer than the matmul itself.
       cost_rows: a chunk takes the time of so many rows' three matmuls (on an H100, whatever V and D).
@@ -133,6 +135,8 @@ class Chunks:
     """
 
     bytes: int = 350 * 2**20
+    fewest: int = 4
+    most_bytes: int = 2**30
     least_rows: int = 2048
     cost_rows: int = 111
     alignment: int = 128
@@ -141,13 +145,17 @@ class Chunks:
 def rows_in_chunk(rows: int, vocab_size: int, bytes_per_logit: int, multiple: int = 1, lent_bytes: int = 0) -> int:
     """As many rows as cost the least, with padding, of those that `Chunks.bytes` or `lent_bytes` hold.
 
-    At least `Chunks.least_rows` may be taken. Bytes are lent by a result that isn't there yet.
+    At least `Chunks.least_rows` may be taken, and of many rows a quarter. Bytes are lent by a result that isn't there
+    yet.
 
     >>> rows_in_chunk(8192, 50304, 2), rows_in_chunk(17, 50304, 6), rows_in_chunk(17, 50304, 2, multiple=256)
     (2048, 17, 256)
+    >>> rows_in_chunk(32768, 50304, 2)
+    8192
     """
     cut = tiles.tuned("linear_cross_entropy", "chunks", {}, max(1, rows), Chunks())
-    most = max(cut.least_rows, max(cut.bytes, lent_bytes) // (bytes_per_logit * vocab_size))
+    of_many = min(rows // cut.fewest, cut.most_bytes // (bytes_per_logit * vocab_size))
+    most = max(cut.least_rows, max(cut.bytes, lent_bytes) // (bytes_per_logit * vocab_size), of_many)
     fewest = math.ceil(rows / most)
     if fewest <= 1:
         return max(1, -(-rows // multiple)) * multiple

@@ -41,4 +41,4 @@ SPECS = (
     _spec("capped", 33, 128, 300, "small awkward quick", soft_cap=3.0, **EVERY_OPTION),
 )
 # In small calls: at most four rows a chunk.
-FINE = {"chunks": {"bytes": 0, "least_rows": 4, "alignment": 1}}
+FINE = {"chunks": {"bytes": 0, "most_bytes": 0, "least_rows": 4, "alignment": 1}}
