@@ -159,3 +159,26 @@ def records():
         return [{name: value for name, value in record.items() if name not in timed} for record in lines]
 
     return read
+
+
+STEP_BUDGETS = Path(__file__).parent / "step_budgets.json"
+# What another processor's compiler fuses otherwise is less, a copy of the activations or the logits more.
+BUDGET_TOLERANCE = 0.03
+
+
+@pytest.fixture
+def within_budget():
+    """`within_budget(name, **found)`: a step costs, by the compiler's count, what `step_budgets.json` says.
+
+    What costs less is an error too: the next loss would go unseen.
+    """
+
+    def check(name: str, **found: int) -> None:
+        budget = json.loads(STEP_BUDGETS.read_text()).get(name, {})
+        off = [what for what in found if found[what] != pytest.approx(budget.get(what, 0), rel=BUDGET_TOLERANCE)]
+        assert not off, (
+            f"{name}: {', '.join(off)} more than {BUDGET_TOLERANCE:.0%} off the budget {budget}; if that is meant, "
+            f"write to {STEP_BUDGETS.name}: {json.dumps({name: found})}"
+        )
+
+    return check

@@ -23,9 +23,9 @@ from crescendo.models import ModelConfig
 FIGURES = Path(__file__).parent / "debug_model.json"
 
 
-def forty_steps() -> dict:
-    """The loss of every step, and the sum of the parameters' magnitudes behind the last."""
-    session = Session(
+def debug_session() -> Session:
+    """The debug model on one CPU."""
+    return Session(
         data=RandomText(257, 32),
         model=ModelConfig.preset("debug"),
         optimizer=optim.adamw(optim.schedules.linear(1e-3, warmup=64), weight_decay=0.1),
@@ -33,6 +33,10 @@ def forty_steps() -> dict:
         total_examples=320,
         mesh=parallel.make_mesh(devices=jax.devices()[:1]),
     )
+
+
+def forty_steps(session: Session) -> dict:
+    """The loss of every step, and the sum of the parameters' magnitudes behind the last."""
     records: list[dict] = []
     state, _ = loop.run(
         session,
@@ -45,12 +49,27 @@ def forty_steps() -> dict:
     return {"losses": losses, "parameters_l1_norm": float(optax.tree.norm(state.parameters, ord=1))}
 
 
-def test_forty_steps_are_what_they_were(quick_compilation):
-    known, found = json.loads(FIGURES.read_text()), forty_steps()
+@pytest.fixture(scope="module")
+def session(quick_compilation):
+    return debug_session()
+
+
+def test_forty_steps_are_what_they_were(session):
+    known, found = json.loads(FIGURES.read_text()), forty_steps(session)
     print("the same bits" if found == known else "other bits")
     np.testing.assert_allclose(found["losses"], known["losses"], rtol=1e-5)
     assert found["parameters_l1_norm"] == pytest.approx(known["parameters_l1_norm"], rel=1e-5)
 
 
+def test_a_step_keeps_to_its_budget(session, within_budget):
+    cost, memory = session.step.cost_analysis(), session.step.memory_analysis()
+    within_budget(
+        "debug on one CPU",
+        flops=int(cost["flops"]),
+        bytes_accessed=int(cost["bytes accessed"]),
+        temporary_bytes=memory.temp_size_in_bytes,
+    )
+
+
 if __name__ == "__main__":
-    FIGURES.write_text(json.dumps(forty_steps(), indent=1) + "\n")
+    FIGURES.write_text(json.dumps(forty_steps(debug_session()), indent=1) + "\n")
