@@ -12,7 +12,10 @@ import jax
 import numpy as np
 from triton.runtime import interpreter, jit
 
-NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int8": "i8"}
+NAMES = {
+    **{"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int8": "i8"},
+    **{"float8_e4m3fn": "fp8e4nv", "float8_e5m2": "fp8e5"},
+}
 
 
 class Memory:

@@ -20,6 +20,7 @@ from crescendo.pallas_kernels.interpreter import interpreted
 from crescendo.pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from crescendo.pallas_kernels.linear_cross_entropy.specs import SPECS as ENTROPY_SPECS
 from crescendo.pallas_kernels.op import Spec, target
+from crescendo.pallas_kernels.quantize import quantize
 from crescendo.pallas_kernels.softmax import log_softmax, softmax
 
 pytestmark = [pytest.mark.aot, pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")]
@@ -74,6 +75,18 @@ def test_softmax_interpreted_does_not_look_at_what_a_mask_hides(op, columns):
     with on_chip(columns):
         for found, right in zip(both(np.nan), both(0.0), strict=True):
             np.testing.assert_array_equal(found, right)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("shape", [(3, 50, 70), (130, 66), (256, 128)], ids=str)
+def test_quantize_interpreted_is_the_cast_in_both_orders(shape, dtype):
+    # Numbers of the format and too large ones: how the interpreter rounds others isn't how the device does.
+    x = jnp.asarray(np.random.default_rng().normal(size=shape), dtype).astype(jnp.bfloat16).at[-1].mul(2.0**20)
+    call = functools.partial(quantize, x, jnp.float32(8), dtype=dtype, inner=1)
+    with interpreted(STAND_IN):
+        found = call(implementation="triton")
+    for a, b in zip(found, call(implementation="reference"), strict=True):
+        np.testing.assert_array_equal(a.astype(jnp.float32), b.astype(jnp.float32))
 
 
 @functools.cache
