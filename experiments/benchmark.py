@@ -20,6 +20,7 @@ from crescendo.experiments.runtime.files import local_path
 from crescendo.experiments.runtime.tracing import check_writable
 from crescendo.models import ModelConfig
 from crescendo.models.config import PRESETS
+from crescendo.models.low_precision import RECIPES
 from crescendo.pallas_kernels.console import output_console
 
 EXAMPLES = """examples:
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--documents-in-row", type=int, default=1, help="packed documents of equal length (default 1)")
     train.add_argument("--steps", type=int, default=20, help="timed steps (default 20)")
     train.add_argument("--remat", default="none", choices=["none", "dots", "full"], help="what the backward recomputes")
+    train.add_argument("--matmul", default="dtype", choices=list(RECIPES), help="the blocks' matmuls (default dtype)")
     train.add_argument(
         "--profile", metavar="FOLDER", help="the step by kernel: a table, PRESET.json, PRESET.png and the trace there"
     )
@@ -93,6 +95,7 @@ def _beside_peers(arguments: argparse.Namespace, console: Console) -> None:
             sequence_length=arguments.sequence_length,
             batch_size=arguments.batch_size,
             steps=arguments.steps,
+            matmul=arguments.matmul,
         )
         measured = beside.compare(work, arguments.peer, arguments.rounds or 1, say)
         console.print(beside.peer_table(work, measured))
@@ -130,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("rounds", "json"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name} is of a comparison: add --peer NAME, or leave it out")
-    changes = {"remat": arguments.remat, "scan_layers": arguments.scan_layers or None}
+    changes = {"remat": arguments.remat, "matmul": arguments.matmul, "scan_layers": arguments.scan_layers or None}
     with user_values():
         models = {preset: ModelConfig.preset(preset, **changes) for preset in arguments.presets}
     packed = {"documents_in_row": arguments.documents_in_row}

@@ -23,6 +23,7 @@ from crescendo.experiments.runtime.hardware import topology_devices
 from crescendo.experiments.trainer.training import train
 from crescendo.models import ModelConfig
 from crescendo.models.config import PRESETS
+from crescendo.models.low_precision import RECIPES
 from crescendo.pallas_kernels.console import output_console
 from crescendo.parallel.mesh import AXES
 
@@ -66,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
         "--sequence-length", type=int, help="tokens in a row (default 4096, of a preset by itself 1024)"
     )
     result.add_argument("--remat", choices=["none", "dots", "full"], help="(default: the preset's)")
+    result.add_argument("--matmul", default="dtype", choices=list(RECIPES), help="the blocks' matmuls (default dtype)")
     return result
 
 
@@ -106,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         mesh = spec.make(devices) if devices else spec.abstract(arguments.devices or 8)
         layout = parallel.Layout(mesh, parallel.strategy(arguments.strategy, ulysses=arguments.ulysses))
         # In a loop the layers compile in the time of one.
-        changes = {"scan_layers": True} | ({"remat": arguments.remat} if arguments.remat else {})
+        changes = {"scan_layers": True, "matmul": arguments.matmul}
+        changes |= {"remat": arguments.remat} if arguments.remat else {}
         model = ModelConfig.preset(arguments.model, **changes)
     describe_mesh(
         console,

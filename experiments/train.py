@@ -16,6 +16,7 @@ from crescendo.experiments.runtime.command import check_not_given
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.files import local_path
 from crescendo.experiments.trainer.training import train
+from crescendo.models.low_precision import check_device
 from crescendo.pallas_kernels.console import output_console
 from crescendo.parallel import hosts
 
@@ -107,6 +108,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             **run.options_of(arguments),
         )
         return
+    with user_values():  # before data are prepared
+        model = configurables.arguments(train, ["model"])["model"]
+        check_device(getattr(model, "matmul", "dtype"))
     with hosts_lost():
         bound(run=str(arguments.run or default_run(configs)))
 

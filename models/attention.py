@@ -6,7 +6,7 @@ from flax import nnx
 
 from crescendo.models import axes
 from crescendo.models.config import ModelConfig
-from crescendo.models.layers import Linear, RMSNorm, rotate, scale_names
+from crescendo.models.layers import Linear, RMSNorm, of_one_input, rotate, scale_names
 from crescendo.models.layout import Layout
 from crescendo.pallas_kernels import attention, qk_norm_rotary
 
@@ -27,7 +27,8 @@ class Attention(nnx.Module):
         width, heads, kv_heads, head_width = config.width, config.heads, config.kv_heads, config.head_size
 
         def projection(heads: int, axis: str):
-            return Linear((width,), (heads, head_width), (axes.EMBED, axis, axes.HEAD_WIDTH), dtype=dtype, rngs=rngs)
+            names = (axes.EMBED, axis, axes.HEAD_WIDTH)
+            return Linear((width,), (heads, head_width), names, dtype=dtype, rngs=rngs, matmul=config.matmul)
 
         self.query = projection(heads, axes.HEADS)
         self.key = projection(kv_heads, axes.KV_HEADS)
@@ -39,6 +40,7 @@ class Attention(nnx.Module):
             dtype=dtype,
             rngs=rngs,
             scale=(2 * config.layers) ** -0.5,
+            matmul=config.matmul,
         )
         if config.qk_norm:
             self.query_norm = RMSNorm(head_width, axes.HEAD_WIDTH, config.norm_epsilon)
@@ -46,7 +48,7 @@ class Attention(nnx.Module):
         self.qk_norm = config.qk_norm
 
     def __call__(self, x_BTD, attend, cosine, sine, layout: Layout, *, implementation: str | None = None):
-        q_BTHE, k_BTKE, v_BTKE = (project(x_BTD, layout) for project in (self.query, self.key, self.value))
+        q_BTHE, k_BTKE, v_BTKE = of_one_input((self.query, self.key, self.value), x_BTD, layout)
         if self.qk_norm:
             norm = functools.partial(qk_norm_rotary, eps=self.query_norm.epsilon, implementation=implementation)
             scales = self.query_norm.scale[...], self.key_norm.scale[...]

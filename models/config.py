@@ -1,14 +1,15 @@
 """The shape of a decoder, and the presets."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from crescendo.ranges import Count, Decay, NotNegative, Positive, check_fields
+from crescendo.models.low_precision import RECIPES, check_widths
+from crescendo.ranges import Count, Decay, NotNegative, OneOf, Positive, check_fields
 
 Remat = Literal["none", "dots", "full"]
 Dtype = Literal["float32", "bfloat16"]
 
-SPEED_FIELDS = ("scan_layers", "remat", "dtype")
+SPEED_FIELDS = ("scan_layers", "remat", "dtype", "matmul")
 """The fields of a model that say how fast it runs and not what it computes."""
 
 
@@ -43,10 +44,13 @@ class ModelConfig:
       remat: what the backward pass recomputes: "none"; "dots" keeps the results of the weight matmuls; "full" keeps
         only each layer's input.
       dtype: "float32" or "bfloat16", that of the matmuls and activations (parameters are float32). None: bfloat16
-        on accelerators, float32 on the CPU.
+        on accelerators and under a recipe, else float32 on the CPU.
+      matmul: the recipe of the blocks' matmuls, by name: "dtype" multiplies in `dtype`; "fp8" in 8 bits, and
+        "fp8-hadamard" with rotations before; "nvfp4" emulates 4 bits (`crescendo.models.low_precision.RECIPES`).
 
     Raises:
-      ValueError: for a field out of its range, or heads that don't divide.
+      ValueError: for a field out of its range, heads that don't divide, or a recipe with float32 or with widths that
+        aren't multiples of 16.
 
     >>> ModelConfig.preset("debug").head_size
     32
@@ -69,6 +73,7 @@ class ModelConfig:
     scan_layers: bool | None = None
     remat: Remat = "none"
     dtype: Dtype | None = None
+    matmul: Annotated[str, OneOf(RECIPES)] = "dtype"
 
     def __post_init__(self):
         check_fields(self)
@@ -78,6 +83,19 @@ class ModelConfig:
             raise ValueError(f"width = {self.width} must be a multiple of heads = {self.heads}, or set head_width")
         if self.head_size < 2 or self.head_size % 2:
             raise ValueError(f"a head of width {self.head_size} must be even: rotary positions turn pairs")
+        if self.matmul != "dtype":
+            self._check_matmul()
+
+    def _check_matmul(self) -> None:
+        if self.dtype == "float32":
+            raise ValueError(f"matmul = {self.matmul!r} needs dtype = 'bfloat16', not 'float32', or leave dtype out")
+        projections = {"heads x head width": self.heads, "kv_heads x head width": self.kv_heads}
+        check_widths(
+            self.matmul,
+            width=self.width,
+            mlp_width=self.mlp_width,
+            **{name: heads * self.head_size for name, heads in projections.items()},
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -85,7 +103,7 @@ class ModelConfig:
 
         `dropout` is there only where it is not 0, so that models from before it was a field are what they were.
 
-        >>> ModelConfig().identity == ModelConfig(remat="full", scan_layers=True).identity
+        >>> ModelConfig().identity == ModelConfig(remat="full", scan_layers=True, matmul="fp8").identity
         True
         """
         fields = identity(self)
@@ -106,10 +124,11 @@ class ModelConfig:
     def for_platform(self, platform: str) -> "ModelConfig":
         """This configuration with `scan_layers` and `dtype` decided for "cpu", "gpu" or "tpu"."""
         unrolled_layers = 24 if platform == "gpu" else 4
+        narrow = platform != "cpu" or self.matmul != "dtype"
         return dataclasses.replace(
             self,
             scan_layers=self.layers > unrolled_layers if self.scan_layers is None else self.scan_layers,
-            dtype=("float32" if platform == "cpu" else "bfloat16") if self.dtype is None else self.dtype,
+            dtype=("bfloat16" if narrow else "float32") if self.dtype is None else self.dtype,
         )
 
     def flops_per_token(self, sequence_length: int, *, causal: bool = True) -> float:

@@ -1,5 +1,6 @@
 """Decoding with a cache of keys and values: each token is computed once."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -50,7 +51,8 @@ def decode(config: ModelConfig, parameters: dict, tokens_BT, begin, cache: Cache
     >>> logits.shape
     (1, 4, 384)
     """
-    model = apply(config, parameters)
+    # A recipe would quantise every weight anew for each token, which takes longer than multiplying by it.
+    model = apply(dataclasses.replace(config, matmul="dtype"), parameters)
     batch, length = tokens_BT.shape
     positions_BT = jnp.broadcast_to(begin + jnp.arange(length, dtype=jnp.int32), (batch, length))
     cosine, sine = rotary(positions_BT, config.head_size, config.rope_theta)

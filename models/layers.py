@@ -9,6 +9,7 @@ from flax import nnx
 
 from crescendo.models import axes
 from crescendo.models.layout import ONE_DEVICE, Layout
+from crescendo.models.low_precision import RECIPES, Kernel, products
 from crescendo.pallas_kernels import rms_norm
 
 
@@ -27,17 +28,20 @@ class Linear(nnx.Module):
       outputs: the sizes that take their place.
       axes: the logical names of `inputs + outputs`.
       scale: multiplies the standard deviation `1 / sqrt(fan_in)` at initialisation.
+      matmul: a recipe for the product, see `crescendo.models.low_precision`.
     """
 
-    def __init__(self, inputs, outputs, axes, *, dtype, rngs: nnx.Rngs, scale: float = 1.0):
+    def __init__(self, inputs, outputs, axes, *, dtype, rngs: nnx.Rngs, scale: float = 1.0, matmul: str = "dtype"):
         fan_in = 1
         for size in inputs:
             fan_in *= size
         self.kernel = parameter(rngs, (*inputs, *outputs), axes, scale * fan_in**-0.5)
         self.contracted = len(inputs)
-        self.dtype, self.axes = dtype, axes
+        self.dtype, self.axes, self.matmul = dtype, axes, matmul
 
     def __call__(self, x, layout: Layout = ONE_DEVICE):
+        if RECIPES[self.matmul] is not None:
+            return of_one_input((self,), x, layout)[0]
         kernel = layout.weight(self.kernel[...].astype(self.dtype), self.axes)
         return jnp.tensordot(x, kernel, axes=self.contracted)
 
@@ -47,9 +51,21 @@ def side_by_side(layers: Sequence[Linear], x, layout: Layout):
 
     The kernels are put together as they are cast, which copies nothing besides.
     """
-    like, kernels = layers[0], [layer.kernel[...].astype(layer.dtype) for layer in layers]
-    kernel = layout.weight(jnp.stack(kernels, axis=-2), (*like.axes[:-1], None, like.axes[-1]))
+    like, kernels = layers[0], [layer.kernel[...] for layer in layers]
+    names, recipe = (*like.axes[:-1], None, like.axes[-1]), RECIPES[like.matmul]
+    if recipe is not None:
+        return products(recipe, x, [kernels], [Kernel(names, like.contracted)], layout)[0]
+    kernel = layout.weight(jnp.stack([kernel.astype(like.dtype) for kernel in kernels], axis=-2), names)
     return jnp.tensordot(x, kernel, axes=like.contracted)
+
+
+def of_one_input(layers: Sequence[Linear], x, layout: Layout) -> tuple[jax.Array, ...]:
+    """What each of several layers makes of x, which a recipe quantises once."""
+    recipe = RECIPES[layers[0].matmul]
+    if recipe is None:
+        return tuple(layer(x, layout) for layer in layers)
+    kernels = [Kernel(layer.axes, layer.contracted) for layer in layers]
+    return products(recipe, x, [layer.kernel[...] for layer in layers], kernels, layout)
 
 
 class RMSNorm(nnx.Module):

@@ -23,6 +23,14 @@ class Layout(Protocol):
         """
         ...
 
+    def whole(self, array: jax.Array, names: Names) -> jax.Array:
+        """A weight for a matmul of its own derivative rule: gathered as it is, and copied as `weight` does."""
+        ...
+
+    def weight_gradient(self, gradient: jax.Array, names: Names) -> jax.Array:
+        """The gradient of a weight out of that of `whole`: summed over the devices, and over copies."""
+        ...
+
     def in_row_order(self, array: jax.Array, axis: int = 1) -> jax.Array:
         """An array made in the natural order of a row's tokens, in the order in which rows lie on the devices."""
         ...
@@ -74,6 +82,16 @@ class OneDevice:
         """
         del names
         return jax.lax.optimization_barrier(array)
+
+    def whole(self, array: jax.Array, names: Names) -> jax.Array:
+        """The array."""
+        del names
+        return array
+
+    def weight_gradient(self, gradient: jax.Array, names: Names) -> jax.Array:
+        """The gradient."""
+        del names
+        return gradient
 
     def in_row_order(self, array: jax.Array, axis: int = 1) -> jax.Array:
         """The array."""

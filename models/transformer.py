@@ -47,7 +47,13 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
         inner = functools.partial(
-            Linear, (config.width,), (config.mlp_width,), (axes.EMBED, axes.MLP), dtype=dtype, rngs=rngs
+            Linear,
+            (config.width,),
+            (config.mlp_width,),
+            (axes.EMBED, axes.MLP),
+            dtype=dtype,
+            rngs=rngs,
+            matmul=config.matmul,
         )
         self.gate, self.up = inner(), inner()
         self.down = Linear(
@@ -57,6 +63,7 @@ class Mlp(nnx.Module):
             dtype=dtype,
             rngs=rngs,
             scale=(2 * config.layers) ** -0.5,
+            matmul=config.matmul,
         )
 
     def __call__(self, x_BTD, layout: Layout, *, implementation: str | None = None):

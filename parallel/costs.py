@@ -29,6 +29,9 @@ class Work:
       sequence_length: tokens in a row.
       layers, width, heads, kv_heads, head_width: of the model.
       compute_bytes: of a number in matmuls and activations.
+      weight_bytes: of a number of the layers' matrices as they are gathered.
+      quantised: whether the layers' products have a derivative rule of their own, which keeps what the backward pass
+        needs of the inputs, and adds up the gradient of an input for each weight apart.
       full_remat: whether the backward pass computes the layers again.
     """
 
@@ -41,6 +44,8 @@ class Work:
     kv_heads: int
     head_width: int
     compute_bytes: int = 2
+    weight_bytes: int = 2
+    quantised: bool = False
     full_remat: bool = False
 
 
@@ -76,6 +81,7 @@ def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) ->
         # Matrices of layers are cast before they cross; tables and vectors, which are used in float32, are not.
         matrix = stacked and len(names) > 2
         each = work.compute_bytes if matrix else FLOAT32
+        gathered = work.weight_bytes if matrix else FLOAT32
         count = math.prod(array.shape) / ways(strategy.parameters, names, ("tensor",))
         split = ("fsdp", "sequence")
         of_parameters = ways(strategy.parameters, names, split)
@@ -86,7 +92,7 @@ def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) ->
         copied = layout.key_copies > 1 and "kv_heads" in names
         heads = sizes["tensor"] // layout.key_copies if copied else 1
         if of_parameters > 1:  # gathered for the forward pass, and a layer again for the backward pass
-            sent["all-gather"] += k * (1 + stacked) * _share(of_parameters) * count / heads * each
+            sent["all-gather"] += k * (1 + stacked) * _share(of_parameters) * count / heads * gathered
         elif of_updates > 1:
             sent["all-gather"] += _share(of_updates) * count * FLOAT32
         if of_gradients > 1:
@@ -114,14 +120,18 @@ def _tensor(layout: Layout, work: Work) -> dict[str, float]:
     Forward that is two gathers and two scattered sums; backward their transposes, and the two gathers again, because
     what the backward pass needs is split. Embedding and output gather once each way; the embedding scatters once,
     and the loss, whose gradients are computed with it, adds up those of its hidden states unsplit and in float32.
+    Quantised inputs are kept unsplit, and their gradients are four scattered sums: of q, k, v, and gate with up, which
+    is gathered once more.
     """
     ways = layout.sizes["tensor"]
     entries = _rows(layout, work) * work.width * _share(ways) * work.microbatches
     residual = entries * work.compute_bytes
     recomputed = work.full_remat  # the sum behind attention is needed again, the one behind the feed-forward part not
+    gathers = 5 + 2 * recomputed if work.quantised else 6
+    scatters = (6 if work.quantised else 4) + recomputed
     return {
-        "all-gather": residual * (6 * work.layers + 2),
-        "reduce-scatter": residual * ((4 + recomputed) * work.layers + 1),
+        "all-gather": residual * (gathers * work.layers + 2),
+        "reduce-scatter": residual * (scatters * work.layers + 1),
         "all-reduce": 2 * entries * FLOAT32,
     }
 

@@ -183,26 +183,37 @@ class Layout:
         """
         if self.mesh.size == 1:
             return jax.lax.optimization_barrier(array)  # as `models.layout.OneDevice`
-        copies = self.key_copies if "kv_heads" in names else 1
-
-        def taken(array):
-            if copies == 1:
-                return array
-            return self._lay_out(self.strategy.parameters | TENSOR, jnp.repeat(array, copies, axis), names)
-
-        def pull(_, g):
-            g = self._lay_out(TENSOR, g, names)
-            if copies == 1:
-                return (g,)
-            g = jnp.sum(g.reshape(*g.shape[:axis], -1, copies, *g.shape[axis + 1 :]), axis + 1)
-            return (self._lay_out(self.strategy.gradients, g, names),)
-
-        axis = names.index("kv_heads") if copies > 1 else 0
         if self._plain_gradients:
-            return taken(array)
-        steered = jax.custom_vjp(taken)
-        steered.defvjp(lambda array: (taken(array), None), pull)
+            return self._copied(array, names)
+        steered = jax.custom_vjp(lambda array: self._copied(array, names))
+        steered.defvjp(lambda array: (self._copied(array, names), None), lambda _, g: (self._summed(g, names),))
         return steered(array)
+
+    def whole(self, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        """The weight of a matmul that has a derivative rule of its own, gathered in the dtype that it has.
+
+        Its axis `kv_heads` may grow as by `weight`; the gradient is to go through `weight_gradient`.
+        """
+        return self._lay_out(TENSOR, self._copied(array, names), names)
+
+    def weight_gradient(self, gradient: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        """The gradient of a weight out of that of what `whole` made: summed over tokens and copies, and split."""
+        return self._lay_out(self.strategy.gradients, self._summed(gradient, names), names)
+
+    def _summed(self, gradient: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        """The sum over all tokens first, split only then; and over the copies of a key head."""
+        gradient = self._lay_out(TENSOR, gradient, names)
+        if self.key_copies == 1 or "kv_heads" not in names:
+            return gradient
+        axis, shape = names.index("kv_heads"), gradient.shape
+        gradient = jnp.sum(gradient.reshape(*shape[:axis], -1, self.key_copies, *shape[axis + 1 :]), axis + 1)
+        return self._lay_out(self.strategy.gradients, gradient, names)
+
+    def _copied(self, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        if self.key_copies == 1 or "kv_heads" not in names:
+            return array
+        array = jnp.repeat(array, self.key_copies, names.index("kv_heads"))
+        return self._lay_out(self.strategy.parameters | TENSOR, array, names)
 
     def for_second_derivatives(self) -> "Layout":
         """The layout with no gradients of its own making, which have no second derivatives: slower, and as right.

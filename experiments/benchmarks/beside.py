@@ -39,6 +39,7 @@ class Work(schemas.Schema):
       batch_size: in examples.
       steps: timed steps.
       platform: "cpu" or "gpu", as ours found it: a peer that asked JAX would have it take the device's memory.
+      matmul: of ours, a key of `crescendo.models.low_precision.RECIPES`.
     """
 
     preset: str
@@ -46,6 +47,7 @@ class Work(schemas.Schema):
     batch_size: int
     steps: int
     platform: str = ""
+    matmul: str = "dtype"
 
 
 class Measured(schemas.Schema):
@@ -74,7 +76,7 @@ def ours(work: Work) -> Prepared:
     """The step of a run, on the first device."""
     layout = parallel.Layout(parallel.make_mesh(devices=jax.devices()[:1]))
     loop = prepare(
-        ModelConfig.preset(work.preset),
+        ModelConfig.preset(work.preset, matmul=work.matmul),
         sequence_length=work.sequence_length,
         batch_size=work.batch_size,
         layout=layout,

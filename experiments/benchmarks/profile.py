@@ -35,6 +35,7 @@ GROUPS = {
     "qk_norm_rotary": "norm",
     "layer_norm": "norm",
     "swiglu": "activation",
+    "quantize": "quantization",
     "optimizer": "optimizer",
 }
 WHOLE = ("attention", "linear_cross_entropy")  # matrix products inside of these are theirs

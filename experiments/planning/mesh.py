@@ -17,6 +17,7 @@ from crescendo.experiments.runtime.hardware import KnownDevice, named_device
 from crescendo.experiments.trainer.compilation import peak_bytes
 from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
+from crescendo.models.low_precision import weight_dtype
 from crescendo.parallel.collectives import traffic
 from crescendo.parallel.costs import Work, step_traffic
 from crescendo.parallel.tables import describe_sharding, device_bytes, memory_table, traffic_table
@@ -39,6 +40,8 @@ def step_work(config: ModelConfig, plan: parallel.BatchPlan, sequence_length: in
         kv_heads=config.kv_heads,
         head_width=config.head_size,
         compute_bytes=jnp.dtype(config.dtype).itemsize,
+        weight_bytes=jnp.dtype(weight_dtype(config.matmul, config.dtype)).itemsize,
+        quantised=config.matmul != "dtype",
         full_remat=config.remat == "full",
     )
 

@@ -12,6 +12,7 @@ from crescendo import optim, parallel
 from crescendo.experiments.data.rows import Stream
 from crescendo.experiments.runs.state import TrainState
 from crescendo.experiments.tasks.base import Context, Source, Task, padded_rows
+from crescendo.experiments.trainer.compilation import options
 from crescendo.experiments.trainer.feed import put_rows
 from crescendo.experiments.trainer.frozen import Trainable
 from crescendo.experiments.trainer.shapes import abstract_rows
@@ -59,7 +60,8 @@ def evaluation_program(
         return {name: x / weight for name, (x, weight) in total.items()}
 
     rows = abstract_rows(task, layout, groups, microbatch_examples)
-    return jax.jit(means, out_shardings=layout.replicated).lower(state, rows)
+    told = options(task, layout.mesh.devices.flat[0].platform)
+    return jax.jit(means, out_shardings=layout.replicated, compiler_options=told).lower(state, rows)
 
 
 def make_evaluation(

@@ -24,7 +24,7 @@ from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.tasks.base import Model, Source, Task
 from crescendo.experiments.tasks.language_model import language_model
-from crescendo.experiments.trainer.compilation import STEP_OPTIONS, peak_bytes
+from crescendo.experiments.trainer.compilation import check_numbers, options, peak_bytes
 from crescendo.experiments.trainer.evaluate import (
     evaluation_parameters,
     evaluation_program,
@@ -152,6 +152,7 @@ class Session:
             layout = parallel.Layout(mesh, strategy)
             parallel.plan_batches(self.sizes, layout.batch_shards)
         with user_values():
+            check_numbers(model, mesh)
             self.task = task(data=data, model=model.for_platform(self.platform))
             self.layout = self.task.place(layout)
             if self.policy.for_rows is not None:
@@ -234,8 +235,8 @@ class Session:
             trainable=self.trainable,
             implementation=implementation,
         )
-        options = STEP_OPTIONS.get(self.platform)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None), compiler_options=options)
+        told = options(self.task, self.platform)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None), compiler_options=told)
         batch = abstract_batch(self.task, self.layout, plan)
         traced, self._kernels, self._said_of_lengths = trace_step(
             jitted, (self.abstract_state, batch), self.layout.mesh.devices.flat[0]

@@ -1,6 +1,7 @@
 """What compiled steps send between devices, against the closed form, for eight H100s and for a pod of TPUs."""
 
 import functools
+import math
 import re
 from pathlib import Path
 
@@ -62,11 +63,11 @@ def row(name: str, kind: str, found: Traffic, expected: float) -> str:
 
 
 @functools.cache
-def compiled_for_h100s(name: str):
+def compiled_for_h100s(name: str, matmul: str = "dtype"):
     axes, strategy, ulysses, microbatches, remat = STEPS[name]
     devices = topology_devices("h100:1x1x8", H100)
     layout = parallel.Layout(parallel.make_mesh(**axes, devices=devices), parallel.strategy(strategy, ulysses=ulysses))
-    config = ModelConfig(**{**SMALL.__dict__, "remat": remat}).for_platform("gpu")
+    config = ModelConfig(**{**SMALL.__dict__, "remat": remat, "matmul": matmul}).for_platform("gpu")
     step, _ = lowered(config, layout, microbatches, 1024)
     return step.compile().as_text(), config, layout, microbatches
 
@@ -81,12 +82,15 @@ EVERY_DAY = ("data", "zero1", "fsdp", "tensor", "ulysses")
 def test_eight_h100s_send_what_the_closed_form_says(name):
     text, config, layout, microbatches = compiled_for_h100s(name)
     found, expected = traffic(text, microbatches=microbatches), closed_form(config, layout, microbatches, 1024)
-    total = sum(expected.values())
+    check_traffic(name, found, expected)
+
+
+def check_traffic(name: str, found: dict[str, Traffic], expected: dict[str, float]) -> None:
+    """Sums of scalars and whole vectors are not in the closed form: under 1% of all here."""
     for kind, size in expected.items():
         print(row(name, kind, found[kind], size))
     for kind, size in expected.items():
-        # Sums of scalars and whole vectors are not in the closed form: under 1% of all here.
-        assert found[kind].sent_bytes == pytest.approx(size, rel=0.01, abs=0.01 * total), kind
+        assert found[kind].sent_bytes == pytest.approx(size, rel=0.01, abs=0.01 * sum(expected.values())), kind
 
 
 @pytest.mark.slow
@@ -136,6 +140,27 @@ def test_fsdp_gathers_one_layer_at_a_time():
     assert all(c.result_bytes < 1.01 * one_layer for c in of_layers)
     assert all(c.result_bytes < 1.01 * tables for c in gathers)
     assert not any(len(dims) > 2 and dims[0] == config.layers for c in gathers for _, dims in c.shapes)
+
+
+def test_fsdp_gathers_weights_in_8_bits_under_fp8():
+    text, config, layout, microbatches = compiled_for_h100s("fsdp", "fp8")
+    found, expected = traffic(text, microbatches=microbatches), closed_form(config, layout, microbatches, 1024)
+    in_loops = [
+        c
+        for c in collectives(text, microbatches=microbatches)
+        if c.kind == "all-gather" and c.runs == config.layers * microbatches
+    ]
+    assert {dtype for c in in_loops for dtype, dims in c.shapes if math.prod(dims) > config.width} == {"f8e4m3fn"}
+    blocks = jax.eval_shape(lambda: models.initialize(config, jax.random.key(0)))["blocks"]
+    bfloat16 = 2 * microbatches * (3 / 4) * 2 * sum(x.size for x in jax.tree.leaves(blocks))
+    assert sum(c.runs * c.sent_bytes for c in in_loops) == pytest.approx(bfloat16 / 2, rel=0.01)
+    check_traffic("fsdp, fp8", found, expected)
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_under_fp8_sends_what_the_closed_form_says():
+    text, config, layout, microbatches = compiled_for_h100s("tensor", "fp8")
+    check_traffic("tensor, fp8", traffic(text), closed_form(config, layout, microbatches, 1024))
 
 
 @pytest.mark.slow

@@ -334,6 +334,11 @@ def test_a_run_repeats_from_its_own_config(staged, tmp_path, records):
         ("text_files.paths = ['/nowhere/*.txt']", "/nowhere"),
         ("model.heads = 3", "width = 16 must be a multiple of heads = 3"),
         ("model.preset = 'huge'", "model.preset = 'huge' must be one of debug, 30m"),
+        ("model.matmul = 'fp9'", "model.matmul = 'fp9' must be one of dtype, fp8, fp8-hadamard"),
+        (
+            "model.matmul = 'fp8'",
+            "kv_heads x head width = 8 must be a multiple of 16 with matmul = 'fp8': the least is 16",
+        ),
         ("staged.sizes = [8, 16]\nstaged.starts_examples = [0]\ntrain.batch_size = @staged()", "2 sizes and 1 starts"),
     ],
 )
@@ -342,6 +347,13 @@ def test_bad_input_is_one_line_that_names_it(train_small, tmp_path, binding, mes
         train_small(tmp_path / "run", binding, devices=8)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_be_is_refused_before_data_are_prepared(tmp_path):
+    nowhere = ("text_data.documents = @text_files()", "text_files.paths = ['/nowhere/*.txt']")
+    bindings = ("model.matmul = 'fp8'", "model.mlp_width = 1000", *nowhere)
+    with pytest.raises(UserError, match=r"mlp_width = 1000 must be a multiple of 16 .* 992 and 1008"):
+        train_module.main(["--run", str(tmp_path / "run"), *(word for each in bindings for word in ("--set", each))])
 
 
 @pytest.mark.parametrize(
