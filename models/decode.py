@@ -2,16 +2,14 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from crescendo.models.config import ModelConfig
 from crescendo.models.layers import rotary
 from crescendo.models.layout import ONE_DEVICE
-from crescendo.models.transformer import apply
+from crescendo.models.transformer import apply, through_blocks
 from crescendo.pallas_kernels import attention
 
 Cache = dict[str, jax.Array]
@@ -55,28 +53,26 @@ def decode(config: ModelConfig, parameters: dict, tokens_BT, begin, cache: Cache
     model = apply(dataclasses.replace(config, matmul="dtype"), parameters)
     batch, length = tokens_BT.shape
     positions_BT = jnp.broadcast_to(begin + jnp.arange(length, dtype=jnp.int32), (batch, length))
-    cosine, sine = rotary(positions_BT, config.head_size, config.rope_theta)
-    structure, stacked = nnx.split(model.blocks)
 
-    def block(carry, of_layer):
-        # The cache is carried, so that the new tokens are written into it where it is.
-        (stream, cache), (weights, number) = carry, of_layer
+    def attend(q_BTHE, k_BTKE, v_BTKE, cache, number):
+        written, of_layer = {}, []
+        for name, new in (("keys", k_BTKE), ("values", v_BTKE)):
+            written[name] = jax.lax.dynamic_update_slice(cache[name], new[None], (number, 0, begin, 0, 0))
+            of_layer.append(jax.lax.dynamic_index_in_dim(written[name], number, keepdims=False))
+        # Causal by position: what lies in the cache past a token is after it.
+        return attention(q_BTHE, *of_layer, causal=True, positions=begin), written
 
-        def attend(q_BTHE, k_BTKE, v_BTKE):
-            of_layer = []
-            for name, new in (("keys", k_BTKE), ("values", v_BTKE)):
-                cache[name] = jax.lax.dynamic_update_slice(cache[name], new[None], (number, 0, begin, 0, 0))
-                of_layer.append(jax.lax.dynamic_index_in_dim(cache[name], number, keepdims=False))
-            # Causal by position: what lies in the cache past a token is after it.
-            return attention(q_BTHE, *of_layer, causal=True, positions=begin)
-
-        layer: Any = nnx.merge(structure, weights)
-        return (layer(*stream, attend, cosine, sine, ONE_DEVICE), cache), None
-
-    x_BTD = ONE_DEVICE.look_up(model.embedding.table[...], tokens_BT, config.dtype)
-    layers = stacked, jnp.arange(config.layers, dtype=jnp.int32)
-    (stream, cache), _ = jax.lax.scan(block, ((x_BTD, jnp.zeros_like(x_BTD)), dict(cache)), layers)
-    hidden_BTD, _ = model.final_norm(*stream)
+    stream, cache = through_blocks(
+        model.blocks,
+        dataclasses.replace(config, scan_layers=True, remat="none"),
+        model.enter(tokens_BT),
+        attend,
+        *rotary(positions_BT, config.head_size, config.rope_theta),
+        implementation=None,
+        layout=ONE_DEVICE,
+        state=dict(cache),
+    )
+    hidden_BTD = model.leave(stream)
     table_VD = model.output_table().astype(hidden_BTD.dtype)
     logits = jnp.einsum("btd,vd->btv", hidden_BTD, table_VD, preferred_element_type=jnp.float32)
     if config.logit_soft_cap is not None:

@@ -23,8 +23,16 @@ REMAT_POLICIES = {
 }
 
 
+Stream = tuple[jax.Array, jax.Array | None]
+"""The residual stream as `(x, added)`, their sum, since the norm that reads it makes the sum in the same pass."""
 Drop = Callable[[jax.Array, int], jax.Array]
 """From what a branch adds and the branch's number (0 attention, 1 feed-forward) to the same with some of it dropped."""
+
+
+def joined(stream: Stream) -> jax.Array:
+    """The residual stream as one array."""
+    x_BTD, added_BTD = stream
+    return x_BTD if added_BTD is None else x_BTD + added_BTD
 
 
 def _keep(x_BTD: jax.Array, branch: int) -> jax.Array:
@@ -73,10 +81,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """`h = h + attention(norm(h))`, then `h = h + mlp(norm(h))`, with the residual stream `h = x + added`.
-
-    It takes and returns `(x, added)`, as the norm that reads the sum makes it in the same pass; `added` may be None.
-    """
+    """`h = h + attention(norm(h))`, then `h = h + mlp(norm(h))`; it takes and returns a `Stream`."""
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.width, axes.EMBED, config.norm_epsilon)
@@ -110,56 +115,76 @@ def stacked_blocks(config: ModelConfig, *, dtype, rngs: nnx.Rngs) -> Block:
     return blocks
 
 
+def within_segments(segment_ids_BT, *, causal: bool, implementation: str | None, layout: Layout) -> Callable:
+    """What `through_blocks` takes for `attend`: tokens attend within their segment, and there is no state."""
+    attention = functools.partial(packed_attention, causal=causal, implementation=implementation)
+
+    def attend(q_BTHE, k_BTKE, v_BTKE, state, number):
+        del number
+        mixed_BTHE = layout.attend(
+            attention, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, causal=causal, blocks=FusedBlockAttention
+        )
+        return mixed_BTHE, state
+
+    return attend
+
+
 def through_blocks(
     blocks: Block,
     config: ModelConfig,
-    x_BTD,
-    segment_ids_BT,
+    stream: Stream,
+    attend: Callable,
     cosine,
     sine,
     *,
-    causal: bool,
     implementation: str | None,
     layout: Layout,
     dropout_keys_B=None,
-):
-    """The residual stream behind all layers, in a loop or unrolled, as `(x, added)` (see `Block`).
+    first_layer=0,
+    state: Any = None,
+) -> tuple[Stream, Any]:
+    """The residual stream behind some layers, in a loop or unrolled, and what the layers made of a state.
 
     Args:
-      blocks: as `stacked_blocks` makes them.
+      blocks: as `stacked_blocks` makes them, or some of its layers.
       config: theirs.
-      x_BTD: the residual stream before them.
-      segment_ids_BT: int32; tokens attend within their segment.
+      stream: before them.
+      attend: `(q_BTHE, k_BTKE, v_BTKE, state, number of the layer) -> (mixed_BTHE, state)`.
       cosine, sine: `[B, T, E / 2]`, see `rotary`.
-      causal, implementation, layout, dropout_keys_B: see `Transformer`.
+      implementation, layout, dropout_keys_B: see `Transformer`.
+      first_layer: the number of the first one among the model's; dropout depends on it.
+      state: what the layers hand on besides, such as a cache, which they so write to where it is; None: nothing.
     """
-    attention = functools.partial(packed_attention, causal=causal, implementation=implementation)
     structure, stacked = nnx.split(blocks)
+    layers = jax.tree.leaves(stacked)[0].shape[0]
     one_array = config.remat != "none"  # a checkpoint keeps what layers hand on
 
-    def attend(q_BTHE, k_BTKE, v_BTKE):
-        return layout.attend(
-            attention, q_BTHE, k_BTKE, v_BTKE, segment_ids_BT, causal=causal, blocks=FusedBlockAttention
-        )
-
-    def block(stream, of_layer):
-        if dropout_keys_B is None:
-            parameters, drop = of_layer, _keep
-        else:
-            parameters, number = of_layer
+    def block(carry, of_layer):
+        (stream, state), (parameters, number) = carry, of_layer
+        drop = _keep
+        if dropout_keys_B is not None:
             drop = functools.partial(_drop, config.dropout, dropout_keys_B, number, layout)
         layer: Any = nnx.merge(structure, parameters)
-        x_BTD, added_BTD = layer(
-            *stream, attend, cosine, sine, layout, drop=drop, implementation=of_rows(implementation)
-        )
-        return ((x_BTD + added_BTD, None) if one_array else (x_BTD, added_BTD)), None
+
+        def mix(q_BTHE, k_BTKE, v_BTKE):
+            nonlocal state
+            mixed_BTHE, state = attend(q_BTHE, k_BTKE, v_BTKE, state, number)
+            return mixed_BTHE
+
+        stream = layer(*stream, mix, cosine, sine, layout, drop=drop, implementation=of_rows(implementation))
+        return ((joined(stream), None) if one_array else stream, state), None
 
     if one_array:
         block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
-    unroll = 1 if config.scan_layers else config.layers
-    of_layers = stacked if dropout_keys_B is None else (stacked, jnp.arange(config.layers))
-    stream = (x_BTD, None if one_array else jnp.zeros_like(x_BTD))
-    return jax.lax.scan(block, stream, of_layers, unroll=unroll)[0]
+    numbered = dropout_keys_B is not None or state is not None
+    numbers = first_layer + jnp.arange(layers, dtype=jnp.int32) if numbered else None
+    x_BTD, added_BTD = stream
+    if one_array:
+        stream = joined(stream), None
+    elif added_BTD is None:
+        stream = x_BTD, jnp.zeros_like(x_BTD)
+    unroll = 1 if config.scan_layers else layers
+    return jax.lax.scan(block, (stream, state), (stacked, numbers), unroll=unroll)[0]
 
 
 class Transformer(nnx.Module):
@@ -201,20 +226,51 @@ class Transformer(nnx.Module):
         layout: Layout = ONE_DEVICE,
         dropout_keys_B=None,
     ):
-        config = self.config
-        x_BTD = layout.constrain(layout.look_up(self.embedding.table[...], tokens_BT, config.dtype), RESIDUAL)
-        x_BTD, added_BTD = through_blocks(
-            self.blocks,
-            config,
-            x_BTD,
+        stream = self.through(
+            self.enter(tokens_BT, layout),
             segment_ids_BT,
-            *rotary(positions_BT, config.head_size, config.rope_theta),
+            positions_BT,
             causal=causal,
             implementation=implementation,
             layout=layout,
-            dropout_keys_B=dropout_keys_B if config.dropout else None,
+            dropout_keys_B=dropout_keys_B,
         )
-        return self.final_norm(x_BTD, added_BTD, layout, implementation=of_rows(implementation))[0]
+        return self.leave(stream, layout, implementation=implementation)
+
+    def enter(self, tokens_BT, layout: Layout = ONE_DEVICE) -> Stream:
+        """The residual stream before the layers."""
+        x_BTD = layout.look_up(self.embedding.table[...], tokens_BT, self.config.dtype)
+        return layout.constrain(x_BTD, RESIDUAL), None
+
+    def through(
+        self,
+        stream: Stream,
+        segment_ids_BT,
+        positions_BT,
+        *,
+        causal: bool = True,
+        implementation: str | None = None,
+        layout: Layout = ONE_DEVICE,
+        dropout_keys_B=None,
+        first_layer=0,
+    ) -> Stream:
+        """The residual stream behind the layers that the model holds; the first one has the number `first_layer`."""
+        config = self.config
+        return through_blocks(
+            self.blocks,
+            config,
+            stream,
+            within_segments(segment_ids_BT, causal=causal, implementation=implementation, layout=layout),
+            *rotary(positions_BT, config.head_size, config.rope_theta),
+            implementation=implementation,
+            layout=layout,
+            dropout_keys_B=dropout_keys_B if config.dropout else None,
+            first_layer=first_layer,
+        )[0]
+
+    def leave(self, stream: Stream, layout: Layout = ONE_DEVICE, *, implementation: str | None = None):
+        """The normalised hidden states behind all layers."""
+        return self.final_norm(*stream, layout, implementation=of_rows(implementation))[0]
 
 
 def initialize(config: ModelConfig, key) -> dict:

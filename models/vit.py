@@ -17,7 +17,7 @@ from crescendo.models.axes import RESIDUAL
 from crescendo.models.config import Dtype, ModelConfig, Remat, identity
 from crescendo.models.layers import Linear, RMSNorm, of_rows, parameter
 from crescendo.models.layout import ONE_DEVICE, Layout
-from crescendo.models.transformer import stacked_blocks, through_blocks
+from crescendo.models.transformer import stacked_blocks, through_blocks, within_segments
 from crescendo.ranges import Count, Decay, Positive, check_fields
 
 
@@ -130,19 +130,19 @@ class ViT(nnx.Module):
         places_ND = layout.in_row_order(self.places[...], axis=0).astype(config.dtype)
         x_BTD = layout.constrain(self.patch(values_BNP.astype(config.dtype), layout) + places_ND, RESIDUAL)
         still = jnp.zeros((*x_BTD.shape[:2], config.blocks.head_size // 2), jnp.float32)  # places aren't rotated
-        x_BTD, added_BTD = through_blocks(
+        one_segment_BT = layout.constrain(jnp.ones(x_BTD.shape[:2], jnp.int32), (axes.BATCH, axes.LENGTH))
+        stream, _ = through_blocks(
             self.blocks,
             config.blocks,
-            x_BTD,
-            layout.constrain(jnp.ones(x_BTD.shape[:2], jnp.int32), (axes.BATCH, axes.LENGTH)),
+            (x_BTD, None),
+            within_segments(one_segment_BT, causal=False, implementation=implementation, layout=layout),
             jnp.cos(still),
             jnp.sin(still),
-            causal=False,
             implementation=implementation,
             layout=layout,
             dropout_keys_B=dropout_keys_B if config.dropout else None,
         )
-        x_BTD, _ = self.final_norm(x_BTD, added_BTD, layout, implementation=of_rows(implementation))
+        x_BTD, _ = self.final_norm(*stream, layout, implementation=of_rows(implementation))
         return self.head(layout.constrain(jnp.mean(x_BTD.astype(jnp.float32), axis=1), (axes.BATCH, None)), layout)
 
 
