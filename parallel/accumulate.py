@@ -6,7 +6,8 @@ microbatch's gradient is then measured of each part's.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,13 +25,15 @@ class Spread(NamedTuple):
       mesh: the devices, or None.
       axes: the mesh axes along which the sum waits for the end of the step; their product is the number of parts.
       keep: lays a tree of gradients out as they are to be added up.
-      scattered: of each gradient, the dimension along which its sum over `fsdp` is left scattered; -1 where it isn't.
-      others: of each gradient, how the mesh's other axes split it, a `PartitionSpec`.
+      held: of each parameter, how `axes` split it, a `PartitionSpec`; a gradient isn't summed over axes that do.
+      scattered: of each gradient, how `axes` split its sum: a sum over axes that split the result alone is scattered.
+      others: of each gradient, how the mesh's other axes split it.
     """
 
     mesh: Mesh | AbstractMesh | None = None
     axes: tuple[str, ...] = ()
     keep: Callable[[Tree], Tree] = lambda gradients: gradients
+    held: Tree = None
     scattered: Tree = None
     others: Tree = None
 
@@ -144,19 +147,21 @@ def accumulate(
             jax.tree.map(lambda x: x[:, None], total.squared_norms),
         )
 
-    specs = jax.tree.map(lambda dimension: P(*(None,) * dimension, "fsdp") if dimension >= 0 else P(), spread.scattered)
-    by_part = _by_part(reduced, spread, (P(), P(), P(), specs, P(None, spread.axes)))
+    by_part = _by_part(reduced, spread, (P(), P(), P(), spread.scattered, P(None, spread.axes)))
     loss_sum, weight, extra, gradients, squared_norms = by_part(parameters, microbatches, count)
     return Accumulated(loss_sum, weight, extra, gradients, jax.tree.map(_flatten_parts, squared_norms))
 
 
-def _by_part(function: Callable, spread: Spread, out_specs: Tree, *, others: int = 0) -> Callable:
-    """`function(parameters, microbatches, count, *others)` on every part of the microbatches, manual over its axes."""
+def _by_part(function: Callable, spread: Spread, out_specs: Tree, *others: Tree) -> Callable:
+    """`function(parameters, microbatches, count, *others)` on every part of the microbatches, manual over its axes.
+
+    `others` are the specifications of what else it takes.
+    """
     # Unchecked, because a checked one would sum the gradients of replicated parameters in every microbatch.
     return jax.shard_map(
         function,
         mesh=spread.mesh,
-        in_specs=(P(), P(None, spread.axes), P(), *(P(),) * others),
+        in_specs=(spread.held, P(None, spread.axes), P(), *others),
         out_specs=out_specs,
         axis_names=set(spread.axes),
         check_vma=False,
@@ -165,24 +170,31 @@ def _by_part(function: Callable, spread: Spread, out_specs: Tree, *, others: int
 
 def _reduce(gradients: Tree, spread: Spread) -> Tree:
     """The sums over the parts."""
-    rest = tuple(axis for axis in spread.axes if axis != "fsdp")
 
-    def one(gradient: jax.Array, dimension: int) -> jax.Array:
-        if dimension < 0:
-            return jax.lax.psum(gradient, spread.axes)
-        gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dimension, tiled=True)
-        return jax.lax.psum(gradient, rest) if rest else gradient
+    def one(gradient: jax.Array, held: P, scattered: P) -> jax.Array:
+        rest = set(spread.axes) - {*_named(held)}
+        for dimension, (before, after) in enumerate(itertools.zip_longest(held, scattered)):
+            if added := tuple(axis for axis in _named([after]) if axis not in _named([before])):
+                gradient = jax.lax.psum_scatter(gradient, added, scatter_dimension=dimension, tiled=True)
+                rest -= set(added)
+        summed = tuple(axis for axis in spread.axes if axis in rest)
+        return jax.lax.psum(gradient, summed) if summed else gradient
 
     # Manual over all axes: the partitioner would gather a gradient before it scatters the sum.
     mesh = jax.sharding.get_abstract_mesh()
     return jax.shard_map(
-        lambda gradients: jax.tree.map(one, gradients, spread.scattered),
+        lambda gradients: jax.tree.map(one, gradients, spread.held, spread.scattered),
         mesh=mesh,
         in_specs=(spread.others,),
         out_specs=spread.others,
         axis_names=set(mesh.axis_names) - set(spread.axes),
         check_vma=False,
     )(gradients)
+
+
+def _named(entries: Iterable) -> dict[str, None]:
+    """The mesh axes in entries of a `PartitionSpec`, in their order."""
+    return {axis: None for entry in entries for axis in ((entry,) if isinstance(entry, str) else entry or ())}
 
 
 def _flatten_parts(x: jax.Array) -> jax.Array:
@@ -239,9 +251,10 @@ def deviations(
 
     def reduced(*arguments):
         sums = local(*arguments)
-        return sums.dot_products[:, None], jax.tree.map(lambda x: jax.lax.psum(x, spread.axes), sums.squares)
+        return sums.dot_products[:, None], _reduce(sums.squares, spread)
 
-    by_part = _by_part(reduced, spread, (P(None, spread.axes), P()), others=1)
+    # The mean lies as the sums do, and as the parameters where it is compared.
+    by_part = _by_part(reduced, spread, (P(None, spread.axes), spread.scattered), spread.held)
     dot_products, squares = by_part(parameters, microbatches, count, mean_gradients)
     return Deviations(_flatten_parts(dot_products), squares)
 

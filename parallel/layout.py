@@ -3,7 +3,7 @@
 import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -399,21 +399,19 @@ class Layout:
             mesh=self.mesh,
             axes=self.deferred,
             keep=lambda gradients: self.lay_out(self.strategy.gradients, gradients, logical_axes),
-            scattered=jax.tree.map(self._scattered_dimension, logical_axes, is_leaf=_is_names),
-            others=jax.tree.map(
-                lambda names: PartitionSpec(
-                    *spec_entries(self.strategy.gradients, names, without=frozenset(self.deferred))
-                ),
-                logical_axes,
-                is_leaf=_is_names,
+            held=self._specs(self.strategy.parameters, logical_axes, along=self.deferred),
+            scattered=self._specs(self.strategy.optimizer, logical_axes, along=self.deferred),
+            others=self._specs(
+                self.strategy.gradients, logical_axes, along=[axis for axis in self.sizes if axis not in self.deferred]
             ),
         )
 
-    def _scattered_dimension(self, names: tuple[str | None, ...]) -> int:
-        """Along which dimension a deferred sum over `fsdp` is scattered, or -1."""
-        if "fsdp" not in self.deferred:
-            return -1
-        return next((i for i, name in enumerate(names) if "fsdp" in self.strategy.optimizer.get(name or "", ())), -1)
+    def _specs(self, table: Table, logical_axes: Tree, *, along: Collection[str]) -> Tree:
+        """How some of the mesh's axes split every array."""
+        without = frozenset(self.sizes) - set(along)
+        return jax.tree.map(
+            lambda names: PartitionSpec(*spec_entries(table, names, without)), logical_axes, is_leaf=_is_names
+        )
 
 
 def check_divides(sizes: dict[str, int], table: Table, logical_axes: Tree, arrays: Tree) -> None:

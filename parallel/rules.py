@@ -23,7 +23,7 @@ ACTIVATIONS: Table = TENSOR | {
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """What is split along which mesh axes, and when gradients are reduced.
+    """What is split along which mesh axes, and so when gradients are reduced.
 
     With Psi parameters over N devices of `fsdp`, Adam in mixed precision needs (Rajbhandari et al. 2020):
 
@@ -36,16 +36,23 @@ class Strategy:
 
     Attributes:
       parameters, gradients, optimizer: the tables of these arrays.
-      deferred: batch-like mesh axes along which gradients are summed once a step, at its end; along the others they
-        are after every microbatch. A gradient that waits needs no more memory than its table says.
       ulysses: the part of the mesh axis `sequence` that splits heads inside attention (Ulysses); the rest is a ring.
     """
 
     parameters: Table
     gradients: Table
     optimizer: Table
-    deferred: tuple[str, ...]
     ulysses: int = 1
+
+    @property
+    def deferred(self) -> tuple[str, ...]:
+        """The axes of the batch along which gradients are summed once a step, at its end: those that split none.
+
+        Along the others they are summed after every microbatch, as a whole sum would need more memory than the table
+        says.
+        """
+        splitting = {axis for axes in self.gradients.values() for axis in axes}
+        return tuple(axis for axis in BATCH_AXES if axis not in splitting)
 
     def replicated_along(self, name: str) -> "Strategy":
         """The same, with a logical axis of parameters, gradients and optimizer state that is not split.
@@ -66,10 +73,10 @@ class Strategy:
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "data": Strategy(TENSOR, TENSOR, TENSOR, deferred=BATCH_AXES),
-    "zero1": Strategy(TENSOR, TENSOR, SPLIT, deferred=BATCH_AXES),
-    "zero2": Strategy(TENSOR, SPLIT, SPLIT, deferred=("data", "expert")),
-    "fsdp": Strategy(SPLIT, SPLIT, SPLIT, deferred=("data", "expert")),
+    "data": Strategy(TENSOR, TENSOR, TENSOR),
+    "zero1": Strategy(TENSOR, TENSOR, SPLIT),
+    "zero2": Strategy(TENSOR, SPLIT, SPLIT),
+    "fsdp": Strategy(SPLIT, SPLIT, SPLIT),
 }
 
 

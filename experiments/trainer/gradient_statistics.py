@@ -138,6 +138,7 @@ def measured_gradients(
         return {"all": squared_norm(gradients), **of_parts}
 
     probes = norm_probes(parameters, examples) if any(s.probes for s in chosen.values()) else {}
+    whole = jax.tree.map(lambda _: jax.P(), probes)
     total = parallel.accumulate(
         probed_loss,
         (parameters, probes),
@@ -146,8 +147,9 @@ def measured_gradients(
         measure=measure,
         spread=spread._replace(
             keep=lambda both: (spread.keep(both[0]), both[1]),
-            scattered=(spread.scattered, jax.tree.map(lambda _: -1, probes)),
-            others=(spread.others, jax.tree.map(lambda _: jax.P(), probes)),
+            held=(spread.held, whole),
+            scattered=(spread.scattered, whole),
+            others=(spread.others, whole),
         ),
     )
     gradients = over_weight(total.gradients[0], total.weight)
