@@ -14,13 +14,16 @@ Sahoo et al., 2024, "Simple and Effective Masked Diffusion Language Models", htt
 Nie et al., 2025, "Large Language Diffusion Models", https://arxiv.org/abs/2502.09992.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from crescendo.models.config import ModelConfig
-from crescendo.models.encoder import Sums, check_mask_token, encode
+from crescendo.models.encoder import Sums, check_mask_token
 from crescendo.models.layout import ONE_DEVICE, Layout
-from crescendo.models.loss import correct_tokens, token_loss
+from crescendo.models.loss import correct_tokens, token_loss, transformer_parts
+from crescendo.models.parts import Parts
 
 # Odd, and nearest to 2^32 over the golden ratio: its multiples, cut at 32 bits, fill the range most evenly.
 _GOLDEN = 2654435769
@@ -63,76 +66,66 @@ def mask_tokens(tokens_BT, segment_ids_BT, keys_B, times_B, *, mask_token: int, 
     return jnp.where(masked_BT, mask_token, tokens_BT), masked_BT
 
 
-def diffusion_loss(
+def diffusion_parts(
     config: ModelConfig,
-    parameters: dict,
-    batch: dict,
-    keys_B,
-    times_B,
+    draws: Callable[[dict], tuple[jax.Array, jax.Array]],
     *,
     mask_token: int,
+    scores: bool = False,
     z_loss: float = 0.0,
     implementation: str | None = None,
     layout: Layout = ONE_DEVICE,
-    dropout_keys_B=None,
-) -> Sums:
+    **options,
+) -> Parts:
     """The bound: `(sum over masked tokens of cross-entropy / t in nats, tokens that are no padding)`, float32 scalars.
+
+    Or as scores, sums with their weights: the bound, `loss`, and `accuracy`, of how many masked tokens the logit is the
+    largest.
 
     Args:
       config: decided for the platform, with `vocab_size` above `mask_token`.
-      parameters: as `models.initialize` makes them.
-      batch: `tokens`, `segment_ids`, `positions`, each int32 `[B, T]`.
-      keys_B, times_B, mask_token: see `mask_tokens`.
+      draws: from a batch, `tokens`, `segment_ids`, `positions`, each int32 `[B, T]`, to the `keys_B` and `times_B` of
+        `mask_tokens`.
+      mask_token: see `mask_tokens`.
+      scores: whether to give scores.
       z_loss: `config.z_loss` when training, weighted like the cross-entropy; 0 gives the bound.
-      implementation: of the attention; "reference" is that of every other op too.
-      layout: how activations lie over the devices.
-      dropout_keys_B: see `Transformer`.
+      implementation, layout, options: see `crescendo.models.loss.transformer_parts`.
 
     Raises:
       ValueError: a mask token outside the vocabulary.
     """
-    draws = (keys_B, times_B, mask_token)
-    hidden_BTD, table_VD, labels_BT, masked_BT = _predicted(
-        config, parameters, batch, draws, implementation, layout, dropout_keys_B
-    )
-    loss = token_loss(config, z_loss=z_loss, implementation=implementation)
-    loss_sum, _ = layout.cross_entropy(loss, hidden_BTD, table_VD, labels_BT, masked_BT / times_B[:, None])
-    return loss_sum, jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
-
-
-def diffusion_scores(
-    config: ModelConfig,
-    parameters: dict,
-    batch: dict,
-    keys_B,
-    times_B,
-    *,
-    mask_token: int,
-    implementation: str | None = None,
-    layout: Layout = ONE_DEVICE,
-) -> dict[str, Sums]:
-    """The bound, `loss`, and the part of the masked tokens whose logit is the largest, `accuracy`.
-
-    Sums with their weights, of one pass through the model; else as `diffusion_loss`.
-    """
-    draws = (keys_B, times_B, mask_token)
-    hidden_BTD, table_VD, labels_BT, masked_BT = _predicted(
-        config, parameters, batch, draws, implementation, layout, None
-    )
-    loss = token_loss(config, z_loss=0.0, implementation=implementation)
-    loss_sum, _ = layout.cross_entropy(loss, hidden_BTD, table_VD, labels_BT, masked_BT / times_B[:, None])
-    return {
-        "loss": (loss_sum, jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)),
-        "accuracy": layout.cross_entropy(correct_tokens, hidden_BTD, table_VD, labels_BT, masked_BT),
-    }
-
-
-def _predicted(config, parameters, batch, draws, implementation, layout, dropout_keys_B):
-    """The hidden states of the masked rows, the output table, the labels, and 1 where a token is masked."""
-    keys_B, times_B, mask_token = draws
     check_mask_token(config, mask_token)
-    inputs_BT, masked_BT = mask_tokens(
-        batch["tokens"], batch["segment_ids"], keys_B, times_B, mask_token=mask_token, layout=layout
+    loss = token_loss(config, z_loss=z_loss, implementation=implementation)
+
+    def masked(batch: dict):
+        return mask_tokens(batch["tokens"], batch["segment_ids"], *draws(batch), mask_token=mask_token, layout=layout)
+
+    def sums(hidden_BTD, table_VD, batch: dict):
+        masked_BT, times_B = masked(batch)[1].astype(jnp.float32), draws(batch)[1]
+        of_labels = hidden_BTD, table_VD, batch["tokens"]
+        loss_sum, _ = layout.cross_entropy(loss, *of_labels, masked_BT / times_B[:, None])
+        bound = loss_sum, jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
+        if not scores:
+            return bound
+        return {"loss": bound, "accuracy": layout.cross_entropy(correct_tokens, *of_labels, masked_BT)}
+
+    return transformer_parts(
+        *(config, lambda batch: masked(batch)[0], sums),
+        causal=False,
+        implementation=implementation,
+        layout=layout,
+        **options,
     )
-    hidden_BTD, table_VD = encode(config, parameters, inputs_BT, batch, implementation, layout, dropout_keys_B)
-    return hidden_BTD, table_VD, batch["tokens"], masked_BT.astype(jnp.float32)
+
+
+def diffusion_loss(
+    config: ModelConfig, parameters: dict, batch: dict, keys_B, times_B, *, dropout_keys_B=None, **options
+) -> Sums:
+    """The bound of `diffusion_parts` of a batch with these draws; `parameters` as `models.initialize` makes them."""
+    draws, dropout = (lambda _: (keys_B, times_B)), (lambda _: dropout_keys_B)
+    return diffusion_parts(config, draws, dropout_keys=dropout, **options)(parameters, batch)
+
+
+def diffusion_scores(config: ModelConfig, parameters: dict, batch: dict, keys_B, times_B, **options) -> dict[str, Sums]:
+    """The scores of `diffusion_parts` of a batch with these draws."""
+    return diffusion_parts(config, lambda _: (keys_B, times_B), scores=True, **options)(parameters, batch)

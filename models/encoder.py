@@ -5,13 +5,15 @@ are no padding 15% are chosen; of these 80% are shown as the mask token, 10% as 
 all of them are to be predicted (Devlin et al., 2019, "BERT", https://arxiv.org/abs/1810.04805).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from crescendo.models.config import ModelConfig
 from crescendo.models.layout import ONE_DEVICE, Layout
-from crescendo.models.loss import correct_tokens, token_loss
-from crescendo.models.transformer import apply
+from crescendo.models.loss import correct_tokens, token_loss, transformer_parts
+from crescendo.models.parts import Parts
 
 CHOSEN = 0.15
 SHOWN_AS_MASK = 0.8
@@ -60,78 +62,72 @@ def mask_tokens(
     return jnp.where(chosen_BT, shown_BT, tokens_BT), chosen_BT
 
 
-def masked_lm_loss(
+def masked_lm_parts(
     config: ModelConfig,
-    parameters: dict,
-    batch: dict,
-    keys_B,
+    keys: Callable[[dict], jax.Array],
     *,
     mask_token: int,
     mask_fraction: float = CHOSEN,
+    scores: bool = False,
     z_loss: float = 0.0,
     implementation: str | None = None,
     layout: Layout = ONE_DEVICE,
-    dropout_keys_B=None,
-) -> Sums:
+    **options,
+) -> Parts:
     """The loss of the chosen tokens: `(loss_sum in nats, weight in tokens)`, both float32 scalars.
+
+    Or as scores, sums with their weight in tokens: `loss`, the plain cross-entropy, and `accuracy`, of how many the
+    logit is the largest.
 
     Args:
       config: decided for the platform, with `vocab_size` above `mask_token`.
-      parameters: as `models.initialize` makes them.
-      batch: `tokens`, `segment_ids`, `positions`, each int32 `[B, T]`.
-      keys_B, mask_token, mask_fraction: see `mask_tokens`.
+      keys: from a batch, `tokens`, `segment_ids`, `positions`, each int32 `[B, T]`, to the `keys_B` of `mask_tokens`.
+      mask_token, mask_fraction: see `mask_tokens`.
+      scores: whether to give scores.
       z_loss: `config.z_loss` when training; 0 gives the plain cross-entropy.
-      implementation: of the attention; "reference" is that of every other op too.
-      layout: how activations lie over the devices.
-      dropout_keys_B: see `Transformer`.
+      implementation, layout, options: see `crescendo.models.loss.transformer_parts`.
 
     Raises:
       ValueError: a mask token outside the vocabulary.
     """
-    masking = (mask_token, mask_fraction)
-    of_tokens = _predicted(config, parameters, batch, keys_B, masking, implementation, layout, dropout_keys_B)
-    loss = token_loss(config, z_loss=z_loss, implementation=implementation)
-    return layout.cross_entropy(loss, *of_tokens)
-
-
-def masked_lm_scores(
-    config: ModelConfig,
-    parameters: dict,
-    batch: dict,
-    keys_B,
-    *,
-    mask_token: int,
-    mask_fraction: float = CHOSEN,
-    implementation: str | None = None,
-    layout: Layout = ONE_DEVICE,
-) -> dict[str, Sums]:
-    """Of the chosen tokens the plain cross-entropy, `loss`, and the part whose logit is the largest, `accuracy`.
-
-    Sums with their weight in tokens, of one pass through the model; else as `masked_lm_loss`.
-    """
-    masking = (mask_token, mask_fraction)
-    of_tokens = _predicted(config, parameters, batch, keys_B, masking, implementation, layout, None)
-    loss = token_loss(config, z_loss=0.0, implementation=implementation)
-    return {
-        "loss": layout.cross_entropy(loss, *of_tokens),
-        "accuracy": layout.cross_entropy(correct_tokens, *of_tokens),
-    }
-
-
-def _predicted(config, parameters, batch, keys_B, masking, implementation, layout, dropout_keys_B):
-    """The hidden states of the masked rows, the output table, the labels, and 1 where a token is chosen."""
-    mask_token, mask_fraction = masking
     check_mask_token(config, mask_token)
-    inputs_BT, chosen_BT = mask_tokens(
-        batch["tokens"],
-        batch["segment_ids"],
-        keys_B,
-        mask_token=mask_token,
-        mask_fraction=mask_fraction,
+    loss = token_loss(config, z_loss=z_loss, implementation=implementation)
+
+    def masked(batch: dict):
+        return mask_tokens(
+            batch["tokens"],
+            batch["segment_ids"],
+            keys(batch),
+            mask_token=mask_token,
+            mask_fraction=mask_fraction,
+            layout=layout,
+        )
+
+    def sums(hidden_BTD, table_VD, batch: dict):
+        of_tokens = hidden_BTD, table_VD, batch["tokens"], masked(batch)[1].astype(jnp.float32)
+        losses = layout.cross_entropy(loss, *of_tokens)
+        return {"loss": losses, "accuracy": layout.cross_entropy(correct_tokens, *of_tokens)} if scores else losses
+
+    return transformer_parts(
+        *(config, lambda batch: masked(batch)[0], sums),
+        causal=False,
+        implementation=implementation,
         layout=layout,
+        **options,
     )
-    hidden_BTD, table_VD = encode(config, parameters, inputs_BT, batch, implementation, layout, dropout_keys_B)
-    return hidden_BTD, table_VD, batch["tokens"], chosen_BT.astype(jnp.float32)
+
+
+def masked_lm_loss(
+    config: ModelConfig, parameters: dict, batch: dict, keys_B, *, dropout_keys_B=None, **options
+) -> Sums:
+    """The loss of `masked_lm_parts` of a batch with these keys; `parameters` as `models.initialize` makes them."""
+    parts = masked_lm_parts(config, lambda _: keys_B, dropout_keys=lambda _: dropout_keys_B, **options)
+    return parts(parameters, batch)
+
+
+def masked_lm_scores(config: ModelConfig, parameters: dict, batch: dict, keys_B, **options) -> dict[str, Sums]:
+    """The scores of `masked_lm_parts` of a batch, whose rows have these keys."""
+    return masked_lm_parts(config, lambda _: keys_B, scores=True, **options)(parameters, batch)
 
 
 def check_mask_token(config: ModelConfig, mask_token: int) -> None:
@@ -141,26 +137,3 @@ def check_mask_token(config: ModelConfig, mask_token: int) -> None:
             f"mask_token = {mask_token} must lie between 1 and {config.vocab_size - 1}, inside config.vocab_size = "
             f"{config.vocab_size}: raise vocab_size above the number of the text's tokens"
         )
-
-
-def encode(
-    config: ModelConfig,
-    parameters: dict,
-    inputs_BT,
-    batch: dict,
-    implementation: str | None,
-    layout: Layout,
-    dropout_keys_B=None,
-) -> tuple[jax.Array, jax.Array]:
-    """Hidden states `[B, T, D]` of tokens that see their whole document, and the output table `[V, D]`."""
-    model = apply(config, parameters)
-    hidden_BTD = model(
-        inputs_BT,
-        batch["segment_ids"],
-        batch["positions"],
-        causal=False,
-        implementation=implementation,
-        layout=layout,
-        dropout_keys_B=dropout_keys_B,
-    )
-    return hidden_BTD, model.output_table()

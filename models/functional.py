@@ -25,7 +25,7 @@ def initialize(model: Callable, config: Any, key) -> dict:
 
 
 def apply(model: Callable, config: Any, parameters: dict) -> Any:
-    """The model that holds `parameters`, as `initialize` makes them."""
+    """The model that holds `parameters`, as `initialize` makes them; what they have None for, it must not use."""
     structure, state = _abstract(model, config)
     state = jax.tree.map(lambda x: x, state)
     nnx.replace_by_pure_dict(state, parameters)

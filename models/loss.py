@@ -1,13 +1,16 @@
 """Losses return `(sum, weight)`; the mean is taken once, after all microbatches and devices are added up."""
 
 import functools
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from crescendo.models.config import ModelConfig
 from crescendo.models.layout import ONE_DEVICE, Layout
+from crescendo.models.parts import Parts
 from crescendo.models.transformer import apply
 from crescendo.pallas_kernels import linear_cross_entropy
 
@@ -54,37 +57,86 @@ def cross_entropy(
     )
 
 
-def next_token_loss(
+def transformer_parts(
     config: ModelConfig,
-    parameters: dict,
-    batch: dict,
+    shown: Callable[[dict], jax.Array],
+    sums: Callable[..., Any],
+    *,
+    causal: bool = True,
+    implementation: str | None = None,
+    layout: Layout = ONE_DEVICE,
+    dropout_keys: Callable[[dict], jax.Array | None] = lambda batch: None,
+) -> Parts:
+    """What a `Transformer` makes of packed rows, in three parts.
+
+    Args:
+      config: the model's.
+      shown: from a batch, with `segment_ids` and `positions`, int32 `[B, T]`, to the tokens that the model is shown.
+      sums: `(hidden_BTD, table_VD, batch)` -> what the last part gives.
+      causal: see `Transformer`.
+      implementation: of the attention; "reference" is that of every other op too, which so has second derivatives.
+      layout: how activations lie over the devices.
+      dropout_keys: from a batch to `dropout_keys_B`, see `Transformer`.
+    """
+
+    def enter(parameters: dict, batch: dict):
+        return apply(config, parameters).enter(shown(batch), layout)
+
+    def layers(parameters: dict, stream, batch: dict, first):
+        return apply(config, parameters).through(
+            stream,
+            batch["segment_ids"],
+            batch["positions"],
+            causal=causal,
+            implementation=implementation,
+            layout=layout,
+            dropout_keys_B=dropout_keys(batch),
+            first_layer=first,
+        )
+
+    def leave(parameters: dict, stream, batch: dict):
+        model = apply(config, parameters)
+        return sums(model.leave(stream, layout, implementation=implementation), model.output_table(), batch)
+
+    return Parts(enter, layers, leave)
+
+
+def next_token_parts(
+    config: ModelConfig,
     *,
     z_loss: float = 0.0,
     implementation: str | None = None,
     layout: Layout = ONE_DEVICE,
-    dropout_keys_B=None,
-):
+    **options,
+) -> Parts:
     """The loss of packed rows: `(loss_sum in nats, weight in tokens)`, padding (`segment_ids` 0) left out.
 
     Args:
-      batch: `tokens`, `labels`, `segment_ids`, `positions`, each int32 `[B, T]`.
+      config: of the decoder; a batch is `tokens`, `labels`, `segment_ids`, `positions`, each int32 `[B, T]`.
       z_loss: `config.z_loss` when training; 0 gives the plain cross-entropy.
-      implementation: of the attention; "reference" is that of every other op too, which so has second derivatives.
-      layout: how activations lie over the devices.
-      dropout_keys_B: see `Transformer`.
+      implementation, layout, options: see `transformer_parts`.
     """
-    model = apply(config, parameters)
-    hidden_BTD = model(
-        batch["tokens"],
-        batch["segment_ids"],
-        batch["positions"],
-        implementation=implementation,
-        layout=layout,
-        dropout_keys_B=dropout_keys_B,
-    )
-    weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
     loss = token_loss(config, z_loss=z_loss, implementation=implementation)
-    return layout.cross_entropy(loss, hidden_BTD, model.output_table(), batch["labels"], weights_BT)
+
+    def sums(hidden_BTD, table_VD, batch: dict):
+        weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
+        return layout.cross_entropy(loss, hidden_BTD, table_VD, batch["labels"], weights_BT)
+
+    shown = operator.itemgetter("tokens")
+    return transformer_parts(config, shown, sums, implementation=implementation, layout=layout, **options)
+
+
+def next_token_loss(config: ModelConfig, parameters: dict, batch: dict, *, dropout_keys_B=None, **options):
+    """The sums of `next_token_parts` of a batch.
+
+    Args:
+      config: of the decoder.
+      parameters: as `initialize` makes them.
+      batch: `tokens`, `labels`, `segment_ids`, `positions`, each int32 `[B, T]`.
+      dropout_keys_B: see `Transformer`.
+      options: see `next_token_parts`.
+    """
+    return next_token_parts(config, dropout_keys=lambda _: dropout_keys_B, **options)(parameters, batch)
 
 
 def token_loss(config: ModelConfig, *, z_loss: float, implementation: str | None) -> Callable:

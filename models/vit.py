@@ -17,7 +17,7 @@ from crescendo.models.axes import RESIDUAL
 from crescendo.models.config import Dtype, ModelConfig, Remat, identity
 from crescendo.models.layers import Linear, RMSNorm, of_rows, parameter
 from crescendo.models.layout import ONE_DEVICE, Layout
-from crescendo.models.transformer import stacked_blocks, through_blocks, within_segments
+from crescendo.models.transformer import Stream, stacked_blocks, through_blocks, within_segments
 from crescendo.ranges import Count, Decay, Positive, check_fields
 
 
@@ -124,24 +124,47 @@ class ViT(nnx.Module):
         layout: Layout = ONE_DEVICE,
         dropout_keys_B=None,
     ):
+        stream = self.through(
+            self.enter(x_BHWC, layout), implementation=implementation, layout=layout, dropout_keys_B=dropout_keys_B
+        )
+        return self.leave(stream, layout, implementation=implementation)
+
+    def enter(self, x_BHWC, layout: Layout = ONE_DEVICE) -> Stream:
+        """The residual stream before the layers."""
         config = self.config
         values_BNP = layout.in_row_order(cut_into_patches(x_BHWC, config.image_size, config.patch_size))
         values_BNP = layout.constrain(values_BNP, (axes.BATCH, axes.LENGTH, None))
         places_ND = layout.in_row_order(self.places[...], axis=0).astype(config.dtype)
-        x_BTD = layout.constrain(self.patch(values_BNP.astype(config.dtype), layout) + places_ND, RESIDUAL)
+        return layout.constrain(self.patch(values_BNP.astype(config.dtype), layout) + places_ND, RESIDUAL), None
+
+    def through(
+        self,
+        stream: Stream,
+        *,
+        implementation: str | None = None,
+        layout: Layout = ONE_DEVICE,
+        dropout_keys_B=None,
+        first_layer=0,
+    ) -> Stream:
+        """The residual stream behind the layers that the model holds; the first one has the number `first_layer`."""
+        config, (x_BTD, _) = self.config, stream
         still = jnp.zeros((*x_BTD.shape[:2], config.blocks.head_size // 2), jnp.float32)  # places aren't rotated
         one_segment_BT = layout.constrain(jnp.ones(x_BTD.shape[:2], jnp.int32), (axes.BATCH, axes.LENGTH))
-        stream, _ = through_blocks(
+        return through_blocks(
             self.blocks,
             config.blocks,
-            (x_BTD, None),
+            stream,
             within_segments(one_segment_BT, causal=False, implementation=implementation, layout=layout),
             jnp.cos(still),
             jnp.sin(still),
             implementation=implementation,
             layout=layout,
             dropout_keys_B=dropout_keys_B if config.dropout else None,
-        )
+            first_layer=first_layer,
+        )[0]
+
+    def leave(self, stream: Stream, layout: Layout = ONE_DEVICE, *, implementation: str | None = None):
+        """Logits of what is behind all layers."""
         x_BTD, _ = self.final_norm(*stream, layout, implementation=of_rows(implementation))
         return self.head(layout.constrain(jnp.mean(x_BTD.astype(jnp.float32), axis=1), (axes.BATCH, None)), layout)
 
