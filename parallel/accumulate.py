@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from crescendo.parallel.pipeline import Pipeline, sums_through_stages
+
 Tree = Any
 
 
@@ -28,6 +30,7 @@ class Spread(NamedTuple):
       held: of each parameter, how `axes` split it, a `PartitionSpec`; a gradient isn't summed over axes that do.
       scattered: of each gradient, how `axes` split its sum: a sum over axes that split the result alone is scattered.
       others: of each gradient, how the mesh's other axes split it.
+      pipeline: how layers lie over stages; None: on every device.
     """
 
     mesh: Mesh | AbstractMesh | None = None
@@ -36,6 +39,7 @@ class Spread(NamedTuple):
     held: Tree = None
     scattered: Tree = None
     others: Tree = None
+    pipeline: Pipeline | None = None
 
     @property
     def parts(self) -> int:
@@ -113,7 +117,8 @@ def accumulate(
 
     Args:
       loss_fn: `(parameters, microbatch) -> (loss_sum, weight, extra)`: two float32 scalars, and a dict of such (it may
-        be empty) that are added up too, such as counts of right answers.
+        be empty) that are added up too, such as counts of right answers. For a pipeline it is in three parts
+        (`crescendo.models.parts.Parts`).
       parameters: a tree of arrays.
       microbatches: a tree of arrays `[k_max, microbatch, ...]`.
       count: int32 scalar in `[1, k_max]`.
@@ -132,7 +137,20 @@ def accumulate(
         return Accumulated(loss_sum, weight, extra, gradients, rows)
 
     def local(parameters, microbatches, count):
-        return _sum_over_microbatches(one, loss_fn, parameters, microbatches, count, spread.keep)
+        if spread.pipeline is None:
+            return _sum_over_microbatches(one, loss_fn, parameters, microbatches, count, spread.keep)
+        sums = sums_through_stages(
+            spread.pipeline,
+            lambda gradient, weight: (gradient, inner_products(gradient, gradient)),
+            lambda gradients: spread.keep(jax.tree.map(in_single, gradients)),
+            *(loss_fn, parameters, microbatches, count),
+        )
+        # What is measured is a sum of squares, by parameter or by layer: norms in place of all entries give the same.
+        norms = jax.tree.map(
+            lambda rows, x: jnp.sqrt(rows).reshape(*rows.shape, *(1,) * (x.ndim + 1 - rows.ndim)), sums.rows, parameters
+        )
+        squares = jax.vmap(lambda norms, weight: over_weight(measure(norms), weight))(norms, jnp.square(sums.weights))
+        return Accumulated(sums.loss_sum, jnp.sum(sums.weights), sums.extra, sums.entries, squares)
 
     if not spread.axes:
         return local(parameters, microbatches, count)
@@ -235,14 +253,21 @@ def deviations(
     """
 
     def one(index, k_max, loss_sum, weight, extra, gradients, mean_gradients) -> Deviations:
-        means = over_weight(gradients, weight)
-        dot_product = sum(
-            jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(inner_products(a, b)), means, mean_gradients))
-        )
-        squares = jax.tree.map(lambda a, b: inner_products(a - b, a - b), means, mean_gradients)
+        pairs = jax.tree.map(lambda g, mean: _deviation(g, weight, mean), gradients, mean_gradients)
+        squares, products = jax.tree.transpose(jax.tree.structure(gradients), jax.tree.structure((0, 0)), pairs)
+        dot_product = sum(map(jnp.sum, jax.tree.leaves(products)))
         return Deviations(jnp.zeros(k_max).at[index].set(dot_product), squares)
 
     def local(parameters, microbatches, count, mean_gradients):
+        if spread.pipeline is not None:
+            sums = sums_through_stages(
+                spread.pipeline,
+                _deviation,
+                lambda gradients: spread.keep(jax.tree.map(in_single, gradients)),
+                *(loss_fn, parameters, microbatches, count, mean_gradients),
+            )
+            by_parameter = [jnp.sum(x, axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(sums.rows)]
+            return Deviations(jnp.sum(jnp.stack(by_parameter), axis=0), sums.entries)
         term = functools.partial(one, mean_gradients=mean_gradients)
         return _sum_over_microbatches(term, loss_fn, parameters, microbatches, count, spread.keep)
 
@@ -257,6 +282,12 @@ def deviations(
     by_part = _by_part(reduced, spread, (P(None, spread.axes), spread.scattered), spread.held)
     dot_products, squares = by_part(parameters, microbatches, count, mean_gradients)
     return Deviations(_flatten_parts(dot_products), squares)
+
+
+def _deviation(gradient: jax.Array, weight: jax.Array, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of a parameter: the squares of what a part's mean gradient differs by, and its products with the batch's."""
+    of_part = over_weight(gradient, weight)
+    return inner_products(of_part - mean, of_part - mean), inner_products(of_part, mean)
 
 
 def _sum_over_microbatches(

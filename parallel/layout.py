@@ -13,7 +13,20 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from crescendo.parallel import sequence, vocab
 from crescendo.parallel.accumulate import Spread
-from crescendo.parallel.rules import ACTIVATIONS, BATCH_AXES, TENSOR, Strategy, Table, spec_entries, strategy
+from crescendo.parallel.pipeline import Pipeline
+from crescendo.parallel.rules import (
+    ACTIVATIONS,
+    BATCH_AXES,
+    TENSOR,
+    Strategy,
+    Table,
+    check_divides,
+    divisors,
+    is_names,
+    spec_entries,
+    strategy,
+)
+from crescendo.parallel.schedules import Schedule
 
 Tree = Any
 
@@ -35,6 +48,7 @@ class Layout:
       implementation: of ops that are called on arrays as they lie, outside of `on_parts`, `attend` and the like:
         "reference" over several devices, as the partitioner can split only what XLA compiled; None, the first that
         serves, on one.
+      vocab_axes: the mesh axes of several devices that split the vocabulary.
       key_copies: on how many devices along `tensor` each key head is; see `with_heads`.
 
     Raises:
@@ -44,7 +58,7 @@ class Layout:
     >>> from crescendo.parallel.mesh import MeshSpec
     >>> layout = Layout(MeshSpec(data=2, fsdp=4).abstract(8), "fsdp")
     >>> layout.parameters({"table": ("vocab", "embed")})["table"].spec
-    P('tensor', ('fsdp', 'sequence'))
+    P(('stage', 'tensor'), ('fsdp', 'sequence'))
     >>> layout.batch_shards, layout.parts
     (8, 2)
     """
@@ -53,8 +67,6 @@ class Layout:
         self.mesh = mesh
         self.strategy = strategy(plan) if isinstance(plan, str) else plan
         self.sizes = dict(mesh.shape)
-        if self.sizes["stage"] > 1:
-            raise ValueError(f"mesh stage = {self.sizes['stage']}: this strategy splits no layers, use stage = 1")
         if self.sizes["sequence"] % self.strategy.ulysses:
             raise ValueError(
                 f"ulysses = {self.strategy.ulysses} does not divide the mesh's sequence = {self.sizes['sequence']}: "
@@ -63,9 +75,16 @@ class Layout:
         self.deferred = tuple(axis for axis in self.strategy.deferred if self.sizes[axis] > 1)
         self.parts = math.prod(self.sizes[axis] for axis in self.deferred)
         self.batch_shards = math.prod(self.sizes[axis] for axis in BATCH_AXES)
+        self.vocab_axes = tuple(axis for axis in vocab.AXES if self.sizes[axis] > 1)
         self.implementation = None if mesh.size == 1 else "reference"
         self.key_copies = 1
         self._plain_gradients = False
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """That of the stages; None with one stage."""
+        stages = self.sizes["stage"]
+        return Schedule(self.strategy.schedule, stages) if stages > 1 else None
 
     def parameters(self, logical_axes: Tree, arrays: Tree | None = None) -> Tree:
         """The shardings of parameters; see `shardings`."""
@@ -96,7 +115,7 @@ class Layout:
         def sharding(names):
             return NamedSharding(self.mesh, PartitionSpec(*spec_entries(table, names)))
 
-        return jax.tree.map(sharding, logical_axes, is_leaf=_is_names)
+        return jax.tree.map(sharding, logical_axes, is_leaf=is_names)
 
     def like_parameter(
         self, table: Table, names: tuple[str, ...], parameter_shape: tuple[int, ...], array_shape: tuple[int, ...]
@@ -117,9 +136,9 @@ class Layout:
         >>> def spec(*array_shape):
         ...     return layout.like_parameter(layout.strategy.optimizer, names, shape, array_shape).spec
         >>> spec(3, 16), spec(3, 40)  # Adafactor's factors of rows and columns
-        (P(None, ('fsdp', 'sequence')), P(None, 'tensor'))
+        (P('stage', ('fsdp', 'sequence')), P('stage', 'tensor'))
         >>> spec(3, 5, 40), spec(1)  # GaLore's moments of rank 5, a placeholder
-        (P(None, None, 'tensor'), P(None,))
+        (P('stage', None, 'tensor'), P(None,))
         """
         entries = spec_entries(table, names)
         if array_shape == parameter_shape:
@@ -226,14 +245,21 @@ class Layout:
                 f"mesh sequence = {self.sizes['sequence']}: attention over devices that share rows has no second "
                 "derivatives, which this optimizer asks for: use sequence = 1"
             )
+        if self.sizes["stage"] > 1:
+            raise SecondDerivativeError(
+                f"mesh stage = {self.sizes['stage']}: a pipeline has no second derivatives, which this optimizer asks "
+                "for: use stage = 1"
+            )
         plain = copy.copy(self)
         plain._plain_gradients = True
         return plain
 
     def lay_out(self, table: Table, tree: Tree, logical_axes: Tree) -> Tree:
-        """The arrays, laid out by `table` whatever made them."""
+        """The arrays, laid out by `table` whatever made them; None stays."""
         return jax.tree.map(
-            lambda names, array: self._lay_out(table, array, names), logical_axes, tree, is_leaf=_is_names
+            lambda names, array: None if array is None else self._lay_out(table, array, names),
+            *(logical_axes, tree),
+            is_leaf=is_names,
         )
 
     def _lay_out(self, table: Table, array: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
@@ -271,10 +297,9 @@ class Layout:
         return local(q_BTHE, k_BTKE, v_BTKE, segment_ids_BT)
 
     def look_up(self, table_VD, tokens_BT, dtype) -> jax.Array:
-        """`table[tokens]` in `dtype`, zeros outside of the table, whose rows are split over `tensor`."""
-        ways = self.sizes["tensor"]
+        """`table[tokens]` in `dtype`, zeros outside of the table, whose rows are split over `vocab_axes`."""
         local = self._by_device(
-            lambda table, tokens: vocab.look_up(table, tokens, dtype, ways=ways),
+            lambda table, tokens: vocab.look_up(table, tokens, dtype, axes=self.vocab_axes),
             (("vocab", None), ("batch", "length")),
             ("batch", "residual_length", None),
         )
@@ -289,7 +314,7 @@ class Layout:
             functools.partial(
                 vocab.cross_entropy,
                 loss,
-                ways=self.sizes["tensor"],
+                axes=self.vocab_axes,
                 rows=tuple(axis for axis in (*BATCH_AXES, "sequence") if axis not in unsplit),
             ),
             ((*rows, None), ("vocab", None), rows, rows),
@@ -380,6 +405,19 @@ class Layout:
             layout.strategy = self.strategy.replicated_along("kv_heads")
         return layout
 
+    def without_stages(self) -> "Layout":
+        """The layout, for a model whose layers can't be split over stages.
+
+        Raises:
+          ValueError: where the mesh has devices along `stage`.
+        """
+        if self.sizes["stage"] > 1:
+            raise ValueError(
+                f"mesh stage = {self.sizes['stage']}: this task's loss is not in the parts that stages share: use "
+                "stage = 1, and data or fsdp for the batch"
+            )
+        return self
+
     def without_experts(self) -> "Layout":
         """The layout, for a model without experts.
 
@@ -404,50 +442,23 @@ class Layout:
             others=self._specs(
                 self.strategy.gradients, logical_axes, along=[axis for axis in self.sizes if axis not in self.deferred]
             ),
+            pipeline=self.pipeline(logical_axes),
+        )
+
+    def pipeline(self, logical_axes: Tree) -> Pipeline | None:
+        """How layers lie over stages; None with one stage."""
+        if self.schedule is None:
+            return None
+        return Pipeline(
+            self.schedule,
+            self.mesh,
+            jax.tree.map(lambda names: "layers" in names, logical_axes, is_leaf=is_names),
+            lambda x_BTD: self.constrain(x_BTD, ("batch", "residual_length", None)),
         )
 
     def _specs(self, table: Table, logical_axes: Tree, *, along: Collection[str]) -> Tree:
         """How some of the mesh's axes split every array."""
         without = frozenset(self.sizes) - set(along)
         return jax.tree.map(
-            lambda names: PartitionSpec(*spec_entries(table, names, without)), logical_axes, is_leaf=_is_names
+            lambda names: PartitionSpec(*spec_entries(table, names, without)), logical_axes, is_leaf=is_names
         )
-
-
-def check_divides(sizes: dict[str, int], table: Table, logical_axes: Tree, arrays: Tree) -> None:
-    """Raises ValueError for the first dimension of an array that its mesh axes can't divide.
-
-    >>> check_divides({"tensor": 4}, {"heads": ("tensor",)}, {"query": ("heads",)}, {"query": np.zeros(6)})
-    Traceback (most recent call last):
-    ...
-    ValueError: parameter query: its axis heads = 6 does not divide over tensor = 4: use a tensor of 1, 2, 3 or 6, or \
-heads = 4 or 8
-    """
-    named = jax.tree_util.tree_leaves_with_path(logical_axes, is_leaf=_is_names)
-    for (path, names), array in zip(named, jax.tree.leaves(arrays), strict=True):
-        for name, size in zip(names, array.shape, strict=True):
-            axes = [axis for axis in table.get(name or "", ()) if sizes[axis] > 1]
-            ways = math.prod(sizes[axis] for axis in axes)
-            if size % ways:
-                *rest, last = map(str, divisors(size))
-                would = f"{', '.join(rest)} or {last}" if rest else last
-                below, above = size // ways * ways, -(-size // ways) * ways
-                shown = " x ".join(f"{axis} = {sizes[axis]}" for axis in axes)
-                raise ValueError(
-                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='.')}: its axis {name} = {size} "
-                    f"does not divide over {shown}: use a {' x '.join(axes)} of {would}, or {name} = "
-                    + (f"{below} or {above}" if below else f"{above}")
-                )
-
-
-def divisors(n: int) -> list[int]:
-    """The divisors of n, increasing.
-
-    >>> divisors(12)
-    [1, 2, 3, 4, 6, 12]
-    """
-    return [i for i in range(1, n + 1) if n % i == 0]
-
-
-def _is_names(x: Any) -> bool:
-    return type(x) is tuple  # a placeholder for what is frozen is a named tuple

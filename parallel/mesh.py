@@ -17,6 +17,9 @@ from crescendo.ranges import Count, check_fields
 AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
 # Several machines or slices are joined by slow links, so they take their factor from these axes, in this order.
 SLOW_AXES = ("data", "stage", "fsdp", "expert", "sequence", "tensor")
+# In a mesh the axis of stages comes behind those of the batch: XLA wants the axes of a manual region inside another one
+# behind those of the outer one, and a pipeline is inside of what splits the batch. No device's place is another for it.
+_ORDER = ("data", "fsdp", "expert", "stage", "sequence", "tensor")
 Extent = Literal[-1] | Count
 
 
@@ -77,19 +80,22 @@ class MeshSpec:
         are split along `data` as far as it goes, then `stage`, then `fsdp`, and so on.
         """
         devices = list(jax.devices() if devices is None else devices)
-        shape = list(self.sizes(len(devices)).values())
+        sizes = self.sizes(len(devices))
+        shape = list(sizes.values())
         if devices[0].platform == "tpu":
             slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
             if slices == 1:
                 return _mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True))
-            slow = slow_factors(dict(zip(AXES, shape, strict=True)), slices)
+            slow = slow_factors(sizes, slices)
             fast = [n // m for n, m in zip(shape, slow, strict=True)]
             return _mesh(mesh_utils.create_hybrid_device_mesh(fast, slow, devices, allow_split_physical_axes=True))
         devices.sort(key=lambda d: (d.process_index, d.id))
         hosts = len({d.process_index for d in devices})
         if hosts == 1 or len(devices) % hosts:
-            return _mesh(np.array(devices).reshape(shape))
-        slow = slow_factors(dict(zip(AXES, shape, strict=True)), hosts)
+            # All links are alike, and XLA compiles best for devices in the mesh's own order.
+            in_order = np.array(devices).reshape([sizes[axis] for axis in _ORDER])
+            return _mesh(in_order.transpose([_ORDER.index(axis) for axis in AXES]))
+        slow = slow_factors(sizes, hosts)
         fast = [n // m for n, m in zip(shape, slow, strict=True)]
         # [slow axes..., fast axes...] -> [(slow, fast) of each axis]
         order = [i for axis in range(len(shape)) for i in (axis, axis + len(shape))]
@@ -102,7 +108,7 @@ class MeshSpec:
         8
         """
         sizes = self.sizes(devices)
-        return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        return AbstractMesh(tuple(sizes[axis] for axis in _ORDER), _ORDER, axis_types=(AxisType.Auto,) * len(_ORDER))
 
 
 def make_mesh(
@@ -143,4 +149,5 @@ def slow_factors(sizes: dict[str, int], groups: int) -> list[int]:
 
 
 def _mesh(devices: np.ndarray) -> Mesh:
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    devices = devices.transpose([AXES.index(axis) for axis in _ORDER])
+    return Mesh(devices, _ORDER, axis_types=(AxisType.Auto,) * len(_ORDER))

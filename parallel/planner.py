@@ -22,7 +22,12 @@ class BatchPlan(NamedTuple):
 
 
 def plan_batches(
-    sizes: Sequence[int], shards: int, max_microbatch_examples: int | None = None, *, min_microbatches: int = 1
+    sizes: Sequence[int],
+    shards: int,
+    max_microbatch_examples: int | None = None,
+    *,
+    min_microbatches: int = 1,
+    stages: int = 1,
 ) -> BatchPlan:
     """The largest microbatch that divides every batch size, splits over the devices, and is within the bounds.
 
@@ -31,10 +36,11 @@ def plan_batches(
       shards: the number of parts that a microbatch is split in, one a device along the batch-like mesh axes.
       max_microbatch_examples: the bound that memory sets; None for no bound. One example a shard is always allowed.
       min_microbatches: every batch is cut into at least so many: what compares microbatches needs two.
+      stages: of a pipeline, which needs as many microbatches, or stages would never all have work.
 
     Raises:
       ValueError: for a size below 1, one that the shards can't divide, or one of fewer than `min_microbatches`
-        examples a shard.
+        or `stages` examples a shard.
 
     >>> plan_batches([4, 8, 24], shards=2)
     BatchPlan(microbatch_examples=4, max_microbatches=6)
@@ -48,6 +54,9 @@ def plan_batches(
     ValueError: batch_size = 8 over 8 devices can't be cut into 2 microbatches: use a multiple of 8 from 16 on, such \
 as 16 or 24
     """
+    needed = f"{min_microbatches} microbatches"
+    if stages > min_microbatches:
+        min_microbatches, needed = stages, f"{stages} microbatches, as many as stages"
     for size in sizes:
         if size < 1:
             raise ValueError(f"batch_size = {size} must be at least 1")
@@ -58,7 +67,7 @@ as 16 or 24
         if size < min_microbatches * shards:
             least = min_microbatches * shards
             raise ValueError(
-                f"batch_size = {size} over {shards} devices can't be cut into {min_microbatches} microbatches: use a "
+                f"batch_size = {size} over {shards} devices can't be cut into {needed}: use a "
                 f"multiple of {shards} from {least} on, such as {least} or {least + shards}"
             )
     common = math.gcd(*sizes)

@@ -1,14 +1,26 @@
 """Where each logical axis lives: tables from logical axis name to mesh axes, a few for each strategy."""
 
 import dataclasses
+import math
 from typing import Annotated, Any
 
+import jax
+
+from crescendo.parallel.schedules import SCHEDULES
 from crescendo.ranges import Count, OneOf, checked
 
+Tree = Any
 Table = dict[str, tuple[str, ...]]
 
-# A logical axis that a table doesn't name is replicated on every device.
-TENSOR: Table = {"heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",)}
+# A logical axis that a table doesn't name is replicated on every device. The stages of a pipeline have a part of the
+# layers and of the vocabulary each.
+TENSOR: Table = {
+    "layers": ("stage",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("stage", "tensor"),
+}
 # Devices along `sequence` have the same parameters: they share them like those along `fsdp`. Convolutions' kernels and
 # norms have channels in place of a residual width.
 SPLIT: Table = TENSOR | {"embed": ("fsdp", "sequence"), "channels": ("fsdp", "sequence")}
@@ -37,12 +49,14 @@ class Strategy:
     Attributes:
       parameters, gradients, optimizer: the tables of these arrays.
       ulysses: the part of the mesh axis `sequence` that splits heads inside attention (Ulysses); the rest is a ring.
+      schedule: of the stages, one of `SCHEDULES`.
     """
 
     parameters: Table
     gradients: Table
     optimizer: Table
     ulysses: int = 1
+    schedule: str = "1f1b"
 
     @property
     def deferred(self) -> tuple[str, ...]:
@@ -81,21 +95,27 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 @checked
-def strategy(name: Annotated[str, OneOf(STRATEGIES)] = "fsdp", *, ulysses: Count = 1) -> Strategy:
+def strategy(
+    name: Annotated[str, OneOf(STRATEGIES)] = "fsdp",
+    *,
+    ulysses: Count = 1,
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "1f1b",
+) -> Strategy:
     """One of `STRATEGIES` by name.
 
     Args:
       name: "data" (replicas), "zero1" (optimizer state split), "zero2" (gradients too) or "fsdp" (parameters too).
         Tensor and sequence parallelism come with the mesh: every strategy uses those axes where they are above 1.
       ulysses: see `Strategy`.
+      schedule: where the mesh's `stage` is above 1, "1f1b" or "gpipe" (`parallel.schedules`).
 
     Raises:
-      ValueError: an unknown name, or a degree below 1.
+      ValueError: an unknown name or schedule, or a degree below 1.
 
     >>> strategy("zero1").optimizer["embed"]
     ('fsdp', 'sequence')
     """
-    return dataclasses.replace(STRATEGIES[name], ulysses=ulysses)
+    return dataclasses.replace(STRATEGIES[name], ulysses=ulysses, schedule=schedule)
 
 
 def spec_entries(table: Table, names: tuple[str | None, ...], without: frozenset[str] = frozenset()) -> list:
@@ -109,3 +129,44 @@ def spec_entries(table: Table, names: tuple[str | None, ...], without: frozenset
         axes = tuple(axis for axis in table.get(name or "", ()) if axis not in without)
         entries.append(axes[0] if len(axes) == 1 else axes or None)
     return entries
+
+
+def check_divides(sizes: dict[str, int], table: Table, logical_axes: Tree, arrays: Tree) -> None:
+    """Raises ValueError for the first dimension of an array that its mesh axes can't divide.
+
+    >>> query = jax.ShapeDtypeStruct((6,), "float32")
+    >>> check_divides({"tensor": 4}, {"heads": ("tensor",)}, {"query": ("heads",)}, {"query": query})
+    Traceback (most recent call last):
+    ...
+    ValueError: parameter query: its axis heads = 6 does not divide over tensor = 4: use a tensor of 1, 2, 3 or 6, or \
+heads = 4 or 8
+    """
+    named = jax.tree_util.tree_leaves_with_path(logical_axes, is_leaf=is_names)
+    for (path, names), array in zip(named, jax.tree.leaves(arrays), strict=True):
+        for name, size in zip(names, array.shape, strict=True):
+            axes = [axis for axis in table.get(name or "", ()) if sizes[axis] > 1]
+            ways = math.prod(sizes[axis] for axis in axes)
+            if size % ways:
+                *rest, last = map(str, divisors(size))
+                would = f"{', '.join(rest)} or {last}" if rest else last
+                below, above = size // ways * ways, -(-size // ways) * ways
+                shown = " x ".join(f"{axis} = {sizes[axis]}" for axis in axes)
+                raise ValueError(
+                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='.')}: its axis {name} = {size} "
+                    f"does not divide over {shown}: use a {' x '.join(axes)} of {would}, or {name} = "
+                    + (f"{below} or {above}" if below else f"{above}")
+                )
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of n, increasing.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    return [i for i in range(1, n + 1) if n % i == 0]
+
+
+def is_names(x: Any) -> bool:
+    """Whether this is the names of an array's axes: a tuple, and not a placeholder for what is frozen, a named one."""
+    return type(x) is tuple

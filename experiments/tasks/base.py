@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from crescendo.experiments.data.rows import Source
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.models.layout import ONE_DEVICE, Layout
+from crescendo.models.parts import Parts
 
 Tree = Any
 EXAMPLE = "example"
@@ -149,6 +150,10 @@ class Task(Protocol):
         self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context
     ) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Named sums and their weights over a batch of held-out rows; "loss" is among them. Padding rows weigh 0."""
+        ...
+
+    def parts(self, context: Context, *, scores: bool = False) -> Parts | None:
+        """The training loss, or what is evaluated if `scores`, as stages of a pipeline share it; None: they can't."""
         ...
 
 

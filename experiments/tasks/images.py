@@ -16,6 +16,7 @@ from crescendo.experiments.tasks.base import Context, Loss, RowArray, Source, Tr
 from crescendo.experiments.tasks.text import DROPOUT, fingerprint
 from crescendo.models import resnet, vit
 from crescendo.models.classification import classification_accuracy, classification_loss
+from crescendo.models.parts import Parts
 from crescendo.models.resnet import ResNetConfig
 from crescendo.models.vit import ViTConfig
 from crescendo.ranges import Decay
@@ -124,6 +125,7 @@ class Images:
             layout = layout.with_heads(self.config.heads, self.config.heads)
             layout.order(self.config.patches)  # refuses patches that the mesh can't divide
             return layout
+        layout = layout.without_stages()
         for axis in ("sequence", "tensor"):
             if layout.sizes[axis] > 1:
                 raise ValueError(
@@ -134,28 +136,58 @@ class Images:
 
     def loss(self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context) -> Loss:
         """With label smoothing; the weight is in images."""
-        logits_BC = self._logits(parameters, rows, context)
-        smoothing = self.label_smoothing if context.training else 0.0
-        return Loss(*classification_loss(logits_BC, rows["labels"], rows["weights"], label_smoothing=smoothing))
+        return self._of_batch(parameters, rows, context, scores=False)
 
     def evaluate(
         self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context
     ) -> dict[str, tuple[jax.Array, jax.Array]]:
         """The plain cross-entropy, and the accuracy."""
-        logits_BC = self._logits(parameters, rows, dataclasses.replace(context, training=False))
-        return {
-            "loss": classification_loss(logits_BC, rows["labels"], rows["weights"]),
-            "accuracy": classification_accuracy(logits_BC, rows["labels"], rows["weights"]),
-        }
+        return self._of_batch(parameters, rows, dataclasses.replace(context, training=False), scores=True)
 
-    def _logits(self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context) -> jax.Array:
-        images_BHWC = rows["images"].astype(jnp.float32) / 127.5 - 1
-        if not isinstance(self.config, ViTConfig):
-            return resnet.apply(self.config, parameters)(images_BHWC, layout=context.layout)
-        keys_B = context.keys(rows, DROPOUT) if context.training and self.config.dropout else None
-        return vit.apply(self.config, parameters)(
-            images_BHWC, implementation=context.implementation, layout=context.layout, dropout_keys_B=keys_B
-        )
+    def parts(self, context: Context, *, scores: bool = False) -> Parts | None:
+        """Those of the transformer; a residual network has none."""
+        config, layout, implementation = self.config, context.layout, context.implementation
+        if not isinstance(config, ViTConfig):
+            return None
+
+        def enter(parameters, rows):
+            return vit.apply(config, parameters).enter(_pixels(rows), layout)
+
+        def layers(parameters, stream, rows, first):
+            return vit.apply(config, parameters).through(
+                stream,
+                implementation=implementation,
+                layout=layout,
+                dropout_keys_B=context.keys(rows, DROPOUT) if context.training and config.dropout else None,
+                first_layer=first,
+            )
+
+        def leave(parameters, stream, rows):
+            logits_BC = vit.apply(config, parameters).leave(stream, layout, implementation=implementation)
+            return self._sums(logits_BC, rows, context, scores)
+
+        return Parts(enter, layers, leave)
+
+    def _of_batch(self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context, *, scores: bool):
+        if (parts := self.parts(context, scores=scores)) is not None:
+            return parts(parameters, rows)
+        assert isinstance(self.config, ResNetConfig)
+        logits_BC = resnet.apply(self.config, parameters)(_pixels(rows), layout=context.layout)
+        return self._sums(logits_BC, rows, context, scores)
+
+    def _sums(self, logits_BC: jax.Array, rows: Mapping[str, jax.Array], context: Context, scores: bool):
+        labels_B, weights_B = rows["labels"], rows["weights"]
+        if scores:
+            return {
+                "loss": classification_loss(logits_BC, labels_B, weights_B),
+                "accuracy": classification_accuracy(logits_BC, labels_B, weights_B),
+            }
+        smoothing = self.label_smoothing if context.training else 0.0
+        return Loss(*classification_loss(logits_BC, labels_B, weights_B, label_smoothing=smoothing))
+
+
+def _pixels(rows: Mapping[str, jax.Array]) -> jax.Array:
+    return rows["images"].astype(jnp.float32) / 127.5 - 1
 
 
 @checked

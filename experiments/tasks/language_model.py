@@ -1,14 +1,10 @@
 """Next tokens of packed text, by the decoder."""
 
-import dataclasses
-from collections.abc import Mapping
-
-import jax
-
-from crescendo.experiments.tasks.base import Context, Loss, Tree
+from crescendo.experiments.tasks.base import Context, Loss
 from crescendo.experiments.tasks.text import Text, TextTask
 from crescendo.models import ModelConfig
-from crescendo.models.loss import next_token_loss
+from crescendo.models.loss import next_token_parts
+from crescendo.models.parts import Parts
 
 
 class LanguageModel(TextTask):
@@ -16,27 +12,16 @@ class LanguageModel(TextTask):
 
     name = "language_model"
 
-    def loss(self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context) -> Loss:
-        """With the model's z-loss; the weight is in tokens."""
-        return Loss(*self._sums(parameters, rows, context, self.config.z_loss))
-
-    def evaluate(
-        self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context
-    ) -> dict[str, tuple[jax.Array, jax.Array]]:
-        """The plain cross-entropy."""
-        context = dataclasses.replace(context, training=False)
-        return {"loss": self._sums(parameters, rows, context, 0.0)}
-
-    def _sums(self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context, z_loss: float):
-        return next_token_loss(
+    def parts(self, context: Context, *, scores: bool = False) -> Parts:
+        """With the model's z-loss, or if `scores` without; the weight is in tokens."""
+        parts = next_token_parts(
             self.config,
-            parameters,
-            dict(rows),
-            z_loss=z_loss,
+            z_loss=0.0 if scores else self.config.z_loss,
             implementation=context.implementation,
             layout=context.layout,
-            dropout_keys_B=self.dropout_keys(rows, context),
+            dropout_keys=lambda rows: self.dropout_keys(rows, context),
         )
+        return parts.giving(lambda sums: {"loss": sums} if scores else Loss(*sums))
 
 
 def language_model(data: Text, model: ModelConfig) -> LanguageModel:

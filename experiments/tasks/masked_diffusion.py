@@ -1,14 +1,12 @@
 """Text by masked diffusion: any part of a document is filled in from any other."""
 
 import dataclasses
-from collections.abc import Mapping
 
-import jax
-
-from crescendo.experiments.tasks.base import EXAMPLE, Context, Loss, Tree
+from crescendo.experiments.tasks.base import EXAMPLE, Context, Loss
 from crescendo.experiments.tasks.text import MASKS, Text, TextTask
 from crescendo.models import ModelConfig
-from crescendo.models.diffusion import diffusion_loss, diffusion_scores, even_times, random_times
+from crescendo.models.diffusion import diffusion_parts, even_times, random_times
+from crescendo.models.parts import Parts
 
 
 class MaskedDiffusion(TextTask):
@@ -23,41 +21,29 @@ class MaskedDiffusion(TextTask):
         super().__init__(data, model, options={"task": self.name}, reserved_tokens=1, causal=False)
         self.mask_token = data.vocab_size
 
-    def loss(self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context) -> Loss:
-        """The bound's estimate at a random time for each example, with the model's z-loss; the weight is in tokens."""
-        keys_B = context.keys(rows, MASKS)
-        return Loss(
-            *diffusion_loss(
-                self.config,
-                parameters,
-                dict(rows),
-                keys_B,
-                random_times(keys_B),
-                mask_token=self.mask_token,
-                z_loss=self.config.z_loss,
-                implementation=context.implementation,
-                layout=context.layout,
-                dropout_keys_B=self.dropout_keys(rows, context),
-            )
-        )
+    def parts(self, context: Context, *, scores: bool = False) -> Parts:
+        """The bound's estimate at a random time for each example, with the model's z-loss; the weight is in tokens.
 
-    def evaluate(
-        self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context
-    ) -> dict[str, tuple[jax.Array, jax.Array]]:
-        """The bound and the accuracy of masked tokens; held-out rows have the same times and masks every time.
-
-        The times of a sample are spread evenly, which makes the bound's estimate less noisy.
+        As scores, the bound and the accuracy of masked tokens: held-out rows have the same times and masks every time,
+        and the times of a sample are spread evenly, which makes the estimate less noisy.
         """
-        return diffusion_scores(
+        drawing = dataclasses.replace(context, seed=0) if scores else context
+
+        def draws(rows):
+            keys_B = drawing.keys(rows, MASKS)
+            return keys_B, even_times(rows[EXAMPLE]) if scores else random_times(keys_B)
+
+        parts = diffusion_parts(
             self.config,
-            parameters,
-            dict(rows),
-            dataclasses.replace(context, seed=0).keys(rows, MASKS),
-            even_times(rows[EXAMPLE]),
+            draws,
             mask_token=self.mask_token,
+            scores=scores,
+            z_loss=0.0 if scores else self.config.z_loss,
             implementation=context.implementation,
             layout=context.layout,
+            dropout_keys=lambda rows: self.dropout_keys(rows, context),
         )
+        return parts if scores else parts.giving(lambda sums: Loss(*sums))
 
 
 def masked_diffusion(data: Text, model: ModelConfig) -> MaskedDiffusion:

@@ -1,17 +1,16 @@
 """Masked tokens of packed text, by the decoder's blocks looking both ways (BERT)."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Annotated
 
-import jax
 from annotated_types import Gt, Le
 
 from crescendo.experiments.runtime.arguments import checked
-from crescendo.experiments.tasks.base import Context, Loss, Tree
+from crescendo.experiments.tasks.base import Context, Loss
 from crescendo.experiments.tasks.text import MASKS, Text, TextTask
 from crescendo.models import ModelConfig
-from crescendo.models.encoder import masked_lm_loss, masked_lm_scores
+from crescendo.models.encoder import masked_lm_parts
+from crescendo.models.parts import Parts
 
 
 class MaskedLM(TextTask):
@@ -28,37 +27,24 @@ class MaskedLM(TextTask):
         self.mask_token, self.mask_fraction = data.vocab_size, mask_fraction
         self.bytes_per_unit = {}  # the loss is one over the chosen tokens
 
-    def loss(self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context) -> Loss:
-        """With the model's z-loss; the weight is in chosen tokens."""
-        return Loss(
-            *masked_lm_loss(
-                self.config,
-                parameters,
-                dict(rows),
-                context.keys(rows, MASKS),
-                mask_token=self.mask_token,
-                mask_fraction=self.mask_fraction,
-                z_loss=self.config.z_loss,
-                implementation=context.implementation,
-                layout=context.layout,
-                dropout_keys_B=self.dropout_keys(rows, context),
-            )
-        )
+    def parts(self, context: Context, *, scores: bool = False) -> Parts:
+        """The loss with the model's z-loss; as scores, the plain cross-entropy and the accuracy of chosen tokens.
 
-    def evaluate(
-        self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context
-    ) -> dict[str, tuple[jax.Array, jax.Array]]:
-        """The plain cross-entropy and the accuracy of chosen tokens; a held-out row has the same ones every time."""
-        return masked_lm_scores(
+        The weight is in chosen tokens, and a held-out row has the same ones every time.
+        """
+        drawing = dataclasses.replace(context, seed=0) if scores else context
+        parts = masked_lm_parts(
             self.config,
-            parameters,
-            dict(rows),
-            dataclasses.replace(context, seed=0).keys(rows, MASKS),
+            lambda rows: drawing.keys(rows, MASKS),
             mask_token=self.mask_token,
             mask_fraction=self.mask_fraction,
+            scores=scores,
+            z_loss=0.0 if scores else self.config.z_loss,
             implementation=context.implementation,
             layout=context.layout,
+            dropout_keys=lambda rows: self.dropout_keys(rows, context),
         )
+        return parts if scores else parts.giving(lambda sums: Loss(*sums))
 
 
 @checked

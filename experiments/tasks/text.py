@@ -13,8 +13,9 @@ from numpy.typing import ArrayLike
 
 from crescendo import models
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.tasks.base import Context, RowArray, Source, Tree, refuse_outside
+from crescendo.experiments.tasks.base import Context, Loss, RowArray, Source, Tree, refuse_outside
 from crescendo.models import ModelConfig, axes
+from crescendo.models.parts import Parts
 
 VOCAB_MULTIPLE = 128
 """The vocabulary is rounded up to this, so that the output matmul fills the hardware's tiles."""
@@ -65,7 +66,7 @@ class InVocabulary:
 
 
 class TextTask:
-    """A transformer over packed rows; a task adds its name, `loss` and `evaluate`.
+    """A transformer over packed rows; a task adds its name and `parts`.
 
     A loss that isn't one over every token of a text empties `bytes_per_unit`.
 
@@ -143,7 +144,24 @@ class TextTask:
         """The layout for this model's heads."""
         layout = layout.without_experts().with_heads(self.config.heads, self.config.kv_heads)
         layout.order(self.data.sequence_length)  # refuses rows that the mesh can't divide
-        return layout
+        return layout.without_stages() if type(self).parts is TextTask.parts else layout
+
+    def parts(self, context: Context, *, scores: bool = False) -> Parts:
+        """The training loss, a `Loss`, or if `scores` what is evaluated, in the parts that stages of a pipeline share.
+
+        A task that gives `loss` and `evaluate` instead can be split over all axes but `stage`.
+        """
+        raise NotImplementedError
+
+    def loss(self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context) -> Loss:
+        """The training loss of a batch."""
+        return self.parts(context)(parameters, rows)
+
+    def evaluate(
+        self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """What is evaluated of held-out rows."""
+        return self.parts(dataclasses.replace(context, training=False), scores=True)(parameters, rows)
 
     def dropout_keys(self, rows: Mapping[str, jax.Array], context: Context) -> jax.Array | None:
         """The keys of the batch's dropout; None where there is none."""

@@ -17,6 +17,7 @@ from crescendo.experiments.trainer.feed import put_rows
 from crescendo.experiments.trainer.frozen import Trainable
 from crescendo.experiments.trainer.shapes import abstract_rows
 from crescendo.parallel.accumulate import over_weight
+from crescendo.parallel.pipeline import evaluate_through_stages
 
 
 def evaluation_parameters(state: TrainState, trainable: Trainable | None = None):
@@ -43,10 +44,15 @@ def evaluation_program(
       groups, microbatch_examples: of the rows.
       trainable: which parameters the optimizer knows.
     """
-    context = Context(layout=layout, training=False)
+    context, pipeline = Context(layout=layout, training=False), layout.pipeline(task.logical_axes())
+    parts = None if pipeline is None else task.parts(context, scores=True)
 
     def means(state: TrainState, batch):
         parameters = evaluation_parameters(state, trainable)
+
+        if pipeline is not None:
+            total = evaluate_through_stages(pipeline, parts, parameters, batch)
+            return {name: x / weight for name, (x, weight) in total.items()}
 
         def sums(rows):
             return task.evaluate(parameters, rows, context)

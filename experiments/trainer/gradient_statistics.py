@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from crescendo import parallel
 from crescendo.experiments.tasks.base import EXAMPLE
 from crescendo.models.norm_probes import example_squared_norms, norm_probes, norm_scales, with_probes
+from crescendo.models.parts import Parts
 from crescendo.optim.batch_size import BatchStats
 from crescendo.optim.noise_scale import layer_squared_norms
 from crescendo.parallel.accumulate import NOT_SPREAD, inner_products, over_weight, squared_norm
@@ -110,7 +111,7 @@ def chosen_statistics(names: Collection[str]) -> dict[str, GradientStatistic]:
 
 
 def measured_gradients(
-    loss_fn: Callable,
+    loss_fn: Callable | Parts,
     parameters: Tree,
     batch: dict,
     statistics: Collection[str] = (),
@@ -119,7 +120,7 @@ def measured_gradients(
     """The mean gradient over the batch, its statistics, and the means of the loss's extra sums.
 
     Args:
-      loss_fn: `(parameters, rows) -> (sum, weight, extra)`, as `tasks.base.Loss`.
+      loss_fn: `(parameters, rows) -> (sum, weight, extra)`, as `tasks.base.Loss`; for a pipeline its `Parts`.
       parameters: nested dicts of arrays.
       batch: the input of a step; see `abstract_batch`.
       statistics: keys of `STATISTICS`.
@@ -140,7 +141,7 @@ def measured_gradients(
     probes = norm_probes(parameters, examples) if any(s.probes for s in chosen.values()) else {}
     whole = jax.tree.map(lambda _: jax.P(), probes)
     total = parallel.accumulate(
-        probed_loss,
+        loss_fn.of(lambda both: with_probes(*both)) if isinstance(loss_fn, Parts) else probed_loss,
         (parameters, probes),
         rows,
         batch["microbatches"],
@@ -150,6 +151,8 @@ def measured_gradients(
             held=(spread.held, whole),
             scattered=(spread.scattered, whole),
             others=(spread.others, whole),
+            pipeline=spread.pipeline
+            and spread.pipeline._replace(layered=(spread.pipeline.layered, jax.tree.map(lambda x: x.ndim > 2, probes))),
         ),
     )
     gradients = over_weight(total.gradients[0], total.weight)

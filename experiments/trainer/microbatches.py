@@ -13,6 +13,8 @@ from crescendo.optim.batch_size import BatchSizePolicy, stays_throughout
 MAX_MICROBATCH_UNITS = {"cpu": 512, "gpu": 65_536, "tpu": 65_536}
 # What the allocator loses to fragmentation, and the host's own buffers take.
 MEMORY_SHARE = 0.92
+# As many for each stage of a pipeline, where the batch has them, leave it idle for less than a fifth of the time.
+STAGE_MICROBATCHES = 4
 
 
 def max_microbatch_examples(task: Task, layout: parallel.Layout, platform: str) -> int:
@@ -34,10 +36,13 @@ def plans(
     Raises:
       UserError: sizes that the devices can't divide.
     """
-    shards, bound = layout.batch_shards, most_examples
+    shards, stages, bound = layout.batch_shards, layout.sizes["stage"], most_examples
+    if stages > 1:
+        bound = min(bound, max(1, min(sizes) // (STAGE_MICROBATCHES * stages)))
+    least = -(-min_microbatches // layout.parts)
     while True:
         with user_values():
-            plan = parallel.plan_batches(sizes, shards, bound, min_microbatches=-(-min_microbatches // layout.parts))
+            plan = parallel.plan_batches(sizes, shards, bound, min_microbatches=least, stages=stages)
         yield plan
         if plan.microbatch_examples == shards:
             return

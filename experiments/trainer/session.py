@@ -150,7 +150,7 @@ class Session:
             self.policy = batch_size if isinstance(batch_size, BatchSizePolicy) else constant(batch_size)
             self.sizes = (*self.policy.sizes, *further_sizes)
             layout = parallel.Layout(mesh, strategy)
-            parallel.plan_batches(self.sizes, layout.batch_shards)
+            parallel.plan_batches(self.sizes, layout.batch_shards, stages=layout.sizes["stage"])
         with user_values():
             check_numbers(model, mesh)
             self.task = task(data=data, model=model.for_platform(self.platform))
@@ -167,6 +167,11 @@ class Session:
             frozen = optim.frozen_mask(groups, self.parameters, logical_axes)
         if all(jax.tree.leaves(frozen)):
             raise UserError("train.groups freeze every parameter: leave at least one to train")
+        if self.layout.schedule is not None and any(jax.tree.leaves(frozen)):
+            raise UserError(
+                "train.groups freeze parameters, and the stages of a pipeline train all of theirs: use mesh.stage = 1, "
+                f"not {layout.sizes['stage']}"
+            )
         self.trainable = Trainable(jax.tree.map(lambda is_frozen: not is_frozen, frozen))
         with user_values():
             self.notes += check_optimizer(optimizer, self.trainable.take(self.parameters), self.policy)

@@ -66,8 +66,14 @@ def make_step(
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         context = Context(activations, batch["seed"], batch["examples_seen"], implementation=implementation)
 
-        def loss_fn(trained: Tree, rows: dict):
-            return task.loss(trainable.put(trained, state.parameters), rows, context)
+        def put(trained: Tree) -> Tree:
+            return trainable.put(trained, state.parameters)
+
+        def whole_loss(trained: Tree, rows: dict):
+            return task.loss(put(trained), rows, context)
+
+        parts = None if spread.pipeline is None else task.parts(context)
+        loss_fn = whole_loss if parts is None else parts.of(put)
 
         def mean_loss(trained: Tree) -> jax.Array:
             """Of the first microbatch, by the kernels that have second derivatives: what some optimizers ask for."""

@@ -9,7 +9,7 @@ from jax.experimental import checkify
 
 from crescendo.pallas_kernels.linear_cross_entropy import chunked
 from crescendo.pallas_kernels.op import check_floating, op
-from crescendo.pallas_kernels.sharded import alike, varying
+from crescendo.pallas_kernels.sharded import alike, mesh_axes, varying
 
 IMPLEMENTATIONS = {
     name: f"crescendo.pallas_kernels.linear_cross_entropy.{name}"
@@ -98,7 +98,7 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing = {label_smoothing} must be in [0, 1)")
     if not (math.isfinite(z_loss) and z_loss >= 0):
         raise ValueError(f"z_loss = {z_loss} must be at least 0 and finite")
-    if vocab_axis is not None and vocab_axis not in varying(w):
+    if not varying(w) >= set(mesh_axes([vocab_axis])):
         raise ValueError(f"vocab_axis = {vocab_axis!r} must split w inside jax.shard_map, with its check_vma left on")
     # A narrow dtype holds neither V nor ignore_id, and would wrap them around.
     labels = jnp.asarray(labels, jnp.promote_types(labels.dtype, jnp.int32))

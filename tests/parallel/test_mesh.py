@@ -30,7 +30,9 @@ def test_minus_one_takes_the_rest():
     assert above_one(make_mesh(data=-1, fsdp=2)) == {"data": 4, "fsdp": 2}
     assert above_one(make_mesh(data=1, fsdp=-1)) == {"fsdp": 8}
     assert above_one(make_mesh(data=2, tensor=2, sequence=-1)) == {"data": 2, "sequence": 2, "tensor": 2}
-    assert tuple(make_mesh().shape) == AXES
+    assert set(make_mesh().shape) == set(AXES)
+    # Where all links are alike, in the order of the devices: XLA wants no other for a GPU.
+    assert make_mesh(stage=2, data=2, tensor=2).devices.ravel().tolist() == jax.devices()
 
 
 @pytest.mark.parametrize(
@@ -102,9 +104,9 @@ def test_what_each_strategy_splits(name, split):
 def test_tensor_parallel_splits_columns_then_rows():
     layout = Layout(make_mesh(data=4, tensor=2), "data")
     specs = jax.tree.map(lambda s: s.spec, layout.parameters(logical_axes(DEBUG)))
-    assert specs["blocks"]["mlp"]["up"]["kernel"] == PartitionSpec(None, None, "tensor")
-    assert specs["blocks"]["mlp"]["down"]["kernel"] == PartitionSpec(None, "tensor", None)
-    assert specs["embedding"]["table"] == PartitionSpec("tensor", None)
+    assert specs["blocks"]["mlp"]["up"]["kernel"] == PartitionSpec("stage", None, "tensor")
+    assert specs["blocks"]["mlp"]["down"]["kernel"] == PartitionSpec("stage", "tensor", None)
+    assert specs["embedding"]["table"] == PartitionSpec(("stage", "tensor"), None)
 
 
 def test_a_batch_is_split_by_examples_and_tokens():
@@ -207,7 +209,6 @@ def test_an_optimizer_array_of_any_shape_has_a_place(named, data):
 @pytest.mark.parametrize(
     ("sizes", "plan", "message"),
     [
-        ({"stage": 2}, "fsdp", "stage = 2: this strategy splits no layers"),
         ({"sequence": 4}, strategy(ulysses=3), "ulysses = 3 does not divide the mesh's sequence = 4: use one of"),
         ({}, "zero", "name = 'zero' must be one of data, zero1, zero2, fsdp"),
     ],

@@ -15,6 +15,7 @@ from crescendo.experiments.data.rows import Rows
 from crescendo.experiments.tasks.base import Context
 from crescendo.models import ModelConfig
 from crescendo.models.layout import ONE_DEVICE
+from crescendo.parallel.pipeline import evaluate_through_stages
 from crescendo.parallel.rules import ACTIVATIONS, spec_entries
 
 LENGTH = 16
@@ -120,6 +121,29 @@ def assert_same_on(task, mesh: dict, rows, *, seed: int = 5, tolerance: float = 
     measured, wanted = evaluate(layout)(spread, placed), evaluate(ONE_DEVICE)(parameters, rows)
     assert measured.keys() == wanted.keys()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), measured, wanted)
+
+
+def assert_same_through_stages(task, rows, *, seed: int = 5, tolerance: float = 1e-5):
+    """As `assert_same_on`, of two stages that get the rows one by one."""
+    parameters, axes = fresh(task), task.logical_axes()
+    layout = task.place(parallel.Layout(parallel.make_mesh(data=1, stage=2, devices=jax.devices()[:2])))
+    spread = jax.device_put(parameters, layout.parameters(axes, parameters))
+    one_by_one = {name: x[:, None] for name, x in rows.items()}
+    training, evaluating = (Context(layout=layout, seed=seed, training=training) for training in (True, False))
+    run = jax.jit(lambda *of: parallel.accumulate(task.parts(training), *of, spread=layout.spread(axes)))
+    found = run(spread, one_by_one, jnp.int32(len(rows["example"])))
+    expected, gradient = value_and_gradient(task, parameters, rows, Context(seed=seed))
+    np.testing.assert_allclose((found.loss_sum, found.weight), (expected.sum, expected.weight), rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=tolerance * float(jnp.max(jnp.abs(b)))),
+        found.gradients,
+        gradient,
+    )
+    evaluate = jax.jit(
+        lambda *of: evaluate_through_stages(layout.pipeline(axes), task.parts(evaluating, scores=True), *of)
+    )
+    wanted = jax.jit(functools.partial(task.evaluate, context=Context()))(parameters, rows)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), evaluate(spread, one_by_one), wanted)
 
 
 def assert_any_cut(task, rows, **context):

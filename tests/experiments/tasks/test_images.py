@@ -16,7 +16,7 @@ from crescendo.models.norm_probes import norm_probes, with_probes
 from crescendo.models.resnet import ResNetConfig
 from crescendo.models.vit import ViTConfig
 
-from .conftest import MESHES, assert_any_cut, assert_same_on, fresh, read
+from .conftest import MESHES, assert_any_cut, assert_same_on, assert_same_through_stages, fresh, read
 
 MODELS = {
     "resnet": ResNetConfig(width=4, blocks=1, group_width=2),
@@ -81,6 +81,15 @@ def test_any_mesh_will_do(make, mesh):
             task.place(layout)
         return
     assert_same_on(task, MESHES[mesh], read(task.train, range(4)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", ["vit"], indirect=True)
+def test_stages_will_do_for_a_transformer(make, data):
+    task = make(label_smoothing=0.1)
+    assert_same_through_stages(task, read(task.train, range(4)))
+    with pytest.raises(ValueError, match="mesh stage = 2: this task's loss is not in the parts that stages share"):
+        images(data, MODELS["resnet"]).place(parallel.Layout(parallel.make_mesh(stage=2)))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from crescendo.experiments.tasks.language_model import language_model
 from crescendo.experiments.tasks.masked_diffusion import masked_diffusion
 from crescendo.experiments.tasks.masked_lm import masked_lm
 
-from .conftest import MESHES, assert_any_cut, assert_same_on, fresh, read
+from .conftest import MESHES, assert_any_cut, assert_same_on, assert_same_through_stages, fresh, read
 
 TASKS = {"masked_lm": masked_lm, "masked_diffusion": masked_diffusion}
 
@@ -43,6 +43,12 @@ def test_any_mesh_will_do(make, mesh):
     # Diffusion weighs its terms by 1 / t: they round by their own size, and cancel in part (1.7e-5 was seen on a CPU).
     tolerance = 3e-5 if task.name == "masked_diffusion" else 1e-5
     assert_same_on(task, MESHES[mesh], read(task.train, range(4)), tolerance=tolerance)
+
+
+@pytest.mark.slow
+def test_stages_will_do(make):
+    task = make(dropout=0.2, z_loss=1e-3)
+    assert_same_through_stages(task, read(task.train, range(4)), tolerance=3e-5)  # as above
 
 
 @pytest.mark.parametrize("make", [pytest.param("masked_lm", marks=pytest.mark.slow), "masked_diffusion"], indirect=True)

@@ -55,6 +55,12 @@ def one_device():
     return parallel.make_mesh(devices=jax.devices()[:1])
 
 
+def staged(stages: int, **options) -> dict:
+    """The options of a session over so many stages."""
+    mesh = parallel.make_mesh(data=1, stage=stages, devices=jax.devices()[:stages])
+    return {"mesh": mesh, "model": dataclasses.replace(SMALL, layers=4)} | options
+
+
 def small_session(**options) -> Session:
     """A session of random text on one device."""
     given = {"model": SMALL, "optimizer": optim.adamw(1e-2), "batch_size": 8, "total_examples": 64}
@@ -513,11 +519,19 @@ def test_schedule_free_is_evaluated_where_it_says():
         ({"optimizer": optax.lbfgs()}, "asks for what a training step doesn't give"),
         ({"optimizer": optax.sgd(optim.schedules.linear(0.1))}, "length isn't known: give it a total"),
         ({"model": ResNetConfig()}, "reads no tokens"),
+        (staged(4, batch_size=3), "batch_size = 3 .* into 4 microbatches, as many as stages: use .* such as 4 or 5"),
+        (staged(4, model=SMALL), "layers = 1 does not divide over stage = 4: use a stage of 1, or layers = 4"),
+        (staged(2, groups=[optim.group("blocks/*", frozen=True)]), "stages of a pipeline train all of theirs"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(options, message):
     with pytest.raises(UserError, match=message):
         _ = small_session(**options).plan
+
+
+def test_a_batch_is_cut_into_several_microbatches_a_stage():
+    assert [plan.microbatch_examples for plan in small_session(**staged(2, batch_size=64)).plans()] == [8, 4, 2, 1]
+    assert next(small_session(**staged(2, batch_size=2)).plans()).microbatch_examples == 1
 
 
 def test_nothing_frozen_is_the_whole_tree():
