@@ -26,6 +26,7 @@ from crescendo.models.config import PRESETS
 from crescendo.models.low_precision import RECIPES
 from crescendo.pallas_kernels.console import output_console
 from crescendo.parallel.mesh import AXES
+from crescendo.parallel.schedules import SCHEDULES
 
 EXAMPLES = """examples:
   python -m crescendo.models.describe 124m --sequence-length 2048
@@ -61,7 +62,8 @@ def parser() -> argparse.ArgumentParser:
         result.add_argument(f"--{axis}", type=int, default=default, help=f"devices along {axis} (default {default})")
     result.add_argument("--strategy", default="fsdp", choices=list(parallel.STRATEGIES), help="(default fsdp)")
     result.add_argument("--ulysses", type=int, default=1, help="the part of sequence that splits heads (default 1)")
-    result.add_argument("--batch-size", type=int, help="global, in examples (default: one a device of the batch)")
+    result.add_argument("--schedule", default="1f1b", choices=list(SCHEDULES), help="of the stages (default 1f1b)")
+    result.add_argument("--batch-size", type=int, help="global, in examples (default: the least there can be)")
     result.add_argument("--microbatches", type=int, default=1, help="how many make a batch (default 1)")
     result.add_argument(
         "--sequence-length", type=int, help="tokens in a row (default 4096, of a preset by itself 1024)"
@@ -106,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_values():
         spec = parallel.MeshSpec(**{axis: getattr(arguments, axis) for axis in AXES})
         mesh = spec.make(devices) if devices else spec.abstract(arguments.devices or 8)
-        layout = parallel.Layout(mesh, parallel.strategy(arguments.strategy, ulysses=arguments.ulysses))
+        strategy = parallel.strategy(arguments.strategy, ulysses=arguments.ulysses, schedule=arguments.schedule)
+        layout = parallel.Layout(mesh, strategy)
         # In a loop the layers compile in the time of one.
         changes = {"scan_layers": True, "matmul": arguments.matmul}
         changes |= {"remat": arguments.remat} if arguments.remat else {}
@@ -115,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         console,
         model,
         layout,
-        batch_size=arguments.batch_size or layout.batch_shards * arguments.microbatches,
+        batch_size=arguments.batch_size or layout.batch_shards * max(arguments.microbatches, layout.sizes["stage"]),
         microbatches=arguments.microbatches,
         sequence_length=arguments.sequence_length or 4096,
         devices=devices,

@@ -2,7 +2,8 @@
 
 With Psi parameters, ZeRO moves 2, 2, 2 and 3 Psi a step (data, zero1, zero2, fsdp), the last two once a microbatch; a
 layer's tensor parallelism moves its residual stream ten times; ring attention its keys and values, Ulysses its heads.
-Sums of scalars and of whole vectors are left out.
+A pipeline sends a residual stream to the next stage and its gradient to the one before, in every tick, and its stages
+sum what they look up and the gradients of what they all see. Sums of scalars and of whole vectors are left out.
 """
 
 import dataclasses
@@ -49,6 +50,37 @@ class Work:
     full_remat: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class _Runs:
+    """How often a device runs in a step, idle ticks of a pipeline included.
+
+    Attributes:
+      layers: that a device has.
+      forward, backward: passes through these layers.
+      enters, leaves: look-ups, and losses.
+      gathers: of the weights of a layer that are split: for a forward pass, and again for what a backward pass needs.
+      ticks: of a pipeline.
+    """
+
+    layers: float
+    forward: float
+    backward: float
+    enters: float
+    leaves: float
+    gathers: float
+    ticks: float = 0
+
+
+def _runs(layout: Layout, work: Work) -> _Runs:
+    schedule, m = layout.schedule, work.microbatches
+    if schedule is None:
+        return _Runs(work.layers, m, m, m, m, 2 * m)
+    passing = schedule.passing(m)
+    layers = work.layers / schedule.stages
+    # The backward pass of a stage begins with another forward pass.
+    return _Runs(layers, 2 * passing, passing, passing, m, 3 * passing, schedule.ticks(m))
+
+
 def step_traffic(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) -> dict[str, float]:
     """Bytes sent by each device in one step, by kind of collective.
 
@@ -59,7 +91,8 @@ def step_traffic(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) -
       work: what is computed.
     """
     sent = dict.fromkeys(KINDS, 0.0)
-    for part in (_parameters(layout, arrays, logical_axes, work), _tensor(layout, work), _sequence(layout, work)):
+    parts = (_tensor(layout, work), _sequence(layout, work), _stages(layout, work))
+    for part in (_parameters(layout, arrays, logical_axes, work), *parts):
         for kind, size in part.items():
             sent[kind] += size
     return sent
@@ -67,7 +100,8 @@ def step_traffic(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) -
 
 def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) -> dict[str, float]:
     """Parameters and gradients."""
-    sizes, strategy = layout.sizes, layout.strategy
+    sizes, strategy, runs = layout.sizes, layout.strategy, _runs(layout, work)
+    tables = sum("vocab" in names for names in jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, tuple)))
     sent = dict.fromkeys(KINDS, 0.0)
 
     def ways(table: Table, names, axes) -> int:
@@ -82,27 +116,29 @@ def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) ->
         matrix = stacked and len(names) > 2
         each = work.compute_bytes if matrix else FLOAT32
         gathered = work.weight_bytes if matrix else FLOAT32
-        count = math.prod(array.shape) / ways(strategy.parameters, names, ("tensor",))
+        count = math.prod(array.shape) / ways(strategy.parameters, names, ("stage", "tensor"))
         split = ("fsdp", "sequence")
         of_parameters = ways(strategy.parameters, names, split)
         of_gradients = ways(strategy.gradients, names, split)
         of_updates = ways(strategy.optimizer, names, split)
-        k = work.microbatches
+        gathers, scatters = (runs.gathers, runs.backward) if stacked else (runs.leaves, runs.leaves)
+        if "vocab" in names and layout.schedule is not None:  # looked up and multiplied by apart, all tables together
+            gathers, scatters = (runs.enters + runs.leaves) / tables, 2 * runs.leaves / tables
         # A device works with its own copy of a key head: so much of the weight, replicated along `tensor`, crosses.
         copied = layout.key_copies > 1 and "kv_heads" in names
         heads = sizes["tensor"] // layout.key_copies if copied else 1
         if of_parameters > 1:  # gathered for the forward pass, and a layer again for the backward pass
-            sent["all-gather"] += k * (1 + stacked) * _share(of_parameters) * count / heads * gathered
+            sent["all-gather"] += gathers * _share(of_parameters) * count / heads * gathered
         elif of_updates > 1:
             sent["all-gather"] += _share(of_updates) * count * FLOAT32
         if of_gradients > 1:
-            sent["reduce-scatter"] += k * _share(of_gradients) * count / heads * each
+            sent["reduce-scatter"] += scatters * _share(of_gradients) * count / heads * each
             count /= of_gradients
         elif sizes["sequence"] > 1:
-            sent["all-reduce"] += 2 * k * _share(sizes["sequence"]) * count / heads * each
+            sent["all-reduce"] += 2 * scatters * _share(sizes["sequence"]) * count / heads * each
         if copied:
-            sent["all-reduce"] += 2 * k * _share(layout.key_copies) * count / heads * each
-            sent["all-gather"] += k * _share(heads) * count * each
+            sent["all-reduce"] += 2 * scatters * _share(layout.key_copies) * count / heads * each
+            sent["all-gather"] += scatters * _share(heads) * count * each
         rest = [axis for axis in layout.deferred if axis != "fsdp"]
         if "fsdp" in layout.deferred:
             if ways(strategy.optimizer, names, ("fsdp",)) > 1:
@@ -119,20 +155,34 @@ def _tensor(layout: Layout, work: Work) -> dict[str, float]:
 
     Forward that is two gathers and two scattered sums; backward their transposes, and the two gathers again, because
     what the backward pass needs is split. Embedding and output gather once each way; the embedding scatters once,
-    and the loss, whose gradients are computed with it, adds up those of its hidden states unsplit and in float32.
-    Quantised inputs are kept unsplit, and their gradients are four scattered sums: of q, k, v, and gate with up, which
-    is gathered once more.
+    and the loss, whose gradients are computed with it, adds up those of its hidden states unsplit and in float32, over
+    all that split the vocabulary. Quantised inputs are kept unsplit, and their gradients are four scattered sums: of q,
+    k, v, and gate with up, which is gathered once more.
     """
-    ways = layout.sizes["tensor"]
-    entries = _rows(layout, work) * work.width * _share(ways) * work.microbatches
-    residual = entries * work.compute_bytes
+    ways, runs = layout.sizes["tensor"], _runs(layout, work)
+    entries = _rows(layout, work) * work.width
+    residual = entries * _share(ways) * work.compute_bytes
     recomputed = work.full_remat  # the sum behind attention is needed again, the one behind the feed-forward part not
-    gathers = 5 + 2 * recomputed if work.quantised else 6
-    scatters = (6 if work.quantised else 4) + recomputed
+    gathered = 3 + 2 * recomputed if work.quantised else 4
+    scattered = (4 if work.quantised else 2) + recomputed
+    gathers = runs.layers * (2 * runs.forward + gathered * runs.backward) + 2 * runs.leaves
+    scatters = runs.layers * (2 * runs.forward + scattered * runs.backward) + runs.enters
     return {
-        "all-gather": residual * (gathers * work.layers + 2),
-        "reduce-scatter": residual * (scatters * work.layers + 1),
-        "all-reduce": 2 * entries * FLOAT32,
+        "all-gather": residual * gathers,
+        "reduce-scatter": residual * scatters,
+        "all-reduce": 2 * entries * _share(ways * layout.sizes["stage"]) * FLOAT32 * runs.leaves,
+    }
+
+
+def _stages(layout: Layout, work: Work) -> dict[str, float]:
+    """Sent to a neighbour, to and from all stages."""
+    runs, stages = _runs(layout, work), layout.sizes["stage"]
+    residual = _rows(layout, work) * work.width * work.compute_bytes / layout.sizes["tensor"]
+    # What is looked up, and what the last stage has made; the gradient that the first one has.
+    summed = runs.enters + runs.forward / 2 + runs.backward
+    return {
+        "collective-permute": 2 * runs.ticks * residual,
+        "all-reduce": 2 * _share(stages) * summed * residual,
     }
 
 
@@ -140,16 +190,17 @@ def _sequence(layout: Layout, work: Work) -> dict[str, float]:
     """Ring and Ulysses attention."""
     degree = layout.strategy.ulysses
     ring = layout.sizes["sequence"] // degree
-    forwards = 1 + work.full_remat
+    runs = _runs(layout, work)
     # Of one head over the device's tokens; groups of Ulysses trade tokens for heads, which changes no size.
-    head = _rows(layout, work) * work.head_width * work.microbatches * work.layers / layout.sizes["tensor"]
+    head = _rows(layout, work) * work.head_width * runs.layers / layout.sizes["tensor"]
     kv_heads = max(work.kv_heads, degree * layout.sizes["tensor"])  # copies, so that each device has a head
     sent = dict.fromkeys(KINDS, 0.0)
     keys_and_values = 2 * kv_heads * head
     # Once forward and once backward, where layers that are computed again use the same; their gradients in float32.
-    sent["collective-permute"] = (ring - 1) * keys_and_values * (2 * work.compute_bytes + FLOAT32)
+    each_way = runs.forward * work.compute_bytes + runs.backward * (work.compute_bytes + FLOAT32)
+    sent["collective-permute"] = (ring - 1) * keys_and_values * each_way
     traded = (2 * work.heads + 2 * kv_heads) * head * work.compute_bytes
-    sent["all-to-all"] = _share(degree) * traded * (forwards + 1)
+    sent["all-to-all"] = _share(degree) * traded * (runs.forward + (1 + work.full_remat) * runs.backward)
     return sent
 
 

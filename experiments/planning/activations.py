@@ -19,7 +19,8 @@ def activation_bytes(session: Session, plan: parallel.BatchPlan, device: KnownDe
 
     They are those of the traced program, without the parameters. The compiler computes some of them anew: of 32 rows of
     1,024 tokens in a model of 124 million parameters this counts 21 GiB, where the step compiled for an H100 holds 12.5
-    in all. Over a mesh they are taken to be split evenly over the axes that split rows or tokens.
+    in all. Over a mesh they are taken to be split evenly over the axes that split rows or tokens, and over stages,
+    which keep the inputs of the microbatches on their way besides.
 
     Args:
       session: what trains, on devices that need not be there.
@@ -39,4 +40,10 @@ def activation_bytes(session: Session, plan: parallel.BatchPlan, device: KnownDe
     counts = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves(kept))
     counts -= collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves(session.parameters))
     total = sum(count * math.prod(shape) * dtype.itemsize for (shape, dtype), count in counts.items())
+    if (schedule := layout.schedule) is not None:
+        parts = task.parts(Context())
+        assert parts is not None  # or the mesh was refused
+        stream, _ = jax.eval_shape(parts.enter, session.parameters, rows)
+        slots = schedule.kept(plan.max_microbatches) + schedule.finished(plan.max_microbatches)
+        total = total / schedule.stages + slots * stream.size * stream.dtype.itemsize
     return total / (layout.batch_shards * layout.sizes["sequence"] * layout.sizes["tensor"])

@@ -69,7 +69,8 @@ def planned_session(
       UserError: a batch, or a model, that the mesh can't divide.
     """
     with user_values():
-        plan = parallel.plan_batches([batch_size], layout.batch_shards, batch_size // microbatches)
+        bound = batch_size // microbatches
+        plan = parallel.plan_batches([batch_size], layout.batch_shards, bound, stages=layout.sizes["stage"])
     session = Session(
         data=RandomText(model.vocab_size, sequence_length),
         model=model,
@@ -138,6 +139,13 @@ def describe_mesh(
         highlight=False,
         soft_wrap=True,
     )
+    if (schedule := layout.schedule) is not None:
+        console.print(
+            f"{schedule.stages} stages, {schedule.name}: {schedule.idle_share(plan.max_microbatches):.0%} of the time "
+            f"is idle, the inputs of {schedule.kept(plan.max_microbatches)} microbatches are kept",
+            highlight=False,
+            soft_wrap=True,
+        )
     parts = session_memory(session, plan, named)
     console.print(memory_table(parts))
     if named is not None:
@@ -146,14 +154,15 @@ def describe_mesh(
     if devices:
         console.print(f"compiling for {len(devices)} x {devices[0].device_kind} ...", highlight=False)
         compiled = session.lower(plan, implementation="xla").compile()
-        sent = traffic(compiled.as_text() or "", microbatches=plan.max_microbatches)
-        console.print(
-            traffic_table(
-                "a step, by the compiled program",
-                {kind: t.sent_bytes for kind, t in sent.items()},
-                {kind: t.count for kind, t in sent.items()},
+        if schedule is None:  # the program doesn't say how often a tick's conditions are met
+            sent = traffic(compiled.as_text() or "", microbatches=plan.max_microbatches)
+            console.print(
+                traffic_table(
+                    "a step, by the compiled program",
+                    {kind: t.sent_bytes for kind, t in sent.items()},
+                    {kind: t.count for kind, t in sent.items()},
+                )
             )
-        )
         peak = peak_bytes(compiled) / 2**30
         console.print(f"{peak:.3f} GiB a device at the peak, by the compiler's count", highlight=False)
     console.print(f"in {time.perf_counter() - begin:.0f} s", highlight=False)

@@ -14,6 +14,7 @@ from crescendo.experiments.planning.mesh import step_work
 from crescendo.experiments.runtime.hardware import topology_devices
 from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
+from crescendo.parallel import costs
 from crescendo.parallel.collectives import Traffic, collectives, traffic
 from crescendo.parallel.costs import step_traffic
 from crescendo.parallel.tables import device_bytes
@@ -107,6 +108,39 @@ def test_three_kinds_together_send_no_more_than_the_closed_form(strategy):
         assert found[kind].sent_bytes <= size + 0.01 * total, kind
     # With `fsdp` the compiler finds gathers of activations that two matmuls can share.
     assert sum(t.sent_bytes for t in found.values()) >= 0.85 * total
+
+
+@pytest.mark.slow
+def test_a_tick_of_a_pipeline_sends_what_the_closed_form_says(monkeypatch):
+    devices = topology_devices("h100:1x1x8", H100)
+    layout = parallel.Layout(parallel.make_mesh(data=1, stage=4, fsdp=2, devices=devices))
+    config = ModelConfig(**{**SMALL.__dict__, "layers": 4, "scan_layers": False}).for_platform("gpu")
+    step, _ = lowered(config, layout, 16, 4096)
+    # Of one tick in which every pass is due: the program doesn't say how often its conditions are met.
+    tick = costs._Runs(layers=1, forward=2, backward=1, enters=1, leaves=1, gathers=3, ticks=1)
+    monkeypatch.setattr(costs, "_runs", lambda layout, work: tick)
+    expected = closed_form(config, layout, 1, 4096)
+    sent = dict.fromkeys(expected, 0.0)
+    for c in collectives(step.compile().as_text()):
+        # A condition counts half, and a neighbour is sent to whether it is met or not.
+        twice = 2 if c.runs == 0.5 and c.kind != "collective-permute" else 1
+        sent[c.kind] += twice * c.runs * c.sent_bytes
+    for kind, size in expected.items():
+        print(row("tick", kind, Traffic(0, sent[kind]), size))
+        # The compiler finds some gathers of weights that two passes can share.
+        assert sent[kind] == pytest.approx(size, rel=0.06 if kind == "all-gather" else 0.01), kind
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_pipeline_does_not_depend_on_the_microbatches():
+    devices = topology_devices("h100:1x1x8", H100)
+    layout = parallel.Layout(parallel.make_mesh(data=1, stage=4, fsdp=2, devices=devices))
+    config = ModelConfig(**{**SMALL.__dict__, "layers": 8}).for_platform("gpu")
+    peaks = [
+        step.compile().memory_analysis().temp_size_in_bytes
+        for step, _ in (lowered(config, layout, microbatches, 1024) for microbatches in (8, 64))
+    ]
+    assert peaks[1] == pytest.approx(peaks[0], rel=1e-3)
 
 
 def test_zero_moves_two_and_three_times_the_parameters():
