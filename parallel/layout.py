@@ -406,17 +406,12 @@ class Layout:
         return layout
 
     def without_stages(self) -> "Layout":
-        """The layout, for a model whose layers can't be split over stages.
+        """The layout, for a task whose loss is not in the parts that stages share.
 
         Raises:
           ValueError: where the mesh has devices along `stage`.
         """
-        if self.sizes["stage"] > 1:
-            raise ValueError(
-                f"mesh stage = {self.sizes['stage']}: this task's loss is not in the parts that stages share: use "
-                "stage = 1, and data or fsdp for the batch"
-            )
-        return self
+        return self._without("stage", "this task's loss is not in the parts that stages share")
 
     def without_experts(self) -> "Layout":
         """The layout, for a model without experts.
@@ -424,11 +419,11 @@ class Layout:
         Raises:
           ValueError: where the mesh has devices along `expert`.
         """
-        if self.sizes["expert"] > 1:
-            raise ValueError(
-                f"mesh expert = {self.sizes['expert']}: this model has no experts, and would hold replicas along "
-                "it: use expert = 1, and data or fsdp for the batch"
-            )
+        return self._without("expert", "this model has no experts, and would hold replicas along it")
+
+    def _without(self, axis: str, why: str) -> "Layout":
+        if self.sizes[axis] > 1:
+            raise ValueError(f"mesh {axis} = {self.sizes[axis]}: {why}: use {axis} = 1, and data or fsdp for the batch")
         return self
 
     def spread(self, logical_axes: Tree) -> Spread:
