@@ -35,10 +35,16 @@ def run_command(main: Callable[[], object]) -> None:
 
 
 def _end_in_bounded_time(code: int) -> None:
-    """Once the main thread has ended the process does: the threads of a save that failed wait minutes for its parts."""
+    """Ends the process soon after the main thread is through, whatever other threads do.
+
+    One that compiles what nobody needs any more, or that waits for parts of a save that failed, may take minutes.
+    """
+    through = threading.Event()
+    # Python joins the threads of pools before it calls the main thread ended, and runs `atexit`'s functions after both.
+    threading._register_atexit(through.set)  # type: ignore[attr-defined]
 
     def wait() -> None:
-        threading.main_thread().join()
+        through.wait()
         time.sleep(5)
         os._exit(code)
 

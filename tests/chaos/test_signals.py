@@ -154,11 +154,12 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_143(start_train, tmp_path):
 
 FAILS = """
 import threading, time
+from concurrent.futures import ThreadPoolExecutor
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
 
 def main():
-    threading.Thread(target=time.sleep, args=(100,)).start()
+    {waits}
     print("said before")
     raise UserError("full")
 
@@ -167,6 +168,12 @@ run_command(main)
 
 
 @pytest.mark.chaos
-def test_a_thread_that_waits_holds_up_no_command_that_has_failed():
-    done = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize(
+    "waits",
+    ["threading.Thread(target=time.sleep, args=(100,)).start()", "ThreadPoolExecutor(1).submit(time.sleep, 100)"],
+    ids=["thread", "pool"],
+)
+def test_a_thread_that_waits_holds_up_no_command_that_has_failed(waits):
+    command = [sys.executable, "-c", FAILS.format(waits=waits)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (2, "said before\n", "error: full\n")
