@@ -22,25 +22,26 @@ def ctrl_c_ends_commands() -> None:
 
 
 _collection = threading.Lock()
-_without_collection: list[None] = []
+_without_collection: list[bool] = []  # for each thread that is inside; the first says whether collection was on
 
 
 @contextmanager
 def no_collection() -> Iterator[None]:
     """Leaves garbage lie: to look for it takes seconds of a start, in which much is made and little is garbage.
 
-    In several threads at once until the last one is through.
+    In several threads at once until the last one is through; it is then as the first one found it.
     """
     with _collection:
-        if not _without_collection:
-            gc.disable()
-        _without_collection.append(None)
+        _without_collection.append(gc.isenabled())
+        gc.disable()
     try:
         yield
     finally:
         with _collection:
-            _without_collection.pop()
-            if not _without_collection:
+            was_on = _without_collection.pop(0)
+            if _without_collection:
+                _without_collection[0] = was_on
+            elif was_on:
                 gc.enable()
 
 

@@ -4,8 +4,9 @@ A program depends on the shape of the data alone, which may be known before: `da
 What isn't as was expected is compiled when it is needed, as if nothing had been done ahead.
 """
 
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -39,9 +40,7 @@ def prepared_session(options: Mapping[str, Any], evaluation_examples: int, start
         begin_compiling(early, evaluation_examples)
         return early
 
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
-    begun = pool.submit(begin)
-    pool.shutdown(wait=False)
+    begun = _in_thread(begin)
     fits = expected.fits(data)
     start.done("data")
     session = Session(**options)
@@ -70,7 +69,34 @@ def begin_compiling(session: Session, evaluation_examples: int) -> None:
     if jax.process_count() > 1:
         return
     _ = session.abstract_state  # before two threads would make it
-    pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="compile")
     for work in (session.compile_step, lambda: session.compile_others(evaluation_examples), lambda: _wake(session)):
-        pool.submit(no_collection()(work))
-    pool.shutdown(wait=False)
+        _in_thread(no_collection()(work))
+
+
+def _in_thread(work: Callable[[], Any]) -> Future:
+    """What a thread makes of `work`; nothing where this thread has settings of JAX that others don't have.
+
+    A `with jax.default_matmul_precision("highest")` around `train`, say, is part of its programs, and known here alone.
+    """
+    done: Future = Future()
+    settings = _settings()
+
+    def run() -> None:
+        try:
+            if _settings() != settings:
+                raise _OtherSettingsError
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="ahead").start()
+    return done
+
+
+class _OtherSettingsError(Exception):
+    """A thread would compile something else than who started it."""
+
+
+def _settings() -> tuple[Any, ...]:
+    """What a program depends on beside its arguments, as this thread has it."""
+    return dict(jax.config.values), jax.sharding.get_abstract_mesh()

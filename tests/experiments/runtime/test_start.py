@@ -42,6 +42,18 @@ def test_garbage_is_left_until_the_last_thread_is_through():
     assert gc.isenabled()
 
 
+def test_collection_that_was_off_stays_off():
+    while start._without_collection:
+        time.sleep(0.01)
+    gc.disable()
+    try:
+        with start.no_collection(), start.no_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
 def test_the_age_of_a_command_is_that_of_its_process(monkeypatch):
     assert start.command_seconds() == 0  # pytest is none of ours
     monkeypatch.setattr(start, "_is_command", lambda: True)

@@ -2,6 +2,7 @@
 
 import threading
 
+import jax
 import pytest
 
 from crescendo import optim
@@ -85,6 +86,19 @@ def test_a_task_that_reads_rows_waits_for_them(tmp_path, stand_in):
     assert session.task.seen > 0
     assert session.step.vocab_size == 384
     assert [each for each in stand_in if isinstance(each.task, Reading)] == [session]
+
+
+def test_under_settings_that_other_threads_lack_nothing_is_compiled_in_them(tmp_path, stand_in):
+    with jax.default_matmul_precision("highest"):
+        session = prepared_session(options(tmp_path / "precision"))
+        ahead.begin_compiling(session, 8)
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        prepared_session(options(tmp_path / "mesh"))
+    for thread in threading.enumerate():
+        if thread.name == "ahead":
+            thread.join(60)
+    assert stand_in == []
+    assert session.step.vocab_size == 384
 
 
 def test_what_is_wrong_with_the_data_or_the_options_is_said_as_ever(tmp_path, stand_in):
