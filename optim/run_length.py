@@ -1,7 +1,10 @@
 """Schedules whose length is that of the run, known only when a loop says it."""
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,6 +19,35 @@ class LengthError(ValueError):
 
 class LengthWarning(UserWarning):
     """A schedule ends elsewhere than the run that it is used in."""
+
+
+_heard = contextvars.ContextVar[list[str] | None]("heard", default=None)
+
+
+@contextlib.contextmanager
+def length_warnings() -> Iterator[list[str]]:
+    """Collects what is warned of lengths within, each text once; of this thread alone, unlike `warnings`.
+
+    >>> with length_warnings() as heard:
+    ...     warn_of_length("too short"); warn_of_length("too short")
+    >>> heard
+    ['too short']
+    """
+    heard: list[str] = []
+    token = _heard.set(heard)
+    try:
+        yield heard
+    finally:
+        _heard.reset(token)
+
+
+def warn_of_length(message: str) -> None:
+    """Warns the caller's caller with a `LengthWarning`, or tells who listens (`length_warnings`)."""
+    heard = _heard.get()
+    if heard is None:
+        warnings.warn(message, LengthWarning, stacklevel=3)
+    elif message not in heard:
+        heard.append(message)
 
 
 class OfRun:

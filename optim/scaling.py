@@ -4,7 +4,6 @@
 size to another, or predict it from the model and the data.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import optax
 
 from crescendo.optim.checks import Rate, check_learning_rate
 from crescendo.optim.registry import TRANSFORMS
-from crescendo.optim.run_length import LengthWarning, OfRun
+from crescendo.optim.run_length import OfRun, warn_of_length
 from crescendo.optim.states import nodes, spread
 
 
@@ -292,11 +291,9 @@ class RateAt:
             return self._rate.of(total_examples)
         own = getattr(self._rate, "total", total_examples)
         if own != total_examples:
-            warnings.warn(
+            warn_of_length(
                 f"the learning rate's schedule ends at {own} and the run at {total_examples}: leave out the "
-                f"schedule's total to end it with the run",
-                LengthWarning,
-                stacklevel=2,
+                f"schedule's total to end it with the run"
             )
         return self._rate
 

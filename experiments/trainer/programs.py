@@ -1,7 +1,6 @@
 """What a run compiles: each program once, whoever asks first, in whatever thread."""
 
 import threading
-import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import jax
 
 from crescendo import parallel
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.optim.run_length import LengthError, LengthWarning
+from crescendo.optim.run_length import LengthError, length_warnings
 from crescendo.pallas_kernels.op import choices, target
 from crescendo.parallel.layout import SecondDerivativeError
 
@@ -83,8 +82,7 @@ def trace_step(jitted: Any, arguments: Sequence[Any], device: Any) -> tuple[Any,
     Raises:
       UserError: a schedule whose parts don't fit the run's length, or an optimizer that asks for what isn't there.
     """
-    with target(device), choices() as kernels, warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always", LengthWarning)
+    with target(device), choices() as kernels, length_warnings() as said:
         try:
             traced = jitted.trace(*arguments)
         except (LengthError, SecondDerivativeError) as error:
@@ -93,10 +91,4 @@ def trace_step(jitted: Any, arguments: Sequence[Any], device: Any) -> tuple[Any,
             if "required" not in str(error):
                 raise
             raise UserError(f"train.optimizer asks for what a training step doesn't give: {error}") from None
-    said = []
-    for warning in heard:
-        if not issubclass(warning.category, LengthWarning):
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        elif str(warning.message) not in said:
-            said.append(str(warning.message))
     return traced, kernels, said
