@@ -121,6 +121,8 @@ def attention(
         positions = None  # nothing reads them
     elif isinstance(positions, numbers.Integral) or getattr(positions, "shape", None) == ():
         _check_integers("positions", positions)
+        if isinstance(positions, numbers.Integral) and not -(2**31) <= int(positions) < 2**31 - length:
+            raise ValueError(f"positions = {positions} must be at least -2**31 and below 2**31 - {length}, q's length")
         positions, begin = None, jnp.asarray(positions, jnp.int32)[None]
     segments = _pair("segment_ids", segment_ids, batch, length, keys)
     operands = Operands(q, k, v, bias, *segments, *_pair("positions", positions, batch, length, keys))

@@ -207,6 +207,7 @@ def test_bad_input_is_named():
         "scale must be finite": lambda: attention(q, k, k, scale=float("nan")),
         "segment_ids for q must have the shape": lambda: attention(q, k, k, segment_ids=jnp.ones((2, 9), int)),
         "segment_ids must be a pair": lambda: attention(q, k[:, :4], k[:, :4], segment_ids=jnp.ones((2, 8), int)),
+        "positions = 2147483640 must be .* below": lambda: attention(q, k, k, causal=True, positions=2**31 - 8),
         "must broadcast to": lambda: attention(q, k, k, bias=jnp.ones((2, 3, 8, 8))),
         "has no implementation 'cuddn'; did you mean 'cudnn'": lambda: attention(q, k, k, implementation="cuddn"),
     }  # fmt: skip
