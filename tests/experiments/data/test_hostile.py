@@ -203,7 +203,8 @@ def test_memory_is_bounded_by_batches_and_not_by_files(tmp_path):
 def test_hostile_text_at_full_scale(tmp_path):
     """2 GB in a line, 10 million documents that are empty or a letter, 200 MB that are no UTF-8, lines of 100 MB."""
     files = hostile(tmp_path, 1)
-    most = {"one line": 200, "empty": 100, "bad": 150, "lines": 1200, "letters": 1000, "one document": 600}
+    # To pack a line of 2 GB in 3.9 million rows takes 70 bytes a row.
+    most = {"one line": 350, "empty": 100, "bad": 150, "lines": 1200, "letters": 1000, "one document": 600}
     for name, path in files.items():
         errors = "replace" if name == "bad" else "strict"
         ((memory, says),) = measured(tmp_path / f"cache {name}", path, errors=errors)
