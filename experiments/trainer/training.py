@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,9 @@ _AT_WILL = re.compile(
 
 # That are said as a run goes on.
 _MOST_GAPS = 5
+
+# Of this process so far: what went by before the first one is a start's own.
+_starts = itertools.count()
 
 FORMAT = 2
 """Of what a run's folder says of itself and of the optimizer's state: raised when either changes its shape."""
@@ -125,7 +129,7 @@ def train(
     differences = differences or functools.partial(from_python.differences, now=operative_config())
     _check_folders(run, initialize_from, start_from)
     check_writers(writers)
-    start, counter = StartClock(command_seconds()), CompilationCounter()
+    start, counter = StartClock(0.0 if next(_starts) else command_seconds()), CompilationCounter()
     use_compilation_cache()
     session = prepared_session(as_begun(Path(run), options), evaluation_examples, start)
     wall = WallClock()
@@ -153,6 +157,7 @@ def train(
         )
         checkpoints.adapting = adapting
         state, clock = _begin(session, checkpoints, initialize_from, start_from, say)
+        start.done("first state")
         info["total_examples"] = total_examples = session.end_from(clock.examples_seen)
         if total_examples < session.total_examples:
             say(f"note: the run ends at {total_examples:,} examples: what is left after them fills no microbatch")
