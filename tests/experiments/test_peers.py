@@ -3,7 +3,9 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from crescendo import models
@@ -58,6 +60,34 @@ def test_the_jax_peers_loss_and_gradients_are_ours(quick_compilation):
     np.testing.assert_allclose(theirs, ours, rtol=1e-5, err_msg=f"seed {seed}")
     for a, b in zip(jax.tree.leaves(of_theirs), jax.tree.leaves(as_plain(of_ours)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=f"seed {seed}")
+
+
+@pytest.mark.slow
+def test_the_torch_peers_steps_are_the_jax_peers(monkeypatch):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from crescendo.experiments.benchmarks.peers import torch as hugging_face
+
+    networks = []
+    monkeypatch.setattr(torch, "compile", lambda network: networks.append(network) or network)
+    model = ModelConfig.preset("debug", layers=1, qk_norm=False).for_platform("cpu")
+    rows = RandomText(model.vocab_size, 12).take([0, 1])
+    prepared = hugging_face.prepare(model, rows)
+    arrays = {name: jnp.array(x.detach().numpy()) for name, x in networks[0].state_dict().items()}
+    of_attention = {name: f"self_attn.{name[0]}_proj" for name in ("query", "key", "value", "output")}
+    matrices = of_attention | {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    layer = {name: arrays[f"model.layers.0.{theirs}.weight"].T for name, theirs in (matrices | norms).items()}
+    tables = {"embedding": arrays["model.embed_tokens.weight"], "final_norm": arrays["model.norm.weight"]}
+    parameters, optimizer = tables | {"layers": [layer]}, optax.adamw(3e-4)
+    state = optimizer.init(parameters)
+    loss_of = jax.jit(jax.value_and_grad(lambda p: plain.mean_loss(model, p, rows["tokens"], rows["labels"])))
+    for _ in range(3):
+        loss, gradient = loss_of(parameters)
+        # Float32, in another order of sums, and with another weight decay: 3e-4 of 1e-2 and of 1e-4.
+        np.testing.assert_allclose(prepared.read(prepared.step()), loss, rtol=1e-5)
+        updates, state = optimizer.update(gradient, state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
 
 
 def test_the_jax_peer_has_our_parameters_but_for_two_norms():
