@@ -59,7 +59,8 @@ def power_of_two_scale(largest, most: float) -> tuple[jax.Array, jax.Array]:
     """The greatest power of two s with `largest s <= most`, and `1 / s`; both float32.
 
     Multiplying by a power of two rounds nothing: only the cast does. Exponents stay within 63, so that the product of
-    two inverse scales is a float32. The inverse is NaN where `largest` isn't finite, so that the results say so.
+    two inverse scales is a float32: what is less than 2^-63 of the format's least number becomes 0. The inverse is NaN
+    where `largest` isn't finite or needs a smaller scale, so that the results say so.
 
     Args:
       largest: the greatest absolute value of a tensor; 0 of one without any.
@@ -71,7 +72,7 @@ def power_of_two_scale(largest, most: float) -> tuple[jax.Array, jax.Array]:
     largest = largest.astype(jnp.float32)
     exponent = jnp.clip(jnp.frexp(most / jnp.where(largest > 0, largest, 1.0))[1] - 1, -63, 63)
     scale = jnp.ldexp(jnp.float32(1), jnp.where(largest > 0, exponent, 0))
-    return scale, jnp.where(jnp.isfinite(largest), 1 / scale, jnp.nan)
+    return scale, jnp.where(largest * scale <= most, 1 / scale, jnp.nan)
 
 
 def turned(x: jax.Array, inner: int) -> jax.Array:

@@ -99,8 +99,8 @@ def test_a_product_is_as_near_the_exact_one_as_its_numbers_are(name):
     assert all(1e-3 < error(a, b) < most for a, b in zip(found, exact, strict=True))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_is_told(bad):
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e25])
+def test_what_is_not_finite_or_has_no_scale_is_told(bad):
     x, w, dy = operands(TO_HEADS, 0)
     y, dx, dw = both_passes(product("fp8", TO_HEADS), x.at[0, 0, 0].set(bad), w, dy)
     assert not np.any(np.isfinite(np.asarray(y, np.float32)))
