@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from crescendo.models import axes
 from crescendo.models.layout import Layout, Names
-from crescendo.pallas_kernels.op import target_device
+from crescendo.pallas_kernels.op import once_differentiable, target_device
 from crescendo.pallas_kernels.quantize import power_of_two_scale, quantize, turned
 
 MULTIPLE = 16
@@ -296,7 +296,8 @@ def products(
     def call(x, weights):
         return forward(x, weights)[0]
 
-    call.defvjp(forward, _once(backward))
+    # A cast to 8 bits has no derivative that means anything.
+    call.defvjp(forward, once_differentiable(backward, "a quantised product", "set model.matmul = 'dtype'"))
     return call(x, tuple(weight if isinstance(weight, jax.Array) else tuple(weight) for weight in weights))
 
 
@@ -313,18 +314,6 @@ def _sum(a, b, axes: int, dtype) -> jax.Array:
 def _scaled(y, a_inverse, b_inverse) -> jax.Array:
     """Times a power of two, which rounds nothing."""
     return y * (a_inverse * b_inverse).astype(y.dtype)
-
-
-def _once(backward: Callable) -> Callable:
-    """The derivative rule, which itself has no derivative: a cast to 8 bits has none that means anything."""
-
-    call = jax.custom_jvp(backward)
-
-    @call.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError("a quantised product has no second derivatives: set model.matmul = 'dtype'")
-
-    return call
 
 
 def rotate(x: jax.Array, axis: int) -> jax.Array:

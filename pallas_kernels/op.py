@@ -204,20 +204,26 @@ def check_number(name: str, value: Any, *, optional: bool = False) -> None:
     raise TypeError(f"{name} must be {what}, not {value!r}: kernels are compiled for it")
 
 
-def once_differentiable(function: Callable[..., Any], called: str) -> Callable[..., Any]:
-    """A function of arrays inside of an op's derivative rule, which refuses to be differentiated by name.
+class SecondDerivativeError(NotImplementedError):
+    """What has no second derivatives was asked for them."""
 
-    >>> square = once_differentiable(lambda x: x * x, "square")
+
+def once_differentiable(
+    function: Callable[..., Any], called: str, advice: str = "pass implementation='reference', which has all"
+) -> Callable[..., Any]:
+    """A function of arrays inside of a derivative rule, which refuses to be differentiated by name.
+
+    >>> square = once_differentiable(lambda x: x * x, "square", "multiply by hand")
     >>> jax.grad(square)(2.0)
     Traceback (most recent call last):
     ...
-    NotImplementedError: square has no second derivatives: pass implementation='reference', which has all
+    crescendo.pallas_kernels.op.SecondDerivativeError: square has no second derivatives: multiply by hand
     """
     call = jax.custom_jvp(function)
 
     @call.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError(f"{called} has no second derivatives: pass implementation='reference', which has all")
+        raise SecondDerivativeError(f"{called} has no second derivatives: {advice}")
 
     return call
 

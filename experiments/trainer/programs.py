@@ -10,6 +10,7 @@ import jax
 from crescendo import parallel
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.optim.run_length import LengthError, length_warnings
+from crescendo.pallas_kernels import op
 from crescendo.pallas_kernels.op import choices, target
 from crescendo.parallel.layout import SecondDerivativeError
 
@@ -85,7 +86,7 @@ def trace_step(jitted: Any, arguments: Sequence[Any], device: Any) -> tuple[Any,
     with target(device), choices() as kernels, length_warnings() as said:
         try:
             traced = jitted.trace(*arguments)
-        except (LengthError, SecondDerivativeError) as error:
+        except (LengthError, SecondDerivativeError, op.SecondDerivativeError) as error:
             raise UserError(str(error)) from None
         except TypeError as error:
             if "required" not in str(error):
