@@ -116,7 +116,7 @@ def sums_through_stages(
         gradients, d_x = pull(jnp.where(due, d_y, 0))
         found = terms(True, keep(gradients), microbatch, weights, others)
         found = jax.tree.map(lambda x: jnp.where(due, x, 0), found)
-        of_first = how.lay_out(jax.lax.psum(jnp.where(stage == 0, d_x, 0), AXIS))
+        of_first = how.lay_out(_from_stage(0, d_x))
         return *found, how.lay_out(d_x)[None], of_first
 
     run_backward = stages.each(
@@ -269,7 +269,7 @@ class _Stages:
         microbatch, _ = self.numbered(self.how.schedule.forward(tick, stage, count))
         x = jnp.where(stage == 0, first, received[0])
         y = self.layers(own, x, self.rows(microbatches, microbatch), stage)
-        last = jax.lax.psum(jnp.where(stage == self.how.schedule.stages - 1, y, 0), AXIS)
+        last = _from_stage(self.how.schedule.stages - 1, y)
         return self.how.lay_out(y)[None], x[None], self.how.lay_out(last)
 
     def _keep(self, tick, count, kept, x):
@@ -306,6 +306,18 @@ class _Stages:
 def _joined(stream: tuple) -> jax.Array:
     x, added = stream
     return x if added is None else x + added
+
+
+def _from_stage(stage: int, x: jax.Array) -> jax.Array:
+    """On every stage the `x` of one of them, inside a region that is manual over `AXIS`."""
+    # Of the addends one is not 0, so the sum is exact in any dtype. XLA for CPUs makes float32 of sums in bfloat16 and
+    # ends the process over it, where other axes are automatic ("Invalid binary instruction opcode copy").
+    addend = jnp.where(jax.lax.axis_index(AXIS) == stage, x, 0)
+    return jax.lax.platform_dependent(
+        addend,
+        cpu=lambda x: jax.lax.psum(x.astype(jnp.float32), AXIS).astype(x.dtype),
+        default=lambda x: jax.lax.psum(x, AXIS),
+    )
 
 
 def _put(slots: Tree, slot, due, values: Tree) -> Tree:

@@ -131,8 +131,12 @@ def test_sums_equal_those_of_one_device_at_every_count(problem, expected, name, 
     assert run._cache_size() == 1
 
 
-def test_evaluation_goes_through_the_stages(problem):
+# In bfloat16 a program rounds where it ends a fusion, which two programs do in other places: of a loss of 40 by 2^-8.
+@pytest.mark.parametrize(("dtype", "off_by"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-6)])
+def test_evaluation_goes_through_the_stages(problem, dtype, off_by):
+    parts = PARTS.of(lambda parameters: jax.tree.map(lambda x: x.astype(dtype), parameters))
     parameters, rows = problem
-    found = jax.jit(lambda *of: evaluate_through_stages(pipeline("1f1b", 2), PARTS, *of))(parameters, rows)
-    each = [PARTS(parameters, {name: x[i] for name, x in rows.items()}) for i in range(K_MAX)]
-    jax.tree.map(lambda a, *b: np.testing.assert_allclose(a, sum(b), rtol=1e-5), found, *each)
+    found = jax.jit(lambda *of: evaluate_through_stages(pipeline("1f1b", 2), parts, *of))(parameters, rows)
+    one = jax.jit(parts)
+    each = [one(parameters, {name: x[i] for name, x in rows.items()}) for i in range(K_MAX)]
+    jax.tree.map(lambda a, *b: np.testing.assert_allclose(a, sum(b), rtol=off_by, atol=20 * off_by), found, *each)
