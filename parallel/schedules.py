@@ -9,8 +9,10 @@ program can leave such passes out without a branch that differs from stage to st
 
 of the time of each pass is idle, whatever the schedule: they differ in how many inputs a stage keeps.
 
-Huang et al., 2019, "GPipe", https://arxiv.org/abs/1811.06965; Narayanan et al., 2021, "Efficient Large-Scale Language
-Model Training on GPU Clusters Using Megatron-LM", https://arxiv.org/abs/2104.04473.
+Huang et al., 2019, "GPipe", https://arxiv.org/abs/1811.06965; Narayanan et al., 2020, "Memory-Efficient
+Pipeline-Parallel DNN Training" (PipeDream-Flush, which is 1F1B), https://arxiv.org/abs/2006.09503; Narayanan et al.,
+2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
+https://arxiv.org/abs/2104.04473.
 """
 
 import dataclasses

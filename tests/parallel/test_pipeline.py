@@ -55,7 +55,7 @@ def test_slots_are_enough(schedule, microbatches, further):
                 assert slots.pop(ended % kept) == ended
         assert not slots
     waiting = (forward[:, -1] >= 0).cumsum() - (backward[:, -1] >= 0).cumsum()
-    assert waiting.max() + 1 <= finished or schedule.name == "gpipe"
+    assert max(waiting.max(), 1) <= finished  # also what is made and used within a tick needs a slot
     assert schedule.name == "gpipe" or kept <= 2 * schedule.stages - 1  # however many microbatches there are
 
 
