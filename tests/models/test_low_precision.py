@@ -72,7 +72,14 @@ AWKWARD = {
 
 
 @pytest.mark.parametrize(
-    ("name", "kernel"), [*((name, TO_HEADS) for name in QUANTISED), ("fp8", OF_HEADS), ("fp8-hadamard", OF_HEADS)]
+    ("name", "kernel"),
+    [
+        ("fp8", TO_HEADS),
+        pytest.param("fp8-hadamard", TO_HEADS, marks=pytest.mark.slow),
+        ("nvfp4", TO_HEADS),
+        pytest.param("fp8", OF_HEADS, marks=pytest.mark.slow),
+        ("fp8-hadamard", OF_HEADS),
+    ],
 )
 def test_a_product_and_its_gradients_are_those_of_the_specification(name, kernel):
     seed = np.random.SeedSequence().entropy
@@ -145,7 +152,9 @@ def test_weights_that_are_multiplied_as_one_share_a_scale():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize(
+    "name", [name if name == "fp8" else pytest.param(name, marks=pytest.mark.slow) for name in QUANTISED]
+)
 def test_under_vmap_each_has_scales_of_its_own(name):
     several = [operands(TO_HEADS, seed) for seed in range(3)]
     several = [tuple(a * 100.0**i for a in arrays) for i, arrays in enumerate(several)]
@@ -228,7 +237,7 @@ def test_layers_in_a_loop_and_computed_again_have_the_same_gradients(remat):
     [
         # bfloat16 sums in another order, some of which a cast to 8 bits takes another way.
         ({"fsdp": 4}, 0.02),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, 0.02),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, 0.02, marks=pytest.mark.slow),
         # Each device has a copy of one of two key heads, and rounds its own part of their gradient to e5m2's 2^-3.
         ({"tensor": 4}, 0.15),
     ],

@@ -51,7 +51,9 @@ def test_stages_will_do(make):
     assert_same_through_stages(task, read(task.train, range(4)), tolerance=3e-5)  # as above
 
 
-@pytest.mark.parametrize("make", [pytest.param("masked_lm", marks=pytest.mark.slow), "masked_diffusion"], indirect=True)
+# Quick neighbours: test_diffusion's and test_encoder's draws that follow the example, and the held-out rows below.
+@pytest.mark.slow
+@pytest.mark.parametrize("make", ["masked_lm", "masked_diffusion"], indirect=True)
 def test_draws_are_functions_of_seed_and_example(make):
     task = make()
     rows, parameters = read(task.train, range(4)), fresh(task)
