@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     noise.add_argument("--batch-size", type=int, default=32, help="global, in examples (default 32)")
     scaling = commands.add_parser("scaling", help="several devices, each way of using them, beside one")
     scaling.add_argument("preset", choices=list(PRESETS), metavar="PRESET", help=", ".join(PRESETS))
-    scaling.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(KINDS)} (default: all)")
+    scaling.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(KINDS)} (default: all but stage)")
     scaling.add_argument("--sequence-length", type=int, default=1024, help="tokens in a row (default 1024)")
     scaling.add_argument("--batch-size", type=int, default=32, help="of one device, in examples (default 32)")
     scaling.add_argument("--steps", type=int, default=20, help="timed steps (default 20)")
@@ -124,7 +124,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise UserError(f"no way to use several devices is called {kind!r}: there are {', '.join(KINDS)}")
         if len(jax.devices()) == 1:
             raise UserError("scaling compares several devices with one, and here is one")
-        kinds, model = arguments.kinds or list(KINDS), ModelConfig.preset(arguments.preset)
+        # Stages must divide a model's layers; what every model can do is measured unasked.
+        kinds = arguments.kinds or [kind for kind in KINDS if kind != "stage"]
+        model = ModelConfig.preset(arguments.preset)
         console.print(scaling_table(model, kinds, **rows, steps=arguments.steps, profile=arguments.profile))
         return
     if arguments.peer:

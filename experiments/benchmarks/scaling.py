@@ -38,6 +38,7 @@ KINDS = {
     "tensor": Kind("tensor", "fsdp"),
     "ring": Kind("sequence", "fsdp"),
     "ulysses": Kind("sequence", "fsdp", ulysses=True),
+    "stage": Kind("stage", "fsdp"),
 }
 
 
@@ -78,7 +79,8 @@ def scaling_table(
 ) -> Table:
     """Each kind over all devices, beside one device: the same examples for every part of the batch (weak scaling).
 
-    `tensor`, `ring` and `ulysses` split no examples, so they take the batch of one device.
+    `tensor`, `ring`, `ulysses` and `stage` split no examples, so they take the batch of one device. What stages send is
+    not counted: their program doesn't say how often its conditions are met.
 
     Args:
       model: the decoder's shape.
@@ -103,7 +105,9 @@ def scaling_table(
         loop, step_seconds = loop.median_seconds(steps)
         tokens_per_second = examples * sequence_length / step_seconds
         alone = alone or tokens_per_second
-        sent = traffic(loop.session.step.as_text() or "", microbatches=loop.session.plan.microbatches(examples))
+        microbatches = loop.session.plan.microbatches(examples)
+        staged = layout.sizes["stage"] > 1
+        sent = {} if staged else traffic(loop.session.step.as_text() or "", microbatches=microbatches)
         seen = communication(loop) if profile else None
         table.add_row(
             name,
@@ -111,7 +115,7 @@ def scaling_table(
             f"{1e3 * step_seconds:,.1f}",
             f"{tokens_per_second:,.0f}",
             "-" if name == "one device" else f"{tokens_per_second / alone / len(devices):.1%}",
-            f"{sum(kind.sent_bytes for kind in sent.values()) / 1e6:,.0f}",
+            "-" if staged else f"{sum(kind.sent_bytes for kind in sent.values()) / 1e6:,.0f}",
             f"{1e3 * seen.seconds:.1f}" if seen else "-",
             f"{1e3 * seen.exposed_seconds:.1f}" if seen else "-",
             f"{loop.session.peak_bytes / 2**30:.1f}",
