@@ -149,8 +149,10 @@ def accumulate(
         norms = jax.tree.map(
             lambda rows, x: jnp.sqrt(rows).reshape(*rows.shape, *(1,) * (x.ndim + 1 - rows.ndim)), sums.rows, parameters
         )
-        squares = jax.vmap(lambda norms, weight: over_weight(measure(norms), weight))(norms, jnp.square(sums.weights))
-        return Accumulated(sums.loss_sum, jnp.sum(sums.weights), sums.extra, sums.entries, squares)
+        squares = jax.vmap(lambda norms, weight: over_weight(measure(norms), weight))(
+            norms, jnp.square(sums.microbatch_weights)
+        )
+        return Accumulated(sums.loss_sum, jnp.sum(sums.microbatch_weights), sums.extra, sums.entries, squares)
 
     if not spread.axes:
         return local(parameters, microbatches, count)

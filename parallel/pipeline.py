@@ -53,7 +53,7 @@ class Sums(NamedTuple):
 
     Attributes:
       loss_sum, extra: as `accumulate` gives them.
-      weights: float32 `[k_max]`, of each microbatch; 0 from `count` on.
+      microbatch_weights: float32 `[k_max]`; 0 from `count` on.
       entries: the sums of what `term` gave, the parameters' tree.
       rows: float32 `[k_max, layers]` of each parameter that is stacked in layers and `[k_max]` of each other: the
         products that `term` gave of each microbatch, summed by layer.
@@ -61,7 +61,7 @@ class Sums(NamedTuple):
 
     loss_sum: jax.Array
     extra: dict[str, jax.Array]
-    weights: jax.Array
+    microbatch_weights: jax.Array
     entries: Tree
     rows: Tree
 

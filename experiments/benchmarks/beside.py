@@ -56,7 +56,7 @@ class Measured(schemas.Schema):
     Attributes:
       device: its kind.
       platform: as `Work` has it.
-      parameters: how many.
+      parameter_count: of the model.
       seconds: of a step, in the mean of a few in a row, one number a reading.
       first_loss: the mean loss before the first update, in nats a token.
       peak_bytes: the device's memory at its peak; None where that isn't known.
@@ -65,7 +65,7 @@ class Measured(schemas.Schema):
 
     device: str
     platform: str
-    parameters: int
+    parameter_count: int
     seconds: list[float]
     first_loss: float
     peak_bytes: int | None
@@ -120,7 +120,7 @@ def measure(name: str, work: Work) -> Measured:
     return Measured(
         device=prepared.device,
         platform=work.platform or jax.default_backend(),
-        parameters=prepared.parameters,
+        parameter_count=prepared.parameter_count,
         seconds=seconds,
         first_loss=first_loss,
         peak_bytes=prepared.peak_bytes(),
@@ -178,10 +178,10 @@ def check_alike(model: ModelConfig, measured: Mapping[str, Measured]) -> None:
     """
     here, norms = measured[OURS], 2 * model.head_size * model.layers * model.qk_norm
     for name, its in measured.items():
-        if name != OURS and its.parameters != here.parameters - norms:
+        if name != OURS and its.parameter_count != here.parameter_count - norms:
             raise UserError(
-                f"--peer {name} has {its.parameters:,} parameters, and ours without the norms of queries and keys "
-                f"{here.parameters - norms:,}: not the same model, so there is nothing to compare"
+                f"--peer {name} has {its.parameter_count:,} parameters, and ours without the norms of queries and keys "
+                f"{here.parameter_count - norms:,}: not the same model, so there is nothing to compare"
             )
         if its.device != here.device:
             raise UserError(f"--peer {name} ran on {its.device}, and ours on {here.device}: leave --peer {name} out")
@@ -207,7 +207,7 @@ def peer_table(work: Work, measured: Mapping[str, Sequence[Measured]]) -> Table:
             f"{flops / known.peak_flops_per_second:.1%}" if known else "-",
             f"{memory[name] / 2**30:.2f}" if memory[name] else "-",
             f"{min(each.begin_seconds for each in its):.0f} s",
-            f"{its[0].parameters:,}",
+            f"{its[0].parameter_count:,}",
             f"{medians[name] / medians[OURS]:.2f}",
             f"{memory[OURS] / memory[name]:.2f}" if memory[name] else "-",
         )

@@ -99,12 +99,21 @@ def test_the_jax_peer_has_our_parameters_but_for_two_norms():
     count = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in (("ours", ours), ("jax", theirs))}
     measured = {
         name: beside.Measured(
-            device="H200", platform="gpu", parameters=n, seconds=[1.0], first_loss=0.0, peak_bytes=1, begin_seconds=0.0
+            device="H200",
+            platform="gpu",
+            parameter_count=n,
+            seconds=[1.0],
+            first_loss=0.0,
+            peak_bytes=1,
+            begin_seconds=0.0,
         )
         for name, n in count.items()
     }
     beside.check_alike(model, measured)
-    for changed, says in (({"parameters": 7}, "7 parameters"), ({"device": "cpu"}, "ran on cpu, and ours on H200")):
+    for changed, says in (
+        ({"parameter_count": 7}, "7 parameters"),
+        ({"device": "cpu"}, "ran on cpu, and ours on H200"),
+    ):
         with pytest.raises(UserError, match=f"^--peer jax .*{says}"):
             beside.check_alike(model, measured | {"jax": measured["jax"].model_copy(update=changed)})
 

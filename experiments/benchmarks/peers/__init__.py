@@ -19,14 +19,14 @@ class Prepared(NamedTuple):
 
     Attributes:
       device: the device's kind.
-      parameters: how many.
+      parameter_count: of the model.
       step: takes one step and gives its loss, which the device need not have computed yet.
       read: waits for that, and gives the mean loss of the step's rows before its update, in nats a token.
       peak_bytes: the device's memory at its peak, so far.
     """
 
     device: str
-    parameters: int
+    parameter_count: int
     step: Callable[[], Any]
     read: Callable[[Any], float]
     peak_bytes: Callable[[], int | None]
