@@ -74,6 +74,12 @@ def communication(loop: Loop, steps: int = 4) -> Communication | None:
     return Communication(1e-9 * total / steps, 1e-9 * exposed / steps)
 
 
+def sent_bytes(loop: Loop, examples: int) -> float:
+    """What a device sends in a step of so many examples, as the compiled program says."""
+    sent = traffic(loop.session.step.as_text() or "", microbatches=loop.session.plan.microbatches(examples))
+    return sum(kind.sent_bytes for kind in sent.values())
+
+
 def scaling_table(
     model: ModelConfig, kinds: Sequence[str], *, sequence_length: int, batch_size: int, steps: int, profile: bool
 ) -> Table:
@@ -105,9 +111,7 @@ def scaling_table(
         loop, step_seconds = loop.median_seconds(steps)
         tokens_per_second = examples * sequence_length / step_seconds
         alone = alone or tokens_per_second
-        microbatches = loop.session.plan.microbatches(examples)
-        staged = layout.sizes["stage"] > 1
-        sent = {} if staged else traffic(loop.session.step.as_text() or "", microbatches=microbatches)
+        sent = "-" if layout.sizes["stage"] > 1 else f"{sent_bytes(loop, examples) / 1e6:,.0f}"
         seen = communication(loop) if profile else None
         table.add_row(
             name,
@@ -115,7 +119,7 @@ def scaling_table(
             f"{1e3 * step_seconds:,.1f}",
             f"{tokens_per_second:,.0f}",
             "-" if name == "one device" else f"{tokens_per_second / alone / len(devices):.1%}",
-            "-" if staged else f"{sum(kind.sent_bytes for kind in sent.values()) / 1e6:,.0f}",
+            sent,
             f"{1e3 * seen.seconds:.1f}" if seen else "-",
             f"{1e3 * seen.exposed_seconds:.1f}" if seen else "-",
             f"{loop.session.peak_bytes / 2**30:.1f}",
