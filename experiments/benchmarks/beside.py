@@ -166,7 +166,7 @@ def compare(
             measured[name].append(its := measure_elsewhere(name, work))
             say(f"{work.preset}, {name}: {1e3 * statistics.median(its.seconds):,.1f} ms a step")
             work = work.model_copy(update={"platform": measured[OURS][0].platform})
-    check_alike(ModelConfig.preset(work.preset), {name: each[0] for name, each in measured.items()})
+            check_alike(ModelConfig.preset(work.preset), {name: each[0] for name, each in measured.items() if each})
     return measured
 
 
