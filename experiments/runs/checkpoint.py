@@ -70,26 +70,34 @@ def _prints(tree: Any) -> list[int]:
     return [int(x) for x in jax.device_get(jax.tree.leaves(fingerprints(tree)))]
 
 
+_hooks_before: dict[str, Callable[[Any], object]] = {}
+
+
+# Both are the module's and stay there: a thread may be about to call a hook that another one puts back just then, and
+# Python keeps no reference of its own until it does; a closure was freed under it, which ends the process.
+def _unless_saving(raised: threading.ExceptHookArgs) -> None:
+    if not type(raised.thread).__module__.startswith("orbax."):
+        _hooks_before["excepthook"](raised)
+
+
+def _unless_loop_closed(raised: Any) -> None:
+    # Writers that end after one of them failed find their event loop closed.
+    if str(raised.exc_value) != "Event loop is closed":
+        _hooks_before["unraisablehook"](raised)
+
+
 @contextlib.contextmanager
 def _said_once() -> Iterator[None]:
     """Keeps quiet about what `Checkpoints` says itself: orbax's threads print it, and its log repeats it."""
-    print_exception, print_unraisable, verbosity = threading.excepthook, sys.unraisablehook, logging.get_verbosity()
-
-    def unless_saving(raised: threading.ExceptHookArgs) -> None:
-        if not type(raised.thread).__module__.startswith("orbax."):
-            print_exception(raised)
-
-    def unless_loop_closed(raised) -> None:
-        # Writers that end after one of them failed find their event loop closed.
-        if str(raised.exc_value) != "Event loop is closed":
-            print_unraisable(raised)
-
-    threading.excepthook, sys.unraisablehook = unless_saving, unless_loop_closed
+    excepthook, unraisablehook, verbosity = threading.excepthook, sys.unraisablehook, logging.get_verbosity()
+    if unraisablehook is not _unless_loop_closed:
+        _hooks_before.update(excepthook=excepthook, unraisablehook=unraisablehook)
+    threading.excepthook, sys.unraisablehook = _unless_saving, _unless_loop_closed
     logging.set_verbosity(logging.FATAL)
     try:
         yield
     finally:
-        threading.excepthook, sys.unraisablehook = print_exception, print_unraisable
+        threading.excepthook, sys.unraisablehook = excepthook, unraisablehook
         logging.set_verbosity(verbosity)
 
 

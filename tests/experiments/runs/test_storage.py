@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import shutil
+import sys
+import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +71,15 @@ def test_a_save_that_does_not_read_back_is_said_and_nothing_older_goes(copy, mon
         save(copy, 24, keep_last=1)
     monkeypatch.undo()
     assert restore(copy) == 16
+
+
+def test_a_hook_that_another_thread_may_be_calling_is_not_freed(copy):
+    before = threading.excepthook, sys.unraisablehook
+    with Checkpoints(copy), Checkpoints(copy, read_only=True):
+        hooks = [weakref.ref(hook) for hook in (threading.excepthook, sys.unraisablehook)]
+        assert not {threading.excepthook, sys.unraisablehook} & set(before)
+    assert (threading.excepthook, sys.unraisablehook) == before
+    assert all(hook() for hook in hooks)
 
 
 def test_what_must_stay_stays(copy):
