@@ -151,6 +151,17 @@ def _centered(h, exists, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _for_rows(vector_ptr, group, exists, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A group's vector for rows that lie as `exists`, to be asked for where it is used.
+
+    One row for all would lie in threads in another way than the rows, and go to them through shared memory; asked for
+    before the rows' sums it would take registers, so that fewer rows would be on their way at once.
+    """
+    rows = tl.zeros_like(exists).to(tl.int32)
+    return load(vector_ptr + group * WIDTH, rows + tl.arange(0, BLOCK)[None, :], exists)
+
+
+@triton.jit
 def _forward(
     x_ptr,
     scale_ptr,
@@ -174,14 +185,13 @@ def _forward(
         residual = tl.load(residual_ptr + start + offsets, mask=exists, other=0.0)
         h = (h.to(tl.float32) + residual.to(tl.float32)).to(x_ptr.dtype.element_ty)
         tl.store(h_ptr + start + offsets, h, mask=exists)
-    scale = load_row(scale_ptr, group, WIDTH, BLOCK)
     h = h.to(tl.float32)
     if CENTERED:
         h = _centered(h, exists, WIDTH)
     inverse = tl.rsqrt(tl.sum(h * h, axis=1) * (1.0 / WIDTH) + EPS)
-    y = h * inverse[:, None] * scale
+    y = h * inverse[:, None] * _for_rows(scale_ptr, group, exists, WIDTH, BLOCK)
     if CENTERED:
-        y += load_row(bias_ptr, group, WIDTH, BLOCK)
+        y += _for_rows(bias_ptr, group, exists, WIDTH, BLOCK)
     store(y_ptr + start, offsets, y, exists)
 
 
