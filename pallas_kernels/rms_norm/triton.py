@@ -152,11 +152,7 @@ def _centered(h, exists, WIDTH: tl.constexpr):
 
 @triton.jit
 def _for_rows(vector_ptr, group, exists, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """A group's vector for rows that lie as `exists`, to be asked for where it is used.
-
-    One row for all would lie in threads in another way than the rows, and go to them through shared memory; asked for
-    before the rows' sums it would take registers, so that fewer rows would be on their way at once.
-    """
+    """A group's vector for rows that lie as `exists`: so it needn't go to their threads through shared memory."""
     rows = tl.zeros_like(exists).to(tl.int32)
     return load(vector_ptr + group * WIDTH, rows + tl.arange(0, BLOCK)[None, :], exists)
 
@@ -186,12 +182,19 @@ def _forward(
         h = (h.to(tl.float32) + residual.to(tl.float32)).to(x_ptr.dtype.element_ty)
         tl.store(h_ptr + start + offsets, h, mask=exists)
     h = h.to(tl.float32)
+    # One vector is asked for before the sums, and is there after them. With two there, half the rows would be on their
+    # way at once, for want of registers.
     if CENTERED:
         h = _centered(h, exists, WIDTH)
+    else:
+        scale = load_row(scale_ptr, group, WIDTH, BLOCK)
     inverse = tl.rsqrt(tl.sum(h * h, axis=1) * (1.0 / WIDTH) + EPS)
-    y = h * inverse[:, None] * _for_rows(scale_ptr, group, exists, WIDTH, BLOCK)
+    y = h * inverse[:, None]
     if CENTERED:
+        y *= _for_rows(scale_ptr, group, exists, WIDTH, BLOCK)
         y += _for_rows(bias_ptr, group, exists, WIDTH, BLOCK)
+    else:
+        y *= scale
     store(y_ptr + start, offsets, y, exists)
 
 
