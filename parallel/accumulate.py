@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from crescendo.parallel.pipeline import Pipeline, sums_through_stages
+from crescendo.parallel.pipeline import sums_through_stages
+from crescendo.parallel.stages import Pipeline
 
 Tree = Any
 

@@ -13,7 +13,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from crescendo.parallel import sequence, vocab
 from crescendo.parallel.accumulate import Spread
-from crescendo.parallel.pipeline import Pipeline
 from crescendo.parallel.rules import (
     ACTIVATIONS,
     BATCH_AXES,
@@ -27,6 +26,7 @@ from crescendo.parallel.rules import (
     strategy,
 )
 from crescendo.parallel.schedules import Schedule
+from crescendo.parallel.stages import Pipeline
 
 Tree = Any
 

@@ -17,35 +17,17 @@ What is due on no stage is left out, by the tick alone, and what isn't due on on
 differs from stage to stage, layers may send among the devices of a stage.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from crescendo.parallel.schedules import Schedule
+from crescendo.parallel import chunks
+from crescendo.parallel.stages import ALL, AXIS, EACH, Pipeline, Stages, only_if, put
 
 Tree = Any
-AXIS = "stage"
-_EACH, _ALL = P(AXIS), P()  # how a stage sees an array: its own part of it, or all
-
-
-class Pipeline(NamedTuple):
-    """How layers lie over stages.
-
-    Attributes:
-      schedule: its ticks.
-      mesh: the devices.
-      layered: of each parameter, whether it is stacked in layers, which the stages split; the parameters' tree.
-      lay_out: lays a residual stream `[B, T, D]` out on a stage's devices.
-    """
-
-    schedule: Schedule
-    mesh: Mesh | AbstractMesh
-    layered: Tree
-    lay_out: Callable[[jax.Array], jax.Array]
 
 
 class Sums(NamedTuple):
@@ -91,249 +73,212 @@ def sums_through_stages(
       parameters, microbatches, count: as `accumulate` takes them.
       others: what else `term` takes, the parameters' trees.
     """
-    stages = _Stages(how, parts, parameters, microbatches, count)
-    schedule, k_max, p = how.schedule, stages.k_max, how.schedule.stages
-    others_own, others_shared = ([stages.take(tree, layered) for tree in others] for layered in (True, False))
-
-    def terms(layered: bool, gradients: Tree, microbatch, weights, others) -> tuple[Tree, Tree]:
-        """Of the stacked parameters or of the others: what is summed, and the rows of the products."""
-
-        def one(gradient, *others):
-            entries, products = term(gradient, weights[microbatch], *others)
-            sums = jnp.sum(products, axis=tuple(range(int(layered), products.ndim)))
-            return entries, jnp.zeros((k_max, *sums.shape)).at[microbatch].set(sums)
-
-        pairs = jax.tree.map(one, gradients, *others)
-        return jax.tree.transpose(jax.tree.structure(gradients), jax.tree.structure((0, 0)), pairs)
-
-    # What is traced outside comes as an argument: inside of a region it would lie on another mesh.
-    def backward(tick, count, own, kept, d_output, received, weights, microbatches, *others):
-        stage = jax.lax.axis_index(AXIS)
-        microbatch, due = stages.numbered(schedule.backward(tick, stage, count))
-        rows, x = stages.rows(microbatches, microbatch), kept[0, microbatch % kept.shape[1]]
-        _, pull = jax.vjp(lambda own, x: stages.layers(own, x, rows, stage), own, x)
-        d_y = jnp.where(stage == p - 1, d_output, received[0])
-        gradients, d_x = pull(jnp.where(due, d_y, 0))
-        found = terms(True, keep(gradients), microbatch, weights, others)
-        found = jax.tree.map(lambda x: jnp.where(due, x, 0), found)
-        of_first = how.lay_out(_from_stage(0, d_x))
-        return *found, how.lay_out(d_x)[None], of_first
-
-    run_backward = stages.each(
-        backward,
-        (_ALL, _ALL, _EACH, _EACH, _ALL, _EACH, _ALL, _ALL, *(_EACH for _ in others)),
-        (_EACH, P(None, AXIS), _EACH, _ALL),
-    )
-
-    def loss_of_finished(finished, rows):
-        def loss(shared, x):
-            loss_sum, weight, extra = parts.leave(stages.merged(None, shared), (x, None), rows)
-            return loss_sum, (weight, dict(extra))
-
-        loss_sum, pull, (weight, extra) = jax.vjp(loss, stages.shared, finished, has_aux=True)
-        gradients, d_output = pull(jnp.ones_like(loss_sum))
-        return loss_sum, weight, extra, keep(gradients), how.lay_out(d_output)
-
-    def body(tick, carry):
-        forward, d_x, waiting, weights, total = carry
-        # What a pass has made is sent beside the other pass, which so takes its time.
-        y, forward, returned = stages.forward(tick, forward, d_x)
-        # The loss of what the last stage has finished; its part of the gradient waits for that of the look-up.
-        microbatch, due = stages.numbered(schedule.backward(tick, p - 1, count))
-        finished, rows = forward.finished[microbatch % len(forward.finished)], stages.rows(microbatches, microbatch)
-        loss_sum, weight, extra, gradients, d_output = _only_if(due, loss_of_finished, finished, rows)
-        waiting = _put(waiting, microbatch % p, due, gradients)
-        weights = weights.at[microbatch].add(weight)
-        (own, own_rows, d_x, d_input), received = _only_if(
-            tick >= schedule.first_backward(count),
-            run_backward,
-            *(tick, count, stages.own, forward.kept, d_output, returned, weights, microbatches, *others_own),
-            beside=lambda: stages.sent(y, 1),
-        )
-
-        def complete(d_input, rows, waiting, weights, microbatch):
-            _, pull = jax.vjp(lambda shared: stages.enter(shared, rows), stages.shared)
-            gradients = jax.tree.map(lambda g, slots: g + slots[microbatch % p], keep(*pull(d_input)), waiting)
-            return terms(False, gradients, microbatch, weights, others_shared)
-
-        microbatch, due = stages.numbered(schedule.backward(tick, 0, count))
-        rows = stages.rows(microbatches, microbatch)
-        shared, shared_rows = _only_if(due, complete, d_input, rows, waiting, weights, microbatch)
-        new = loss_sum, extra, own, own_rows, shared, shared_rows
-        total = new if total is None else jax.tree.map(jnp.add, total, new)
-        return forward._replace(received=received), d_x, waiting, weights, total
-
-    def zeros(tree):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
-
-    forward = stages.nothing(schedule.kept(k_max), schedule.finished(k_max))
-    gradients = jax.eval_shape(keep, stages.shared)
-    waiting = jax.tree.map(lambda x: jnp.zeros((p, *x.shape), x.dtype), gradients)
-    begin = forward, forward.received, waiting, jnp.zeros(k_max), None
-    total = zeros(jax.eval_shape(body, jnp.int32(0), begin)[-1])
-    *_, weights, total = jax.lax.fori_loop(0, schedule.ticks(count), body, (*begin[:-1], total))
-    loss_sum, extra, own, own_rows, shared, shared_rows = total
-    return Sums(loss_sum, extra, weights, stages.merged(own, shared), stages.merged(own_rows, shared_rows))
+    stages = _Training(how, term, keep, parts, parameters, microbatches, count, others)
+    return stages.sums(jax.lax.fori_loop(0, how.schedule.ticks(count), stages.tick, stages.nothing()))
 
 
 def evaluate_through_stages(how: Pipeline, parts: Any, parameters: Tree, microbatches: Tree) -> Tree:
     """The sums that `parts.leave` gives, over all microbatches `[k, microbatch, ...]`."""
     k_max = jax.tree.leaves(microbatches)[0].shape[0]
-    stages = _Stages(how, parts, parameters, microbatches, k_max)
-    schedule = how.schedule
+    stages = Stages(how, parts, parameters, microbatches, k_max)
 
-    def sums(finished, rows):
-        return parts.leave(stages.merged(None, stages.shared), (finished, None), rows)
+    def sums(y, rows):
+        x = stages.of_stage(how.schedule.stages - 1, y)
+        return parts.leave(stages.merged(None, stages.shared), (x, None), rows)
 
     def body(tick, carry):
-        forward, total = carry
-        y, forward, _ = stages.forward(tick, forward)
-        microbatch, due = stages.numbered(schedule.forward(tick, schedule.stages - 1, k_max))
-        new = _only_if(due, sums, forward.finished[0], stages.rows(microbatches, microbatch))
-        forward = forward._replace(received=stages.sent(y, 1))
-        return forward, new if total is None else jax.tree.map(jnp.add, total, new)
+        received, total = carry
+        (y, _), _ = stages.forward(tick, received)
+        microbatch, due = stages.leaving(how.schedule.forward, tick)
+        new = only_if(due, sums, y, stages.rows(microbatches, microbatch))
+        return stages.sent(y, 1), new if total is None else jax.tree.map(jnp.add, total, new)
 
-    forward = stages.nothing(0, 1)
-    total = jax.eval_shape(body, jnp.int32(0), (forward, None))[1]
+    received = stages.streams()
+    total = jax.eval_shape(body, jnp.int32(0), (received, None))[1]
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), total)
-    return jax.lax.fori_loop(0, schedule.passing(k_max), body, (forward, total))[1]
+    return jax.lax.fori_loop(0, how.schedule.passing(k_max), body, (received, total))[1]
 
 
-class _Forward(NamedTuple):
-    """What the forward passes carry from tick to tick.
+class _Carry(NamedTuple):
+    """What ticks hand on to each other.
 
     Attributes:
       received: `[p, B, T, D]`, what each stage has from the one before.
-      kept: `[p, slots, B, T, D]`, the inputs of its microbatches on their way.
-      finished: `[slots, B, T, D]`, outputs of the last stage.
+      d_x: `[p, B, T, D]`, the gradient that each stage has for the one before, still to be sent.
+      kept: `[p, slots, B, T, D]`, the inputs of each stage's work on its way.
+      finished: `[p, slots, B, T, D]`, outputs that wait for the loss, of which those of the last stage count.
+      waiting: `[p, ...]` of each shared parameter, gradients of losses that wait for those of the look-ups.
+      weights: float32 `[k_max]`, of the microbatches.
+      loss_sum, extra: see `Sums`.
+      own, own_rows: the sums over gradients, and the products, of parameters that are stacked in layers.
+      shared, shared_rows: the same of the others.
     """
 
     received: jax.Array
+    d_x: jax.Array
     kept: jax.Array
     finished: jax.Array
+    waiting: Tree
+    weights: jax.Array
+    loss_sum: jax.Array
+    extra: dict[str, jax.Array]
+    own: Tree
+    own_rows: Tree
+    shared: Tree
+    shared_rows: Tree
 
 
-class _Stages:
-    """The stages' work in a tick; `own` are parameters stacked in layers, `shared` the others, None in their places."""
+class _Training(Stages):
+    """The stages' passes in both directions, a tick at a time."""
 
-    def __init__(self, how: Pipeline, parts: Any, parameters: Tree, microbatches: Tree, count: Any):
-        self.how, self.parts, self.microbatches, self.count = how, parts, microbatches, count
-        self.k_max = jax.tree.leaves(microbatches)[0].shape[0]
-        self.own, self.shared = self.take(parameters, True), self.take(parameters, False)
-        self._run_forward = self.each(self._forward, (_ALL, _ALL, _EACH, _EACH, _ALL, _ALL), (_EACH, _EACH, _ALL))
-        self._run_keep = self.each(self._keep, (_ALL, _ALL, _EACH, _EACH), _EACH)
+    def __init__(self, how, term, keep, parts, parameters, microbatches, count, others):
+        super().__init__(how, parts, parameters, microbatches, count)
+        self.term, self.keep = term, keep
+        self.others_own = [self.stacked(tree) for tree in others]
+        self.others_shared = [self.not_stacked(tree) for tree in others]
+        self._run_store = self.each(self._store, (ALL, ALL, EACH, EACH, EACH, EACH), EACH)
+        self._run_backward = self.each(
+            self._backward, (ALL, ALL, EACH, EACH, ALL, EACH, ALL, ALL, *(EACH for _ in others)), EACH
+        )
+        rows = P(None, AXIS)
+        self._run_add = self.each(self._add, (ALL, ALL, EACH, rows, EACH, EACH), (EACH, rows))
 
-    def take(self, tree: Tree, layered: bool) -> Tree:
-        """The arrays of the parameters that are, or aren't, stacked in layers."""
-        return jax.tree.map(lambda stacked, x: x if stacked == layered else None, self.how.layered, tree)
+    def tick(self, tick, carry: _Carry) -> _Carry:
+        """All that is due."""
+        # What a pass has made is sent beside the other pass, which so takes its time.
+        (y, x), d_y = self.forward(tick, carry.received, beside=lambda: self.sent(carry.d_x, -1))
+        kept, finished = self._run_store(tick, self.count, carry.kept, carry.finished, x, y)
+        carry, d_output = self.add_loss(tick, carry._replace(kept=kept, finished=finished))
+        carry = self.add_layers(tick, carry, d_output, d_y, y)
+        return self.add_look_up(tick, carry)
 
-    def merged(self, own: Tree, shared: Tree) -> Tree:
-        """A tree of both; None for all of one is None."""
-        if own is None or shared is None:
-            return shared if own is None else own
-        return jax.tree.map(lambda stacked, a, b: a if stacked else b, self.how.layered, own, shared)
+    def add_loss(self, tick, carry: _Carry) -> tuple[_Carry, jax.Array]:
+        """With the loss of what the last stage has finished, whose gradient waits for the look-up's; and `d_output`."""
 
-    def numbered(self, work) -> tuple[jax.Array, jax.Array]:
-        """The microbatch of some work, one that there is, and whether it is due."""
-        return jnp.clip(work.microbatch, 0, self.k_max - 1), work.due
+        def of_finished(finished, rows):
+            def loss(shared, x):
+                loss_sum, weight, extra = self.parts.leave(self.merged(None, shared), (x, None), rows)
+                return loss_sum, (weight, dict(extra))
 
-    def rows(self, microbatches: Tree, microbatch) -> Tree:
-        """Those of a microbatch."""
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, microbatch, keepdims=False), microbatches)
+            x = self.of_stage(self.schedule.stages - 1, finished)
+            loss_sum, pull, (weight, extra) = jax.vjp(loss, self.shared, x, has_aux=True)
+            gradients, d_output = pull(jnp.ones_like(loss_sum))
+            return loss_sum, weight, extra, self.keep(gradients), self.how.lay_out(d_output)
 
-    def each(self, function: Callable, in_specs: Tree, out_specs: Tree) -> Callable:
-        """`function` on every stage's own part, automatic along all other axes."""
-        context = jax.sharding.get_abstract_mesh()
-        mesh = context if context.manual_axes else self.how.mesh
-        return jax.shard_map(
-            function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={AXIS}, check_vma=False
+        microbatch, due = self.leaving(self.schedule.backward, tick)
+        finished = carry.finished[:, microbatch % carry.finished.shape[1]]
+        rows = self.rows(self.microbatches, microbatch)
+        loss_sum, weight, extra, gradients, d_output = only_if(due, of_finished, finished, rows)
+        carry = carry._replace(
+            waiting=put(carry.waiting, microbatch % self.schedule.stages, due, gradients),
+            weights=carry.weights.at[microbatch].add(weight),
+            loss_sum=carry.loss_sum + loss_sum,
+            extra=jax.tree.map(jnp.add, carry.extra, extra),
+        )
+        return carry, d_output
+
+    def add_layers(self, tick, carry: _Carry, d_output, d_y, y) -> _Carry:
+        """With the gradients of the layers that are due, and with `y` sent."""
+        (entries, sums, d_x), received = only_if(
+            tick >= self.schedule.first_backward(self.count),
+            self._run_backward,
+            *(tick, self.count, self.own, carry.kept, d_output, d_y, carry.weights, self.microbatches),
+            *self.others_own,
+            beside=lambda: self.sent(y, 1),
+        )
+        own, own_rows = self._run_add(tick, self.count, carry.own, carry.own_rows, entries, sums)
+        return carry._replace(received=received, d_x=d_x, own=own, own_rows=own_rows)
+
+    def add_look_up(self, tick, carry: _Carry) -> _Carry:
+        """With the gradients of what all stages share, of a microbatch that has gone back all the way."""
+
+        def complete(d_x, rows, waiting, microbatch, weights):
+            _, pull = jax.vjp(lambda shared: self.enter(shared, rows), self.shared)
+            (gradients,) = pull(self.of_stage(0, d_x))
+            slot = microbatch % self.schedule.stages
+            gradients = jax.tree.map(lambda g, slots: g + slots[slot], self.keep(gradients), waiting)
+            return self.terms(False, gradients, weights[microbatch], self.others_shared)
+
+        microbatch, due = self.entering(self.schedule.backward, tick)
+        rows = self.rows(self.microbatches, microbatch)
+        entries, sums = only_if(due, complete, carry.d_x, rows, carry.waiting, microbatch, carry.weights)
+        return carry._replace(
+            shared=jax.tree.map(jnp.add, carry.shared, entries),
+            shared_rows=jax.tree.map(lambda rows, x: rows.at[microbatch].add(x), carry.shared_rows, sums),
         )
 
-    def sent(self, x: jax.Array, by: int) -> jax.Array:
-        """What each stage gets from the one so many places before, `[p, ...]`."""
-        places = [(i, (i + by) % len(x)) for i in range(len(x))]
-        send = self.each(lambda x: jax.lax.ppermute(self.how.lay_out(x[0]), AXIS, places)[None], (_EACH,), _EACH)
-        return send(x)
+    def terms(self, layered: bool, gradients: Tree, weight: jax.Array, others: Sequence[Tree]) -> tuple[Tree, Tree]:
+        """`term` of a microbatch's gradients of parameters that are, or aren't, stacked: entries, and sums by layer."""
 
-    def enter(self, shared: Tree, rows: Tree) -> jax.Array:
-        """The residual stream before the layers."""
-        return _joined(self.parts.enter(self.merged(None, shared), rows))
+        def one(gradient, *others):
+            entries, products = self.term(gradient, weight, *others)
+            return entries, jnp.sum(products, axis=tuple(range(int(layered), products.ndim)))
 
-    def layers(self, own: Tree, x: jax.Array, rows: Tree, stage: jax.Array) -> jax.Array:
-        """The residual stream behind a stage's layers."""
-        layers = jax.tree.leaves(own)[0].shape[0]
-        return _joined(self.parts.layers(own, (x, None), rows, stage * layers))
+        pairs = jax.tree.map(one, gradients, *others)
+        return jax.tree.transpose(jax.tree.structure(gradients), jax.tree.structure((0, 0)), pairs)
 
-    def _forward(self, tick, count, own, received, first, microbatches):
+    def _store(self, tick, count, kept, finished, x, y):
+        work = self.work(self.schedule.forward, tick, jax.lax.axis_index(AXIS), count)
+        kept = put(kept[0], self.schedule.slot(work, self.k_max), work.due, x[0])
+        finished = put(finished[0], work.microbatch % finished.shape[1], work.due, y[0])
+        return kept[None], finished[None]
+
+    def _backward(self, tick, count, own, kept, d_output, d_y, weights, microbatches, *others):
         stage = jax.lax.axis_index(AXIS)
-        microbatch, _ = self.numbered(self.how.schedule.forward(tick, stage, count))
-        x = jnp.where(stage == 0, first, received[0])
-        y = self.layers(own, x, self.rows(microbatches, microbatch), stage)
-        last = _from_stage(self.how.schedule.stages - 1, y)
-        return self.how.lay_out(y)[None], x[None], self.how.lay_out(last)
+        work = self.work(self.schedule.backward, tick, stage, count)
+        rows, x = self.rows(microbatches, work.microbatch), kept[0, self.schedule.slot(work, self.k_max)]
+        d_y = jnp.where(self.schedule.leaves(stage, work), d_output, d_y[0])
+        _, pull = jax.vjp(lambda own, x: self.layers(own, x, rows, stage, work.chunk), self.chunk_of(own, work), x)
+        gradients, d_x = pull(jnp.where(work.due, d_y, 0))
+        others = [self.chunk_of(tree, work) for tree in others]
+        found = self.terms(True, self.keep(gradients), weights[work.microbatch], others)
+        return *jax.tree.map(lambda x: jnp.where(work.due, x, 0), found), self.how.lay_out(d_x)[None]
 
-    def _keep(self, tick, count, kept, x):
-        microbatch, due = self.numbered(self.how.schedule.forward(tick, jax.lax.axis_index(AXIS), count))
-        return _put(kept[0], microbatch % kept.shape[1], due, x[0])[None]
+    def _add(self, tick, count, own, own_rows, entries, sums):
+        work = self.work(self.schedule.backward, tick, jax.lax.axis_index(AXIS), count)
 
-    def forward(self, tick, carry: _Forward, d_x: jax.Array | None = None) -> tuple[jax.Array, _Forward, Any]:
-        """The forward passes of a tick: their results, still to be sent, and what each stage gets of `d_x`."""
-        schedule = self.how.schedule
-        microbatch, _ = self.numbered(schedule.forward(tick, 0, self.count))
+        def added(x, term):
+            return chunks.add_to_chunk(x, work.chunk, self.schedule.chunks, term)
 
-        def run(received):
-            first = self.enter(self.shared, self.rows(self.microbatches, microbatch))
-            return self._run_forward(tick, self.count, self.own, received, first, self.microbatches)
+        def added_to_row(rows, term):
+            return rows.at[work.microbatch].set(added(rows[work.microbatch], term))
 
-        beside = (lambda: None) if d_x is None else lambda: self.sent(d_x, -1)
-        (y, x, last), returned = _only_if(tick < schedule.passing(self.count), run, carry.received, beside=beside)
-        kept = self._run_keep(tick, self.count, carry.kept, x) if carry.kept.shape[1] else carry.kept
-        microbatch, due = self.numbered(schedule.forward(tick, schedule.stages - 1, self.count))
-        finished = _put(carry.finished, microbatch % len(carry.finished), due, last)
-        return y, _Forward(carry.received, kept, finished), returned
+        return jax.tree.map(added, own, entries), jax.tree.map(added_to_row, own_rows, sums)
 
-    def nothing(self, kept: int, finished: int) -> _Forward:
-        """Before the first tick, with so many slots."""
-        shape = jax.eval_shape(lambda: self.enter(self.shared, self.rows(self.microbatches, 0)))
-        p, lay_out = self.how.schedule.stages, jax.vmap(self.how.lay_out)
-        zeros = jnp.zeros(shape.shape, shape.dtype)
-        of_stage = self.each(lambda: lay_out(jnp.zeros((kept, *shape.shape), shape.dtype))[None], (), _EACH)
-        received = jnp.zeros((p, *zeros.shape), zeros.dtype)
-        nothing_kept = of_stage() if kept else jnp.zeros((p, 0, *zeros.shape), zeros.dtype)
-        return _Forward(received, nothing_kept, jnp.zeros((finished, *zeros.shape), zeros.dtype))
+    def nothing(self) -> _Carry:
+        """Before the first tick."""
+        p, k_max, schedule = self.schedule.stages, self.k_max, self.schedule
 
+        def shapes():
+            rows, weight = self.rows(self.microbatches, 0), jnp.float32(0)
+            loss_sum, _, extra = self.parts.leave(
+                self.merged(None, self.shared), (self.enter(self.shared, rows), None), rows
+            )
+            own, shared = self.keep(self.own), self.keep(self.shared)
+            of_own = self.terms(True, own, weight, self.others_own)
+            return loss_sum, dict(extra), shared, of_own, self.terms(False, shared, weight, self.others_shared)
 
-def _joined(stream: tuple) -> jax.Array:
-    x, added = stream
-    return x if added is None else x + added
+        def zeros(tree, *leading):
+            return jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype), tree)
 
+        loss_sum, extra, gradients, (own, own_sums), (shared, shared_sums) = jax.eval_shape(shapes)
+        return _Carry(
+            received=self.streams(),
+            d_x=self.streams(),
+            kept=self.streams(schedule.kept(k_max)),
+            finished=self.streams(schedule.finished(k_max)),
+            waiting=zeros(gradients, p),
+            weights=jnp.zeros(k_max),
+            loss_sum=zeros(loss_sum),
+            extra=zeros(extra),
+            own=zeros(own),
+            own_rows=zeros(own_sums, k_max),
+            shared=zeros(shared),
+            shared_rows=zeros(shared_sums, k_max),
+        )
 
-def _from_stage(stage: int, x: jax.Array) -> jax.Array:
-    """On every stage the `x` of one of them, inside a region that is manual over `AXIS`."""
-    # Of the addends one is not 0, so the sum is exact in any dtype. XLA for CPUs makes float32 of sums in bfloat16 and
-    # ends the process over it, where other axes are automatic ("Invalid binary instruction opcode copy").
-    addend = jnp.where(jax.lax.axis_index(AXIS) == stage, x, 0)
-    return jax.lax.platform_dependent(
-        addend,
-        cpu=lambda x: jax.lax.psum(x.astype(jnp.float32), AXIS).astype(x.dtype),
-        default=lambda x: jax.lax.psum(x, AXIS),
-    )
-
-
-def _put(slots: Tree, slot, due, values: Tree) -> Tree:
-    """The slots with the values in one of them, where they are due."""
-    return jax.tree.map(lambda x, value: x.at[slot].set(jnp.where(due, value, x[slot])), slots, values)
-
-
-def _only_if(due, function: Callable, *arguments, beside: Callable | None = None) -> Tree:
-    """`function(*arguments)`, zeros where it isn't due; on all devices alike, so it may send among them.
-
-    With `beside` also what that gives, due or not: in a condition of its own it would wait for the function's.
-    """
-    shapes, beside_it = jax.eval_shape(function, *arguments), beside or (lambda: None)
-
-    def nothing(*_):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), beside_it()
-
-    results, others = jax.lax.cond(due, lambda *of: (function(*of), beside_it()), nothing, *arguments)
-    return results if beside is None else (results, others)
+    def sums(self, carry: _Carry) -> Sums:
+        """What was added up, layers in their order."""
+        own, own_rows = self.moved(chunks.in_order, carry.own), self.moved(chunks.in_order, carry.own_rows, axis=1)
+        entries, rows = self.merged(own, carry.shared), self.merged(own_rows, carry.shared_rows)
+        return Sums(carry.loss_sum, carry.extra, carry.weights, entries, rows)

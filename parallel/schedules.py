@@ -1,17 +1,24 @@
 """When each stage of a pipeline does what: schedules as closed formulas of the tick, the stage and the microbatches.
 
-In a tick a stage runs the forward pass of one microbatch, the backward pass of another, both or none. With p stages,
-stage s runs forward microbatch `t - s` and backward `t - b - (p - 1 - s)` at tick t, b being the first tick of a
-backward pass. What a stage sends is used in the next tick. Whether all stages are idle is known by the tick alone, so a
-program can leave such passes out without a branch that differs from stage to stage; of m microbatches,
+In a tick a stage runs the forward pass of one microbatch through some of its layers, the backward pass of another one,
+both or none. Its layers are v chunks: of p stages the stage s has the chunks s, p + s, 2 p + s, ... of all v p, in the
+order of the layers; with v = 1 a stage's layers are one chunk. The i-th pass of a stage is that
 
-.. math::  \\frac{p - 1}{m + p - 1}
+.. math::  \\text{of microbatch } \\lfloor i / pv \\rfloor p + i \\bmod p
+           \\text{ through the stage's chunk } \\lfloor (i \\bmod pv) / p \\rfloor
 
-of the time of each pass is idle, whatever the schedule: they differ in how many inputs a stage keeps.
+and stage s does it at tick i + s, so that what a stage sends is used by the next one in the next tick, and by the first
+one what the last has sent. Backward passes mirror that, from a first tick on. Whether all stages are idle is known by
+the tick alone, so a program can leave such passes out without a branch that differs from stage to stage. Of m
+microbatches, where p divides m or v is 1,
+
+.. math::  \\frac{p - 1}{v m + p - 1}
+
+of the time of each pass is idle. Otherwise the places of the last p microbatches that there aren't are idle too.
 
 Huang et al., 2019, "GPipe", https://arxiv.org/abs/1811.06965; Narayanan et al., 2020, "Memory-Efficient
 Pipeline-Parallel DNN Training" (PipeDream-Flush, which is 1F1B), https://arxiv.org/abs/2006.09503; Narayanan et al.,
-2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
+2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM" (interleaved chunks),
 https://arxiv.org/abs/2104.04473.
 """
 
@@ -20,8 +27,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SCHEDULES = ("1f1b", "gpipe")
-"""`gpipe` runs all forward passes before any backward pass, `1f1b` a microbatch's backward pass as soon as it can."""
+SCHEDULES = ("1f1b", "gpipe", "interleaved")
+"""`gpipe` runs all forward passes before any backward pass, `1f1b` a microbatch's backward pass as soon as it can, and
+so does `interleaved`, whose stages have several chunks of layers."""
 
 
 class Work(NamedTuple):
@@ -29,10 +37,12 @@ class Work(NamedTuple):
 
     Attributes:
       microbatch: of which.
-      due: whether there is any; where there isn't, the number is none of a microbatch.
+      chunk: through which of the stage's chunks.
+      due: whether there is any; where there isn't, the number is none of a microbatch, and the chunk is any.
     """
 
     microbatch: Any
+    chunk: Any
     due: Any
 
 
@@ -43,23 +53,46 @@ class Schedule:
     Attributes:
       name: one of `SCHEDULES`.
       stages: p.
+      chunks: v, of a stage's layers.
 
-    >>> schedule = Schedule("1f1b", 2)
-    >>> print(schedule.draw(3))
+    Raises:
+      ValueError: chunks with a schedule that has none, or one of them for one that has.
+
+    >>> print(Schedule("1f1b", 2).draw(3))
     stage 0  F0   F1   F2B0 B1   B2
     stage 1       F0B0 F1B1 F2B2
     """
 
     name: str
     stages: int
+    chunks: int = 1
+
+    def __post_init__(self):
+        if self.name == "interleaved" and self.chunks < 2:
+            raise ValueError(
+                f"strategy.schedule = 'interleaved' with strategy.chunks = {self.chunks} interleaves nothing: use 2 "
+                "or more, or '1f1b'"
+            )
+        if self.name != "interleaved" and self.chunks > 1:
+            raise ValueError(
+                f"strategy.chunks = {self.chunks} with strategy.schedule = {self.name!r}, which has one a stage: use "
+                "'interleaved', or chunks = 1"
+            )
+
+    @property
+    def _round(self) -> int:
+        """Passes of a stage after which the next p microbatches come."""
+        return self.stages * self.chunks
 
     def passing(self, microbatches: Any) -> Any:
         """How many ticks a pass takes, from the first stage's first microbatch to the last stage's last one."""
-        return microbatches + self.stages - 1
+        last = microbatches - 1  # the last stage takes it through its last chunk so many passes after its first one
+        after = last // self.stages * self._round + (self.chunks - 1) * self.stages + last % self.stages
+        return after + self.stages
 
     def first_backward(self, microbatches: Any) -> Any:
         """The first tick of a backward pass."""
-        return self.passing(microbatches) if self.name == "gpipe" else self.stages - 1
+        return self.passing(microbatches) if self.name == "gpipe" else self._round - 1
 
     def ticks(self, microbatches: Any) -> Any:
         """How many there are."""
@@ -67,44 +100,85 @@ class Schedule:
 
     def forward(self, tick: Any, stage: Any, microbatches: Any) -> Work:
         """What a stage does of the forward passes."""
-        microbatch = tick - stage
-        return Work(microbatch, (microbatch >= 0) & (microbatch < microbatches))
+        return self._pass(tick - stage, microbatches)
 
     def backward(self, tick: Any, stage: Any, microbatches: Any) -> Work:
         """What a stage does of the backward passes, after its forward pass of the same tick."""
-        microbatch = tick - self.first_backward(microbatches) - (self.stages - 1 - stage)
-        return Work(microbatch, (microbatch >= 0) & (microbatch < microbatches))
+        mirrored = self._pass(tick - self.first_backward(microbatches) - (self.stages - 1 - stage), microbatches)
+        return mirrored._replace(chunk=self.chunks - 1 - mirrored.chunk)
+
+    def _pass(self, number: Any, microbatches: Any) -> Work:
+        """The one of this number of a stage."""
+        microbatch = number // self._round * self.stages + number % self.stages
+        return Work(microbatch, number % self._round // self.stages, (number >= 0) & (microbatch < microbatches))
+
+    def enters(self, stage: Any, work: Work) -> Any:
+        """Whether the work of a stage begins with the layers' input, or in a backward pass ends with its gradient."""
+        return (stage == 0) & (work.chunk == 0)
+
+    def leaves(self, stage: Any, work: Work) -> Any:
+        """Whether the work of a stage ends with the layers' output, or in a backward pass begins with its gradient."""
+        return (stage == self.stages - 1) & (work.chunk == self.chunks - 1)
+
+    def _slots(self, max_microbatches: int) -> list[int]:
+        """Of each chunk, how many microbatches are on their way at most, from a stage's forward to its backward pass.
+
+        At the first stage the input of chunk k waits longest, for 2 p (v - k) - 1 ticks, and in a round of p v ticks
+        p of them come.
+        """
+        if self.name == "gpipe":
+            return [max_microbatches]
+        p, v = self.stages, self.chunks
+        return [min(max_microbatches, p + min(p, max(0, p * (v - 2 * k) - 1))) for k in range(v)]
 
     def kept(self, max_microbatches: int) -> int:
         """How many inputs a stage keeps for its backward passes: so many are never on their way at once."""
-        return max_microbatches if self.name == "gpipe" else min(max_microbatches, 2 * self.stages - 1)
+        return sum(self._slots(max_microbatches))
+
+    def slot(self, work: Work, max_microbatches: int) -> Any:
+        """Where among the `kept` ones the input of some work is."""
+        slots = self._slots(max_microbatches)
+        begins = np.cumsum([0, *slots[:-1]])
+        # Sums of what is before a chunk: an array can't be indexed by a number that is traced.
+        begin = sum(int(n) * (work.chunk == k) for k, n in enumerate(begins))
+        size = sum(n * (work.chunk == k) for k, n in enumerate(slots))
+        return begin + work.microbatch % size
 
     def finished(self, max_microbatches: int) -> int:
         """How many outputs of the last stage wait for the loss."""
         return max_microbatches if self.name == "gpipe" else 1
 
-    def table(self, microbatches: int) -> tuple[np.ndarray, np.ndarray]:
-        """The microbatches of the forward and of the backward passes, int `[ticks, stages]` each; -1 is none."""
+    def table(self, microbatches: int) -> tuple[Work, Work]:
+        """The forward and the backward passes, arrays `[ticks, stages]`; -1 is none of a microbatch."""
         ticks, stages = np.arange(self.ticks(microbatches))[:, None], np.arange(self.stages)
-        works = (of(ticks, stages, microbatches) for of in (self.forward, self.backward))
-        forward, backward = (np.where(work.due, work.microbatch, -1) for work in works)
+
+        works = (passes(ticks, stages, microbatches) for passes in (self.forward, self.backward))
+        forward, backward = (work._replace(microbatch=np.where(work.due, work.microbatch, -1)) for work in works)
         return forward, backward
 
     def draw(self, microbatches: int) -> str:
-        """A line a stage, a column a tick: `F2B0` is the forward pass of microbatch 2, then the backward one of 0."""
+        """A line a stage, a column a tick: `F2B0` is the forward pass of microbatch 2, then the backward one of 0.
 
-        def cell(forward: int, backward: int) -> str:
-            return (f"F{forward}" if forward >= 0 else "") + (f"B{backward}" if backward >= 0 else "")
+        Where stages have several chunks, letters tell them apart: `F2b` is through the second one.
+        """
 
-        cells = np.vectorize(cell, otypes=[object])(*self.table(microbatches))
+        def cell(forward: int, chunk: int, backward: int, chunk_back: int) -> str:
+            passes = (("F", forward, chunk), ("B", backward, chunk_back))
+            shown = (
+                f"{letter}{n}" + (chr(ord("a") + c) if self.chunks > 1 else "") for letter, n, c in passes if n >= 0
+            )
+            return "".join(shown)
+
+        of_passes = (array for work in self.table(microbatches) for array in (work.microbatch, work.chunk))
+        cells = np.vectorize(cell, otypes=[object])(*of_passes)
         width = max(map(len, cells.flat))
         lines = (" ".join(f"{text:{width}}" for text in column) for column in cells.T)
         return "\n".join(f"stage {stage}  {line}".rstrip() for stage, line in enumerate(lines))
 
     def idle_share(self, microbatches: int) -> float:
-        """The share of a stage's time in which it waits for others, `(p - 1) / (m + p - 1)`.
+        """The share of a stage's time in which it waits for others, `(p - 1) / (v m + p - 1)` where p divides m.
 
-        >>> Schedule("1f1b", 4).idle_share(9)
-        0.25
+        >>> Schedule("1f1b", 4).idle_share(9), Schedule("interleaved", 4, chunks=2).idle_share(8)
+        (0.25, 0.15789473684210525)
         """
-        return (self.stages - 1) / self.passing(microbatches)
+        return 1 - self.chunks * microbatches / self.passing(microbatches)
