@@ -3,7 +3,8 @@
 With Psi parameters, ZeRO moves 2, 2, 2 and 3 Psi a step (data, zero1, zero2, fsdp), the last two once a microbatch; a
 layer's tensor parallelism moves its residual stream ten times; ring attention its keys and values, Ulysses its heads.
 A pipeline sends a residual stream to the next stage and its gradient to the one before, in every tick, and its stages
-sum what they look up and the gradients of what they all see. Sums of scalars and of whole vectors are left out.
+sum what they look up and the gradients of what they all see. Where it interleaves chunks of layers, these move to the
+stages whose work they are and their gradients back, once a step. Sums of scalars and of whole vectors are left out.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 
+from crescendo.parallel.chunks import share_moved
 from crescendo.parallel.collectives import KINDS
 from crescendo.parallel.layout import Layout
 from crescendo.parallel.rules import Table
@@ -55,8 +57,8 @@ class _Runs:
     """How often a device runs in a step, idle ticks of a pipeline included.
 
     Attributes:
-      layers: that a device has.
-      forward, backward: passes through these layers.
+      layers: that a pass goes through.
+      forward, backward: passes.
       enters, leaves: look-ups, and losses.
       gathers: of the weights of a layer that are split: for a forward pass, and again for what a backward pass needs.
       ticks: of a pipeline.
@@ -76,9 +78,9 @@ def _runs(layout: Layout, work: Work) -> _Runs:
     if schedule is None:
         return _Runs(work.layers, m, m, m, m, 2 * m)
     passing = schedule.passing(m)
-    layers = work.layers / schedule.stages
+    layers = work.layers / (schedule.stages * schedule.chunks)
     # The backward pass of a stage begins with another forward pass.
-    return _Runs(layers, 2 * passing, passing, passing, m, 3 * passing, schedule.ticks(m))
+    return _Runs(layers, 2 * passing, passing, m, m, 3 * passing, schedule.ticks(m))
 
 
 def step_traffic(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) -> dict[str, float]:
@@ -91,7 +93,8 @@ def step_traffic(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) -
       work: what is computed.
     """
     sent = dict.fromkeys(KINDS, 0.0)
-    parts = (_tensor(layout, work), _sequence(layout, work), _stages(layout, work))
+    moved = {"collective-permute": moved_bytes(layout, arrays, logical_axes)}
+    parts = (_tensor(layout, work), _sequence(layout, work), _stages(layout, work), moved)
     for part in (_parameters(layout, arrays, logical_axes, work), *parts):
         for kind, size in part.items():
             sent[kind] += size
@@ -121,7 +124,10 @@ def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) ->
         of_parameters = ways(strategy.parameters, names, split)
         of_gradients = ways(strategy.gradients, names, split)
         of_updates = ways(strategy.optimizer, names, split)
-        gathers, scatters = (runs.gathers, runs.backward) if stacked else (runs.leaves, runs.leaves)
+        gathers = scatters = runs.leaves
+        if stacked:  # of a device's layers a pass goes through one chunk
+            chunk = runs.layers * sizes["stage"] / work.layers
+            gathers, scatters = runs.gathers * chunk, runs.backward * chunk
         if "vocab" in names and layout.schedule is not None:  # looked up and multiplied by apart, all tables together
             gathers, scatters = (runs.enters + runs.leaves) / tables, 2 * runs.leaves / tables
         # A device works with its own copy of a key head: so much of the weight, replicated along `tensor`, crosses.
@@ -179,11 +185,29 @@ def _stages(layout: Layout, work: Work) -> dict[str, float]:
     runs, stages = _runs(layout, work), layout.sizes["stage"]
     residual = _rows(layout, work) * work.width * work.compute_bytes / layout.sizes["tensor"]
     # What is looked up, and what the last stage has made; the gradient that the first one has.
-    summed = runs.enters + runs.forward / 2 + runs.backward
+    summed = 2 * runs.enters + runs.leaves
     return {
         "collective-permute": 2 * runs.ticks * residual,
         "all-reduce": 2 * _share(stages) * summed * residual,
     }
+
+
+def moved_bytes(layout: Layout, arrays: Tree, logical_axes: Tree) -> float:
+    """Bytes that a device sends in a step to bring layers to the stages whose work they are, and gradients back.
+
+    Args:
+      layout, arrays, logical_axes: as `step_traffic` takes them.
+    """
+    if layout.schedule is None or layout.schedule.chunks == 1:
+        return 0.0
+    total = 0.0
+    leaves = jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, tuple))
+    for names, array in zip(leaves, jax.tree.leaves(arrays), strict=True):
+        for table in (layout.strategy.parameters, layout.strategy.gradients):
+            axes = {axis for name in names for axis in table.get(name, ())}
+            ways = math.prod(layout.sizes[axis] for axis in axes)
+            total += ("layers" in names) * math.prod(array.shape) / ways * FLOAT32
+    return share_moved(layout.schedule.stages, layout.schedule.chunks) * total
 
 
 def _sequence(layout: Layout, work: Work) -> dict[str, float]:

@@ -84,7 +84,7 @@ class Layout:
     def schedule(self) -> Schedule | None:
         """That of the stages; None with one stage."""
         stages = self.sizes["stage"]
-        return Schedule(self.strategy.schedule, stages) if stages > 1 else None
+        return Schedule(self.strategy.schedule, stages, self.strategy.chunks) if stages > 1 else None
 
     def parameters(self, logical_axes: Tree, arrays: Tree | None = None) -> Tree:
         """The shardings of parameters; see `shardings`."""
@@ -110,7 +110,7 @@ class Layout:
           ValueError: names the first dimension that its mesh axes can't divide, and what sizes would do.
         """
         if arrays is not None:
-            check_divides(self.sizes, table, logical_axes, arrays)
+            check_divides(self.sizes, table, logical_axes, arrays, chunks=self.strategy.chunks)
 
         def sharding(names):
             return NamedSharding(self.mesh, PartitionSpec(*spec_entries(table, names)))

@@ -230,8 +230,8 @@ class _Training(Stages):
         d_y = jnp.where(self.schedule.leaves(stage, work), d_output, d_y[0])
         _, pull = jax.vjp(lambda own, x: self.layers(own, x, rows, stage, work.chunk), self.chunk_of(own, work), x)
         gradients, d_x = pull(jnp.where(work.due, d_y, 0))
-        others = [self.chunk_of(tree, work) for tree in others]
-        found = self.terms(True, self.keep(gradients), weights[work.microbatch], others)
+        of_chunk = [self.chunk_of(tree, work) for tree in others]
+        found = self.terms(True, self.keep(gradients), weights[work.microbatch], of_chunk)
         return *jax.tree.map(lambda x: jnp.where(work.due, x, 0), found), self.how.lay_out(d_x)[None]
 
     def _add(self, tick, count, own, own_rows, entries, sums):

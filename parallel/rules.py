@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import jax
 
-from crescendo.parallel.schedules import SCHEDULES
+from crescendo.parallel.schedules import SCHEDULES, Schedule
 from crescendo.ranges import Count, OneOf, checked
 
 Tree = Any
@@ -50,6 +50,7 @@ class Strategy:
       parameters, gradients, optimizer: the tables of these arrays.
       ulysses: the part of the mesh axis `sequence` that splits heads inside attention (Ulysses); the rest is a ring.
       schedule: of the stages, one of `SCHEDULES`.
+      chunks: into how many a stage's layers are cut, where `schedule` interleaves them.
     """
 
     parameters: Table
@@ -57,6 +58,7 @@ class Strategy:
     optimizer: Table
     ulysses: int = 1
     schedule: str = "1f1b"
+    chunks: int = 1
 
     @property
     def deferred(self) -> tuple[str, ...]:
@@ -100,6 +102,7 @@ def strategy(
     *,
     ulysses: Count = 1,
     schedule: Annotated[str, OneOf(SCHEDULES)] = "1f1b",
+    chunks: Count = 1,
 ) -> Strategy:
     """One of `STRATEGIES` by name.
 
@@ -107,15 +110,17 @@ def strategy(
       name: "data" (replicas), "zero1" (optimizer state split), "zero2" (gradients too) or "fsdp" (parameters too).
         Tensor and sequence parallelism come with the mesh: every strategy uses those axes where they are above 1.
       ulysses: see `Strategy`.
-      schedule: where the mesh's `stage` is above 1, "1f1b" or "gpipe" (`parallel.schedules`).
+      schedule: where the mesh's `stage` is above 1, "1f1b", "gpipe" or "interleaved" (`parallel.schedules`).
+      chunks: of a stage's layers, for "interleaved": 2 or more.
 
     Raises:
-      ValueError: an unknown name or schedule, or a degree below 1.
+      ValueError: an unknown name or schedule, a degree below 1, or chunks that the schedule has no use for.
 
     >>> strategy("zero1").optimizer["embed"]
     ('fsdp', 'sequence')
     """
-    return dataclasses.replace(STRATEGIES[name], ulysses=ulysses, schedule=schedule)
+    Schedule(schedule, stages=1, chunks=chunks)  # refuses chunks that it has no use for
+    return dataclasses.replace(STRATEGIES[name], ulysses=ulysses, schedule=schedule, chunks=chunks)
 
 
 def spec_entries(table: Table, names: tuple[str | None, ...], without: frozenset[str] = frozenset()) -> list:
@@ -131,8 +136,14 @@ def spec_entries(table: Table, names: tuple[str | None, ...], without: frozenset
     return entries
 
 
-def check_divides(sizes: dict[str, int], table: Table, logical_axes: Tree, arrays: Tree) -> None:
+def check_divides(sizes: dict[str, int], table: Table, logical_axes: Tree, arrays: Tree, *, chunks: int = 1) -> None:
     """Raises ValueError for the first dimension of an array that its mesh axes can't divide.
+
+    Args:
+      sizes: of the mesh's axes.
+      table: from logical axis to mesh axes.
+      logical_axes, arrays: the names of the arrays' axes, and the arrays or their shapes.
+      chunks: in which a stage's layers are to be cut.
 
     >>> query = jax.ShapeDtypeStruct((6,), "float32")
     >>> check_divides({"tensor": 4}, {"heads": ("tensor",)}, {"query": ("heads",)}, {"query": query})
@@ -146,16 +157,27 @@ heads = 4 or 8
         for name, size in zip(names, array.shape, strict=True):
             axes = [axis for axis in table.get(name or "", ()) if sizes[axis] > 1]
             ways = math.prod(sizes[axis] for axis in axes)
+            if name == "layers" and ways > 1 and size % (ways * chunks) and size % ways == 0:
+                of_stage, multiple = size // ways, ways * chunks
+                raise ValueError(
+                    f"layers = {size} over stage = {ways} are {of_stage} a stage, which strategy.chunks = {chunks} "
+                    f"does not divide: use chunks of {_one_of(divisors(of_stage))}, or layers = "
+                    + " or ".join(str(n * multiple) for n in (size // multiple, size // multiple + 1) if n)
+                )
             if size % ways:
-                *rest, last = map(str, divisors(size))
-                would = f"{', '.join(rest)} or {last}" if rest else last
                 below, above = size // ways * ways, -(-size // ways) * ways
                 shown = " x ".join(f"{axis} = {sizes[axis]}" for axis in axes)
                 raise ValueError(
                     f"parameter {jax.tree_util.keystr(path, simple=True, separator='.')}: its axis {name} = {size} "
-                    f"does not divide over {shown}: use a {' x '.join(axes)} of {would}, or {name} = "
+                    f"does not divide over {shown}: use a {' x '.join(axes)} of {_one_of(divisors(size))}, or {name} = "
                     + (f"{below} or {above}" if below else f"{above}")
                 )
+
+
+def _one_of(numbers: list[int]) -> str:
+    """In words."""
+    *rest, last = map(str, numbers)
+    return f"{', '.join(rest)} or {last}" if rest else last
 
 
 def divisors(n: int) -> list[int]:

@@ -133,13 +133,10 @@ class Stages:
 
     def forward(self, tick, received: jax.Array, beside: Callable = lambda: None) -> tuple[tuple, Any]:
         """The results of the stages' forward passes and what these began with, both `[p, ...]`; and see `only_if`."""
-
-        def run(received):
-            microbatch, due = self.entering(self.schedule.forward, tick)
-            first = only_if(due, self.enter, self.shared, self.rows(self.microbatches, microbatch))
-            return self._run_forward(tick, self.count, self.own, received, first, self.microbatches)
-
-        return only_if(tick < self.schedule.passing(self.count), run, received, beside=beside)
+        microbatch, due = self.entering(self.schedule.forward, tick)
+        first = only_if(due, self.enter, self.shared, self.rows(self.microbatches, microbatch))
+        run, any_due = self._run_forward, tick < self.schedule.passing(self.count)
+        return only_if(any_due, run, tick, self.count, self.own, received, first, self.microbatches, beside=beside)
 
     def streams(self, slots: int | None = None) -> jax.Array:
         """Zeros for a residual stream on each stage, `[p, B, T, D]`; with slots `[p, slots, B, T, D]`."""

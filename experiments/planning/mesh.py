@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,11 @@ from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
 from crescendo.models.low_precision import weight_dtype
 from crescendo.parallel.collectives import traffic
-from crescendo.parallel.costs import Work, step_traffic
+from crescendo.parallel.costs import Work, moved_bytes, step_traffic
+from crescendo.parallel.schedules import Schedule
 from crescendo.parallel.tables import describe_sharding, device_bytes, memory_table, traffic_table
+
+Tree = Any
 
 
 def step_work(config: ModelConfig, plan: parallel.BatchPlan, sequence_length: int) -> Work:
@@ -87,12 +91,33 @@ def planned_session(
 def session_memory(session: Session, plan: parallel.BatchPlan, device: KnownDevice | None = None) -> dict[str, float]:
     """What a device holds in bytes, part by part, by our own count; `device` as `activation_bytes` takes it."""
     state, shardings, layout = session.abstract_state, session.shardings, session.layout
-    return {
+    logical_axes = session.task.logical_axes()
+    parts = {
         "parameters, float32": float(device_bytes(state.parameters, shardings.parameters)),
         "optimizer state": float(device_bytes(state.opt_state, shardings.opt_state)),
-        "gradients, float32": float(device_bytes(state.parameters, layout.gradients(session.task.logical_axes()))),
+        "gradients, float32": float(device_bytes(state.parameters, layout.gradients(logical_axes))),
         ACTIVATIONS: activation_bytes(session, plan, device),
     }
+    if layout.schedule is not None and layout.schedule.chunks > 1:
+        trees = (state.parameters, shardings.parameters)
+        layers = (layout.pipeline(logical_axes).layered, *trees)
+        stacked = [pair for layered, *pair in zip(*map(jax.tree.leaves, layers), strict=True) if layered]
+        parts["layers in the order of the stages' work"] = float(device_bytes(*map(list, zip(*stacked, strict=True))))
+    return parts
+
+
+def stages_line(
+    layout: parallel.Layout, schedule: Schedule, plan: parallel.BatchPlan, arrays: Tree, logical_axes: Tree
+) -> str:
+    """What a schedule costs: idle time, what is kept, and what moves to the stages whose work it is."""
+    m, chunks = plan.max_microbatches, f" of {schedule.chunks} chunks each" if schedule.chunks > 1 else ""
+    line = (
+        f"{schedule.stages} stages{chunks}, {schedule.name}: {schedule.idle_share(m):.0%} of the time is idle, the "
+        f"inputs of {schedule.kept(m)} passes are kept"
+    )
+    if not (moved := moved_bytes(layout, arrays, logical_axes)):
+        return line
+    return f"{line}, {moved / 2**30:.3f} GiB of layers and gradients move among the stages in a step"
 
 
 def describe_mesh(
@@ -140,12 +165,7 @@ def describe_mesh(
         soft_wrap=True,
     )
     if (schedule := layout.schedule) is not None:
-        console.print(
-            f"{schedule.stages} stages, {schedule.name}: {schedule.idle_share(plan.max_microbatches):.0%} of the time "
-            f"is idle, the inputs of {schedule.kept(plan.max_microbatches)} microbatches are kept",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.print(stages_line(layout, schedule, plan, arrays, axes), highlight=False, soft_wrap=True)
     parts = session_memory(session, plan, named)
     console.print(memory_table(parts))
     if named is not None:

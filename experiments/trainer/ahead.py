@@ -4,6 +4,7 @@ A program depends on the shape of the data alone, which may be known before: `da
 What isn't as was expected is compiled when it is needed, as if nothing had been done ahead.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -12,7 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from crescendo import parallel
+from crescendo.experiments.runtime.errors import user_values
 from crescendo.experiments.runtime.start import no_collection
+from crescendo.experiments.trainer.optimizer_checks import check_derivatives
 from crescendo.experiments.trainer.session import Session
 from crescendo.experiments.trainer.wall_clock import StartClock
 
@@ -29,6 +33,7 @@ def prepared_session(options: Mapping[str, Any], evaluation_examples: int, start
       UserError: of the data, or of the session.
     """
     data = options["data"]
+    _refuse_second_derivatives(options)
     expected = getattr(data, "expected", lambda: None)()
     if expected is None:
         session = Session(**options)
@@ -48,6 +53,16 @@ def prepared_session(options: Mapping[str, Any], evaluation_examples: int, start
     if fits and begun.exception() is None:
         session.programs = begun.result().programs
     return session
+
+
+def _refuse_second_derivatives(options: Mapping[str, Any]) -> None:
+    """Before the data are prepared: what a mesh may not have, and an optimizer asks for whatever the data are."""
+    if (mesh := options.get("mesh")) is None:
+        return
+    with contextlib.suppress(ValueError):  # an optimizer of parameters of certain names: the session says it then
+        opt_state = jax.eval_shape(options["optimizer"].init, {"w": np.zeros((2, 2), np.float32)})
+        with user_values():
+            check_derivatives(opt_state, parallel.Layout(mesh, options.get("strategy", "fsdp")))
 
 
 def _wake(session: Session) -> None:

@@ -13,8 +13,9 @@ from crescendo.optim.batch_size import BatchSizePolicy, stays_throughout
 MAX_MICROBATCH_UNITS = {"cpu": 512, "gpu": 65_536, "tpu": 65_536}
 # What the allocator loses to fragmentation, and the host's own buffers take.
 MEMORY_SHARE = 0.92
-# As many for each stage of a pipeline, where the batch has them, leave it idle for less than a fifth of the time.
-STAGE_MICROBATCHES = 4
+# So many times as many passes of a stage as there are stages, where a batch has microbatches for them, leave a pipeline
+# idle for less than a fifth of the time.
+STAGE_PASSES = 4
 
 
 def max_microbatch_examples(task: Task, layout: parallel.Layout, platform: str) -> int:
@@ -38,7 +39,8 @@ def plans(
     """
     shards, stages, bound = layout.batch_shards, layout.sizes["stage"], most_examples
     if stages > 1:
-        bound = min(bound, max(1, min(sizes) // (STAGE_MICROBATCHES * stages)))
+        wanted = -(-STAGE_PASSES // layout.strategy.chunks) * stages
+        bound = min(bound, max(1, min(sizes) // wanted))
     least = -(-min_microbatches // layout.parts)
     while True:
         with user_values():

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import contrib
 
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.optim.batch_size import BatchSizePolicy
-from crescendo.optim.states import nodes
+from crescendo.optim.states import find_states, nodes
+from crescendo.parallel import Layout
 
 Tree = Any
 
@@ -53,6 +55,20 @@ def check_optimizer(optimizer: optax.GradientTransformation, parameters: Tree, p
         f"the optimizer's schedule ({type(counting[0]).__name__}) counts steps, of {policy.sizes[0]} examples each "
         f"here, and doesn't know the run's length: {fix}"
     ]
+
+
+def check_derivatives(opt_state: optax.OptState, layout: Layout) -> None:
+    """Refuses an optimizer that estimates the Hessian where the mesh has no second derivatives.
+
+    Args:
+      opt_state: its state of any parameters, or the shapes.
+      layout: the mesh.
+
+    Raises:
+      SecondDerivativeError: names the axis of the mesh.
+    """
+    if find_states(opt_state, contrib.HutchinsonState):
+        layout.for_second_derivatives()
 
 
 def climbs(optimizer: optax.GradientTransformation, parameters: Tree) -> bool:

@@ -35,7 +35,7 @@ from crescendo.experiments.trainer.feed import Feed
 from crescendo.experiments.trainer.frozen import Trainable
 from crescendo.experiments.trainer.gradient_statistics import chosen_statistics
 from crescendo.experiments.trainer.microbatches import MEMORY_SHARE, max_microbatch_examples, plan_notes, plans
-from crescendo.experiments.trainer.optimizer_checks import check_optimizer
+from crescendo.experiments.trainer.optimizer_checks import check_derivatives, check_optimizer
 from crescendo.experiments.trainer.programs import CompiledStep, Programs, trace_step
 from crescendo.experiments.trainer.shapes import (
     abstract_batch,
@@ -185,6 +185,7 @@ class Session:
                 guard=guard,
             )
             opt_state = jax.eval_shape(self.optimizer.init, self.trainable.take(self.parameters))
+            check_derivatives(opt_state, self.layout)
         self.base_batch_size = base_batch_size or self.policy.sizes[0]
         self.statistics = tuple(sorted({*self.policy.statistics, *required_statistics(opt_state)}))
         self._check_statistics()

@@ -177,6 +177,13 @@ def test_fewer_key_heads_than_devices_along_tensor_change_nothing(axes, plan, kv
         ({"stage": 4, "tensor": 2}, "zero2", {"dropout": 0.1}),
         ({"stage": 4, "sequence": 2}, "fsdp", {"remat": "full", "scan_layers": False}),
         ({"stage": 8}, "fsdp", {"layers": 8}),
+        ({"stage": 2, "data": 2, "tensor": 2}, parallel.strategy("zero1", schedule="interleaved", chunks=2), {}),
+        (
+            {"stage": 2, "fsdp": 2, "sequence": 2},
+            parallel.strategy("fsdp", schedule="interleaved", chunks=4),
+            {"layers": 8, "dropout": 0.1},
+        ),
+        ({"stage": 4, "fsdp": 2}, parallel.strategy("zero2", schedule="interleaved", chunks=2), {"layers": 8}),
     ],
 )
 def test_more_stages_change_nothing(axes, plan, changes):

@@ -5,7 +5,7 @@ import threading
 import jax
 import pytest
 
-from crescendo import optim
+from crescendo import optim, parallel
 from crescendo.experiments.data.documents import Documents
 from crescendo.experiments.data.text_data import text_data
 from crescendo.experiments.runtime.errors import UserError
@@ -50,6 +50,13 @@ def stand_in(monkeypatch):
 
 def prepared_session(options):
     return ahead.prepared_session(options, 8, StartClock())
+
+
+def test_an_optimizer_without_its_derivatives_is_refused_before_the_data_are_read(tmp_path):
+    mesh = parallel.make_mesh(data=1, stage=2, devices=jax.devices()[:2])
+    given = options(tmp_path, read=lambda: pytest.fail("the corpus was read"))
+    with pytest.raises(UserError, match="mesh stage = 2: a pipeline has no second derivatives, .*: use stage = 1"):
+        prepared_session(given | {"optimizer": optim.sophia(1e-3), "mesh": mesh})
 
 
 def test_what_was_compiled_for_expected_data_serves_the_data(tmp_path, stand_in):

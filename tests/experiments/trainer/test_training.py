@@ -522,6 +522,15 @@ def test_schedule_free_is_evaluated_where_it_says():
         (staged(4, batch_size=3), "batch_size = 3 .* into 4 microbatches, as many as stages: use .* such as 4 or 5"),
         (staged(4, model=SMALL), "layers = 1 does not divide over stage = 4: use a stage of 1, or layers = 4"),
         (staged(2, groups=[optim.group("blocks/*", frozen=True)]), "stages of a pipeline train all of theirs"),
+        (staged(2, optimizer=optim.sophia(0.1)), "mesh stage = 2: a pipeline has no second derivatives"),
+        (
+            staged(
+                2,
+                model=dataclasses.replace(SMALL, layers=6),
+                strategy=parallel.strategy(schedule="interleaved", chunks=2),
+            ),
+            "layers = 6 over stage = 2 are 3 a stage, .*chunks = 2 does not divide: use chunks of 1 or 3, or layers = 4 or",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_one_line(options, message):
