@@ -177,7 +177,8 @@ def only_if(due, function: Callable, *arguments, beside: Callable | None = None)
     shapes, beside_it = jax.eval_shape(function, *arguments), beside or (lambda: None)
 
     def nothing(*_):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), beside_it()
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), beside_it(), False
 
-    results, others = jax.lax.cond(due, lambda *of: (function(*of), beside_it()), nothing, *arguments)
+    # Of a condition with one result XLA refuses branches that lay it out differently, as zeros don't: so there are two.
+    results, others, _ = jax.lax.cond(due, lambda *of: (function(*of), beside_it(), True), nothing, *arguments)
     return results if beside is None else (results, others)
