@@ -2,7 +2,7 @@
 
 The bytes are those that a device sends, by the algorithms that reach the bounds: with n devices in a group and a whole
 array of S bytes, (n - 1) / n S for an all-gather, a reduce-scatter or an all-to-all, twice that for an all-reduce, and
-S for a collective-permute.
+S for a collective-permute; where some devices keep what they have, the mean over all.
 """
 
 import collections
@@ -46,6 +46,7 @@ class Collective(NamedTuple):
       group: how many devices take part together.
       runs: how often it is run, being inside loops.
       shapes: of the results.
+      moving: of a collective-permute, the share of its devices that send to another one.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Collective(NamedTuple):
     group: int
     runs: float
     shapes: tuple[Shape, ...]
+    moving: float = 1.0
 
     @property
     def sent_bytes(self) -> float:
@@ -63,7 +65,7 @@ class Collective(NamedTuple):
             "reduce-scatter": n - 1,  # the result is the n-th part of the array
             "all-reduce": 2 * (n - 1) / n,
             "all-to-all": (n - 1) / n,
-            "collective-permute": 1,
+            "collective-permute": self.moving,
         }
         return factor[self.kind] * self.result_bytes
 
@@ -138,10 +140,11 @@ def _collective(line: str, match: re.Match, runs: float) -> Collective:
         # The result of a start is (operands, results, and on some targets numbers of contexts).
         shapes = shapes[operands : 2 * operands]
     size = bytes_of(shapes)
-    group = 2 if kind == "collective-permute" else _group_size(line)
-    if kind == "collective-permute" and not re.search(r"\{(\d+),(?!\1\})\d+\}", line.split("source_target_pairs")[-1]):
-        group = 1  # every device sends to itself
-    return Collective(kind, size, group, runs, tuple(shapes))
+    if kind != "collective-permute":
+        return Collective(kind, size, _group_size(line), runs, tuple(shapes))
+    pairs = re.findall(r"\{(\d+),(\d+)\}", line.split("source_target_pairs")[-1])
+    moving = sum(sender != receiver for sender, receiver in pairs) / max(1, len(pairs))
+    return Collective(kind, size, 2 if moving else 1, runs, tuple(shapes), moving)
 
 
 def _group_size(line: str) -> int:
