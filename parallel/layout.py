@@ -50,10 +50,11 @@ class Layout:
         serves, on one.
       vocab_axes: the mesh axes of several devices that split the vocabulary.
       key_copies: on how many devices along `tensor` each key head is; see `with_heads`.
+      schedule: that of the stages; None with one stage.
 
     Raises:
-      ValueError: an unknown strategy, an axis that it doesn't use, or a Ulysses degree that doesn't divide the axis
-        `sequence`.
+      ValueError: an unknown strategy, an axis that it doesn't use, a Ulysses degree that doesn't divide the axis
+        `sequence`, or stages that the schedule can't group.
 
     >>> from crescendo.parallel.mesh import MeshSpec
     >>> layout = Layout(MeshSpec(data=2, fsdp=4).abstract(8), "fsdp")
@@ -78,13 +79,9 @@ class Layout:
         self.vocab_axes = tuple(axis for axis in vocab.AXES if self.sizes[axis] > 1)
         self.implementation = None if mesh.size == 1 else "reference"
         self.key_copies = 1
+        of, stages = self.strategy, self.sizes["stage"]
+        self.schedule = Schedule(of.schedule, stages, of.chunks, of.one_of) if stages > 1 else None
         self._plain_gradients = False
-
-    @property
-    def schedule(self) -> Schedule | None:
-        """That of the stages; None with one stage."""
-        stages = self.sizes["stage"]
-        return Schedule(self.strategy.schedule, stages, self.strategy.chunks) if stages > 1 else None
 
     def parameters(self, logical_axes: Tree, arrays: Tree | None = None) -> Tree:
         """The shardings of parameters; see `shardings`."""

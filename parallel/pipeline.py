@@ -50,7 +50,8 @@ class Sums(NamedTuple):
 
 Term = Callable[..., tuple[jax.Array, jax.Array]]
 """From a microbatch's gradient of a parameter, its weight and what else belongs to the parameter to `(entries,
-products)` of the gradient's shape: to be summed over microbatches, and of each microbatch over all entries."""
+products)` of the gradient's shape: to be summed over microbatches, and of each microbatch over all entries. Of a
+gradient of 0 they don't depend on the weight, and the products are 0."""
 
 
 def sums_through_stages(
@@ -80,23 +81,23 @@ def sums_through_stages(
 def evaluate_through_stages(how: Pipeline, parts: Any, parameters: Tree, microbatches: Tree) -> Tree:
     """The sums that `parts.leave` gives, over all microbatches `[k, microbatch, ...]`."""
     k_max = jax.tree.leaves(microbatches)[0].shape[0]
-    stages = Stages(how, parts, parameters, microbatches, k_max)
+    stages = Stages(how._replace(schedule=how.schedule.whole), parts, parameters, microbatches, k_max)
+    (last,) = stages.schedule.last_stages
 
     def sums(y, rows):
-        x = stages.of_stage(how.schedule.stages - 1, y)
-        return parts.leave(stages.merged(None, stages.shared), (x, None), rows)
+        return parts.leave(stages.merged(None, stages.shared), (stages.of_stage(last, y), None), rows)
 
     def body(tick, carry):
         received, total = carry
         (y, _), _ = stages.forward(tick, received)
-        microbatch, due = stages.leaving(how.schedule.forward, tick)
+        microbatch, due = stages.leaving(stages.schedule.forward, tick, last)
         new = only_if(due, sums, y, stages.rows(microbatches, microbatch))
-        return stages.sent(y, 1), new if total is None else jax.tree.map(jnp.add, total, new)
+        return stages.sent(y, tick), new if total is None else jax.tree.map(jnp.add, total, new)
 
     received = stages.streams()
     total = jax.eval_shape(body, jnp.int32(0), (received, None))[1]
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), total)
-    return jax.lax.fori_loop(0, how.schedule.passing(k_max), body, (received, total))[1]
+    return jax.lax.fori_loop(0, stages.schedule.passing(k_max), body, (received, total))[1]
 
 
 class _Carry(NamedTuple):
@@ -146,26 +147,31 @@ class _Training(Stages):
     def tick(self, tick, carry: _Carry) -> _Carry:
         """All that is due."""
         # What a pass has made is sent beside the other pass, which so takes its time.
-        (y, x), d_y = self.forward(tick, carry.received, beside=lambda: self.sent(carry.d_x, -1))
+        (y, x), d_y = self.forward(tick, carry.received, beside=lambda: self.sent(carry.d_x, tick - 1, back=True))
         kept, finished = self._run_store(tick, self.count, carry.kept, carry.finished, x, y)
-        carry, d_output = self.add_loss(tick, carry._replace(kept=kept, finished=finished))
-        carry = self.add_layers(tick, carry, d_output, d_y, y)
-        return self.add_look_up(tick, carry)
+        carry, d_outputs = carry._replace(kept=kept, finished=finished), []
+        for stage in self.schedule.last_stages:
+            carry, d_output = self.add_loss(tick, stage, carry)
+            d_outputs.append(d_output)
+        carry = self.add_layers(tick, carry, jnp.stack(d_outputs), d_y, y)
+        for stage in self.schedule.first_stages:
+            carry = self.add_look_up(tick, stage, carry)
+        return carry
 
-    def add_loss(self, tick, carry: _Carry) -> tuple[_Carry, jax.Array]:
-        """With the loss of what the last stage has finished, whose gradient waits for the look-up's; and `d_output`."""
+    def add_loss(self, tick, stage: int, carry: _Carry) -> tuple[_Carry, jax.Array]:
+        """With the loss of what a last stage has finished, whose gradient waits for the look-up's; and `d_output`."""
 
         def of_finished(finished, rows):
             def loss(shared, x):
                 loss_sum, weight, extra = self.parts.leave(self.merged(None, shared), (x, None), rows)
                 return loss_sum, (weight, dict(extra))
 
-            x = self.of_stage(self.schedule.stages - 1, finished)
+            x = self.of_stage(stage, finished)
             loss_sum, pull, (weight, extra) = jax.vjp(loss, self.shared, x, has_aux=True)
             gradients, d_output = pull(jnp.ones_like(loss_sum))
             return loss_sum, weight, extra, self.keep(gradients), self.how.lay_out(d_output)
 
-        microbatch, due = self.leaving(self.schedule.backward, tick)
+        microbatch, due = self.leaving(self.schedule.backward, tick, stage)
         finished = carry.finished[:, microbatch % carry.finished.shape[1]]
         rows = self.rows(self.microbatches, microbatch)
         loss_sum, weight, extra, gradients, d_output = only_if(due, of_finished, finished, rows)
@@ -177,29 +183,29 @@ class _Training(Stages):
         )
         return carry, d_output
 
-    def add_layers(self, tick, carry: _Carry, d_output, d_y, y) -> _Carry:
+    def add_layers(self, tick, carry: _Carry, d_outputs, d_y, y) -> _Carry:
         """With the gradients of the layers that are due, and with `y` sent."""
         (entries, sums, d_x), received = only_if(
             tick >= self.schedule.first_backward(self.count),
             self._run_backward,
-            *(tick, self.count, self.own, carry.kept, d_output, d_y, carry.weights, self.microbatches),
+            *(tick, self.count, self.own, carry.kept, d_outputs, d_y, carry.weights, self.microbatches),
             *self.others_own,
-            beside=lambda: self.sent(y, 1),
+            beside=lambda: self.sent(y, tick),
         )
         own, own_rows = self._run_add(tick, self.count, carry.own, carry.own_rows, entries, sums)
         return carry._replace(received=received, d_x=d_x, own=own, own_rows=own_rows)
 
-    def add_look_up(self, tick, carry: _Carry) -> _Carry:
-        """With the gradients of what all stages share, of a microbatch that has gone back all the way."""
+    def add_look_up(self, tick, stage: int, carry: _Carry) -> _Carry:
+        """With the gradients of what all stages share, of a microbatch that has gone back to a first stage."""
 
         def complete(d_x, rows, waiting, microbatch, weights):
             _, pull = jax.vjp(lambda shared: self.enter(shared, rows), self.shared)
-            (gradients,) = pull(self.of_stage(0, d_x))
+            (gradients,) = pull(self.of_stage(stage, d_x))
             slot = microbatch % self.schedule.stages
             gradients = jax.tree.map(lambda g, slots: g + slots[slot], self.keep(gradients), waiting)
             return self.terms(False, gradients, weights[microbatch], self.others_shared)
 
-        microbatch, due = self.entering(self.schedule.backward, tick)
+        microbatch, due = self.entering(self.schedule.backward, tick, stage)
         rows = self.rows(self.microbatches, microbatch)
         entries, sums = only_if(due, complete, carry.d_x, rows, carry.waiting, microbatch, carry.weights)
         return carry._replace(
@@ -223,11 +229,11 @@ class _Training(Stages):
         finished = put(finished[0], work.microbatch % finished.shape[1], work.due, y[0])
         return kept[None], finished[None]
 
-    def _backward(self, tick, count, own, kept, d_output, d_y, weights, microbatches, *others):
+    def _backward(self, tick, count, own, kept, d_outputs, d_y, weights, microbatches, *others):
         stage = jax.lax.axis_index(AXIS)
         work = self.work(self.schedule.backward, tick, stage, count)
         rows, x = self.rows(microbatches, work.microbatch), kept[0, self.schedule.slot(work, self.k_max)]
-        d_y = jnp.where(self.schedule.leaves(stage, work), d_output, d_y[0])
+        d_y = jnp.where(self.schedule.leaves(stage, work), d_outputs[stage % len(d_outputs)], d_y[0])
         _, pull = jax.vjp(lambda own, x: self.layers(own, x, rows, stage, work.chunk), self.chunk_of(own, work), x)
         gradients, d_x = pull(jnp.where(work.due, d_y, 0))
         of_chunk = [self.chunk_of(tree, work) for tree in others]
@@ -277,8 +283,21 @@ class _Training(Stages):
             shared_rows=zeros(shared_sums, k_max),
         )
 
+    def with_skipped(self, own: Tree) -> Tree:
+        """With the terms of the gradients that are 0, as a microbatch has skipped a stage."""
+        counted = (jnp.arange(self.k_max) < self.count)[:, None]
+        skipped = jnp.sum(counted & ~self.schedule.passed(self.k_max), axis=0)
+
+        def one(x, *others):
+            each, _ = self.term(jnp.zeros_like(x), jnp.float32(1), *others)
+            times = jnp.repeat(skipped, len(x) // len(skipped))
+            return x + each * times.reshape(-1, *(1,) * (x.ndim - 1))
+
+        return jax.tree.map(one, own, *self.others_own)
+
     def sums(self, carry: _Carry) -> Sums:
         """What was added up, layers in their order."""
-        own, own_rows = self.moved(chunks.in_order, carry.own), self.moved(chunks.in_order, carry.own_rows, axis=1)
+        own = carry.own if self.schedule.one_of == 1 else self.with_skipped(carry.own)
+        own, own_rows = self.moved(chunks.in_order, own), self.moved(chunks.in_order, carry.own_rows, axis=1)
         entries, rows = self.merged(own, carry.shared), self.merged(own_rows, carry.shared_rows)
         return Sums(carry.loss_sum, carry.extra, carry.weights, entries, rows)

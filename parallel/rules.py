@@ -51,6 +51,7 @@ class Strategy:
       ulysses: the part of the mesh axis `sequence` that splits heads inside attention (Ulysses); the rest is a ring.
       schedule: of the stages, one of `SCHEDULES`.
       chunks: into how many a stage's layers are cut, where `schedule` interleaves them.
+      one_of: of so many neighbouring stages a microbatch goes through one, in turns (SkipPipe); in training alone.
     """
 
     parameters: Table
@@ -59,6 +60,7 @@ class Strategy:
     ulysses: int = 1
     schedule: str = "1f1b"
     chunks: int = 1
+    one_of: int = 1
 
     @property
     def deferred(self) -> tuple[str, ...]:
@@ -103,6 +105,7 @@ def strategy(
     ulysses: Count = 1,
     schedule: Annotated[str, OneOf(SCHEDULES)] = "1f1b",
     chunks: Count = 1,
+    one_of: Count = 1,
 ) -> Strategy:
     """One of `STRATEGIES` by name.
 
@@ -112,15 +115,18 @@ def strategy(
       ulysses: see `Strategy`.
       schedule: where the mesh's `stage` is above 1, "1f1b", "gpipe" or "interleaved" (`parallel.schedules`).
       chunks: of a stage's layers, for "interleaved": 2 or more.
+      one_of: with "1f1b", of so many neighbouring stages a microbatch goes through one, in turns, and skips the others;
+        evaluation goes through all.
 
     Raises:
-      ValueError: an unknown name or schedule, a degree below 1, or chunks that the schedule has no use for.
+      ValueError: an unknown name or schedule, a degree below 1, or chunks or skipped stages that the schedule has
+        no use for.
 
     >>> strategy("zero1").optimizer["embed"]
     ('fsdp', 'sequence')
     """
-    Schedule(schedule, stages=1, chunks=chunks)  # refuses chunks that it has no use for
-    return dataclasses.replace(STRATEGIES[name], ulysses=ulysses, schedule=schedule, chunks=chunks)
+    Schedule(schedule, stages=one_of, chunks=chunks, one_of=one_of)  # refuses what it has no use for
+    return dataclasses.replace(STRATEGIES[name], ulysses=ulysses, schedule=schedule, chunks=chunks, one_of=one_of)
 
 
 def spec_entries(table: Table, names: tuple[str | None, ...], without: frozenset[str] = frozenset()) -> list:

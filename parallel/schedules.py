@@ -16,10 +16,15 @@ microbatches, where p divides m or v is 1,
 
 of the time of each pass is idle. Otherwise the places of the last p microbatches that there aren't are idle too.
 
+Where a microbatch goes through one of n neighbouring stages (SkipPipe), these work on n microbatches at once, and all
+that is said of p stages and m microbatches holds of p / n groups of stages and m / n groups of microbatches. Which one
+of its group a stage has changes from group to group: the stages of a group take turns.
+
 Huang et al., 2019, "GPipe", https://arxiv.org/abs/1811.06965; Narayanan et al., 2020, "Memory-Efficient
 Pipeline-Parallel DNN Training" (PipeDream-Flush, which is 1F1B), https://arxiv.org/abs/2006.09503; Narayanan et al.,
 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM" (interleaved chunks),
-https://arxiv.org/abs/2104.04473.
+https://arxiv.org/abs/2104.04473; Blagoev et al., 2025, "SkipPipe: Partial and Reordered Pipelining Framework for
+Training LLMs in Heterogeneous Networks", https://arxiv.org/abs/2502.19913.
 """
 
 import dataclasses
@@ -30,6 +35,11 @@ import numpy as np
 SCHEDULES = ("1f1b", "gpipe", "interleaved")
 """`gpipe` runs all forward passes before any backward pass, `1f1b` a microbatch's backward pass as soon as it can, and
 so does `interleaved`, whose stages have several chunks of layers."""
+
+
+# Groups of stages take turns in ways of their own, and every so many of them alike: a step doesn't have microbatches for
+# all ways.
+_WAYS = 3
 
 
 class Work(NamedTuple):
@@ -54,9 +64,11 @@ class Schedule:
       name: one of `SCHEDULES`.
       stages: p.
       chunks: v, of a stage's layers.
+      one_of: n, of so many neighbouring stages a microbatch goes through one, and skips the others.
 
     Raises:
-      ValueError: chunks with a schedule that has none, or one of them for one that has.
+      ValueError: chunks with a schedule that has none, or one of them for one that has; stages skipped by another one
+        than "1f1b", or that can't be grouped so.
 
     >>> print(Schedule("1f1b", 2).draw(3))
     stage 0  F0   F1   F2B0 B1   B2
@@ -66,6 +78,7 @@ class Schedule:
     name: str
     stages: int
     chunks: int = 1
+    one_of: int = 1
 
     def __post_init__(self):
         if self.name == "interleaved" and self.chunks < 2:
@@ -78,17 +91,48 @@ class Schedule:
                 f"strategy.chunks = {self.chunks} with strategy.schedule = {self.name!r}, which has one a stage: use "
                 "'interleaved', or chunks = 1"
             )
+        if self.one_of > 1 and self.name != "1f1b":
+            raise ValueError(
+                f"strategy.one_of = {self.one_of} skips stages, which strategy.schedule = {self.name!r} doesn't: use "
+                "'1f1b', or one_of = 1"
+            )
+        if self.stages % self.one_of:
+            fitting = [str(n) for n in range(1, self.stages + 1) if self.stages % n == 0]
+            raise ValueError(
+                f"strategy.one_of = {self.one_of} does not divide the mesh's stage = {self.stages}: use "
+                f"{', '.join(fitting[:-1])} or {fitting[-1]}"
+            )
+
+    @property
+    def hops(self) -> int:
+        """Groups of stages, p / n: a microbatch goes through one stage of each."""
+        return self.stages // self.one_of
+
+    @property
+    def whole(self) -> "Schedule":
+        """The schedule of passes that skip no stages."""
+        return dataclasses.replace(self, one_of=1)
+
+    @property
+    def first_stages(self) -> range:
+        """Where microbatches begin."""
+        return range(self.one_of)
+
+    @property
+    def last_stages(self) -> range:
+        """Where microbatches end."""
+        return range(self.stages - self.one_of, self.stages)
 
     @property
     def _round(self) -> int:
-        """Passes of a stage after which the next p microbatches come."""
-        return self.stages * self.chunks
+        """Passes of a stage after which the next groups of microbatches come, as many as groups of stages."""
+        return self.hops * self.chunks
 
     def passing(self, microbatches: Any) -> Any:
         """How many ticks a pass takes, from the first stage's first microbatch to the last stage's last one."""
-        last = microbatches - 1  # the last stage takes it through its last chunk so many passes after its first one
-        after = last // self.stages * self._round + (self.chunks - 1) * self.stages + last % self.stages
-        return after + self.stages
+        last = (microbatches - 1) // self.one_of
+        after = last // self.hops * self._round + (self.chunks - 1) * self.hops + last % self.hops
+        return after + self.hops
 
     def first_backward(self, microbatches: Any) -> Any:
         """The first tick of a backward pass."""
@@ -100,36 +144,67 @@ class Schedule:
 
     def forward(self, tick: Any, stage: Any, microbatches: Any) -> Work:
         """What a stage does of the forward passes."""
-        return self._pass(tick - stage, microbatches)
+        return self._pass(tick - stage // self.one_of, stage, microbatches)
 
     def backward(self, tick: Any, stage: Any, microbatches: Any) -> Work:
         """What a stage does of the backward passes, after its forward pass of the same tick."""
-        mirrored = self._pass(tick - self.first_backward(microbatches) - (self.stages - 1 - stage), microbatches)
+        before = self.first_backward(microbatches) + self.hops - 1 - stage // self.one_of
+        mirrored = self._pass(tick - before, stage, microbatches)
         return mirrored._replace(chunk=self.chunks - 1 - mirrored.chunk)
 
-    def _pass(self, number: Any, microbatches: Any) -> Work:
+    def _pass(self, number: Any, stage: Any, microbatches: Any) -> Work:
         """The one of this number of a stage."""
-        microbatch = number // self._round * self.stages + number % self.stages
-        return Work(microbatch, number % self._round // self.stages, (number >= 0) & (microbatch < microbatches))
+        group = number // self._round * self.hops + number % self.hops
+        member = (stage - self._turn(group, stage // self.one_of)) % self.one_of
+        microbatch = group * self.one_of + member
+        return Work(microbatch, number % self._round // self.hops, (number >= 0) & (microbatch < microbatches))
+
+    def _turn(self, group: Any, hop: Any) -> Any:
+        """By how much the members of a group of microbatches are moved along the stages of a group."""
+        return (hop > 0) * (group // self.one_of ** ((hop - 1) % _WAYS)) % self.one_of
+
+    def routes(self, *, back: bool = False) -> list[list[tuple[int, int]]]:
+        """Who sends to whom what it has made in a tick, of each tick modulo their number; `back`: backward passes.
+
+        >>> Schedule("1f1b", 3).routes(), Schedule("1f1b", 4, one_of=2).routes()
+        ([[(0, 1), (1, 2), (2, 0)]], [[(0, 2), (1, 3)], [(0, 3), (1, 2)]])
+        """
+        p, n = self.stages, self.one_of
+        if n == 1:
+            return [[(stage, (stage + (-1 if back else 1)) % p) for stage in range(p)]]
+        ways = n ** min(self.hops - 1, _WAYS)
+
+        def to(tick: int, stage: int) -> int:
+            hop = stage // n
+            after = hop - 1 if back else hop + 1
+            group = tick - (self.first_backward(1) + self.hops - 1 - hop if back else hop)
+            return after * n + (stage - self._turn(group, hop) + self._turn(group, after)) % n
+
+        senders = range(n, p) if back else range(p - n)
+        return [[(stage, to(tick, stage)) for stage in senders] for tick in range(ways)]
+
+    def passed(self, microbatches: int) -> np.ndarray:
+        """Which microbatches go through which stages, bool `[microbatches, stages]`."""
+        stages = np.arange(self.stages)
+        group, hop = np.arange(microbatches)[:, None] // self.one_of, stages // self.one_of
+        return (stages - self._turn(group, hop)) % self.one_of == np.arange(microbatches)[:, None] % self.one_of
 
     def enters(self, stage: Any, work: Work) -> Any:
         """Whether the work of a stage begins with the layers' input, or in a backward pass ends with its gradient."""
-        return (stage == 0) & (work.chunk == 0)
+        return (stage < self.one_of) & (work.chunk == 0)
 
     def leaves(self, stage: Any, work: Work) -> Any:
         """Whether the work of a stage ends with the layers' output, or in a backward pass begins with its gradient."""
-        return (stage == self.stages - 1) & (work.chunk == self.chunks - 1)
+        return (stage >= self.stages - self.one_of) & (work.chunk == self.chunks - 1)
 
     def _slots(self, max_microbatches: int) -> list[int]:
         """Of each chunk, how many microbatches are on their way at most, from a stage's forward to its backward pass.
 
-        At the first stage the input of chunk k waits longest, for 2 p (v - k) - 1 ticks, and in a round of p v ticks
-        p of them come.
+        At the first stages the input of chunk k waits longest, for 2 p (v - k) - 1 ticks, and in a round of p v ticks
+        p of them come, p being the groups of stages here.
         """
-        if self.name == "gpipe":
-            return [max_microbatches]
-        p, v = self.stages, self.chunks
-        return [min(max_microbatches, p + min(p, max(0, p * (v - 2 * k) - 1))) for k in range(v)]
+        most, p, v = -(-max_microbatches // self.one_of), self.hops, self.chunks
+        return [most if self.name == "gpipe" else min(most, p + min(p, max(0, p * (v - 2 * k) - 1))) for k in range(v)]
 
     def kept(self, max_microbatches: int) -> int:
         """How many inputs a stage keeps for its backward passes: so many are never on their way at once."""
@@ -142,7 +217,7 @@ class Schedule:
         # Sums of what is before a chunk: an array can't be indexed by a number that is traced.
         begin = sum(int(n) * (work.chunk == k) for k, n in enumerate(begins))
         size = sum(n * (work.chunk == k) for k, n in enumerate(slots))
-        return begin + work.microbatch % size
+        return begin + work.microbatch // self.one_of % size
 
     def finished(self, max_microbatches: int) -> int:
         """How many outputs of the last stage wait for the loss."""
@@ -181,4 +256,4 @@ class Schedule:
         >>> Schedule("1f1b", 4).idle_share(9), Schedule("interleaved", 4, chunks=2).idle_share(8)
         (0.25, 0.15789473684210525)
         """
-        return 1 - self.chunks * microbatches / self.passing(microbatches)
+        return 1 - self.chunks * microbatches / (self.one_of * self.passing(microbatches))

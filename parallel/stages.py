@@ -77,16 +77,15 @@ class Stages:
         work = passes(tick, stage, count)
         return work._replace(microbatch=jnp.clip(work.microbatch, 0, self.k_max - 1))
 
-    def entering(self, passes: Callable[..., Work], tick) -> tuple[jax.Array, jax.Array]:
-        """The microbatch whose passes before all layers are due in a tick, and whether there is one."""
-        work = self.work(passes, tick, 0, self.count)
-        return work.microbatch, work.due & self.schedule.enters(0, work)
+    def entering(self, passes: Callable[..., Work], tick, stage: int) -> tuple[jax.Array, jax.Array]:
+        """The microbatch with which a stage is before all layers in a tick, and whether there is one."""
+        work = self.work(passes, tick, stage, self.count)
+        return work.microbatch, work.due & self.schedule.enters(stage, work)
 
-    def leaving(self, passes: Callable[..., Work], tick) -> tuple[jax.Array, jax.Array]:
-        """The microbatch whose passes behind all layers are due in a tick, and whether there is one."""
-        last = self.schedule.stages - 1
-        work = self.work(passes, tick, last, self.count)
-        return work.microbatch, work.due & self.schedule.leaves(last, work)
+    def leaving(self, passes: Callable[..., Work], tick, stage: int) -> tuple[jax.Array, jax.Array]:
+        """The microbatch with which a stage is behind all layers in a tick, and whether there is one."""
+        work = self.work(passes, tick, stage, self.count)
+        return work.microbatch, work.due & self.schedule.leaves(stage, work)
 
     def rows(self, microbatches: Tree, microbatch) -> Tree:
         """Those of a microbatch."""
@@ -100,11 +99,14 @@ class Stages:
             function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={AXIS}, check_vma=False
         )
 
-    def sent(self, x: jax.Array, by: int) -> jax.Array:
-        """What each stage gets from the one so many places before, `[p, ...]`; the first one is behind the last."""
-        places = [(i, (i + by) % len(x)) for i in range(len(x))]
-        send = self.each(lambda x: jax.lax.ppermute(self.how.lay_out(x[0]), AXIS, places)[None], (EACH,), EACH)
-        return send(x)
+    def sent(self, x: jax.Array, tick, *, back: bool = False) -> jax.Array:
+        """What each stage gets of what the stages have made in a tick, `[p, ...]`; see `Schedule.routes`."""
+
+        def send(pairs):
+            return self.each(lambda x: jax.lax.ppermute(self.how.lay_out(x[0]), AXIS, pairs)[None], (EACH,), EACH)
+
+        ways = [send(pairs) for pairs in self.schedule.routes(back=back)]
+        return ways[0](x) if len(ways) == 1 else jax.lax.switch(tick % len(ways), ways, x)
 
     def of_stage(self, stage: int, x: jax.Array) -> jax.Array:
         """A stage's part of `[p, B, T, D]`, handed to all."""
@@ -127,16 +129,24 @@ class Stages:
     def _forward(self, tick, count, own, received, first, microbatches):
         stage = jax.lax.axis_index(AXIS)
         work = self.work(self.schedule.forward, tick, stage, count)
-        x = jnp.where(self.schedule.enters(stage, work), first, received[0])
+        x = jnp.where(self.schedule.enters(stage, work), first[stage % len(first)], received[0])
         y = self.layers(self.chunk_of(own, work), x, self.rows(microbatches, work.microbatch), stage, work.chunk)
         return self.how.lay_out(y)[None], x[None]
 
     def forward(self, tick, received: jax.Array, beside: Callable = lambda: None) -> tuple[tuple, Any]:
         """The results of the stages' forward passes and what these began with, both `[p, ...]`; and see `only_if`."""
-        microbatch, due = self.entering(self.schedule.forward, tick)
-        first = only_if(due, self.enter, self.shared, self.rows(self.microbatches, microbatch))
-        run, any_due = self._run_forward, tick < self.schedule.passing(self.count)
-        return only_if(any_due, run, tick, self.count, self.own, received, first, self.microbatches, beside=beside)
+
+        def first(stage: int):
+            microbatch, due = self.entering(self.schedule.forward, tick, stage)
+            return only_if(due, self.enter, self.shared, self.rows(self.microbatches, microbatch))
+
+        return only_if(
+            tick < self.schedule.passing(self.count),
+            self._run_forward,
+            *(tick, self.count, self.own, received, jnp.stack([*map(first, self.schedule.first_stages)])),
+            self.microbatches,
+            beside=beside,
+        )
 
     def streams(self, slots: int | None = None) -> jax.Array:
         """Zeros for a residual stream on each stage, `[p, B, T, D]`; with slots `[p, slots, B, T, D]`."""

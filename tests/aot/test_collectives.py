@@ -118,8 +118,8 @@ def test_a_tick_of_a_pipeline_sends_what_the_closed_form_says(monkeypatch, sched
     layout = parallel.Layout(parallel.make_mesh(data=1, stage=4, fsdp=2, devices=devices), strategy)
     config = ModelConfig(**{**SMALL.__dict__, "layers": 4 * chunks, "scan_layers": False}).for_platform("gpu")
     step, _ = lowered(config, layout, 16, 4096)
-    # Of one tick in which every pass is due: the program doesn't say how often its conditions are met. What moves to the
-    # stages whose work it is does so once.
+    # Of one tick in which every pass is due: the program doesn't say how often its conditions are met. Layers move to
+    # the stages whose work they are once.
     tick = costs._Runs(layers=1, forward=2, backward=1, enters=1, leaves=1, gathers=3, ticks=1)
     monkeypatch.setattr(costs, "_runs", lambda layout, work: tick)
     expected = closed_form(config, layout, 1, 4096)

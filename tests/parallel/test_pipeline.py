@@ -1,5 +1,7 @@
 """Schedules by their rules, and a small model's pipeline against the same batch on one device."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,35 +21,63 @@ K_MAX, EXAMPLES, WIDTH, LAYERS, VOCAB = 6, 3, 4, 8, 8
 schedules = st.one_of(
     st.builds(Schedule, st.sampled_from(["1f1b", "gpipe"]), st.integers(2, 9)),
     st.builds(Schedule, st.just("interleaved"), st.integers(2, 5), st.integers(2, 5)),
+    st.builds(lambda n, hops: Schedule("1f1b", n * hops, one_of=n), st.integers(2, 4), st.integers(1, 5)),
 )
+
+
+def paths(schedule: Schedule, microbatches: int) -> np.ndarray:
+    """Tick and stage of both passes through every place, `[2, microbatches, hops * chunks, 2]`; -1: none."""
+    ticks = np.full((2, microbatches, schedule.hops * schedule.chunks, 2), -1)
+    for which, work in enumerate(schedule.table(microbatches)):
+        for tick, stage in zip(*np.nonzero(work.due), strict=True):
+            place = work.chunk[tick, stage] * schedule.hops + stage // schedule.one_of
+            assert ticks[which, work.microbatch[tick, stage], place, 0] == -1
+            ticks[which, work.microbatch[tick, stage], place] = tick, stage
+    return ticks
 
 
 @given(schedules, st.integers(1, 20))
 def test_what_is_sent_is_used_in_the_next_tick(schedule, microbatches):
-    p, v = schedule.stages, schedule.chunks
-    ticks = np.full((2, v * p, microbatches), -1)  # by the chunks' place among all
-    for which, work in enumerate(schedule.table(microbatches)):
-        for tick, stage in zip(*np.nonzero(work.due), strict=True):
-            place = work.chunk[tick, stage] * p + stage
-            assert ticks[which, place, work.microbatch[tick, stage]] == -1
-            ticks[which, place, work.microbatch[tick, stage]] = tick
-    assert (ticks >= 0).all()  # every microbatch is once in each pass of each chunk
-    assert (np.diff(ticks[0], axis=0) == 1).all()
-    assert (np.diff(ticks[1], axis=0) == -1).all()
-    assert (ticks[1, -1] >= ticks[0, -1]).all()  # the last stage's gradient comes from its own output
+    ticks, stages = np.moveaxis(paths(schedule, microbatches), -1, 0)
+    assert (ticks >= 0).all()  # every microbatch is once in each pass of each chunk of a stage of each group
+    assert (np.diff(ticks[0], axis=1) == 1).all()
+    assert (np.diff(ticks[1], axis=1) == -1).all()
+    assert (ticks[1, :, -1] >= ticks[0, :, -1]).all()  # the last stage's gradient comes from its own output
+    np.testing.assert_array_equal(*stages)  # back by the same way
+    for back, of_pass in ((False, slice(None)), (True, slice(None, None, -1))):
+        routes = schedule.routes(back=back)
+        sent = ticks[int(back), :, of_pass], stages[int(back), :, of_pass]
+        for begin, sender, receiver in zip(
+            sent[0][:, :-1].flat, sent[1][:, :-1].flat, sent[1][:, 1:].flat, strict=True
+        ):
+            assert (sender, receiver) in routes[begin % len(routes)]
+
+
+@pytest.mark.parametrize(("stages", "one_of"), [(4, 2), (8, 2), (9, 3)])
+def test_microbatches_go_all_ways(stages, one_of):
+    schedule = Schedule("1f1b", stages, one_of=one_of)
+    ways = one_of**schedule.hops
+    taken = {tuple(way) for way in paths(schedule, ways)[0, :, :, 1].tolist()}
+    assert len(taken) == ways
+
+
+def test_skipped_stages_save_what_the_paper_says():
+    # 2502.19913: up to 55% less time an iteration.
+    half, full = (Schedule("1f1b", 4, one_of=n).passing(8) for n in (2, 1))
+    assert 1 - half / full == pytest.approx(0.55, abs=0.005)
 
 
 @given(schedules, st.integers(1, 20))
 def test_the_share_of_idle_ticks_is_the_closed_form(schedule, microbatches):
-    p, v = schedule.stages, schedule.chunks
-    for count in (microbatches, microbatches * p):
+    p, v, n = schedule.hops, schedule.chunks, schedule.one_of
+    for count in (microbatches, microbatches * p * n):
         for work in schedule.table(count):
             run = work.due[work.due.any(axis=1).argmax() :][: schedule.passing(count)]
             assert run.sum() == work.due.sum()  # the passes that no stage has to do before and behind are left out
             assert run[-1].any()
             assert np.mean(~run) == pytest.approx(schedule.idle_share(count))
-        if v == 1 or count % p == 0:
-            assert schedule.idle_share(count) == pytest.approx((p - 1) / (v * count + p - 1))
+        if (v == 1 or count % p == 0) and count % n == 0:
+            assert schedule.idle_share(count) == pytest.approx((p - 1) / (v * count / n + p - 1))
 
 
 @given(schedules, st.integers(1, 20), st.integers(0, 5))
@@ -67,8 +97,10 @@ def test_slots_are_enough(schedule, microbatches, further):
                 expected = backward.microbatch[tick, stage], backward.chunk[tick, stage]
                 assert slots.pop(ended[tick, stage]) == expected
         assert not slots
-    p, v, last = schedule.stages, schedule.chunks, schedule.stages - 1
-    made, used = ((work.due & schedule.leaves(np.arange(p), work))[:, last].cumsum() for work in (forward, backward))
+    p, v = schedule.hops, schedule.chunks
+    made, used = (
+        (work.due & schedule.leaves(np.arange(schedule.stages), work)).cumsum(axis=0) for work in (forward, backward)
+    )
     assert max((made - used).max(), 1) <= finished  # also what is made and used within a tick needs a slot
     assert schedule.name == "gpipe" or kept <= (3 * v + 1) // 2 * p - v % 2  # however many microbatches there are
 
@@ -120,11 +152,11 @@ def problem():
     return jax.tree.map(np.float32, parameters), rows
 
 
-def sums(spread: Spread):
+def sums(spread: Spread, parts: Parts = PARTS):
     def run(parameters, rows, count):
-        total = accumulate(PARTS, parameters, rows, count, measure=by_layer, spread=spread)
+        total = accumulate(parts, parameters, rows, count, measure=by_layer, spread=spread)
         means = jax.tree.map(lambda g: g / total.weight, total.gradients)
-        return total, deviations(PARTS, parameters, rows, count, means, spread=spread)
+        return total, deviations(parts, parameters, rows, count, means, spread=spread)
 
     return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -133,10 +165,10 @@ def by_layer(gradients):
     return {"w": jnp.sum(jnp.square(gradients["w"]), axis=(1, 2)), "table": jnp.sum(jnp.square(gradients["table"]))}
 
 
-def pipeline(name: str, stages: int, chunks: int = 1) -> Pipeline:
+def pipeline(name: str, stages: int, chunks: int = 1, one_of: int = 1) -> Pipeline:
     mesh = make_mesh(data=1, stage=stages, devices=jax.devices()[:stages])
     layered = {"table": False, "scale": False, "w": True}
-    return Pipeline(Schedule(name, stages, chunks), mesh, layered, lambda x: x)
+    return Pipeline(Schedule(name, stages, chunks, one_of), mesh, layered, lambda x: x)
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +194,47 @@ def test_sums_equal_those_of_one_device_at_every_count(problem, expected, name, 
     assert run._cache_size() == 1
 
 
+def only_on_the_way(parameters, stream, rows, first):
+    """The layers that a microbatch goes through, which its rows name."""
+
+    def some(carry, layer_on):
+        w, on = layer_on
+        (x, number), _ = layer(carry, w)
+        return (jnp.where(on, x, carry[0]), number), None
+
+    begin = stream[0], jnp.asarray(first, stream[0].dtype)
+    return jax.lax.scan(some, begin, (parameters["w"], rows["on"]))[0][0], None
+
+
+@pytest.mark.parametrize(("stages", "one_of"), [(4, 2), pytest.param(6, 3, marks=pytest.mark.slow)])
+def test_a_microbatch_trains_the_stages_on_its_way(problem, stages, one_of):
+    parameters, rows = problem
+    layers = 2 * stages
+    parameters = parameters | {"w": np.resize(parameters["w"], (layers, WIDTH, WIDTH))}
+    how = pipeline("1f1b", stages, one_of=one_of)
+    run = sums(Spread(pipeline=how))
+    on = np.zeros((K_MAX, stages), bool)
+    for microbatch, way in enumerate(paths(how.schedule, K_MAX)[0, :, :, 1]):
+        on[microbatch, way] = True
+    np.testing.assert_array_equal(on, how.schedule.passed(K_MAX))
+    alone = sums(Spread(), dataclasses.replace(PARTS, layers=only_on_the_way))
+    for count in (K_MAX, K_MAX - 1):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5),
+            run(parameters, rows, jnp.int32(count)),
+            alone(parameters, rows | {"on": np.repeat(on, 2, axis=1)}, jnp.int32(count)),
+        )
+
+
 # In bfloat16 a program rounds where it ends a fusion, which two programs do in other places: of a loss of 40 by 2^-8.
 @pytest.mark.parametrize(
     ("dtype", "off_by", "schedule"),
-    [(jnp.float32, 1e-5, ("1f1b", 2)), (jnp.float32, 1e-5, ("interleaved", 2, 2)), (jnp.bfloat16, 2**-6, ("1f1b", 2))],
+    [
+        (jnp.float32, 1e-5, ("1f1b", 2)),
+        (jnp.float32, 1e-5, ("interleaved", 2, 2)),
+        (jnp.float32, 1e-5, ("1f1b", 2, 1, 2)),
+        (jnp.bfloat16, 2**-6, ("1f1b", 2)),
+    ],
 )
 def test_evaluation_goes_through_the_stages(problem, dtype, off_by, schedule):
     parts = PARTS.of(lambda parameters: jax.tree.map(lambda x: x.astype(dtype), parameters))

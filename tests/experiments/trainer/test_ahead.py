@@ -55,7 +55,7 @@ def prepared_session(options):
 def test_an_optimizer_without_its_derivatives_is_refused_before_the_data_are_read(tmp_path):
     mesh = parallel.make_mesh(data=1, stage=2, devices=jax.devices()[:2])
     given = options(tmp_path, read=lambda: pytest.fail("the corpus was read"))
-    with pytest.raises(UserError, match="mesh stage = 2: a pipeline has no second derivatives, .*: use stage = 1"):
+    with pytest.raises(UserError, match=r"mesh stage = 2: a pipeline has no second derivatives, .*: use stage = 1"):
         prepared_session(given | {"optimizer": optim.sophia(1e-3), "mesh": mesh})
 
 
