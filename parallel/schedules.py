@@ -37,8 +37,8 @@ SCHEDULES = ("1f1b", "gpipe", "interleaved")
 so does `interleaved`, whose stages have several chunks of layers."""
 
 
-# Groups of stages take turns in ways of their own, and every so many of them alike: a step doesn't have microbatches for
-# all ways.
+# Groups of stages take turns in ways of their own, and every so many of them alike: the routes of a tick are a part of
+# the program each.
 _WAYS = 3
 
 

@@ -62,6 +62,8 @@ ELSEWHERE = {
     "pipelineparallel(ism)?(size)?|pp(size)?": "devices that share the layers one after the other are mesh.stage, with "
     "train.mesh = @mesh()",
     "pipelineschedule|ppschedule": "a pipeline's schedule is strategy.schedule, with train.strategy = @strategy()",
+    "virtual(pipeline(parallel)?|stages?|pp)(size)?|vpp(size)?|numlayerspervirtualpipelinestage": "parts of a stage's "
+    "layers are strategy.chunks, with strategy.schedule = 'interleaved' and train.strategy = @strategy()",
     "zero(stage)?|fsdp|sharding(strategy)?|deepspeed": "what is split over the devices is train.strategy, such as "
     "'fsdp' or 'zero1'",
     "(num|n)?(gpus|devices|procs|processes|nodes)(pernode)?|worldsize": "all devices of the machine are used; several "

@@ -113,8 +113,8 @@ def stages_line(
     m, chunks = plan.max_microbatches, f" of {schedule.chunks} chunks each" if schedule.chunks > 1 else ""
     skipped = f" ({1 - 1 / schedule.one_of:.0%} skipped)" if schedule.one_of > 1 else ""
     line = (
-        f"{schedule.stages} stages{chunks}{skipped}, {schedule.name}: {schedule.idle_share(m):.0%} of the time is idle, the "
-        f"inputs of {schedule.kept(m)} passes are kept"
+        f"{schedule.stages} stages{chunks}{skipped}, {schedule.name}: {schedule.idle_share(m):.0%} of the time is "
+        f"idle, the inputs of {schedule.kept(m)} passes are kept"
     )
     if not (moved := moved_bytes(layout, arrays, logical_axes)):
         return line
