@@ -13,22 +13,17 @@ from crescendo.pallas_kernels.op import target
 STEP_OPTIONS: dict[str, dict[str, int]] = {"gpu": {"xla_gpu_dot_merger_threshold_mb": 0}}
 
 
-def options(task: Any, platform: str, stages: int = 1) -> dict[str, int]:
+def options(task: Any, platform: str) -> dict[str, int]:
     """What XLA is told of a program that computes a task's loss.
 
     Of products in 8 bits cuBLAS' kernels are the fastest here; those that XLA would make itself, to compare, take it a
     quarter of a minute for each shape.
 
-    What a stage of a pipeline sends to the next one is on its way while the other pass runs, whose layers may gather
-    weights: two collectives at once.
-
-    >>> options(None, "cpu"), options(None, "gpu", stages=2)["xla_gpu_experimental_parallel_collective_overlap_limit"]
-    ({}, 2)
+    >>> options(None, "cpu")
+    {}
     """
     quantised = getattr(getattr(task, "config", None), "matmul", "dtype") != "dtype"
-    further: dict[str, int] = {"xla_gpu_enable_triton_gemm": False} if quantised and platform == "gpu" else {}
-    if stages > 1 and platform == "gpu":
-        further["xla_gpu_experimental_parallel_collective_overlap_limit"] = 2
+    further = {"xla_gpu_enable_triton_gemm": False} if quantised and platform == "gpu" else {}
     return STEP_OPTIONS.get(platform, {}) | further
 
 
