@@ -256,4 +256,5 @@ class Schedule:
         >>> Schedule("1f1b", 4).idle_share(9), Schedule("interleaved", 4, chunks=2).idle_share(8)
         (0.25, 0.15789473684210525)
         """
-        return 1 - self.chunks * microbatches / (self.one_of * self.passing(microbatches))
+        places = self.one_of * self.passing(microbatches)
+        return (places - self.chunks * microbatches) / places

@@ -193,6 +193,19 @@ def test_more_stages_change_nothing(axes, plan, changes):
     check_ten_steps(layout, STATISTICS, dataclasses.replace(CONFIG, **{"layers": 4} | changes), off_by=2e-5)
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+def test_skipped_stages_are_the_same_training_on_every_mesh():
+    config, plan = dataclasses.replace(CONFIG, layers=4), parallel.BatchPlan(2, 12)
+    found = []
+    for axes, devices in (({}, 4), ({"tensor": 2}, 8)):
+        mesh = parallel.make_mesh(**{"stage": 4, "data": 1} | axes, devices=jax.devices()[:devices])
+        trainer = Trainer(parallel.Layout(mesh, parallel.strategy("zero1", one_of=2)), plan, STATISTICS, config)
+        found.append([record["loss"] for record in trainer.run(6)])
+        assert laid_out(trainer.state, trainer.shardings)
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
 def check_ten_steps(layout: parallel.Layout, statistics, config: ModelConfig, *, off_by: float = 1e-5) -> None:
     trainer = Trainer(layout, parallel.BatchPlan(8, 3), statistics, config)
     found, state = trainer.run(10), trainer.state

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crescendo.models.parts import Parts
-from crescendo.parallel import Spread, accumulate, deviations, make_mesh
+from crescendo.parallel import Layout, MeshSpec, Spread, accumulate, deviations, make_mesh, strategy
 from crescendo.parallel.chunks import rounds
 from crescendo.parallel.pipeline import evaluate_through_stages
 from crescendo.parallel.schedules import Schedule
@@ -103,6 +103,24 @@ def test_slots_are_enough(schedule, microbatches, further):
     )
     assert max((made - used).max(), 1) <= finished  # also what is made and used within a tick needs a slot
     assert schedule.name == "gpipe" or kept <= (3 * v + 1) // 2 * p - v % 2  # however many microbatches there are
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "interleaved"}, "strategy.chunks = 1 interleaves nothing: use 2 or more, or '1f1b'"),
+        ({"chunks": 2}, "strategy.chunks = 2 with strategy.schedule = '1f1b', .*: use 'interleaved', or chunks = 1"),
+        (
+            {"schedule": "gpipe", "one_of": 2},
+            "strategy.one_of = 2 skips stages, .* 'gpipe' doesn't: use '1f1b', or one_",
+        ),
+        ({"one_of": 3}, "strategy.one_of = 3 does not divide the mesh's stage = 4: use 1, 2 or 4"),
+    ],
+)
+def test_what_a_schedule_has_no_use_for_is_refused(options, message):
+    mesh = MeshSpec(data=1, stage=4).abstract(4)
+    with pytest.raises(ValueError, match=message):
+        Layout(mesh, strategy("data", **options))
 
 
 @given(st.integers(2, 9), st.integers(2, 9))
