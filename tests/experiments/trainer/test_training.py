@@ -541,6 +541,8 @@ def test_what_makes_no_sense_is_one_line(options, message):
 def test_a_batch_is_cut_into_several_microbatches_a_stage():
     assert [plan.microbatch_examples for plan in small_session(**staged(2, batch_size=64)).plans()] == [8, 4, 2, 1]
     assert next(small_session(**staged(2, batch_size=2)).plans()).microbatch_examples == 1
+    interleaved = parallel.strategy(schedule="interleaved", chunks=2)
+    assert next(small_session(**staged(2, batch_size=64, strategy=interleaved)).plans()).microbatch_examples == 16
 
 
 @pytest.mark.slow
