@@ -65,7 +65,7 @@ def check_derivatives(opt_state: optax.OptState, layout: Layout) -> None:
       layout: the mesh.
 
     Raises:
-      SecondDerivativeError: names the axis of the mesh.
+      ValueError: names the axis of the mesh.
     """
     if find_states(opt_state, contrib.HutchinsonState):
         layout.for_second_derivatives()
