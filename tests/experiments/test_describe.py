@@ -27,6 +27,29 @@ def test_70b_over_4096_devices_is_described_without_any(capsys):
     assert float(held["optimizer state"]) == pytest.approx(2 * 70.55e9 * 4 / 4096 / 2**30, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], r"8 stages, 1f1b: 18% of the time is idle, the inputs of 15 passes are kept\n"),
+        (
+            ["--schedule", "interleaved", "--chunks", "5"],
+            r"8 stages of 5 chunks each, interleaved: 4% .* 63 passes are kept, 0\.399 GiB of layers and gradients",
+        ),
+        (
+            ["--one-of", "2"],
+            r"8 stages \(50% skipped\), 1f1b: 16% of the time is idle, the inputs of 7 passes are kept\n",
+        ),
+    ],
+)
+def test_what_a_schedule_costs_is_said(capsys, options, said):
+    mesh = ["--model", "70b", "--devices", "1024", "--stage", "8", "--fsdp", "16", "--tensor", "8"]
+    describe.main([*mesh, "--batch-size", "512", "--microbatches", "32", *options])
+    shown = capsys.readouterr().out
+    assert re.search(said, shown)
+    copied = re.search(r"layers in the order of the stages' work +│ ([\d.]+)", shown)
+    assert (copied is not None) == ("interleaved" in options)
+
+
 def test_more_devices_along_tensor_than_key_heads_hold_copies(capsys):
     held = {}
     for tensor in ("8", "16"):
