@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what the loop below binds
     from crescendo.pallas_kernels.attention import attention as attention
     from crescendo.pallas_kernels.attention import shared_prefix as shared_prefix
+    from crescendo.pallas_kernels.grouped_matmul import grouped_matmul as grouped_matmul
     from crescendo.pallas_kernels.layer_norm import layer_norm as layer_norm
     from crescendo.pallas_kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from crescendo.pallas_kernels.rms_norm import qk_norm_rotary as qk_norm_rotary

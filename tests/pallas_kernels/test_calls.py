@@ -17,6 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 from crescendo import pallas_kernels
 from crescendo.pallas_kernels import (
     attention,
+    grouped_matmul,
     layer_norm,
     linear_cross_entropy,
     qk_norm_rotary,
@@ -57,6 +58,10 @@ def begun(q, k, v, **options):
     return attention(q, k, v, causal=True, positions=(q[0, 0, 0, 0] > 0).astype(jnp.int32), **options)
 
 
+def grouped(x, w, **options):
+    return grouped_matmul(x, w, jnp.array([0, x.shape[0], 0]), **options)  # each device's rows in one group
+
+
 # A function of an op, its arrays' shapes, None for an argument that isn't there, and where a mesh has them.
 CALLS = {
     "attention": (attend, ((4, 96, 4, 64), *[(4, 96, 2, 64)] * 2, None), (ROWS,) * 4, attention),
@@ -78,6 +83,7 @@ CALLS = {
         (ROWS, SHARED, SHARED),
         layer_norm,
     ),
+    "grouped": (grouped, ((256, 128), (3, 128, 128)), (ROWS, SHARED), grouped_matmul),
     "softmax": (softmax, ((4, 512),), (ROWS,), softmax),
     "swiglu": (swiglu, ((4, 256),) * 2, (ROWS, ROWS), swiglu),
     "side by side": (swiglu, ((4, 2, 256),), (ROWS,), swiglu),
