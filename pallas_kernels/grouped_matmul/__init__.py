@@ -6,7 +6,7 @@ from crescendo.pallas_kernels.grouped_matmul import gradient
 from crescendo.pallas_kernels.op import check_floating, op
 from crescendo.pallas_kernels.sharded import alike
 
-ORDER = ("mosaic_gpu", "xla", "reference")
+ORDER = ("mosaic_gpu", "triton", "xla", "reference")
 
 
 @op({name: f"crescendo.pallas_kernels.grouped_matmul.{name}" for name in ORDER}, run=gradient.run)

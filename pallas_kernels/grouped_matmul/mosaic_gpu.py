@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from crescendo.pallas_kernels import rows, tiles
 from crescendo.pallas_kernels.grouped_matmul.gradient import Products
+from crescendo.pallas_kernels.grouped_matmul.groups import borders, touched
 from crescendo.pallas_kernels.hopper.block import launch, warpgroups
 from crescendo.pallas_kernels.hopper.memory import ROWS, tiled
 from crescendo.pallas_kernels.hopper.products import ROW_LAYOUT, along_rows, finish, product
@@ -76,13 +77,6 @@ def key(depth: int, columns: int) -> dict:
     return {"depth": depth, "columns": columns}
 
 
-def _ends(sizes, count: int):
-    """Where groups begin and the last one ends, at most `count`: int32 `[E + 1]`."""
-    n = jnp.arange(len(sizes))
-    before = jnp.where(n[None] < jnp.arange(len(sizes) + 1)[:, None], sizes[None], 0)
-    return jnp.minimum(jnp.sum(before, axis=1), count).astype(jnp.int32)
-
-
 def _padded(array, multiple: int):
     return jnp.pad(array, ((0, -array.shape[0] % multiple), (0, 0)))
 
@@ -116,12 +110,9 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
     tile = (tile or tiles.tuned("grouped_matmul", "rows", key(depth, columns), count, Tile())).of(columns)
     of_w = (tile.columns, DEPTH) if transposed else (DEPTH, tile.columns)
     ring, steps = tile.ring(a.dtype, (TILE_ROWS, DEPTH), of_w), depth // DEPTH
-    given, ends = _padded(a, TILE_ROWS), _ends(sizes, count)
+    given, ends = _padded(a, TILE_ROWS), borders(sizes, count)
     grid = given.shape[0] // TILE_ROWS, columns // tile.columns
-    # The groups of a tile's first and last row.
-    first_rows = jnp.arange(grid[0], dtype=jnp.int32)[:, None] * TILE_ROWS
-    first = jnp.sum(ends[None, 1:] <= first_rows, axis=1, dtype=jnp.int32)
-    last = jnp.sum(ends[None, 1:-1] < jnp.minimum(first_rows + TILE_ROWS, ends[-1]), axis=1, dtype=jnp.int32)
+    first, last = touched(ends, grid[0], TILE_ROWS)
     blocks = min(target_device().cores, grid[0] * grid[1])
 
     def grouped_rows(a_ref, w_ref, ends_ref, first_ref, last_ref, y_ref, ring_refs, exit_ref):
@@ -215,7 +206,7 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
     tile = (tile or tiles.tuned("grouped_matmul", "groups", key(width, columns), count, Tile())).of(columns)
     ring = tile.ring(x.dtype, (DEPTH, TILE_ROWS), (DEPTH, tile.columns))
     given = _padded(x, DEPTH), _padded(dy, DEPTH)
-    ends, most = _ends(sizes, count), given[0].shape[0] - DEPTH
+    ends, most = borders(sizes, count), given[0].shape[0] - DEPTH
     grid = pl.cdiv(width, TILE_ROWS), columns // tile.columns
     tiles_of_group, groups = grid[0] * grid[1], len(sizes)
     blocks = min(target_device().cores, groups * tiles_of_group)
