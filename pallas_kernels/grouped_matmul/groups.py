@@ -31,6 +31,17 @@ def touched(at, tiles: int, rows: int):
     return first, last
 
 
+def by_size(sizes):
+    """The numbers of the groups, the largest first.
+
+    >>> by_size(jnp.array([3, 0, 4, 3])).tolist()
+    [2, 0, 3, 1]
+    """
+    n = jnp.arange(len(sizes), dtype=jnp.int32)
+    ahead = (sizes > sizes[:, None]) | ((sizes == sizes[:, None]) & (n < n[:, None]))
+    return jnp.sum(jnp.where(jnp.sum(ahead, axis=1) == n[:, None], n, 0), axis=1, dtype=jnp.int32)
+
+
 def tiles_of_groups(at, rows: int, tile: int):
     """The group and the first row of each tile, where tiles begin where groups do; rows behind the last are a group.
 

@@ -5,7 +5,8 @@ groups' rows set to 0 in shared memory, and all visits add to the same sums: so 
 of no group get zeros. A warpgroup without a row in the group sits the visit out.
 
 In the gradient of w it is the sum that runs over a group's rows. They come in blocks that begin at most 7 rows before
-the group does, and rows of a block that aren't the group's are set to 0.
+the group does, and rows of a block that aren't the group's are set to 0. The largest groups come first, and what is
+small fills the gaps behind them.
 """
 
 import dataclasses
@@ -19,8 +20,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from crescendo.pallas_kernels import rows, tiles
 from crescendo.pallas_kernels.grouped_matmul.gradient import Products
-from crescendo.pallas_kernels.grouped_matmul.groups import borders, touched
-from crescendo.pallas_kernels.hopper.block import launch, warpgroups
+from crescendo.pallas_kernels.grouped_matmul.groups import borders, by_size, touched
+from crescendo.pallas_kernels.hopper.block import launch
+from crescendo.pallas_kernels.hopper.claims import Claims
 from crescendo.pallas_kernels.hopper.memory import ROWS, tiled
 from crescendo.pallas_kernels.hopper.products import ROW_LAYOUT, along_rows, finish, product
 from crescendo.pallas_kernels.hopper.ring import Part, Ring, Slots
@@ -113,13 +115,13 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
     given, ends = _padded(a, TILE_ROWS), borders(sizes, count)
     grid = given.shape[0] // TILE_ROWS, columns // tile.columns
     first, last = touched(ends, grid[0], TILE_ROWS)
-    blocks = min(target_device().cores, grid[0] * grid[1])
+    claims = Claims(grid[0] * grid[1], min(target_device().cores, grid[0] * grid[1]), CONSUMERS)
 
-    def grouped_rows(a_ref, w_ref, ends_ref, first_ref, last_ref, y_ref, ring_refs, exit_ref):
-        slots, block = ring.of(ring_refs), lax.axis_index("block")
+    def grouped_rows(a_ref, w_ref, ends_ref, first_ref, last_ref, y_ref, ring_refs, exit_ref, claim_refs):
+        slots = ring.of(ring_refs)
 
         def place(n):
-            i, j = plgpu.planar_snake(block + n * blocks, grid, minor_dim=0, tile_width=tile.together)
+            i, j = plgpu.planar_snake(n, grid, minor_dim=0, tile_width=tile.together)
             return i, i * TILE_ROWS, pl.ds(j * tile.columns, tile.columns)
 
         def visits(i, row, visit, step):
@@ -171,12 +173,12 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
             _leave(sums, exit_ref.at[consumer], place_of)
             return step
 
-        rounds = pl.cdiv(grid[0] * grid[1] - block, blocks)
         end = lambda _: plgpu.wait_smem_to_gmem(0)  # noqa: E731
-        warpgroups(CONSUMERS, rounds, load=load, compute=compute, drain=slots.drain, end=end)
+        claims.warpgroups(claim_refs, load=load, compute=compute, drain=slots.drain, end=end)
 
-    out, scratch = jax.ShapeDtypeStruct((given.shape[0], columns), a.dtype), (ring.scratch(), tile.exit(a.dtype))
-    kernel = launch(grouped_rows, consumers=CONSUMERS, blocks=blocks, scratch=scratch, out_type=out)
+    out = jax.ShapeDtypeStruct((given.shape[0], columns), a.dtype)
+    scratch = ring.scratch(), tile.exit(a.dtype), claims.scratch()
+    kernel = launch(grouped_rows, consumers=CONSUMERS, blocks=claims.blocks, scratch=scratch, out_type=out)
     return results_of((a, w), kernel(given, w, ends, first, last))[:count]
 
 
@@ -209,17 +211,16 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
     ends, most = borders(sizes, count), given[0].shape[0] - DEPTH
     grid = pl.cdiv(width, TILE_ROWS), columns // tile.columns
     tiles_of_group, groups = grid[0] * grid[1], len(sizes)
-    blocks = min(target_device().cores, groups * tiles_of_group)
+    total = groups * tiles_of_group
+    claims = Claims(total, min(target_device().cores, total), CONSUMERS)
 
-    def grouped_columns(x_ref, dy_ref, ends_ref, dw_ref, ring_refs, exit_ref):
-        slots, block = ring.of(ring_refs), lax.axis_index("block")
+    def grouped_columns(x_ref, dy_ref, ends_ref, order_ref, dw_ref, ring_refs, exit_ref, claim_refs):
+        slots = ring.of(ring_refs)
 
         def place(n):
-            n = block + n * blocks
-            group = lax.div(n, tiles_of_group)
-            at = n - group * tiles_of_group
-            i, j = plgpu.planar_snake(at, grid, minor_dim=0, tile_width=tile.together)
-            return group, pl.ds(i * TILE_ROWS, TILE_ROWS), pl.ds(j * tile.columns, tile.columns)
+            turn = lax.div(n, tiles_of_group)
+            i, j = plgpu.planar_snake(n - turn * tiles_of_group, grid, minor_dim=0, tile_width=tile.together)
+            return order_ref[turn], pl.ds(i * TILE_ROWS, TILE_ROWS), pl.ds(j * tile.columns, tile.columns)
 
         def depths(group):
             """Where the group begins and ends, and its blocks: how many, and `row(k)`, where one begins."""
@@ -267,11 +268,10 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
             _leave(sums, exit_ref.at[consumer], place_of)
             return step + steps
 
-        rounds = pl.cdiv(groups * tiles_of_group - block, blocks)
         end = lambda _: plgpu.wait_smem_to_gmem(0)  # noqa: E731
-        warpgroups(CONSUMERS, rounds, load=load, compute=compute, drain=slots.drain, end=end)
+        claims.warpgroups(claim_refs, load=load, compute=compute, drain=slots.drain, end=end)
 
     out = jax.ShapeDtypeStruct((groups, width, columns), x.dtype)
-    scratch = ring.scratch(), tile.exit(x.dtype)
-    kernel = launch(grouped_columns, consumers=CONSUMERS, blocks=blocks, scratch=scratch, out_type=out)
-    return results_of((x, dy), kernel(*given, ends))
+    scratch = ring.scratch(), tile.exit(x.dtype), claims.scratch()
+    kernel = launch(grouped_columns, consumers=CONSUMERS, blocks=claims.blocks, scratch=scratch, out_type=out)
+    return results_of((x, dy), kernel(*given, ends, by_size(sizes)))

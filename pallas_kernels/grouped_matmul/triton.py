@@ -1,4 +1,4 @@
-"""jax-triton, Ampere and later: tiles begin where groups do, and what is behind a group's end is neither read nor written."""
+"""jax-triton, Ampere and later: tiles begin where groups do, and what is behind a group is neither read nor written."""
 
 import dataclasses
 

@@ -1,0 +1,121 @@
+"""Tiles of unequal work: in order, each goes to the block of threads that is free first.
+
+A block has the tile of its own number first. The warpgroup that loads claims the next one ahead of time, from a counter
+of the device, and leaves its number in shared memory for the consumers. In an interpreter blocks take turns.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from crescendo.pallas_kernels.hopper.memory import REGISTERS
+from crescendo.pallas_kernels.op import target_device
+
+SLOTS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Claims:
+    """What is fixed.
+
+    Attributes:
+      tiles: how many there are.
+      blocks: of threads; at most as many.
+      consumers: warpgroups of a block that compute.
+    """
+
+    tiles: int
+    blocks: int
+    consumers: int
+
+    def scratch(self) -> dict[str, Any]:
+        """What a kernel allocates, and `warpgroups` takes."""
+        return {
+            "numbers": plgpu.SMEM((SLOTS,), jnp.int32),
+            "full": plgpu.Barrier(num_barriers=SLOTS),
+            "free": plgpu.Barrier(num_arrivals=self.consumers, num_barriers=SLOTS),
+        }
+
+    def warpgroups(self, refs, *, load: Callable, compute: Callable, drain: Callable, end: Callable) -> None:
+        """The body of a kernel that `block.launch` launches.
+
+        Args:
+          refs: of `scratch`.
+          load: `(tile, step) -> step`, of the warpgroup that loads: fills rings for a tile, from step `step` on.
+          compute: `(consumer, tile, step) -> step`, of each of the others.
+          drain: `(steps)`, after the last tile of the warpgroup that loads: drains its rings.
+          end: `(consumer)`, after the last one of a consumer.
+        """
+        warpgroup, block = lax.axis_index("wg"), lax.axis_index("block")
+        counter = None if target_device().interpreted else pl.get_global(plgpu.SemaphoreType.REGULAR((1,)))
+        begin = (jnp.int32(0), jnp.int32(block), jnp.int32(0))
+        left = lambda state: state[1] < self.tiles  # noqa: E731
+
+        def taken(n):
+            """The number of the block's n-th tile, once it is there."""
+            plgpu.barrier_wait(refs["full"].at[lax.rem(n, SLOTS)])
+            return refs["numbers"][lax.rem(n, SLOTS)]
+
+        def claim(n):
+            slot = lax.rem(n, SLOTS)
+            pl.when(n > SLOTS)(lambda: plgpu.barrier_wait(refs["free"].at[slot]))
+            if counter is None:
+                refs["numbers"][slot] = block + n * self.blocks
+            else:
+                _claim(self.blocks)(counter, refs["numbers"].at[pl.ds(slot, 1)])
+            plgpu.barrier_arrive(refs["full"].at[slot])
+
+        @pl.when(warpgroup == self.consumers)
+        def _load():
+            plgpu.set_max_registers(REGISTERS[self.consumers][0], action="decrease")
+
+            def one(state):
+                n, tile, step = state
+                claim(n + 1)
+                step = load(tile, step)
+                return n + 1, taken(n + 1), step
+
+            n, _, steps = lax.while_loop(left, one, begin)
+            drain(steps)
+
+            @pl.loop(jnp.maximum(n - SLOTS, 0), n)
+            def _(n):
+                plgpu.barrier_wait(refs["free"].at[lax.rem(n + 1, SLOTS)])
+
+        @pl.when(warpgroup < self.consumers)
+        def _compute():
+            plgpu.set_max_registers(REGISTERS[self.consumers][1], action="increase")
+
+            def one(state):
+                n, tile, step = state
+                step = compute(warpgroup, tile, step)
+                tile = taken(n + 1)
+                plgpu.barrier_arrive(refs["free"].at[lax.rem(n + 1, SLOTS)])
+                return n + 1, tile, step
+
+            lax.while_loop(left, one, begin)
+            end(warpgroup)
+
+
+def _claim(first: int) -> Callable:
+    """`(counter, number)`: the number is `first` and the counter, which one of all goes up by 1."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def claim(_, counter, number):
+        from jax.experimental.mosaic.gpu import utils
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, memref
+
+        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+        with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
+            place = utils.memref_ptr(counter)
+            before = utils.inline_ptx("atom.add.u32 $0, [$1], 1;", place, result_types=i32, has_side_effects=True)
+            value = arith.addi(before, arith.constant(i32, first))
+            memref.store(value, number, [arith.constant(index, 0)])
+
+    return claim
