@@ -1,34 +1,68 @@
-"""Where groups lie, and the tiles that they are cut into, computed from their traced sizes."""
+"""Where groups lie, and the tiles that they are cut into, computed from their traced sizes.
 
+Three sums, each a kernel of XLA's, whose operands are computed as they are read: that is most of what they cost.
+"""
+
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 
 
-def borders(sizes, rows: int):
-    """Where each group begins, and where the last one ends, at most `rows`: int32 `[E + 1]`.
+class Borders(NamedTuple):
+    """Where groups begin and end: int32 `[E + 1]` each; rows behind the groups are the last one.
 
-    >>> borders(jnp.array([3, 0, 4]), 6).tolist()
-    [0, 3, 3, 6]
+    Where sizes are more than there are rows, they go on behind the array's end.
     """
-    ends = jnp.arange(len(sizes) + 1)[:, None]
-    # One reduction, where a cumulative sum would be several small kernels.
-    return jnp.minimum(jnp.sum(jnp.where(jnp.arange(len(sizes)) < ends, sizes, 0), axis=1), rows).astype(jnp.int32)
+
+    begin: jax.Array
+    end: jax.Array
 
 
-def touched(at, tiles: int, rows: int):
-    """The first and the last group with rows in each of so many tiles in fixed places; none where first > last.
+def borders(sizes, rows: int) -> Borders:
+    """Of groups of these sizes in so many rows.
 
-    Args:
-      at: `borders`.
-      tiles: how many.
-      rows: of a tile.
-
-    >>> [found.tolist() for found in touched(borders(jnp.array([3, 0, 4]), 7), 3, 4)]
-    [[0, 2, 3], [2, 2, 2]]
+    >>> begin, end = borders(jnp.array([3, 0, 2]), 6)
+    >>> begin.tolist(), end.tolist()
+    ([0, 3, 3, 5], [3, 3, 5, 6])
     """
-    begin = jnp.arange(tiles, dtype=jnp.int32)[:, None] * rows
-    first = jnp.sum(at[1:] <= begin, axis=1, dtype=jnp.int32)
-    last = jnp.sum(at[1:-1] < jnp.minimum(begin + rows, at[-1]), axis=1, dtype=jnp.int32)
-    return first, last
+    group, other = jnp.arange(len(sizes) + 1)[:, None], jnp.arange(len(sizes))
+    # The last end as a sum too, so that all are one kernel.
+    behind = (group == len(sizes)) & (other == 0)
+    of_end = jnp.where(behind, rows, jnp.where((other <= group) & (group < len(sizes)), sizes, 0))
+    begin = jnp.sum(jnp.where(other < group, sizes, 0), axis=1, dtype=jnp.int32)
+    return Borders(begin, jnp.sum(of_end, axis=1, dtype=jnp.int32))
+
+
+class Tiles(NamedTuple):
+    """What tiles are of: arrays as long as there can be tiles.
+
+    Attributes:
+      group: int32; the last one of `Borders` too.
+      first: int32, the first row.
+      behind: int32 `[E + 1]`, the tiles of all groups up to each: the last entry says how many there are.
+    """
+
+    group: jax.Array
+    first: jax.Array
+    behind: jax.Array
+
+
+def tiles_of(at: Borders, rows: int, tile: int, aligned: int = 1) -> Tiles:
+    """Tiles of so many rows, where they begin where groups do; first rows are rounded down to a multiple of `aligned`.
+
+    >>> group, first, behind = tiles_of(borders(jnp.array([3, 0, 1]), 6), 6, 2)
+    >>> group.tolist()[: behind[-1]], first.tolist()[: behind[-1]]
+    ([0, 0, 2, 3], [0, 2, 3, 4])
+    """
+    begin, end = jnp.minimum(at.begin, rows), jnp.minimum(at.end, rows)
+    start = begin // aligned * aligned
+    counts = jnp.where(end > begin, (end - start + tile - 1) // tile, 0)
+    n, number = jnp.arange(len(begin)), jnp.arange(rows // tile + 2 * len(begin))[:, None]
+    behind = jnp.sum(jnp.where(n <= n[:, None], counts, 0), axis=1, dtype=jnp.int32)
+    own = (number >= behind - counts) & (number < behind)
+    pick = lambda values: jnp.sum(jnp.where(own, values, 0), axis=1, dtype=jnp.int32)  # noqa: E731
+    return Tiles(pick(n), pick(start + (number - behind + counts) * tile), behind)
 
 
 def by_size(sizes):
@@ -37,30 +71,7 @@ def by_size(sizes):
     >>> by_size(jnp.array([3, 0, 4, 3])).tolist()
     [2, 0, 3, 1]
     """
-    n = jnp.arange(len(sizes), dtype=jnp.int32)
+    n = jnp.arange(len(sizes))
     ahead = (sizes > sizes[:, None]) | ((sizes == sizes[:, None]) & (n < n[:, None]))
-    return jnp.sum(jnp.where(jnp.sum(ahead, axis=1) == n[:, None], n, 0), axis=1, dtype=jnp.int32)
-
-
-def tiles_of_groups(at, rows: int, tile: int):
-    """The group and the first row of each tile, where tiles begin where groups do; rows behind the last are a group.
-
-    Args:
-      at: `borders`.
-      rows: of the array.
-      tile: rows of a tile.
-
-    Returns:
-      int32 `[rows // tile + E + 1]` twice: as many as there can be. A tile that isn't there begins at its group's end.
-
-    >>> groups, first = tiles_of_groups(borders(jnp.array([3, 0, 1]), 6), 6, 2)
-    >>> groups.tolist(), first.tolist()
-    ([0, 0, 2, 3, 3, 3, 3], [0, 2, 3, 4, 6, 6, 6])
-    """
-    ends = jnp.append(at[1:], rows).astype(jnp.int32)
-    counts = (ends - at + tile - 1) // tile
-    n = jnp.arange(len(counts))
-    before = jnp.sum(jnp.where(n < n[:, None], counts, 0), axis=1)
-    number = jnp.arange(rows // tile + len(counts), dtype=jnp.int32)
-    group = jnp.sum(number[:, None] >= (before + counts)[:-1], axis=1, dtype=jnp.int32)
-    return group, jnp.minimum(at[group] + (number - before[group]) * tile, ends[group]).astype(jnp.int32)
+    place = jnp.sum(ahead, axis=1, dtype=jnp.int32)
+    return jnp.sum(jnp.where(place == n[:, None], n, 0), axis=1, dtype=jnp.int32)

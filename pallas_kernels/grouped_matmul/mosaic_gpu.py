@@ -1,16 +1,14 @@
-"""Pallas for Hopper: tiles of rows in fixed places, each multiplied by the matrix of every group that it touches.
+"""Pallas for Hopper: tiles begin where groups do, at most 7 rows before, and a tile has rows of one group alone.
 
-Where a border of groups runs through a tile of `a_i w_e`, the tile is visited once for each group, with the other
-groups' rows set to 0 in shared memory, and all visits add to the same sums: so a tile is stored whole, once, and rows
-of no group get zeros. A warpgroup without a row in the group sits the visit out.
+So each tile of `a_i w_e` is one product. What rows of other groups give is not stored: whole squares of a warpgroup
+leave in one copy, those at a border in copies of 32, 16, 8, 4, 2 and 1 rows. A warpgroup whose rows aren't the group's
+sits the tile out. Rows of no group are a group without products, and get zeros.
 
-In the gradient of w it is the sum that runs over a group's rows. They come in blocks that begin at most 7 rows before
-the group does, and rows of a block that aren't the group's are set to 0. The largest groups come first, and what is
-small fills the gaps behind them.
+In the gradient of w it is the sum that runs over a group's rows, block by block; rows of a block that aren't the
+group's are set to 0 in shared memory. The largest groups come first, and what is small fills the gaps behind them.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +18,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from crescendo.pallas_kernels import rows, tiles
 from crescendo.pallas_kernels.grouped_matmul.gradient import Products
-from crescendo.pallas_kernels.grouped_matmul.groups import borders, by_size, touched
+from crescendo.pallas_kernels.grouped_matmul.groups import borders, by_size, tiles_of
 from crescendo.pallas_kernels.hopper.block import launch
 from crescendo.pallas_kernels.hopper.claims import Claims
 from crescendo.pallas_kernels.hopper.memory import ROWS, tiled
 from crescendo.pallas_kernels.hopper.products import ROW_LAYOUT, along_rows, finish, product
-from crescendo.pallas_kernels.hopper.ring import Part, Ring, Slots
+from crescendo.pallas_kernels.hopper.ring import Part, Ring
 from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
 from crescendo.pallas_kernels.sharded import results_of
 
@@ -43,12 +41,14 @@ class Tile:
       stages: slots of the ring.
       together: rows of tiles that are worked on at a time.
       leaving: columns that a consumer writes at a time.
+      exits: such pieces that are on their way at a time.
     """
 
     columns: int = 256
     stages: int = 3
     together: int = 8
     leaving: int = 64
+    exits: int = 2
 
     def of(self, columns: int) -> "Tile":
         """For a result of so many columns."""
@@ -60,8 +60,8 @@ class Tile:
         return Ring(parts, stages=self.stages, consumers=CONSUMERS)
 
     def exit(self, dtype):
-        """Where each consumer leaves its part of a tile, a piece at a time; two are on their way."""
-        return tiled((CONSUMERS, 2, ROWS, self.leaving), dtype)
+        """Where each consumer leaves its part of a tile, a piece at a time."""
+        return tiled((CONSUMERS, self.exits, ROWS, self.leaving), dtype)
 
 
 def grouped_matmul(x, w, sizes):
@@ -79,8 +79,10 @@ def key(depth: int, columns: int) -> dict:
     return {"depth": depth, "columns": columns}
 
 
-def _padded(array, multiple: int):
-    return jnp.pad(array, ((0, -array.shape[0] % multiple), (0, 0)))
+def _padded(array, multiple: int, least: int = 0):
+    """With rows of zeros up to a multiple, and at least so many."""
+    count = max(-(-array.shape[0] // multiple) * multiple, least)
+    return jnp.pad(array, ((0, count - array.shape[0]), (0, 0)))
 
 
 def _keep(ref, lo, hi) -> None:
@@ -94,12 +96,13 @@ def _keep(ref, lo, hi) -> None:
 
 def _leave(sums, exit_ref, place) -> None:
     """Writes a consumer's sums, piece by piece, to `place(columns)`."""
-    width = exit_ref.shape[-1]
+    exits, _, width = exit_ref.shape
     pieces = sums.shape[1] // width
     for i in range(pieces):
-        columns, slot = pl.ds(i * width, width), exit_ref.at[i % 2]
-        # The last piece of the tile before was in the other slot, unless they are odd.
-        plgpu.wait_smem_to_gmem(0 if i == 0 and pieces % 2 else 1, wait_read_only=True)
+        columns, slot = pl.ds(i * width, width), exit_ref.at[i % exits]
+        # The tile before has left all slots, or its last pieces are in the last ones, or in any.
+        behind = exits - 1 if i >= exits or pieces % exits == 0 else i
+        plgpu.wait_smem_to_gmem(behind, wait_read_only=True)
         slot[...] = sums[:, i * width : (i + 1) * width].astype(slot.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(slot, place(columns))
@@ -111,95 +114,109 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
     columns = w.shape[1] if transposed else w.shape[2]
     tile = (tile or tiles.tuned("grouped_matmul", "rows", key(depth, columns), count, Tile())).of(columns)
     of_w = (tile.columns, DEPTH) if transposed else (DEPTH, tile.columns)
-    ring, steps = tile.ring(a.dtype, (TILE_ROWS, DEPTH), of_w), depth // DEPTH
-    given, ends = _padded(a, TILE_ROWS), borders(sizes, count)
-    grid = given.shape[0] // TILE_ROWS, columns // tile.columns
-    first, last = touched(ends, grid[0], TILE_ROWS)
-    claims = Claims(grid[0] * grid[1], min(target_device().cores, grid[0] * grid[1]), CONSUMERS)
+    ring, across = tile.ring(a.dtype, (TILE_ROWS, DEPTH), of_w), columns // tile.columns
+    given = _padded(a, ALIGNED, TILE_ROWS)
+    last, at, groups = given.shape[0] - TILE_ROWS, borders(sizes, count), len(sizes)
+    of_tile = tiles_of(at, count, TILE_ROWS, ALIGNED)
+    claims = Claims(min(target_device().cores, len(of_tile.group) * across), CONSUMERS)
 
-    def grouped_rows(a_ref, w_ref, ends_ref, first_ref, last_ref, y_ref, ring_refs, exit_ref, claim_refs):
-        slots = ring.of(ring_refs)
+    def grouped_rows(a_ref, w_ref, begin_ref, end_ref, group_ref, first_ref, behind_ref, y_ref, *scratch):
+        ring_refs, exit_ref, border_ref, claim_refs = scratch
+        slots, down = ring.of(ring_refs), behind_ref[groups]
 
         def place(n):
-            i, j = plgpu.planar_snake(n, grid, minor_dim=0, tile_width=tile.together)
-            return i, i * TILE_ROWS, pl.ds(j * tile.columns, tile.columns)
-
-        def visits(i, row, visit, step):
-            """`visit(group, lo, hi, steps, step)`, with rows from the tile's first one, for each group of a tile."""
-
-            def one(group, step):
-                lo, hi = ends_ref[group] - row, ends_ref[group + 1] - row
-                here = jnp.where(hi > jnp.maximum(lo, 0), steps, 0)
-                visit(group, lo, hi, here, step)
-                return step + here
-
-            return lax.fori_loop(first_ref[i], last_ref[i] + 1, one, step)
+            """A tile's group, its first row, where the group begins and ends from there, and its columns."""
+            i, j = _panels(n, down, across, tile.together)
+            own, row = group_ref[i], pl.multiple_of(jnp.minimum(first_ref[i], last), ALIGNED)
+            # Of a tile that is moved up to end with the array, what is before its place is another tile's.
+            lo, hi = jnp.maximum(begin_ref[own], first_ref[i]), jnp.minimum(end_ref[own], count)
+            return own, row, lo - row, hi - row, pl.ds(j * tile.columns, tile.columns)
 
         def load(n, step):
-            i, row, of_columns = place(n)
+            own, row, _, _, of_columns = place(n)
+            steps = jnp.where(own < groups, depth // DEPTH, 0)
 
-            def visit(group, lo, hi, here, step):
-                del lo, hi
+            @pl.loop(0, steps)
+            def _(k):
+                of_depth = pl.ds(k * DEPTH, DEPTH)
+                of_w = (own, of_columns, of_depth) if transposed else (own, of_depth, of_columns)
+                slots.fill(step + k, a=a_ref.at[pl.ds(row, TILE_ROWS), of_depth], b=w_ref.at[of_w])
 
-                @pl.loop(0, here)
-                def _(k):
-                    of_depth = pl.ds(k * DEPTH, DEPTH)
-                    of_w = (group, of_columns, of_depth) if transposed else (group, of_depth, of_columns)
-                    slots.fill(step + k, a=a_ref.at[pl.ds(row, TILE_ROWS), of_depth], b=w_ref.at[of_w])
-
-            return visits(i, row, visit, step)
+            return step + steps
 
         def compute(consumer, n, step):
-            (i, row, of_columns), mine = place(n), pl.ds(consumer * ROWS, ROWS)
+            own, row, lo, hi, of_columns = place(n)
+            lo, hi = lo - consumer * ROWS, hi - consumer * ROWS
+            steps, mine = jnp.where(own < groups, depth // DEPTH, 0), (hi > 0) & (lo < ROWS)
 
-            def visit(sums, group, lo, hi, here, step):
-                del group
-                lo, hi = lo - consumer * ROWS, hi - consumer * ROWS
-                whole, none = (lo <= 0) & (hi >= ROWS), (hi <= 0) | (lo >= ROWS)
-                _multiply(slots, sums, step, jnp.where(whole, here, 0), mine, transposed)
-                _multiply(slots, sums, step, jnp.where(whole | none, 0, here), mine, transposed, (lo, hi))
+            def multiply(sums):
+                @pl.loop(0, jnp.where(mine, steps, 0))
+                def _(k):
+                    slot = slots.slot(step + k)
+                    slots.wait(slot)
+                    b = slots["b"].at[slot]
+                    product(sums, slots["a"].at[slot, pl.ds(consumer * ROWS, ROWS)], b.T if transposed else b)
+                    plgpu.wgmma_wait(1)
+                    pl.when(k > 0)(lambda: slots.free(slots.slot(step + k - 1)))
 
-                @pl.loop(0, jnp.where(none, here, 0))
+                total = finish(sums)
+                pl.when(mine & (steps > 0))(lambda: slots.free(slots.slot(step + steps - 1)))
+
+                @pl.loop(0, jnp.where(mine, 0, steps))
                 def _(k):
                     slots.wait(slots.slot(step + k))
                     slots.free(slots.slot(step + k))
 
-            def multiply(sums):
-                end = visits(i, row, functools.partial(visit, sums), step)
-                return finish(sums), end
+                return total
 
-            sums, step = pl.run_scoped(multiply, plgpu.ACC((ROWS, tile.columns), jnp.float32))
-            place_of = lambda columns: y_ref.at[pl.ds(row, TILE_ROWS), of_columns].at[mine, columns]  # noqa: E731
-            _leave(sums, exit_ref.at[consumer], place_of)
-            return step
+            sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, tile.columns), jnp.float32))
+            rows_ref = y_ref.at[:, of_columns]
+            whole, row = (lo <= 0) & (hi >= ROWS), row + consumer * ROWS
+
+            @pl.when(whole)
+            def _():
+                place_of = lambda columns: rows_ref.at[pl.ds(pl.multiple_of(row, ALIGNED), ROWS), columns]  # noqa: E731
+                _leave(sums, exit_ref.at[consumer], place_of)
+
+            pl.when(mine & ~whole)(lambda: _leave_some(sums, border_ref.at[consumer], rows_ref, row, lo, hi))
+            return step + steps
 
         end = lambda _: plgpu.wait_smem_to_gmem(0)  # noqa: E731
-        claims.warpgroups(claim_refs, load=load, compute=compute, drain=slots.drain, end=end)
+        claims.warpgroups(claim_refs, down * across, load=load, compute=compute, drain=slots.drain, end=end)
 
     out = jax.ShapeDtypeStruct((given.shape[0], columns), a.dtype)
-    scratch = ring.scratch(), tile.exit(a.dtype), claims.scratch()
+    border = plgpu.SMEM((CONSUMERS, ROWS, ROWS), a.dtype)
+    scratch = ring.scratch(), tile.exit(a.dtype), border, claims.scratch()
     kernel = launch(grouped_rows, consumers=CONSUMERS, blocks=claims.blocks, scratch=scratch, out_type=out)
-    return results_of((a, w), kernel(given, w, ends, first, last))[:count]
+    return results_of((a, w), kernel(given, w, *at, *of_tile))[:count]
 
 
-def _multiply(slots: Slots, sums, step, steps, mine, transposed: bool, kept=None) -> None:
-    """Adds the products of a visit's steps; of `a` only the rows from the first to the second number in `kept`."""
+def _panels(n, down, across: int, together: int):
+    """The row and the column of a tile: so many rows of tiles at a time, column by column."""
+    panel = lax.div(n, together * across)
+    height = jnp.minimum(together, down - panel * together)
+    rest = n - panel * together * across
+    return panel * together + lax.rem(rest, height), lax.div(rest, height)
 
-    @pl.loop(0, steps)
-    def _(k):
-        slot = slots.slot(step + k)
-        slots.wait(slot)
-        a, b = slots["a"].at[slot, mine], slots["b"].at[slot]
-        if kept is not None:
-            _keep(a, *kept)
-        product(sums, a, b.transpose((1, 0)) if transposed else b)
-        plgpu.wgmma_wait(1)
-        pl.when(k > 0)(lambda: slots.free(slots.slot(step + k - 1)))
 
-    @pl.when(steps > 0)
-    def _():
-        plgpu.wgmma_wait(0)
-        slots.free(slots.slot(step + steps - 1))
+def _leave_some(sums, border_ref, rows_ref, row, lo, hi) -> None:
+    """Writes the rows `[lo, hi)` of a consumer's sums, the first of which is `row`, to their places in the result."""
+    lo, hi = jnp.maximum(lo, 0), jnp.minimum(hi, ROWS)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for i in range(sums.shape[1] // ROWS):
+        border_ref[...] = sums[:, i * ROWS : (i + 1) * ROWS].astype(border_ref.dtype)
+        plgpu.commit_smem()
+        done = lo
+        for size in (32, 16, 8, 4, 2, 1):
+            some = ((hi - lo) & size) > 0
+
+            @pl.when(some)
+            def _(done=done, size=size, i=i):
+                there = rows_ref.at[pl.ds(row + done, size), pl.ds(i * ROWS, ROWS)]
+                plgpu.copy_smem_to_gmem(border_ref.at[pl.ds(done, size)], there)
+
+            done += jnp.where(some, size, 0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def of_groups(x, dy, sizes, tile: Tile | None = None):
@@ -207,14 +224,14 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
     (count, width), columns = x.shape, dy.shape[1]
     tile = (tile or tiles.tuned("grouped_matmul", "groups", key(width, columns), count, Tile())).of(columns)
     ring = tile.ring(x.dtype, (DEPTH, TILE_ROWS), (DEPTH, tile.columns))
-    given = _padded(x, DEPTH), _padded(dy, DEPTH)
-    ends, most = borders(sizes, count), given[0].shape[0] - DEPTH
+    given = _padded(x, ALIGNED, DEPTH), _padded(dy, ALIGNED, DEPTH)
+    most = given[0].shape[0] - DEPTH
     grid = pl.cdiv(width, TILE_ROWS), columns // tile.columns
     tiles_of_group, groups = grid[0] * grid[1], len(sizes)
     total = groups * tiles_of_group
-    claims = Claims(total, min(target_device().cores, total), CONSUMERS)
+    claims = Claims(min(target_device().cores, total), CONSUMERS)
 
-    def grouped_columns(x_ref, dy_ref, ends_ref, order_ref, dw_ref, ring_refs, exit_ref, claim_refs):
+    def grouped_columns(x_ref, dy_ref, begin_ref, end_ref, order_ref, dw_ref, ring_refs, exit_ref, claim_refs):
         slots = ring.of(ring_refs)
 
         def place(n):
@@ -224,7 +241,7 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
 
         def depths(group):
             """Where the group begins and ends, and its blocks: how many, and `row(k)`, where one begins."""
-            begin, end = ends_ref[group], ends_ref[group + 1]
+            begin, end = jnp.minimum(begin_ref[group], count), jnp.minimum(end_ref[group], count)
             start = lax.div(begin, ALIGNED) * ALIGNED
             steps = jnp.where(end > begin, lax.div(end - start + DEPTH - 1, DEPTH), 0)
             return begin, end, steps, lambda k: start + k * DEPTH
@@ -269,9 +286,9 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
             return step + steps
 
         end = lambda _: plgpu.wait_smem_to_gmem(0)  # noqa: E731
-        claims.warpgroups(claim_refs, load=load, compute=compute, drain=slots.drain, end=end)
+        claims.warpgroups(claim_refs, total, load=load, compute=compute, drain=slots.drain, end=end)
 
     out = jax.ShapeDtypeStruct((groups, width, columns), x.dtype)
     scratch = ring.scratch(), tile.exit(x.dtype), claims.scratch()
     kernel = launch(grouped_columns, consumers=CONSUMERS, blocks=claims.blocks, scratch=scratch, out_type=out)
-    return results_of((x, dy), kernel(*given, ends, by_size(sizes)))
+    return results_of((x, dy), kernel(*given, *borders(sizes, count), by_size(sizes)))

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from crescendo.pallas_kernels import tiles
 from crescendo.pallas_kernels.grouped_matmul.gradient import Products
-from crescendo.pallas_kernels.grouped_matmul.groups import borders, tiles_of_groups
+from crescendo.pallas_kernels.grouped_matmul.groups import borders, tiles_of
 from crescendo.pallas_kernels.op import require_gpu
 from crescendo.pallas_kernels.rows import check
 from crescendo.pallas_kernels.triton_call import triton_call
@@ -70,14 +70,13 @@ def of_rows(a, w, sizes, transposed: bool):
     key = {"depth": depth, "columns": columns}
     tile = tiles.tuned("grouped_matmul", "triton rows", key, count, Tile()).of(a.dtype, count, columns, depth)
     at = borders(sizes, count)
-    group, first = tiles_of_groups(at, count, tile.rows)
+    of_tile = tiles_of(at, count, tile.rows)
     (y,) = triton_call(
-        *(a, w, at, group, first),
+        *(a, w, at.end, *of_tile),
         kernel=_rows,
         out_shape=[jax.ShapeDtypeStruct((count, columns), a.dtype)],
-        grid=(len(group) * triton.cdiv(columns, tile.columns),),
+        grid=(len(of_tile.group) * triton.cdiv(columns, tile.columns),),
         GROUPS=len(sizes),
-        TILES=len(group),
         ROWS=count,
         COLUMNS=columns,
         DEPTH=depth,
@@ -94,10 +93,11 @@ def of_groups(x, dy, sizes):
     key = {"depth": width, "columns": columns}
     tile = tiles.tuned("grouped_matmul", "triton groups", key, count, Tile()).of(x.dtype, width, columns, count)
     (dw,) = triton_call(
-        *(x, dy, borders(sizes, count)),
+        *(x, dy, *borders(sizes, count)),
         kernel=_columns,
         out_shape=[jax.ShapeDtypeStruct((len(sizes), width, columns), x.dtype)],
         grid=(len(sizes) * triton.cdiv(width, tile.rows) * triton.cdiv(columns, tile.columns),),
+        ROWS=count,
         WIDTH=width,
         COLUMNS=columns,
         EXACT=x.dtype.itemsize > 2,
@@ -107,62 +107,64 @@ def of_groups(x, dy, sizes):
 
 
 @triton.jit
-def _place(number, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr):
+def _place(number, rows, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr):
     """The row and the column of a tile, of so many: neighbours share what they read."""
     panel = number // (TOGETHER * COLUMNS)
-    height = min(TOGETHER, ROWS - panel * TOGETHER)
+    height = min(TOGETHER, rows - panel * TOGETHER)
     rest = number - panel * TOGETHER * COLUMNS
     return panel * TOGETHER + rest % height, rest // height
 
 
 @triton.jit
 def _rows(
-    a_ptr, w_ptr, borders_ptr, groups_ptr, first_ptr, y_ptr,
-    GROUPS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    a_ptr, w_ptr, end_ptr, group_ptr, first_ptr, behind_ptr, y_ptr,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     TRANSPOSED: tl.constexpr, EXACT: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
     TILE_DEPTH: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    i, j = _place(tl.program_id(0), TILES, (COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS, TOGETHER)
-    group, first = tl.load(groups_ptr + i), tl.load(first_ptr + i)
-    end = ROWS
+    ACROSS: tl.constexpr = (COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS
+    down = tl.load(behind_ptr + GROUPS)
+    if tl.program_id(0) >= down * ACROSS:
+        return
+    i, j = _place(tl.program_id(0), down, ACROSS, TOGETHER)
+    group, first = tl.load(group_ptr + i), tl.load(first_ptr + i)
+    end = tl.minimum(tl.load(end_ptr + group), ROWS)
     steps = 0  # rows of no group
     if group < GROUPS:
-        end = tl.load(borders_ptr + group + 1)
         steps = (DEPTH + TILE_DEPTH - 1) // TILE_DEPTH
-    if first < end:
-        row = first + tl.arange(0, TILE_ROWS)
-        column = j * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-        depth = tl.arange(0, TILE_DEPTH)
-        mine, there = (row < end)[:, None], (column < COLUMNS)[None, :]
-        a_at = a_ptr + row.to(tl.int64)[:, None] * DEPTH + depth[None, :]
-        w_at = w_ptr + group.to(tl.int64) * DEPTH * COLUMNS
-        if TRANSPOSED:
-            w_at += column[None, :] * DEPTH + depth[:, None]
-        else:
-            w_at += column[None, :] + depth[:, None] * COLUMNS
-        sums = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
-        for step in range(steps):
-            left = DEPTH - step * TILE_DEPTH
-            a = tl.load(a_at, mask=mine & (depth < left)[None, :], other=0.0)
-            w = tl.load(w_at, mask=there & (depth < left)[:, None], other=0.0)
-            sums = tl.dot(a, w, sums, input_precision="ieee" if EXACT else "tf32")
-            a_at += TILE_DEPTH
-            w_at += TILE_DEPTH if TRANSPOSED else TILE_DEPTH * COLUMNS
-        y_at = y_ptr + row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
-        tl.store(y_at, sums.to(y_ptr.dtype.element_ty), mask=mine & there)
+    row = first + tl.arange(0, TILE_ROWS)
+    column = j * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    depth = tl.arange(0, TILE_DEPTH)
+    mine, there = (row < end)[:, None], (column < COLUMNS)[None, :]
+    a_at = a_ptr + row.to(tl.int64)[:, None] * DEPTH + depth[None, :]
+    w_at = w_ptr + group.to(tl.int64) * DEPTH * COLUMNS
+    if TRANSPOSED:
+        w_at += column[None, :] * DEPTH + depth[:, None]
+    else:
+        w_at += column[None, :] + depth[:, None] * COLUMNS
+    sums = tl.zeros([TILE_ROWS, TILE_COLUMNS], tl.float32)
+    for step in range(steps):
+        left = DEPTH - step * TILE_DEPTH
+        a = tl.load(a_at, mask=mine & (depth < left)[None, :], other=0.0)
+        w = tl.load(w_at, mask=there & (depth < left)[:, None], other=0.0)
+        sums = tl.dot(a, w, sums, input_precision="ieee" if EXACT else "tf32")
+        a_at += TILE_DEPTH
+        w_at += TILE_DEPTH if TRANSPOSED else TILE_DEPTH * COLUMNS
+    y_at = y_ptr + row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    tl.store(y_at, sums.to(y_ptr.dtype.element_ty), mask=mine & there)
 
 
 @triton.jit
 def _columns(
-    x_ptr, dy_ptr, borders_ptr, dw_ptr,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr, TILE_ROWS: tl.constexpr,
+    x_ptr, dy_ptr, begin_ptr, end_ptr, dw_ptr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr, TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr, TILE_DEPTH: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     HEIGHT: tl.constexpr = (WIDTH + TILE_ROWS - 1) // TILE_ROWS
     BREADTH: tl.constexpr = (COLUMNS + TILE_COLUMNS - 1) // TILE_COLUMNS
     group = tl.program_id(0) // (HEIGHT * BREADTH)
     i, j = _place(tl.program_id(0) % (HEIGHT * BREADTH), HEIGHT, BREADTH, TOGETHER)
-    begin, end = tl.load(borders_ptr + group), tl.load(borders_ptr + group + 1)
+    begin, end = tl.minimum(tl.load(begin_ptr + group), ROWS), tl.minimum(tl.load(end_ptr + group), ROWS)
     row, column = i * TILE_ROWS + tl.arange(0, TILE_ROWS), j * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     there, depth = (column < COLUMNS)[None, :], begin + tl.arange(0, TILE_DEPTH)
     x_at = x_ptr + row[:, None] + depth.to(tl.int64)[None, :] * WIDTH

@@ -24,12 +24,10 @@ class Claims:
     """What is fixed.
 
     Attributes:
-      tiles: how many there are.
-      blocks: of threads; at most as many.
+      blocks: of threads.
       consumers: warpgroups of a block that compute.
     """
 
-    tiles: int
     blocks: int
     consumers: int
 
@@ -41,11 +39,12 @@ class Claims:
             "free": plgpu.Barrier(num_arrivals=self.consumers, num_barriers=SLOTS),
         }
 
-    def warpgroups(self, refs, *, load: Callable, compute: Callable, drain: Callable, end: Callable) -> None:
+    def warpgroups(self, refs, tiles, *, load: Callable, compute: Callable, drain: Callable, end: Callable) -> None:
         """The body of a kernel that `block.launch` launches.
 
         Args:
           refs: of `scratch`.
+          tiles: how many there are.
           load: `(tile, step) -> step`, of the warpgroup that loads: fills rings for a tile, from step `step` on.
           compute: `(consumer, tile, step) -> step`, of each of the others.
           drain: `(steps)`, after the last tile of the warpgroup that loads: drains its rings.
@@ -54,7 +53,7 @@ class Claims:
         warpgroup, block = lax.axis_index("wg"), lax.axis_index("block")
         counter = None if target_device().interpreted else pl.get_global(plgpu.SemaphoreType.REGULAR((1,)))
         begin = (jnp.int32(0), jnp.int32(block), jnp.int32(0))
-        left = lambda state: state[1] < self.tiles  # noqa: E731
+        left = lambda state: state[1] < tiles  # noqa: E731
 
         def taken(n):
             """The number of the block's n-th tile, once it is there."""
