@@ -195,7 +195,7 @@ def tunable_ops() -> list[str]:
     """The ops whose folder has a `tuning.py`.
 
     >>> tunable_ops()
-    ['attention']
+    ['attention', 'grouped_matmul']
     """
     return [name for name in OPS if (Path(__file__).parent / name / "tuning.py").is_file()]
 

@@ -9,6 +9,7 @@ group's are set to 0 in shared memory. The largest groups come first, and what i
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -52,16 +53,21 @@ class Tile:
 
     def of(self, columns: int) -> "Tile":
         """For a result of so many columns."""
-        return dataclasses.replace(self, columns=max(n for n in range(64, self.columns + 1, 64) if columns % n == 0))
+        most = max(n for n in range(64, self.columns + 1, 64) if columns % n == 0)
+        return dataclasses.replace(self, columns=most, leaving=math.gcd(most, self.leaving))
 
-    def ring(self, dtype, a: tuple[int, int], b: tuple[int, int]) -> Ring:
-        """Of parts of these shapes."""
+    def ring(self, dtype, kernel: str) -> Ring:
+        """What is multiplied, for one of the three kernels."""
+        a = (DEPTH, TILE_ROWS) if kernel == "groups" else (TILE_ROWS, DEPTH)
+        b = (self.columns, DEPTH) if kernel == "transposed rows" else (DEPTH, self.columns)
         parts = {"a": Part(a, dtype, tiled=True), "b": Part(b, dtype, tiled=True)}
         return Ring(parts, stages=self.stages, consumers=CONSUMERS)
 
-    def exit(self, dtype):
-        """Where each consumer leaves its part of a tile, a piece at a time."""
-        return tiled((CONSUMERS, self.exits, ROWS, self.leaving), dtype)
+    def scratch(self, dtype, kernel: str) -> tuple:
+        """The ring, where consumers leave pieces, whole and of a border, and the claims."""
+        exit_ref = tiled((CONSUMERS, self.exits, ROWS, self.leaving), dtype)
+        border = None if kernel == "groups" else plgpu.SMEM((CONSUMERS, ROWS, ROWS), dtype)
+        return self.ring(dtype, kernel).scratch(), exit_ref, border, claims_of(0).scratch()
 
 
 def grouped_matmul(x, w, sizes):
@@ -77,6 +83,11 @@ def grouped_matmul(x, w, sizes):
 def key(depth: int, columns: int) -> dict:
     """Calls that share a tile."""
     return {"depth": depth, "columns": columns}
+
+
+def claims_of(count: int) -> Claims:
+    """By as many blocks as there are multiprocessors, or tiles."""
+    return Claims(min(target_device().cores, count), CONSUMERS)
 
 
 def _padded(array, multiple: int, least: int = 0):
@@ -112,13 +123,13 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
     """Of the gradient's rule, on one device's arrays."""
     count, depth = a.shape
     columns = w.shape[1] if transposed else w.shape[2]
-    tile = (tile or tiles.tuned("grouped_matmul", "rows", key(depth, columns), count, Tile())).of(columns)
-    of_w = (tile.columns, DEPTH) if transposed else (DEPTH, tile.columns)
-    ring, across = tile.ring(a.dtype, (TILE_ROWS, DEPTH), of_w), columns // tile.columns
+    kernel = "transposed rows" if transposed else "rows"
+    tile = (tile or tiles.tuned("grouped_matmul", kernel, key(depth, columns), count, Tile())).of(columns)
+    ring, across = tile.ring(a.dtype, kernel), columns // tile.columns
     given = _padded(a, ALIGNED, TILE_ROWS)
     last, at, groups = given.shape[0] - TILE_ROWS, borders(sizes, count), len(sizes)
     of_tile = tiles_of(at, count, TILE_ROWS, ALIGNED)
-    claims = Claims(min(target_device().cores, len(of_tile.group) * across), CONSUMERS)
+    claims = claims_of(len(of_tile.group) * across)
 
     def grouped_rows(a_ref, w_ref, begin_ref, end_ref, group_ref, first_ref, behind_ref, y_ref, *scratch):
         ring_refs, exit_ref, border_ref, claim_refs = scratch
@@ -185,10 +196,9 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
         claims.warpgroups(claim_refs, down * across, load=load, compute=compute, drain=slots.drain, end=end)
 
     out = jax.ShapeDtypeStruct((given.shape[0], columns), a.dtype)
-    border = plgpu.SMEM((CONSUMERS, ROWS, ROWS), a.dtype)
-    scratch = ring.scratch(), tile.exit(a.dtype), border, claims.scratch()
-    kernel = launch(grouped_rows, consumers=CONSUMERS, blocks=claims.blocks, scratch=scratch, out_type=out)
-    return results_of((a, w), kernel(given, w, *at, *of_tile))[:count]
+    scratch = tile.scratch(a.dtype, kernel)
+    run = launch(grouped_rows, consumers=CONSUMERS, blocks=claims.blocks, scratch=scratch, out_type=out)
+    return results_of((a, w), run(given, w, *at, *of_tile))[:count]
 
 
 def _panels(n, down, across: int, together: int):
@@ -223,15 +233,16 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
     """Of the gradient's rule, on one device's arrays."""
     (count, width), columns = x.shape, dy.shape[1]
     tile = (tile or tiles.tuned("grouped_matmul", "groups", key(width, columns), count, Tile())).of(columns)
-    ring = tile.ring(x.dtype, (DEPTH, TILE_ROWS), (DEPTH, tile.columns))
+    ring = tile.ring(x.dtype, "groups")
     given = _padded(x, ALIGNED, DEPTH), _padded(dy, ALIGNED, DEPTH)
     most = given[0].shape[0] - DEPTH
     grid = pl.cdiv(width, TILE_ROWS), columns // tile.columns
     tiles_of_group, groups = grid[0] * grid[1], len(sizes)
     total = groups * tiles_of_group
-    claims = Claims(min(target_device().cores, total), CONSUMERS)
+    claims = claims_of(total)
 
-    def grouped_columns(x_ref, dy_ref, begin_ref, end_ref, order_ref, dw_ref, ring_refs, exit_ref, claim_refs):
+    def grouped_columns(x_ref, dy_ref, begin_ref, end_ref, order_ref, dw_ref, *scratch):
+        ring_refs, exit_ref, _, claim_refs = scratch
         slots = ring.of(ring_refs)
 
         def place(n):
@@ -289,6 +300,6 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
         claims.warpgroups(claim_refs, total, load=load, compute=compute, drain=slots.drain, end=end)
 
     out = jax.ShapeDtypeStruct((groups, width, columns), x.dtype)
-    scratch = ring.scratch(), tile.exit(x.dtype), claims.scratch()
-    kernel = launch(grouped_columns, consumers=CONSUMERS, blocks=claims.blocks, scratch=scratch, out_type=out)
-    return results_of((x, dy), kernel(*given, *borders(sizes, count), by_size(sizes)))
+    scratch = tile.scratch(x.dtype, "groups")
+    run = launch(grouped_columns, consumers=CONSUMERS, blocks=claims.blocks, scratch=scratch, out_type=out)
+    return results_of((x, dy), run(*given, *borders(sizes, count), by_size(sizes)))

@@ -11,6 +11,7 @@ from crescendo.pallas_kernels.op import Spec
 # In small calls: several tiles, and more steps than a ring has slots.
 FINE = {
     "rows": {"columns": 64, "exits": 1},
+    "transposed rows": {"columns": 64},
     "groups": {"columns": 128},
     "triton rows": {"rows": 64, "columns": 64, "depth": 32, "together": 2},
     "triton groups": {"rows": 64, "columns": 64, "depth": 32, "together": 2},
