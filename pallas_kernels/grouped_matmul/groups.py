@@ -48,8 +48,10 @@ class Tiles(NamedTuple):
     behind: jax.Array
 
 
-def tiles_of(at: Borders, rows: int, tile: int, aligned: int = 1) -> Tiles:
+def tiles_of(at: Borders, rows: int, tile: int, aligned: int = 1, least: int = 0) -> Tiles:
     """Tiles of so many rows, where they begin where groups do; first rows are rounded down to a multiple of `aligned`.
+
+    A group has `least` tiles at least, also an empty one.
 
     >>> group, first, behind = tiles_of(borders(jnp.array([3, 0, 1]), 6), 6, 2)
     >>> group.tolist()[: behind[-1]], first.tolist()[: behind[-1]]
@@ -57,7 +59,7 @@ def tiles_of(at: Borders, rows: int, tile: int, aligned: int = 1) -> Tiles:
     """
     begin, end = jnp.minimum(at.begin, rows), jnp.minimum(at.end, rows)
     start = begin // aligned * aligned
-    counts = jnp.where(end > begin, (end - start + tile - 1) // tile, 0)
+    counts = jnp.maximum(jnp.where(end > begin, (end - start + tile - 1) // tile, 0), least)
     n, number = jnp.arange(len(begin)), jnp.arange(rows // tile + 2 * len(begin))[:, None]
     behind = jnp.sum(jnp.where(n <= n[:, None], counts, 0), axis=1, dtype=jnp.int32)
     own = (number >= behind - counts) & (number < behind)
