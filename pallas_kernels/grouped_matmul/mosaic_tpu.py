@@ -6,7 +6,6 @@ the rows of other groups to 0. In the gradient of w a group's visits follow each
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl

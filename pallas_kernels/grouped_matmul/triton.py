@@ -26,21 +26,20 @@ class Tile:
     """
 
     rows: int = 128
-    columns: int = 256
+    columns: int = 128
     depth: int = 64
     together: int = 8
     warps: int = 8
     stages: int = 3
 
     def of(self, dtype, rows: int, columns: int, depth: int) -> "Tile":
-        """For arrays of these sizes, in a 32-bit type with less at a time."""
-        shrink = 4 // (4 if dtype.itemsize == 2 else 1)
+        """For arrays of these sizes; of a 32-bit type a step has half the depth, and takes the same memory."""
         block = lambda size, most: max(16, min(most, triton.next_power_of_2(size)))  # noqa: E731
         return dataclasses.replace(
             self,
-            rows=block(rows, self.rows // (2 if shrink > 1 else 1)),
-            columns=block(columns, self.columns // shrink),
-            depth=block(depth, self.depth // (2 if shrink > 1 else 1)),
+            rows=block(rows, self.rows),
+            columns=block(columns, self.columns),
+            depth=block(depth, 2 * self.depth // dtype.itemsize),
         )
 
     def constants(self) -> dict[str, int]:
