@@ -1,6 +1,7 @@
 """jax-triton, Ampere and later: tiles begin where groups do, and what is behind a group is neither read nor written."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import triton
@@ -42,7 +43,7 @@ class Tile:
             depth=block(depth, 2 * self.depth // dtype.itemsize),
         )
 
-    def constants(self) -> dict[str, int]:
+    def constants(self) -> dict[str, Any]:
         """What both kernels take."""
         return {
             "TILE_ROWS": self.rows,

@@ -114,7 +114,7 @@ def _claim(first: int) -> Callable:
         with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
             place = utils.memref_ptr(counter)
             before = utils.inline_ptx("atom.add.u32 $0, [$1], 1;", place, result_types=i32, has_side_effects=True)
-            value = arith.addi(before, arith.constant(i32, first))
-            memref.store(value, number, [arith.constant(index, 0)])
+            value = arith.addi(before, utils.c(first, i32))
+            memref.store(value, number, [utils.c(0, index)])
 
     return claim
