@@ -96,6 +96,10 @@ def _padded(array, multiple: int, least: int = 0):
     return jnp.pad(array, ((0, count - array.shape[0]), (0, 0)))
 
 
+def _aligned(row):
+    return lax.div(row, ALIGNED) * ALIGNED
+
+
 def _keep(ref, lo, hi) -> None:
     """Sets rows of shared memory that aren't in `[lo, hi)` to 0, whatever is in them."""
     row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW_LAYOUT)
@@ -135,28 +139,32 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
         ring_refs, exit_ref, border_ref, claim_refs = scratch
         slots, down = ring.of(ring_refs), behind_ref[groups]
 
+        def columns_from(column):
+            return pl.ds(pl.multiple_of(column, tile.columns), tile.columns)
+
         def place(n):
-            """A tile's group, its first row, where the group begins and ends from there, and its columns."""
+            """A tile's group, its first row, where the group begins and ends from there, and its first column."""
             i, j = _panels(n, down, across, tile.together)
-            own, row = group_ref[i], pl.multiple_of(jnp.minimum(first_ref[i], last), ALIGNED)
+            own, row = group_ref[i], jnp.minimum(first_ref[i], last)
             # Of a tile that is moved up to end with the array, what is before its place is another tile's.
             lo, hi = jnp.maximum(begin_ref[own], first_ref[i]), jnp.minimum(end_ref[own], count)
-            return own, row, lo - row, hi - row, pl.ds(j * tile.columns, tile.columns)
+            return own, row, lo - row, hi - row, j * tile.columns
 
-        def load(n, step):
-            own, row, _, _, of_columns = place(n)
-            steps = jnp.where(own < groups, depth // DEPTH, 0)
+        def load(at, step):
+            own, row, _, _, column = at
+            steps, of_columns = jnp.where(own < groups, depth // DEPTH, 0), columns_from(column)
+            of_a = pl.ds(pl.multiple_of(row, ALIGNED), TILE_ROWS)
 
             @pl.loop(0, steps)
             def _(k):
                 of_depth = pl.ds(k * DEPTH, DEPTH)
                 of_w = (own, of_columns, of_depth) if transposed else (own, of_depth, of_columns)
-                slots.fill(step + k, a=a_ref.at[pl.ds(row, TILE_ROWS), of_depth], b=w_ref.at[of_w])
+                slots.fill(step + k, a=a_ref.at[of_a, of_depth], b=w_ref.at[of_w])
 
             return step + steps
 
-        def compute(consumer, n, step):
-            own, row, lo, hi, of_columns = place(n)
+        def compute(consumer, at, step):
+            own, row, lo, hi, column = at
             lo, hi = lo - consumer * ROWS, hi - consumer * ROWS
             steps, mine = jnp.where(own < groups, depth // DEPTH, 0), (hi > 0) & (lo < ROWS)
 
@@ -174,18 +182,18 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
                 pl.when(mine & (steps > 0))(lambda: slots.free(slots.slot(step + steps - 1)))
 
                 @pl.loop(0, jnp.where(mine, 0, steps))
-                def _(k):
+                def _sit_out(k):
                     slots.wait(slots.slot(step + k))
                     slots.free(slots.slot(step + k))
 
                 return total
 
             sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, tile.columns), jnp.float32))
-            rows_ref = y_ref.at[:, of_columns]
+            rows_ref = y_ref.at[:, columns_from(column)]
             whole, row = (lo <= 0) & (hi >= ROWS), row + consumer * ROWS
 
             @pl.when(whole)
-            def _():
+            def _whole():
                 place_of = lambda columns: rows_ref.at[pl.ds(pl.multiple_of(row, ALIGNED), ROWS), columns]  # noqa: E731
                 _leave(sums, exit_ref.at[consumer], place_of)
 
@@ -193,7 +201,9 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
             return step + steps
 
         end = lambda _: plgpu.wait_smem_to_gmem(0)  # noqa: E731
-        claims.warpgroups(claim_refs, down * across, load=load, compute=compute, drain=slots.drain, end=end)
+        claims.warpgroups(
+            claim_refs, down * across, place=place, load=load, compute=compute, drain=slots.drain, end=end
+        )
 
     out = jax.ShapeDtypeStruct((given.shape[0], columns), a.dtype)
     scratch = tile.scratch(a.dtype, kernel)
@@ -246,43 +256,45 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
         slots = ring.of(ring_refs)
 
         def place(n):
+            """A tile's group, where that begins and ends, the tile's first row and column, and the blocks it takes."""
             turn = lax.div(n, tiles_of_group)
             i, j = plgpu.planar_snake(n - turn * tiles_of_group, grid, minor_dim=0, tile_width=tile.together)
-            return order_ref[turn], pl.ds(i * TILE_ROWS, TILE_ROWS), pl.ds(j * tile.columns, tile.columns)
-
-        def depths(group):
-            """Where the group begins and ends, and its blocks: how many, and `row(k)`, where one begins."""
+            group = order_ref[turn]
             begin, end = jnp.minimum(begin_ref[group], count), jnp.minimum(end_ref[group], count)
-            start = lax.div(begin, ALIGNED) * ALIGNED
-            steps = jnp.where(end > begin, lax.div(end - start + DEPTH - 1, DEPTH), 0)
-            return begin, end, steps, lambda k: start + k * DEPTH
+            steps = lax.div(end - _aligned(begin) + DEPTH - 1, DEPTH)
+            return group, begin, end, i * TILE_ROWS, j * tile.columns, jnp.where(end > begin, steps, 0)
 
-        def at(row):
-            """Where a block lies: the last one of all ends with the array."""
-            return pl.multiple_of(jnp.minimum(row, most), ALIGNED)
+        def of_tile(row, column):
+            """Its rows and columns in the result."""
+            of_x, of_dy = pl.multiple_of(row, TILE_ROWS), pl.multiple_of(column, tile.columns)
+            return pl.ds(of_x, TILE_ROWS), pl.ds(of_dy, tile.columns)
 
-        def load(n, step):
-            group, of_x, of_dy = place(n)
-            _, _, steps, row = depths(group)
+        def block(begin, k):
+            """The first row of a group's k-th block, and where it lies: the last one of all ends with the array."""
+            first = _aligned(begin) + k * DEPTH
+            return first, pl.multiple_of(jnp.minimum(first, most), ALIGNED)
+
+        def load(at, step):
+            _, begin, _, row, column, steps = at
+            of_x, of_dy = of_tile(row, column)
 
             @pl.loop(0, steps)
             def _(k):
-                depth = pl.ds(at(row(k)), DEPTH)
+                depth = pl.ds(block(begin, k)[1], DEPTH)
                 slots.fill(step + k, a=x_ref.at[depth, of_x], b=dy_ref.at[depth, of_dy])
 
             return step + steps
 
-        def compute(consumer, n, step):
-            (group, of_x, of_dy), mine = place(n), pl.ds(consumer * ROWS, ROWS)
-            begin, end, steps, row = depths(group)
+        def compute(consumer, at, step):
+            (group, begin, end, row, column, steps), mine = at, pl.ds(consumer * ROWS, ROWS)
 
             def multiply(sums):
                 @pl.loop(0, steps)
                 def _(k):
-                    slot, first = slots.slot(step + k), row(k)
+                    slot, (first, lies) = slots.slot(step + k), block(begin, k)
                     slots.wait(slot)
                     a, border = slots["a"].at[slot, :, mine], (first < begin) | (first + DEPTH > end)
-                    pl.when(border)(lambda: _keep(a, jnp.maximum(first, begin) - at(first), end - at(first)))
+                    pl.when(border)(lambda: _keep(a, jnp.maximum(first, begin) - lies, end - lies))
                     product(sums, a.transpose((1, 0)), slots["b"].at[slot])
                     plgpu.wgmma_wait(1)
                     pl.when(k > 0)(lambda: slots.free(slots.slot(step + k - 1)))
@@ -292,12 +304,12 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
                 return total
 
             sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, tile.columns), jnp.float32))
-            place_of = lambda columns: dw_ref.at[group, of_x, of_dy].at[mine, columns]  # noqa: E731
+            place_of = lambda columns: dw_ref.at[group, *of_tile(row, column)].at[mine, columns]  # noqa: E731
             _leave(sums, exit_ref.at[consumer], place_of)
             return step + steps
 
         end = lambda _: plgpu.wait_smem_to_gmem(0)  # noqa: E731
-        claims.warpgroups(claim_refs, total, load=load, compute=compute, drain=slots.drain, end=end)
+        claims.warpgroups(claim_refs, total, place=place, load=load, compute=compute, drain=slots.drain, end=end)
 
     out = jax.ShapeDtypeStruct((groups, width, columns), x.dtype)
     scratch = tile.scratch(x.dtype, "groups")

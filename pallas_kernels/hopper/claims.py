@@ -39,20 +39,24 @@ class Claims:
             "free": plgpu.Barrier(num_arrivals=self.consumers, num_barriers=SLOTS),
         }
 
-    def warpgroups(self, refs, tiles, *, load: Callable, compute: Callable, drain: Callable, end: Callable) -> None:
+    def warpgroups(
+        self, refs, tiles, *, place: Callable, load: Callable, compute: Callable, drain: Callable, end: Callable
+    ) -> None:
         """The body of a kernel that `block.launch` launches.
 
         Args:
           refs: of `scratch`.
           tiles: how many there are.
-          load: `(tile, step) -> step`, of the warpgroup that loads: fills rings for a tile, from step `step` on.
-          compute: `(consumer, tile, step) -> step`, of each of the others.
+          place: `tile -> place`, numbers that are read of a tile, while the one before is worked on.
+          load: `(place, step) -> step`, of the warpgroup that loads: fills rings for a tile, from step `step` on.
+          compute: `(consumer, place, step) -> step`, of each of the others.
           drain: `(steps)`, after the last tile of the warpgroup that loads: drains its rings.
           end: `(consumer)`, after the last one of a consumer.
         """
         warpgroup, block = lax.axis_index("wg"), lax.axis_index("block")
         counter = None if target_device().interpreted else pl.get_global(plgpu.SemaphoreType.REGULAR((1,)))
-        begin = (jnp.int32(0), jnp.int32(block), jnp.int32(0))
+        placed = lambda tile: place(jnp.minimum(tile, tiles - 1))  # noqa: E731
+        begin = (jnp.int32(0), jnp.int32(block), placed(block), jnp.int32(0))
         left = lambda state: state[1] < tiles  # noqa: E731
 
         def taken(n):
@@ -74,12 +78,13 @@ class Claims:
             plgpu.set_max_registers(REGISTERS[self.consumers][0], action="decrease")
 
             def one(state):
-                n, tile, step = state
+                n, _, at, step = state
                 claim(n + 1)
-                step = load(tile, step)
-                return n + 1, taken(n + 1), step
+                tile = taken(n + 1)
+                after = placed(tile)
+                return n + 1, tile, after, load(at, step)
 
-            n, _, steps = lax.while_loop(left, one, begin)
+            n, _, _, steps = lax.while_loop(left, one, begin)
             drain(steps)
 
             @pl.loop(jnp.maximum(n - SLOTS, 0), n)
@@ -91,11 +96,11 @@ class Claims:
             plgpu.set_max_registers(REGISTERS[self.consumers][1], action="increase")
 
             def one(state):
-                n, tile, step = state
-                step = compute(warpgroup, tile, step)
+                n, _, at, step = state
                 tile = taken(n + 1)
                 plgpu.barrier_arrive(refs["free"].at[lax.rem(n + 1, SLOTS)])
-                return n + 1, tile, step
+                after = placed(tile)
+                return n + 1, tile, after, compute(warpgroup, at, step)
 
             lax.while_loop(left, one, begin)
             end(warpgroup)
