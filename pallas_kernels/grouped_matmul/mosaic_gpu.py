@@ -156,7 +156,7 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
             of_a = pl.ds(pl.multiple_of(row, ALIGNED), TILE_ROWS)
 
             @pl.loop(0, steps)
-            def _(k):
+            def _fill(k):
                 of_depth = pl.ds(k * DEPTH, DEPTH)
                 of_w = (own, of_columns, of_depth) if transposed else (own, of_depth, of_columns)
                 slots.fill(step + k, a=a_ref.at[of_a, of_depth], b=w_ref.at[of_w])
@@ -279,7 +279,7 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
             of_x, of_dy = of_tile(row, column)
 
             @pl.loop(0, steps)
-            def _(k):
+            def _fill(k):
                 depth = pl.ds(block(begin, k)[1], DEPTH)
                 slots.fill(step + k, a=x_ref.at[depth, of_x], b=dy_ref.at[depth, of_dy])
 

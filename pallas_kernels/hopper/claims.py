@@ -84,11 +84,11 @@ class Claims:
                 after = placed(tile)
                 return n + 1, tile, after, load(at, step)
 
-            n, _, _, steps = lax.while_loop(left, one, begin)
+            n, *_, steps = lax.while_loop(left, one, begin)
             drain(steps)
 
             @pl.loop(jnp.maximum(n - SLOTS, 0), n)
-            def _(n):
+            def _see_free(n):
                 plgpu.barrier_wait(refs["free"].at[lax.rem(n + 1, SLOTS)])
 
         @pl.when(warpgroup < self.consumers)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from crescendo.pallas_kernels import grouped_matmul
+from crescendo.pallas_kernels.grouped_matmul.groups import borders, tiles_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 X, W = jnp.ones((6, 4)), jnp.ones((3, 4, 5))
@@ -19,6 +20,22 @@ def test_rows_behind_the_groups_may_hold_anything_and_get_zeros(implementation):
     np.testing.assert_array_equal(y, [[4.0] * 5] * 4 + [[0.0] * 5] * 2)
     np.testing.assert_array_equal(dx, [[5.0] * 4] * 4 + [[0.0] * 4] * 2)
     np.testing.assert_array_equal(dw, np.multiply.outer([3.0, 0.0, 1.0], np.ones((4, 5))))
+
+
+@pytest.mark.parametrize("aligned", [1, 8])
+def test_tiles_have_every_row_of_every_group_once(aligned):
+    random = np.random.default_rng()
+    for rows, experts in ((37, 1), (200, 50)):
+        sizes = np.diff(np.sort(random.integers(0, rows + 1, experts)), prepend=0)
+        begin, end = at = borders(jnp.asarray(sizes), rows)
+        group, first, behind = tiles_of(at, rows, 16, aligned)
+        assert behind[-1] <= len(group)
+        found = []
+        for own, row in zip(group.tolist()[: behind[-1]], first.tolist(), strict=False):
+            assert row % aligned == 0
+            found += [(own, i) for i in range(max(row, int(begin[own])), min(row + 16, int(end[own])))]
+        groups = np.repeat(np.arange(experts + 1), [*sizes, rows - sizes.sum()])
+        assert found == list(zip(groups.tolist(), range(rows), strict=True))
 
 
 def test_sizes_are_traced():
