@@ -10,9 +10,11 @@ import triton.language as tl
 from crescendo.pallas_kernels import tiles
 from crescendo.pallas_kernels.grouped_matmul.gradient import Products
 from crescendo.pallas_kernels.grouped_matmul.groups import borders, tiles_of
-from crescendo.pallas_kernels.op import require_gpu
+from crescendo.pallas_kernels.op import require_gpu, target_device
 from crescendo.pallas_kernels.rows import check
 from crescendo.pallas_kernels.triton_call import triton_call
+
+LARGE = (8.0, 9.0, 10.0)  # whose processors have 164 KiB of shared memory or more; others have 99
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +29,16 @@ class Tile:
     """
 
     rows: int = 128
-    columns: int = 128
+    columns: int = 256
     depth: int = 64
     together: int = 8
     warps: int = 8
     stages: int = 3
+
+    @staticmethod
+    def default() -> "Tile":
+        """For the target GPU."""
+        return Tile(columns=256 if target_device().compute_capability in LARGE else 128)
 
     def of(self, dtype, rows: int, columns: int, depth: int) -> "Tile":
         """For arrays of these sizes; of a 32-bit type a step has half the depth, and takes the same memory."""
@@ -68,7 +75,7 @@ def of_rows(a, w, sizes, transposed: bool):
     count, depth = a.shape
     columns = w.shape[1] if transposed else w.shape[2]
     key = {"depth": depth, "columns": columns}
-    tile = tiles.tuned("grouped_matmul", "triton rows", key, count, Tile()).of(a.dtype, count, columns, depth)
+    tile = tiles.tuned("grouped_matmul", "triton rows", key, count, Tile.default()).of(a.dtype, count, columns, depth)
     at = borders(sizes, count)
     of_tile = tiles_of(at, count, tile.rows)
     (y,) = triton_call(
@@ -91,7 +98,7 @@ def of_groups(x, dy, sizes):
     """Of the gradient's rule, on one device's arrays."""
     (count, width), columns = x.shape, dy.shape[1]
     key = {"depth": width, "columns": columns}
-    tile = tiles.tuned("grouped_matmul", "triton groups", key, count, Tile()).of(x.dtype, width, columns, count)
+    tile = tiles.tuned("grouped_matmul", "triton groups", key, count, Tile.default()).of(x.dtype, width, columns, count)
     (dw,) = triton_call(
         *(x, dy, *borders(sizes, count)),
         kernel=_columns,

@@ -36,7 +36,7 @@ def _problem(kernel: str, spec: Spec) -> Problem:
             tile.scratch(x.dtype, kernel), matrices, mosaic_gpu.CONSUMERS
         )
 
-    return Problem(mosaic_gpu.key(depth, columns), x.shape[0], Tile(), arrays, run, fits)
+    return Problem(mosaic_gpu.key(depth, columns), x.shape[0], mosaic_gpu.DEFAULTS[kernel], arrays, run, fits)
 
 
 _VALUES = (
