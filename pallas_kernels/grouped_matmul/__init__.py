@@ -19,8 +19,9 @@ def grouped_matmul(x, w, sizes):
       y_i = x_i W_{e(i)}, \qquad e(i) = \min \{e : i < s_0 + \dots + s_e\}, \qquad
       dx_i = dy_i W_{e(i)}^T, \qquad dW_e = \sum_{i : e(i) = e} x_i^T dy_i
 
-    Rows lie group by group. A group may have any number of rows, none too, and is not padded. Rows behind the last
-    group may hold anything, NaN too: their results and gradients are 0.
+    Rows lie group by group. A group may have any number of rows, none too, and is not padded. Rows of x behind the last
+    group may hold anything, NaN too: their results and gradients are 0. Cotangents should be finite: by the kernel for
+    Hopper one that isn't may spoil dW of a neighbour too.
 
     Args:
       x: `[M, D]`, float32, bfloat16, float16 or float64.
