@@ -54,7 +54,7 @@ SPECS = (
     _real(16384, 2048, 8192, 8, skewed, "real speed"),
     # Other sizes are the same program.
     *(_real(32768, 768, 2048, *rest) for rest in ((8, equal), (8, skewed), (64, equal), (128, equal), (128, skewed))),
-    *(_real(16384, 2048, 8192, *rest) for rest in ((8, equal), (64, equal), (64, skewed), (128, skewed))),
+    *(_real(16384, 2048, 8192, *rest) for rest in ((8, equal), (64, equal), (64, skewed))),
     _spec("groups of any size", 210, 128, 128, [0, 1, 74, 0, 64, 61, 0, 0], "small awkward quick"),
     _spec("one group has all", 256, 128, 192, [0, 256, 0], "small awkward"),
     _spec("one group", 130, 64, 128, [130], "small"),
