@@ -16,6 +16,7 @@ from crescendo.experiments.configs import own_modules
 from crescendo.experiments.data.text_data import TextData, held_out_text
 from crescendo.experiments.data.text_files import text_files
 from crescendo.experiments.reports.held_out import means_table
+from crescendo.experiments.reports.loads import with_extremes
 from crescendo.experiments.runs import trained
 from crescendo.experiments.runs.run import Run, read_run
 from crescendo.experiments.runs.state import TrainState
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = plain_console()
     console.print(f"{arguments.run} at {seen:,} examples", highlight=False, soft_wrap=True)
     lines = [
-        ((name, f"{rows:,}" if rows == of_rows else f"{rows:,} of {of_rows:,}"), means)
+        ((name, f"{rows:,}" if rows == of_rows else f"{rows:,} of {of_rows:,}"), with_extremes(means))
         for name, (rows, of_rows, means) in evaluations.items()
     ]
     console.print(means_table(lines, ("held-out set", "rows"), task.unit))

@@ -9,6 +9,7 @@ The shape letters used in names such as `x_BTD`:
 | D | embed, the residual width | F | mlp, the feed-forward width |
 | H | query heads | V | vocabulary |
 | E | width of one head | L | layers |
+| X | experts | C | experts of a token |
 """
 
 BATCH = "batch"
@@ -19,6 +20,8 @@ HEADS = "heads"
 KV_HEADS = "kv_heads"
 HEAD_WIDTH = "head_width"
 MLP = "mlp"
+EXPERTS = "experts"
+ROUTES = "routes"  # the experts as a router's outputs: every device chooses among all
 VOCAB = "vocab"
 LAYERS = "layers"
 WINDOW = "window"  # the height and the width of a convolution's kernel
@@ -34,6 +37,6 @@ RESIDUAL = (BATCH, RESIDUAL_LENGTH, None)
 TAKEN_IN = (BATCH, LENGTH, None)
 
 ALL = (
-    *(BATCH, LENGTH, RESIDUAL_LENGTH, EMBED, HEADS, KV_HEADS, HEAD_WIDTH, MLP, VOCAB, LAYERS),
+    *(BATCH, LENGTH, RESIDUAL_LENGTH, EMBED, HEADS, KV_HEADS, HEAD_WIDTH, MLP, EXPERTS, ROUTES, VOCAB, LAYERS),
     *(WINDOW, IN_CHANNELS, CHANNELS, CLASSES, PATCH, PLACES),
 )

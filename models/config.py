@@ -1,6 +1,7 @@
 """The shape of a decoder, and the presets."""
 
 import dataclasses
+import math
 from typing import Annotated, Any, Literal
 
 from crescendo.models.low_precision import RECIPES, check_widths
@@ -8,9 +9,18 @@ from crescendo.ranges import Count, Decay, NotNegative, OneOf, Positive, check_f
 
 Remat = Literal["none", "dots", "full"]
 Dtype = Literal["float32", "bfloat16"]
+Router = Literal["softmax", "sigmoid"]
+Balance = Literal["loss", "bias"]
 
 SPEED_FIELDS = ("scan_layers", "remat", "dtype", "matmul")
 """The fields of a model that say how fast it runs and not what it computes."""
+
+
+EXPERT_FIELDS = (
+    *("experts", "experts_per_token", "moe_every", "expert_width", "shared_expert_width", "router"),
+    *("balance", "balance_loss", "router_z_loss", "expert_capacity"),
+)
+"""The fields of a model that mean something only where it has experts."""
 
 
 def identity(config: Any) -> dict[str, Any]:
@@ -47,10 +57,24 @@ class ModelConfig:
         on accelerators and under a recipe, else float32 on the CPU.
       matmul: the recipe of the blocks' matmuls, by name: "dtype" multiplies in `dtype`; "fp8" in 8 bits, and
         "fp8-hadamard" with rotations before; "nvfp4" emulates 4 bits (`crescendo.models.low_precision.RECIPES`).
+      experts: how many feed-forward parts a layer with experts has, X, in place of one (`crescendo.models.moe`); None:
+        no layer has any.
+      experts_per_token: to how many of them a token goes, k.
+      moe_every: every so many layers one has experts, the last of them; it must divide `layers`.
+      expert_width: an expert's feed-forward width; None: `mlp_width`, which is that of layers without experts.
+      shared_expert_width: that of an expert besides, to which every token goes; None: there is none.
+      router: what makes shares of the router's logits: "softmax", over all experts (Shazeer et al. 2017), or "sigmoid",
+        of each (DeepSeek-V3).
+      balance: what keeps the experts' loads even: "loss", a term of the training loss, or "bias", a number for each
+        expert that is added where experts are chosen and learns from their loads alone.
+      balance_loss: the coefficient of the balance loss, or of the gradient of the bias.
+      router_z_loss: the coefficient of `log^2 Z` of the router (ST-MoE uses 1e-3).
+      expert_capacity: c: of a row's T tokens an expert takes at most `ceil(c k T / X)`, and further ones pass it by.
+        None: every token gets its experts (dropless).
 
     Raises:
-      ValueError: for a field out of its range, heads that don't divide, or a recipe with float32 or with widths that
-        aren't multiples of 16.
+      ValueError: for a field out of its range, heads that don't divide, a recipe with float32 or with widths that
+        aren't multiples of 16, or experts that the rest doesn't fit.
 
     >>> ModelConfig.preset("debug").head_size
     32
@@ -74,6 +98,16 @@ class ModelConfig:
     remat: Remat = "none"
     dtype: Dtype | None = None
     matmul: Annotated[str, OneOf(RECIPES)] = "dtype"
+    experts: Count | None = None
+    experts_per_token: Count = 2
+    moe_every: Count = 1
+    expert_width: Count | None = None
+    shared_expert_width: Count | None = None
+    router: Router = "softmax"
+    balance: Balance = "loss"
+    balance_loss: NotNegative = 0.01
+    router_z_loss: NotNegative = 0.001
+    expert_capacity: Positive | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -83,8 +117,26 @@ class ModelConfig:
             raise ValueError(f"width = {self.width} must be a multiple of heads = {self.heads}, or set head_width")
         if self.head_size < 2 or self.head_size % 2:
             raise ValueError(f"a head of width {self.head_size} must be even: rotary positions turn pairs")
+        if self.experts is not None:
+            self._check_experts(self.experts)
         if self.matmul != "dtype":
             self._check_matmul()
+
+    def _check_experts(self, experts: int) -> None:
+        if self.experts_per_token > experts:
+            raise ValueError(
+                f"experts_per_token = {self.experts_per_token} is more than experts = {experts}: use at most {experts}"
+            )
+        if self.layers % self.moe_every:
+            raise ValueError(
+                f"layers = {self.layers} must be a multiple of moe_every = {self.moe_every}, as every so many layers "
+                "one has experts"
+            )
+        if self.matmul != "dtype":
+            raise ValueError(
+                f"matmul = {self.matmul!r} has no product over experts = {experts}: use matmul = 'dtype', or a model "
+                "without experts"
+            )
 
     def _check_matmul(self) -> None:
         if self.dtype == "float32":
@@ -101,18 +153,54 @@ class ModelConfig:
     def identity(self) -> dict[str, Any]:
         """What the model computes, as JSON: every field but those that only say how fast.
 
-        `dropout` is there only where it is not 0, so that models from before it was a field are what they were.
+        `dropout` is there only where it is not 0, and what is about experts only where there are any, so that models
+        from before these were fields are what they were.
 
         >>> ModelConfig().identity == ModelConfig(remat="full", scan_layers=True, matmul="fp8").identity
         True
         """
-        fields = identity(self)
-        return fields if self.dropout else {name: value for name, value in fields.items() if name != "dropout"}
+        unused = (() if self.dropout else ("dropout",)) + (EXPERT_FIELDS if self.experts is None else ())
+        return {name: value for name, value in identity(self).items() if name not in unused}
 
     @property
     def head_size(self) -> int:
         """The width of one head, E: `head_width`, or what `width` and `heads` make it."""
         return self.width // self.heads if self.head_width is None else self.head_width
+
+    @property
+    def sparse_layers(self) -> int:
+        """How many layers have experts."""
+        return 0 if self.experts is None else self.layers // self.moe_every
+
+    def feed_forward_parameters(self, experts: int) -> int:
+        """The matrices of all layers' feed-forward parts, with so many of a layer's experts."""
+        dense = (self.layers - self.sparse_layers) * self.mlp_width
+        of_experts = experts * (self.expert_width or self.mlp_width) + (self.shared_expert_width or 0)
+        routers = self.sparse_layers * (self.experts or 0)
+        return self.width * (3 * (dense + self.sparse_layers * of_experts) + routers)
+
+    def expert_rows(self, length: int) -> int | None:
+        """How many of a row's tokens an expert takes at most; None: all.
+
+        Args:
+          length: tokens in a row, T.
+
+        Raises:
+          ValueError: an even share of the row that is below one token.
+
+        >>> ModelConfig(experts=8, experts_per_token=2, expert_capacity=1.25).expert_rows(64)
+        20
+        """
+        if self.experts is None or self.expert_capacity is None:
+            return None
+        rows = self.expert_capacity * self.experts_per_token * length / self.experts
+        if rows < 1:
+            least = self.experts / (self.experts_per_token * length)
+            raise ValueError(
+                f"expert_capacity = {self.expert_capacity:g} gives an expert {rows:.2g} of a row's {length} tokens, "
+                f"less than one: use at least {math.ceil(1e4 * least) / 1e4:g}, or None to drop no token"
+            )
+        return math.ceil(rows)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ModelConfig":
@@ -134,15 +222,15 @@ class ModelConfig:
     def flops_per_token(self, sequence_length: int, *, causal: bool = True) -> float:
         """Forward and backward matmul FLOPs a token, causal attention counted at half: `6 N + 6 L H E T`.
 
-        N counts the parameters that multiply each token: every matrix, the output matrix once, the look-up not. With
-        `causal=False` attention counts `12 L H E T`.
+        N counts the parameters that multiply each token: every matrix, the output matrix once, the look-up not, and of
+        the experts those that a token goes to. With `causal=False` attention counts `12 L H E T`.
 
         >>> round(ModelConfig.preset("124m").flops_per_token(1024) / 1e6)
         798
         """
         attention = 2 * self.width * self.head_size * (self.heads + self.kv_heads)
-        mlp = 3 * self.width * self.mlp_width
-        matrices = self.layers * (attention + mlp) + self.vocab_size * self.width
+        active = self.feed_forward_parameters(self.experts_per_token)
+        matrices = self.layers * attention + active + self.vocab_size * self.width
         mixing = self.layers * self.heads * self.head_size * sequence_length
         return 6.0 * matrices + (6.0 if causal else 12.0) * mixing
 
@@ -151,6 +239,10 @@ PRESETS = {
     "debug": ModelConfig(),
     "30m": ModelConfig(vocab_size=16_384, width=512, layers=6, heads=8, kv_heads=8, mlp_width=1664),
     "124m": ModelConfig(vocab_size=50_304, width=768, layers=12, heads=12, kv_heads=12, mlp_width=2048),
+    "moe-debug": ModelConfig(experts=8, experts_per_token=2, expert_width=192),
+    "moe-300m": ModelConfig(
+        vocab_size=50_304, width=768, layers=12, heads=12, kv_heads=12, mlp_width=2048, experts=16, expert_width=512
+    ),
     "1b": ModelConfig(
         vocab_size=128_256, width=2048, layers=16, heads=32, kv_heads=8, mlp_width=8192, rope_theta=500_000.0
     ),

@@ -50,7 +50,8 @@ def decode(config: ModelConfig, parameters: dict, tokens_BT, begin, cache: Cache
     (1, 4, 384)
     """
     # A recipe would quantise every weight anew for each token, which takes longer than multiplying by it.
-    model = apply(dataclasses.replace(config, matmul="dtype"), parameters)
+    # And a token alone has no row whose room at an expert it could share.
+    model = apply(dataclasses.replace(config, matmul="dtype", expert_capacity=None), parameters)
     batch, length = tokens_BT.shape
     positions_BT = jnp.broadcast_to(begin + jnp.arange(length, dtype=jnp.int32), (batch, length))
 
@@ -62,7 +63,7 @@ def decode(config: ModelConfig, parameters: dict, tokens_BT, begin, cache: Cache
         # Causal by position: what lies in the cache past a token is after it.
         return attention(q_BTHE, *of_layer, causal=True, positions=begin), written
 
-    stream, cache = through_blocks(
+    stream, cache, _ = through_blocks(
         model.blocks,
         dataclasses.replace(config, scan_layers=True, remat="none"),
         model.enter(tokens_BT),

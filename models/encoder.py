@@ -113,6 +113,7 @@ def masked_lm_parts(
         causal=False,
         implementation=implementation,
         layout=layout,
+        row_weights=lambda batch: jnp.sum(masked(batch)[1], axis=1),
         **options,
     )
 

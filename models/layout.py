@@ -66,6 +66,50 @@ class Layout(Protocol):
         """The sums of `loss(hidden, table, labels, weights, vocab_axis=...)` over all rows."""
         ...
 
+    def experts(
+        self, function: Callable, tokens: Sequence[jax.Array], kernels: Sequence[jax.Array], names: SeveralNames
+    ) -> jax.Array:
+        """`function(*tokens, *kernels, exchange=...)`, each device having its own tokens and some of the experts.
+
+        Args:
+          function: gives `[B, T, D]`; what devices with parts of an expert's width give is summed.
+          tokens: `[B, T, ...]` each, laid out as the residual stream is.
+          kernels: the experts' matrices.
+          names: the logical names of their axes.
+        """
+        ...
+
+
+class Exchange(Protocol):
+    """How rows come to the devices that have their experts, and back.
+
+    Attributes:
+      devices: over how many the experts are split.
+    """
+
+    devices: int
+
+    def __call__(self, of_experts: Callable, rows_MD: jax.Array, sizes_X: jax.Array, most: int | None) -> jax.Array:
+        """What `of_experts(rows, sizes of the device's own experts)` makes of rows that lie expert by expert.
+
+        Rows behind the last expert's come back as zeros. An expert has at most `most` of the rows; None: any number.
+        """
+        ...
+
+
+class Here:
+    """All experts are on the device."""
+
+    devices = 1
+
+    def __call__(self, of_experts: Callable, rows_MD: jax.Array, sizes_X: jax.Array, most: int | None) -> jax.Array:
+        """What `of_experts` makes of the rows."""
+        del most
+        return of_experts(rows_MD, sizes_X)
+
+
+HERE = Here()
+
 
 class OneDevice:
     """Everything in one place."""
@@ -120,6 +164,12 @@ class OneDevice:
     def cross_entropy(self, loss: Callable, hidden_BTD, table_VD, labels_BT, weights_BT) -> tuple[jax.Array, jax.Array]:
         """`loss(hidden, table, labels, weights)`."""
         return loss(hidden_BTD, table_VD, labels_BT, weights_BT)
+
+    def experts(
+        self, function: Callable, tokens: Sequence[jax.Array], kernels: Sequence[jax.Array], names: SeveralNames
+    ) -> jax.Array:
+        """`function(*tokens, *kernels)`, gradients of the kernels being written as the products make them."""
+        return function(*tokens, *map(self.weight, kernels, names))
 
 
 ONE_DEVICE = OneDevice()

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from crescendo.models import moe
 from crescendo.models.config import ModelConfig
 from crescendo.models.layout import ONE_DEVICE, Layout
 from crescendo.models.parts import Parts
@@ -66,25 +67,32 @@ def transformer_parts(
     implementation: str | None = None,
     layout: Layout = ONE_DEVICE,
     dropout_keys: Callable[[dict], jax.Array | None] = lambda batch: None,
+    row_weights: Callable[[dict], jax.Array] = lambda batch: jnp.sum(batch["segment_ids"] > 0, axis=1),
 ) -> Parts:
     """What a `Transformer` makes of packed rows, in three parts.
+
+    With experts a stream has what layers say of their routing as well, summed over rows, and the sums have it
+    besides: a training loss its terms, and as a third element their dict; scores what is told of held-out rows.
 
     Args:
       config: the model's.
       shown: from a batch, with `segment_ids` and `positions`, int32 `[B, T]`, to the tokens that the model is shown.
-      sums: `(hidden_BTD, table_VD, batch)` -> what the last part gives.
+      sums: `(hidden_BTD, table_VD, batch)` -> what the last part gives: `(loss_sum, weight)`, or a dict of such scores.
       causal: see `Transformer`.
       implementation: of the attention; "reference" is that of every other op too, which so has second derivatives.
       layout: how activations lie over the devices.
       dropout_keys: from a batch to `dropout_keys_B`, see `Transformer`.
+      row_weights: from a batch to what each row weighs in the loss, `[B]`.
     """
 
     def enter(parameters: dict, batch: dict):
-        return apply(config, parameters).enter(shown(batch), layout)
+        stream = apply(config, parameters).enter(shown(batch), layout)
+        return stream if config.experts is None else (*stream, moe.no_routing(config))
 
     def layers(parameters: dict, stream, batch: dict, first):
-        return apply(config, parameters).through(
-            stream,
+        x_BTD, added_BTD, *told = stream
+        stream, routing = apply(config, parameters).through(
+            (x_BTD, added_BTD),
             batch["segment_ids"],
             batch["positions"],
             causal=causal,
@@ -93,10 +101,21 @@ def transformer_parts(
             dropout_keys_B=dropout_keys(batch),
             first_layer=first,
         )
+        if routing is None:
+            return stream
+        routing = moe.over_rows(routing, row_weights(batch).astype(jnp.float32))
+        return *stream, moe.written(told[0], routing, first // config.moe_every)
 
     def leave(parameters: dict, stream, batch: dict):
-        model = apply(config, parameters)
-        return sums(model.leave(stream, layout, implementation=implementation), model.output_table(), batch)
+        model, (x_BTD, added_BTD, *routing) = apply(config, parameters), stream
+        hidden_BTD = model.leave((x_BTD, added_BTD), layout, implementation=implementation)
+        found = sums(hidden_BTD, model.output_table(), batch)
+        if not routing:
+            return found
+        if isinstance(found, dict):
+            return found | moe.scores(routing[0], jnp.sum(row_weights(batch), dtype=jnp.float32))
+        terms, told = moe.training_terms(config, routing[0])
+        return found[0] + terms, found[1], told
 
     return Parts(enter, layers, leave)
 
@@ -104,6 +123,7 @@ def transformer_parts(
 def next_token_parts(
     config: ModelConfig,
     *,
+    scores: bool = False,
     z_loss: float = 0.0,
     implementation: str | None = None,
     layout: Layout = ONE_DEVICE,
@@ -111,8 +131,11 @@ def next_token_parts(
 ) -> Parts:
     """The loss of packed rows: `(loss_sum in nats, weight in tokens)`, padding (`segment_ids` 0) left out.
 
+    With experts there is a third element, what training tells of them; see `transformer_parts`.
+
     Args:
       config: of the decoder; a batch is `tokens`, `labels`, `segment_ids`, `positions`, each int32 `[B, T]`.
+      scores: whether to give `{"loss": (loss_sum, weight)}`.
       z_loss: `config.z_loss` when training; 0 gives the plain cross-entropy.
       implementation, layout, options: see `transformer_parts`.
     """
@@ -120,7 +143,8 @@ def next_token_parts(
 
     def sums(hidden_BTD, table_VD, batch: dict):
         weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
-        return layout.cross_entropy(loss, hidden_BTD, table_VD, batch["labels"], weights_BT)
+        losses = layout.cross_entropy(loss, hidden_BTD, table_VD, batch["labels"], weights_BT)
+        return {"loss": losses} if scores else losses
 
     shown = operator.itemgetter("tokens")
     return transformer_parts(config, shown, sums, implementation=implementation, layout=layout, **options)

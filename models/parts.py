@@ -12,8 +12,8 @@ class Parts:
     """`leave(layers(enter))`; called with `(parameters, rows)` it is that of a batch.
 
     A stage has some layers of `parameters`, and None in place of all that isn't stacked in layers; before and behind
-    the layers the stacked ones are None. A stream is `(x, added)`, the residual stream being their sum; a stage hands
-    on `(sum, None)`.
+    the layers the stacked ones are None. A stream is `(x, added)`, the residual stream being their sum, or with what
+    layers say besides `(x, added, told)`: a tree of float32 sums over the batch. A stage hands on `(sum, None)`.
 
     Attributes:
       enter: `(parameters, rows) -> stream`.

@@ -12,9 +12,10 @@ from crescendo.models import axes, functional
 from crescendo.models.attention import Attention, packed_attention
 from crescendo.models.axes import RESIDUAL, TAKEN_IN
 from crescendo.models.config import ModelConfig
-from crescendo.models.layers import Linear, RMSNorm, Table, of_rows, rotary, side_by_side
+from crescendo.models.layers import RMSNorm, Table, of_rows, rotary
 from crescendo.models.layout import ONE_DEVICE, Layout
-from crescendo.pallas_kernels import swiglu
+from crescendo.models.mlp import Mlp
+from crescendo.models.moe import Moe, Routing
 from crescendo.pallas_kernels.attention.blocks import FusedBlockAttention
 
 REMAT_POLICIES = {
@@ -50,66 +51,73 @@ def _drop(rate: float, keys_B, layer, layout: Layout, x_BTD: jax.Array, branch: 
     return jnp.where(retained_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
 
 
-class Mlp(nnx.Module):
-    """SwiGLU: `(silu(x W_gate) * x W_up) W_down` (Shazeer 2020); `implementation` is that of the product."""
-
-    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
-        inner = functools.partial(
-            Linear,
-            (config.width,),
-            (config.mlp_width,),
-            (axes.EMBED, axes.MLP),
-            dtype=dtype,
-            rngs=rngs,
-            matmul=config.matmul,
-        )
-        self.gate, self.up = inner(), inner()
-        self.down = Linear(
-            (config.mlp_width,),
-            (config.width,),
-            (axes.MLP, axes.EMBED),
-            dtype=dtype,
-            rngs=rngs,
-            scale=(2 * config.layers) ** -0.5,
-            matmul=config.matmul,
-        )
-
-    def __call__(self, x_BTD, layout: Layout, *, implementation: str | None = None):
-        inner, product = (axes.BATCH, axes.LENGTH, axes.MLP), functools.partial(swiglu, implementation=implementation)
-        gate_up = side_by_side((self.gate, self.up), x_BTD, layout)  # [B, T, 2, F]
-        return self.down(layout.on_parts(product, (gate_up,), ((*inner[:-1], None, inner[-1]),), inner), layout)
-
-
 class Block(nnx.Module):
-    """`h = h + attention(norm(h))`, then `h = h + mlp(norm(h))`; it takes and returns a `Stream`."""
+    """`h = h + attention(norm(h))`, then `h = h + mlp(norm(h))`; it takes a `Stream` and returns one.
 
-    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+    With `sparse` the feed-forward part has experts, and what is returned besides is their `Routing`, else None.
+    """
+
+    def __init__(self, config: ModelConfig, *, sparse: bool, dtype, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.width, axes.EMBED, config.norm_epsilon)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.mlp_norm = RMSNorm(config.width, axes.EMBED, config.norm_epsilon)
-        self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
+        self.mlp = (
+            Moe(config, dtype=dtype, rngs=rngs) if sparse else Mlp(config, config.mlp_width, dtype=dtype, rngs=rngs)
+        )
 
     def __call__(
-        self, x_BTD, added_BTD, attend, cosine, sine, layout: Layout, *, drop: Drop = _keep, implementation=None
-    ):
-        def take_in(norm, x_BTD, added_BTD):
+        self,
+        x_BTD,
+        added_BTD,
+        attend,
+        cosine,
+        sine,
+        layout: Layout,
+        *,
+        drop: Drop = _keep,
+        counted_BT=None,
+        implementation=None,
+    ) -> tuple[Stream, Routing | None]:
+        def take_in(norm, x_BTD, added_BTD, names=TAKEN_IN):
             y_BTD, x_BTD = norm(x_BTD, added_BTD, layout, implementation=implementation)
-            return layout.constrain(y_BTD, TAKEN_IN), x_BTD
+            return layout.constrain(y_BTD, names), x_BTD
 
         y_BTD, x_BTD = take_in(self.attention_norm, x_BTD, added_BTD)
         mixed_BTD = self.attention(y_BTD, attend, cosine, sine, layout, implementation=implementation)
-        y_BTD, x_BTD = take_in(self.mlp_norm, x_BTD, drop(layout.constrain(mixed_BTD, RESIDUAL), 0))
-        fed_BTD = self.mlp(y_BTD, layout, implementation=implementation)
-        return x_BTD, drop(layout.constrain(fed_BTD, RESIDUAL), 1)
+        stream, routing = (x_BTD, drop(layout.constrain(mixed_BTD, RESIDUAL), 0)), None
+        if isinstance(self.mlp, Moe):
+            y_BTD, x_BTD = take_in(self.mlp_norm, *stream, RESIDUAL)
+            fed_BTD, routing = self.mlp(y_BTD, layout, counted_BT=counted_BT, implementation=implementation)
+        else:
+            y_BTD, x_BTD = take_in(self.mlp_norm, *stream)
+            fed_BTD = self.mlp(y_BTD, layout, implementation=implementation)
+        return (x_BTD, drop(layout.constrain(fed_BTD, RESIDUAL), 1)), routing
 
 
-def stacked_blocks(config: ModelConfig, *, dtype, rngs: nnx.Rngs) -> Block:
-    """All the layers as one `Block` whose parameters have a leading axis."""
+class Group(nnx.Module):
+    """Several layers, of which the last one has experts: what is stacked where not every layer has them."""
 
-    @nnx.split_rngs(splits=config.layers)
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        self.names = tuple(f"layer_{i}" for i in range(config.moe_every))
+        for name in self.names:
+            setattr(self, name, Block(config, sparse=name == self.names[-1], dtype=dtype, rngs=rngs))
+
+
+def layers_in(stacked: Block | Group) -> list[Block]:
+    """The layers of one entry of a stack, in order."""
+    return [getattr(stacked, name) for name in stacked.names] if isinstance(stacked, Group) else [stacked]
+
+
+def stacked_blocks(config: ModelConfig, *, dtype, rngs: nnx.Rngs) -> Block | Group:
+    """All the layers as one `Block` whose parameters have a leading axis; or as one `Group`."""
+    grouped = config.experts is not None and config.moe_every > 1
+
+    @nnx.split_rngs(splits=config.layers // (config.moe_every if grouped else 1))
     @functools.partial(nnx.vmap, in_axes=(0,), out_axes=0)
     def stacked(rngs):
-        return Block(config, dtype=dtype, rngs=rngs)
+        if grouped:
+            return Group(config, dtype=dtype, rngs=rngs)
+        return Block(config, sparse=config.experts is not None, dtype=dtype, rngs=rngs)
 
     blocks: Any = stacked(rngs)
     return blocks
@@ -130,7 +138,7 @@ def within_segments(segment_ids_BT, *, causal: bool, implementation: str | None,
 
 
 def through_blocks(
-    blocks: Block,
+    blocks: Block | Group,
     config: ModelConfig,
     stream: Stream,
     attend: Callable,
@@ -140,10 +148,13 @@ def through_blocks(
     implementation: str | None,
     layout: Layout,
     dropout_keys_B=None,
+    counted_BT=None,
     first_layer=0,
     state: Any = None,
-) -> tuple[Stream, Any]:
-    """The residual stream behind some layers, in a loop or unrolled, and what the layers made of a state.
+) -> tuple[Stream, Any, Routing | None]:
+    """The residual stream behind some layers, in a loop or unrolled; what the layers made of a state; their routing.
+
+    Of layers with experts the routing is that of `Moe`, `[layers, B, ...]`; None without any.
 
     Args:
       blocks: as `stacked_blocks` makes them, or some of its layers.
@@ -152,39 +163,49 @@ def through_blocks(
       attend: `(q_BTHE, k_BTKE, v_BTKE, state, number of the layer) -> (mixed_BTHE, state)`.
       cosine, sine: `[B, T, E / 2]`, see `rotary`.
       implementation, layout, dropout_keys_B: see `Transformer`.
+      counted_BT: bool, which tokens are no padding, as experts ask; None: all.
       first_layer: the number of the first one among the model's; dropout depends on it.
       state: what the layers hand on besides, such as a cache, which they so write to where it is; None: nothing.
     """
     structure, stacked = nnx.split(blocks)
-    layers = jax.tree.leaves(stacked)[0].shape[0]
+    groups, in_group = jax.tree.leaves(stacked)[0].shape[0], len(layers_in(blocks))
     one_array = config.remat != "none"  # a checkpoint keeps what layers hand on
 
-    def block(carry, of_layer):
-        (stream, state), (parameters, number) = carry, of_layer
-        drop = _keep
-        if dropout_keys_B is not None:
-            drop = functools.partial(_drop, config.dropout, dropout_keys_B, number, layout)
-        layer: Any = nnx.merge(structure, parameters)
+    def group(carry, of_group):
+        (stream, state), (parameters, number) = carry, of_group
+        merged: Any = nnx.merge(structure, parameters)
+        routing = None
+        for i, layer in enumerate(layers_in(merged)):
+            of_layer = None if number is None else number + i
+            drop = _keep
+            if dropout_keys_B is not None:
+                drop = functools.partial(_drop, config.dropout, dropout_keys_B, of_layer, layout)
 
-        def mix(q_BTHE, k_BTKE, v_BTKE):
-            nonlocal state
-            mixed_BTHE, state = attend(q_BTHE, k_BTKE, v_BTKE, state, number)
-            return mixed_BTHE
+            def mix(q_BTHE, k_BTKE, v_BTKE, of_layer=of_layer):
+                nonlocal state
+                mixed_BTHE, state = attend(q_BTHE, k_BTKE, v_BTKE, state, of_layer)
+                return mixed_BTHE
 
-        stream = layer(*stream, mix, cosine, sine, layout, drop=drop, implementation=of_rows(implementation))
-        return ((joined(stream), None) if one_array else stream, state), None
+            stream, routing = layer(
+                *(*stream, mix, cosine, sine, layout),
+                drop=drop,
+                counted_BT=counted_BT,
+                implementation=of_rows(implementation),
+            )
+        return ((joined(stream), None) if one_array else stream, state), routing
 
     if one_array:
-        block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+        group = jax.checkpoint(group, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
     numbered = dropout_keys_B is not None or state is not None
-    numbers = first_layer + jnp.arange(layers, dtype=jnp.int32) if numbered else None
+    numbers = first_layer + in_group * jnp.arange(groups, dtype=jnp.int32) if numbered else None
     x_BTD, added_BTD = stream
     if one_array:
         stream = joined(stream), None
     elif added_BTD is None:
         stream = x_BTD, jnp.zeros_like(x_BTD)
-    unroll = 1 if config.scan_layers else layers
-    return jax.lax.scan(block, (stream, state), (stacked, numbers), unroll=unroll)[0]
+    unroll = 1 if config.scan_layers else groups
+    carry, routing = jax.lax.scan(group, (stream, state), (stacked, numbers), unroll=unroll)
+    return *carry, routing
 
 
 class Transformer(nnx.Module):
@@ -226,7 +247,7 @@ class Transformer(nnx.Module):
         layout: Layout = ONE_DEVICE,
         dropout_keys_B=None,
     ):
-        stream = self.through(
+        stream, _ = self.through(
             self.enter(tokens_BT, layout),
             segment_ids_BT,
             positions_BT,
@@ -253,10 +274,13 @@ class Transformer(nnx.Module):
         layout: Layout = ONE_DEVICE,
         dropout_keys_B=None,
         first_layer=0,
-    ) -> Stream:
-        """The residual stream behind the layers that the model holds; the first one has the number `first_layer`."""
+    ) -> tuple[Stream, Routing | None]:
+        """The residual stream behind the layers that the model holds, the first one having the number `first_layer`.
+
+        And the routing of those with experts, see `through_blocks`.
+        """
         config = self.config
-        return through_blocks(
+        stream, _, routing = through_blocks(
             self.blocks,
             config,
             stream,
@@ -265,8 +289,10 @@ class Transformer(nnx.Module):
             implementation=implementation,
             layout=layout,
             dropout_keys_B=dropout_keys_B if config.dropout else None,
+            counted_BT=segment_ids_BT > 0 if config.experts is not None else None,
             first_layer=first_layer,
-        )[0]
+        )
+        return stream, routing
 
     def leave(self, stream: Stream, layout: Layout = ONE_DEVICE, *, implementation: str | None = None):
         """The normalised hidden states behind all layers."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from crescendo.parallel import sequence, vocab
+from crescendo.parallel import experts, sequence, vocab
 from crescendo.parallel.accumulate import Spread
 from crescendo.parallel.rules import (
     ACTIVATIONS,
@@ -21,7 +21,9 @@ from crescendo.parallel.rules import (
     Table,
     check_divides,
     divisors,
+    entries_alike,
     is_names,
+    key_copies,
     spec_entries,
     strategy,
 )
@@ -29,6 +31,12 @@ from crescendo.parallel.schedules import Schedule
 from crescendo.parallel.stages import Pipeline
 
 Tree = Any
+# Why a mesh has none: what has gradients of its own making.
+NO_SECOND_DERIVATIVES = {
+    "sequence": "attention over devices that share rows has",
+    "expert": "rows that are sent to their experts have",
+    "stage": "a pipeline has",
+}
 
 
 class SecondDerivativeError(ValueError):
@@ -138,17 +146,9 @@ class Layout:
         (P('stage', None, 'tensor'), P(None,))
         """
         entries = spec_entries(table, names)
-        if array_shape == parameter_shape:
-            return NamedSharding(self.mesh, PartitionSpec(*entries))
-        free = list(range(len(parameter_shape)))
-        spec: list = []
-        for size in array_shape:
-            match = next((i for i in free if parameter_shape[i] == size), None)
-            if match is not None:
-                free.remove(match)
-                ways = math.prod(self.sizes[axis] for axis in table.get(names[match] or "", ()))
-            spec.append(entries[match] if match is not None and size % ways == 0 else None)
-        return NamedSharding(self.mesh, PartitionSpec(*spec))
+        if array_shape != parameter_shape:
+            entries = entries_alike(self.sizes, entries, parameter_shape, array_shape)
+        return NamedSharding(self.mesh, PartitionSpec(*entries))
 
     @property
     def replicated(self) -> NamedSharding:
@@ -235,18 +235,14 @@ class Layout:
         """The layout with no gradients of its own making, which have no second derivatives: slower, and as right.
 
         Raises:
-          SecondDerivativeError: where devices share rows, as ring attention has such gradients.
+          SecondDerivativeError: for a mesh with an axis of `NO_SECOND_DERIVATIVES`.
         """
-        if self.sizes["sequence"] > 1:
-            raise SecondDerivativeError(
-                f"mesh sequence = {self.sizes['sequence']}: attention over devices that share rows has no second "
-                "derivatives, which this optimizer asks for: use sequence = 1"
-            )
-        if self.sizes["stage"] > 1:
-            raise SecondDerivativeError(
-                f"mesh stage = {self.sizes['stage']}: a pipeline has no second derivatives, which this optimizer asks "
-                "for: use stage = 1"
-            )
+        for axis, what in NO_SECOND_DERIVATIVES.items():
+            if self.sizes[axis] > 1:
+                raise SecondDerivativeError(
+                    f"mesh {axis} = {self.sizes[axis]}: {what} no second derivatives, which this optimizer asks for: "
+                    f"use {axis} = 1"
+                )
         plain = copy.copy(self)
         plain._plain_gradients = True
         return plain
@@ -319,13 +315,34 @@ class Layout:
         )
         return local(hidden_BTD, table_VD, labels_BT, weights_BT)
 
-    def _by_device(self, function: Callable, inputs: tuple, outputs: tuple) -> Callable:
+    def experts(
+        self,
+        function: Callable,
+        tokens: Sequence[jax.Array],
+        kernels: Sequence[jax.Array],
+        names: Sequence[tuple[str | None, ...]],
+    ) -> jax.Array:
+        """`function(*tokens, *kernels)` on each device's own tokens and experts, see `models.layout`."""
+        if self.mesh.size == 1:
+            return function(*tokens, *map(self.weight, kernels, names))
+        held, unsplit, rows = self.strategy.parameters, self._unsplit(), ("batch", "residual_length", None)
+        gathers = [spec_entries(held, of, unsplit | {"expert", "tensor"}) for of in names]
+        local = functools.partial(
+            *(experts.on_device, function),
+            gathers=gathers,
+            tensor="tensor" not in unsplit,
+            devices=self.sizes["expert"],
+        )
+        inputs = (*(rows for _ in tokens), *names)
+        return self._by_device(local, inputs, rows, table=held | ACTIVATIONS)(*tokens, *kernels)
+
+    def _by_device(self, function: Callable, inputs: tuple, outputs: tuple, table: Table = ACTIVATIONS) -> Callable:
         """`function` on every device's own parts, from the logical axes of its arguments and of its results."""
         context, unsplit = jax.sharding.get_abstract_mesh(), self._unsplit()
         manual = frozenset(context.manual_axes)
 
         def spec(names):
-            return PartitionSpec(*spec_entries(ACTIVATIONS, names, unsplit))
+            return PartitionSpec(*spec_entries(table, names, unsplit))
 
         one = all(isinstance(name, str | None) for name in outputs)
         return jax.shard_map(
@@ -376,24 +393,7 @@ class Layout:
         >>> layout.with_heads(16, 2).parameters({"key": ("embed", "kv_heads")})["key"].spec
         P(('fsdp', 'sequence'), None)
         """
-        tensor, degree = self.sizes["tensor"], self.strategy.ulysses
-        if heads % tensor or (kv_heads % tensor and tensor % kv_heads):
-            *rest, last = (n for n in divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0)
-            would = f"{', '.join(map(str, rest))} or {last}" if rest else f"{last}"
-            wrong = (
-                f"heads = {heads} does not divide over tensor = {tensor}"
-                if heads % tensor
-                else f"neither of kv_heads = {kv_heads} and tensor = {tensor} divides the other"
-            )
-            raise ValueError(f"{wrong}: use a tensor of {would}")
-        copies = max(1, tensor // kv_heads)
-        local, local_kv = heads // tensor, kv_heads * copies // tensor
-        if local % degree or (local_kv % degree and degree % local_kv):
-            possible = [n for n in divisors(local) if local_kv % n == 0 or n % local_kv == 0]
-            raise ValueError(
-                f"ulysses = {degree} can't split the {local} query and {local_kv} key heads of a device (heads = "
-                f"{heads}, kv_heads = {kv_heads}, tensor = {tensor}): use one of {possible}"
-            )
+        copies = key_copies(heads, kv_heads, tensor=self.sizes["tensor"], ulysses=self.strategy.ulysses)
         if copies == self.key_copies:
             return self
         layout = copy.copy(self)
@@ -402,13 +402,13 @@ class Layout:
             layout.strategy = self.strategy.replicated_along("kv_heads")
         return layout
 
-    def without_stages(self) -> "Layout":
-        """The layout, for a task whose loss is not in the parts that stages share.
+    def without_stages(self, why: str = "this task's loss is not in the parts that stages share") -> "Layout":
+        """The layout, for a task that stages can't share.
 
         Raises:
           ValueError: where the mesh has devices along `stage`.
         """
-        return self._without("stage", "this task's loss is not in the parts that stages share")
+        return self._without("stage", why)
 
     def without_experts(self) -> "Layout":
         """The layout, for a model without experts.

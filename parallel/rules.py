@@ -19,6 +19,7 @@ TENSOR: Table = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "experts": ("expert",),
     "vocab": ("stage", "tensor"),
 }
 # Devices along `sequence` have the same parameters: they share them like those along `fsdp`. Convolutions' kernels and
@@ -142,6 +143,26 @@ def spec_entries(table: Table, names: tuple[str | None, ...], without: frozenset
     return entries
 
 
+def entries_alike(sizes: dict[str, int], entries: list, shape: tuple[int, ...], other: tuple[int, ...]) -> list:
+    """Entries for an array of another shape: each dimension's are those of the first free one of the same size.
+
+    None for one without such a size, or that its mesh axes can't divide.
+
+    >>> entries_alike({"tensor": 2}, ["stage", None, "tensor"], (3, 16, 40), (3, 40))
+    ['stage', 'tensor']
+    """
+    free, found = list(range(len(shape))), []
+    for size in other:
+        match = next((i for i in free if shape[i] == size), None)
+        entry = None
+        if match is not None:
+            free.remove(match)
+            entry = entries[match]
+        ways = math.prod(sizes.get(axis, 1) for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+        found.append(entry if size % ways == 0 else None)
+    return found
+
+
 def check_divides(sizes: dict[str, int], table: Table, logical_axes: Tree, arrays: Tree, *, chunks: int = 1) -> None:
     """Raises ValueError for the first dimension of an array that its mesh axes can't divide.
 
@@ -184,6 +205,35 @@ def _one_of(numbers: list[int]) -> str:
     """In words."""
     *rest, last = map(str, numbers)
     return f"{', '.join(rest)} or {last}" if rest else last
+
+
+def key_copies(heads: int, kv_heads: int, *, tensor: int, ulysses: int) -> int:
+    """On how many devices along `tensor` each key head is, see `Layout.with_heads`.
+
+    Raises:
+      ValueError: heads that the axis or Ulysses can't divide.
+
+    >>> key_copies(16, 2, tensor=8, ulysses=1)
+    4
+    """
+    if heads % tensor or (kv_heads % tensor and tensor % kv_heads):
+        *rest, last = (n for n in divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0)
+        would = f"{', '.join(map(str, rest))} or {last}" if rest else f"{last}"
+        wrong = (
+            f"heads = {heads} does not divide over tensor = {tensor}"
+            if heads % tensor
+            else f"neither of kv_heads = {kv_heads} and tensor = {tensor} divides the other"
+        )
+        raise ValueError(f"{wrong}: use a tensor of {would}")
+    copies = max(1, tensor // kv_heads)
+    local, local_kv = heads // tensor, kv_heads * copies // tensor
+    if local % ulysses or (local_kv % ulysses and ulysses % local_kv):
+        possible = [n for n in divisors(local) if local_kv % n == 0 or n % local_kv == 0]
+        raise ValueError(
+            f"ulysses = {ulysses} can't split the {local} query and {local_kv} key heads of a device (heads = "
+            f"{heads}, kv_heads = {kv_heads}, tensor = {tensor}): use one of {possible}"
+        )
+    return copies
 
 
 def divisors(n: int) -> list[int]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from crescendo.experiments.reports.loads import loads
 from crescendo.experiments.runs.records import Columns
 from crescendo.experiments.runs.run import Run
 from crescendo.experiments.runtime.text import compact, running_means
@@ -13,6 +14,7 @@ from crescendo.experiments.runtime.text import compact, running_means
 Arms = Sequence[tuple[str, Sequence[Run]]]
 
 NOISE_COLUMNS = ("noise_scale", "norm_layers_noise_scale")
+ROUTER_COLUMNS = ("router_entropy",)
 _MAX_POINTS = 800
 
 
@@ -120,6 +122,25 @@ def _against_tokens(*columns: tuple[str, str, str], mean: bool) -> Callable[[Run
     return curves
 
 
+def _loads(run: Run) -> list[Curve]:
+    """The load of every expert at the last evaluation, layer after layer."""
+    found = loads({name: float(x[-1]) for name, x in run.validation.items() if len(x)})
+    if found is None:
+        return []
+    return [Curve("load of each expert", np.arange(found.size), found.ravel(), stairs=True)]
+
+
+def _spread_of_loads(run: Run) -> list[Curve]:
+    """The least and the largest load at each evaluation, over all experts of all layers."""
+    columns, x = run.validation, run.validation["units_seen"]
+    every = [loads({name: float(values[i]) for name, values in columns.items()}) for i in range(len(x))]
+    extremes = [(math.nan, math.nan) if each is None else (each.min(), each.max()) for each in every]
+    if not extremes:
+        return []
+    least, largest = np.array(extremes).T
+    return [Curve("largest", x, largest, points=True), Curve("least", x, least, "dotted", points=True)]
+
+
 def scientific(value: float) -> str:
     """A tick's label.
 
@@ -215,6 +236,32 @@ CHARTS = (
         ),
         columns=("trust_ratio_median",),
         log=10,
+    ),
+    Chart(
+        *(
+            "expert_load",
+            "Load of experts (at the last evaluation)",
+            "experts, layer after layer",
+            "times an even share",
+        ),
+        _loads,
+        columns=ROUTER_COLUMNS,
+    ),
+    Chart(
+        *("expert_extremes", "Largest load of an expert (dotted: least)", "tokens", "times an even share"),
+        _spread_of_loads,
+        columns=ROUTER_COLUMNS,
+    ),
+    Chart(
+        *("router_entropy", "Entropy of the router", "tokens", "nats, mean over layers"),
+        _against_tokens(("router_entropy", "entropy", "solid"), mean=True),
+        columns=ROUTER_COLUMNS,
+    ),
+    Chart(
+        *("dropped_share", "Choices of tokens that found no room", "tokens", "share, mean over layers"),
+        _against_tokens(("dropped_share", "dropped", "solid"), mean=True),
+        columns=("dropped_share",),
+        format=percent,
     ),
 )
 

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crescendo.experiments.reports.compare import Arm
+from crescendo.experiments.reports.loads import with_extremes
 from crescendo.experiments.runs.records import VALIDATION_COLUMNS
 from crescendo.experiments.runs.run import Run
 from crescendo.experiments.runtime.text import visible
@@ -27,10 +28,16 @@ def by_set(means: Mapping[str, float]) -> dict[str, dict[str, float]]:
 
 
 def last_means(run: Run) -> dict[str, float]:
-    """The means of a run's last evaluation; none before it."""
+    """The means of a run's last evaluation, of experts' loads the extremes; none before it."""
     places = {"step", "examples_seen", "seconds", "units_seen", f"{run.unit}s_seen"}
     assert places >= {*VALIDATION_COLUMNS} - {"loss"}
-    return {name: float(x[-1]) for name, x in run.validation.items() if name not in places and len(x)}
+    means = {name: float(x[-1]) for name, x in run.validation.items() if name not in places and len(x)}
+    sets = {held_out: with_extremes(own) for held_out, own in by_set(means).items()}
+    return {
+        metric if held_out == "validation" else f"{held_out}/{metric}": value
+        for held_out, own in sets.items()
+        for metric, value in own.items()
+    }
 
 
 def means_table(lines: Sequence[tuple[Sequence[str], Mapping[str, float]]], first: Sequence[str], unit: str) -> Table:

@@ -111,6 +111,11 @@ def hf_config(config: ModelConfig, *, end_of_text: int, max_length: int) -> dict
             f"model.logit_soft_cap = {config.logit_soft_cap}: neither Llama nor Qwen3 caps its logits; "
             "only a model trained with None can be exported"
         )
+    if config.experts is not None:
+        raise UserError(
+            f"model.experts = {config.experts}: neither Llama nor Qwen3 has experts; only a model without any can be "
+            "exported"
+        )
     kind = "qwen3" if config.qk_norm else "llama"
     content = {
         "architectures": [ARCHITECTURES[kind]],

@@ -16,12 +16,13 @@ class LanguageModel(TextTask):
         """With the model's z-loss, or if `scores` without; the weight is in tokens."""
         parts = next_token_parts(
             self.config,
+            scores=scores,
             z_loss=0.0 if scores else self.config.z_loss,
             implementation=context.implementation,
             layout=context.layout,
             dropout_keys=lambda rows: self.dropout_keys(rows, context),
         )
-        return parts.giving(lambda sums: {"loss": sums} if scores else Loss(*sums))
+        return parts if scores else parts.giving(lambda sums: Loss(*sums))
 
 
 def language_model(data: Text, model: ModelConfig) -> LanguageModel:

@@ -121,6 +121,7 @@ class TextTask:
         self.config = dataclasses.replace(model, vocab_size=vocab_size)
         self.unit = "token"
         self.units_per_example = length
+        self.config.expert_rows(length)  # refuses a capacity below one token
         self.flops_per_example = self.config.flops_per_token(length, causal=causal) * length
         self.row = dict.fromkeys(
             ("tokens", "labels", "segment_ids", "positions"), RowArray((length,), "int32", (axes.LENGTH,))
@@ -142,8 +143,16 @@ class TextTask:
 
     def place(self, layout: Any) -> Any:
         """The layout for this model's heads."""
-        layout = layout.without_experts().with_heads(self.config.heads, self.config.kv_heads)
-        layout.order(self.data.sequence_length)  # refuses rows that the mesh can't divide
+        layout = layout if self.config.experts is not None else layout.without_experts()
+        layout = layout.with_heads(self.config.heads, self.config.kv_heads)
+        order = layout.order(self.data.sequence_length)  # refuses rows that the mesh can't divide
+        if order is not None and self.config.expert_capacity is not None:
+            raise ValueError(
+                f"expert_capacity = {self.config.expert_capacity:g} fills experts in the order of a row's tokens, "
+                "which a ring of devices doesn't keep: use mesh sequence = 1, or None to drop no token"
+            )
+        if self.config.experts is not None:
+            return layout.without_stages("stages don't hand on what experts say of their loads")
         return layout.without_stages() if type(self).parts is TextTask.parts else layout
 
     def parts(self, context: Context, *, scores: bool = False) -> Parts:

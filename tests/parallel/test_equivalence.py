@@ -206,6 +206,31 @@ def test_skipped_stages_are_the_same_training_on_every_mesh():
     np.testing.assert_allclose(*found, rtol=1e-5)
 
 
+SPARSE = dataclasses.replace(CONFIG, experts=4, experts_per_token=2, expert_width=32)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("axes", "plan", "changes"),
+    [
+        ({"data": 8}, "data", {}),
+        ({"data": 2, "fsdp": 4}, "fsdp", {"balance": "bias", "router": "sigmoid", "shared_expert_width": 32}),
+        ({"fsdp": 4, "tensor": 2}, "zero2", {"expert_capacity": 1.0}),
+        ({"fsdp": 2, "tensor": 2, "sequence": 2}, "fsdp", {"remat": "full"}),
+        ({"data": 2, "sequence": 4}, parallel.strategy("zero1", ulysses=2), {"experts_per_token": 1}),
+        ({"data": 2, "expert": 4}, "data", {}),
+        ({"expert": 2, "fsdp": 2, "tensor": 2}, "fsdp", {"layers": 4, "moe_every": 2}),
+        ({"data": 2, "expert": 2, "sequence": 2}, "zero1", {"dropout": 0.1}),
+        ({"data": 2, "expert": 2, "fsdp": 2}, "zero2", {"expert_capacity": 1.0}),
+    ],
+    ids=str,
+)
+def test_experts_over_devices_change_nothing(axes, plan, changes):
+    layout = parallel.Layout(parallel.make_mesh(**{"data": 1} | axes), plan)
+    check_ten_steps(layout, STATISTICS, dataclasses.replace(SPARSE, **changes))
+
+
 def check_ten_steps(layout: parallel.Layout, statistics, config: ModelConfig, *, off_by: float = 1e-5) -> None:
     trainer = Trainer(layout, parallel.BatchPlan(8, 3), statistics, config)
     found, state = trainer.run(10), trainer.state
