@@ -60,7 +60,7 @@ class Moe(nnx.Module):
         self.down = parameter(rngs, (experts, inner, width), down, (2 * config.layers * inner) ** -0.5)
         if config.shared_expert_width is not None:
             self.shared = Mlp(config, config.shared_expert_width, dtype=dtype, rngs=rngs)
-        self.config, self.dtype = config, dtype
+        self.config, self.experts, self.dtype = config, experts, dtype
 
     def __call__(self, x_BTD, layout: Layout, *, counted_BT=None, implementation: str | None = None):
         """What the experts add to the residual stream, and the layer's `Routing`.
@@ -72,7 +72,8 @@ class Moe(nnx.Module):
           implementation: of the products.
         """
         counted_BT = jnp.ones(x_BTD.shape[:2], bool) if counted_BT is None else counted_BT
-        chosen_BTC, weights_BTC, routing = self._route(x_BTD, counted_BT, layout)
+        with jax.named_scope("routing"):
+            chosen_BTC, weights_BTC, routing = self._route(x_BTD, counted_BT, layout)
         gate_up = jnp.stack([self.gate[...].astype(self.dtype), self.up[...].astype(self.dtype)], axis=-2)
         kernels = gate_up, self.down[...].astype(self.dtype)
         most = self.config.expert_rows(x_BTD.shape[1])
@@ -97,13 +98,13 @@ class Moe(nnx.Module):
         shares_BTX = jax.nn.softmax(logits_BTX) if config.router == "softmax" else jax.nn.sigmoid(logits_BTX)
         bias = self.bias[...] if config.balance == "bias" else 0
         _, chosen_BTC = jax.lax.top_k(jax.lax.stop_gradient(shares_BTX + bias), config.experts_per_token)
-        picked_BTCX = chosen_BTC[..., None] == jnp.arange(config.experts)
+        picked_BTCX = chosen_BTC[..., None] == jnp.arange(self.experts)
         weights_BTC = jnp.sum(jnp.where(picked_BTCX, shares_BTX[..., None, :], 0), axis=-1)
         if config.experts_per_token > 1:
             weights_BTC = weights_BTC / jnp.sum(weights_BTC, axis=-1, keepdims=True)
         most = config.expert_rows(x_BTD.shape[1])
         kept_BTC = counted_BT[..., None] & _within(picked_BTCX & counted_BT[..., None, None], most)
-        chosen_BTC = jnp.where(kept_BTC, chosen_BTC, config.experts)
+        chosen_BTC = jnp.where(kept_BTC, chosen_BTC, self.experts)
         routing = self._told(logits_BTX, shares_BTX, picked_BTCX, kept_BTC, counted_BT)
         return chosen_BTC, jnp.where(kept_BTC, weights_BTC, 0), routing
 
@@ -119,7 +120,7 @@ class Moe(nnx.Module):
         load_BX = mean(jnp.mean(picked_BTCX, axis=2, dtype=counted.dtype))
         logarithms_BTX = jnp.log(jnp.maximum(parts_BTX, jnp.finfo(parts_BTX.dtype).tiny))
         routing = {
-            "balance_loss": config.experts * jnp.sum(load_BX * mean(parts_BTX), axis=-1),
+            "balance_loss": self.experts * jnp.sum(load_BX * mean(parts_BTX), axis=-1),
             "router_z_loss": mean(jnp.square(jax.nn.logsumexp(logits_BTX, axis=-1))),
             "router_entropy": -mean(jnp.sum(parts_BTX * logarithms_BTX, axis=-1)),
             "dropped_share": mean(1 - jnp.mean(kept_BTC, axis=2, dtype=counted.dtype)),
@@ -127,7 +128,7 @@ class Moe(nnx.Module):
         }
         if config.balance == "bias":
             # Worth 0, and its gradient is that of the product.
-            product_B = jnp.sum(self.bias[...] * jax.lax.stop_gradient(load_BX - 1 / config.experts), axis=-1)
+            product_B = jnp.sum(self.bias[...] * jax.lax.stop_gradient(load_BX - 1 / self.experts), axis=-1)
             routing["balance_bias"] = product_B - jax.lax.stop_gradient(product_B)
         return routing
 
@@ -169,25 +170,26 @@ def through_experts(
     [47.137756  0.      ]
     """
     *shape, width = x_BTD.shape
-    choices = chosen_BTC.shape[-1]
-    chosen_M = chosen_BTC.reshape(-1)
-    order_M = jnp.argsort(chosen_M, stable=True)
-    inverse_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(order_M.size), unique_indices=True)
-    sizes_X = jnp.sum(chosen_M[:, None] == jnp.arange(len(gate_up_XD2F) * exchange.devices), axis=0, dtype=jnp.int32)
-    plain = implementation == "reference"
-    rows_MD = (_take if plain else _to_experts)(x_BTD.reshape(-1, width), order_M, inverse_M, choices)
+    choices, plain = chosen_BTC.shape[-1], implementation == "reference"
+    with jax.named_scope("permutation"):
+        chosen_M = chosen_BTC.reshape(-1)
+        order_M = jnp.argsort(chosen_M, stable=True)
+        inverse_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(order_M.size), unique_indices=True)
+        experts_X = jnp.arange(len(gate_up_XD2F) * exchange.devices)
+        sizes_X = jnp.sum(chosen_M[:, None] == experts_X, axis=0, dtype=jnp.int32)
+        rows_MD = (_take if plain else _to_experts)(x_BTD.reshape(-1, width), order_M, inverse_M, choices)
 
     def of_experts(rows_MD, sizes_X):
         product = functools.partial(grouped_matmul, implementation=implementation)
         inner_M2F = product(rows_MD, gate_up_XD2F.reshape(*gate_up_XD2F.shape[:2], -1), sizes_X)
         inner_M2F = inner_M2F.reshape(len(rows_MD), *gate_up_XD2F.shape[2:])
-        return product(swiglu(inner_M2F, implementation="reference" if plain else None), down_XFD, sizes_X)
+        return product(swiglu(inner_M2F, implementation=implementation), down_XFD, sizes_X)
 
     rows_MD = exchange(of_experts, rows_MD, sizes_X, most_of_row and len(x_BTD) * most_of_row)
-    rows_MD = rows_MD[inverse_M] if plain else _from_experts(rows_MD, order_M, inverse_M)
-    rows_BTCD = rows_MD.reshape(*shape, choices, width)
-    # Of products rounded to the dtype, as those of a dense layer are.
-    return jnp.sum(rows_BTCD * weights_BTC[..., None], axis=-2).astype(x_BTD.dtype)
+    with jax.named_scope("permutation"):
+        rows_MD = rows_MD[inverse_M] if plain else _from_experts(rows_MD, order_M, inverse_M)
+        # Of products rounded to the dtype, as those of a dense layer are.
+        return jnp.sum(rows_MD.reshape(*shape, choices, width) * weights_BTC[..., None], axis=-2).astype(x_BTD.dtype)
 
 
 def _take(x_ND, order_M, inverse_M, choices: int):

@@ -32,7 +32,7 @@ def on_device(
       tensor: whether the mesh axis `tensor` splits the experts' width, and what is before and behind them by tokens.
       devices: along `expert`.
     """
-    tokens, kernels = arrays[: -len(gathers)], list(arrays[-len(gathers) :])
+    tokens, kernels = list(arrays[: -len(gathers)]), list(arrays[-len(gathers) :])
     if tensor:
         tokens = [jax.lax.all_gather(x, "tensor", axis=1, tiled=True) for x in tokens]
     for i, along in enumerate(gathers):

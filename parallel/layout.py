@@ -327,12 +327,8 @@ class Layout:
             return function(*tokens, *map(self.weight, kernels, names))
         held, unsplit, rows = self.strategy.parameters, self._unsplit(), ("batch", "residual_length", None)
         gathers = [spec_entries(held, of, unsplit | {"expert", "tensor"}) for of in names]
-        local = functools.partial(
-            *(experts.on_device, function),
-            gathers=gathers,
-            tensor="tensor" not in unsplit,
-            devices=self.sizes["expert"],
-        )
+        how = {"gathers": gathers, "tensor": "tensor" not in unsplit, "devices": self.sizes["expert"]}
+        local = functools.partial(experts.on_device, function, **how)
         inputs = (*(rows for _ in tokens), *names)
         return self._by_device(local, inputs, rows, table=held | ACTIVATIONS)(*tokens, *kernels)
 

@@ -35,10 +35,13 @@ GROUPS = {
     "qk_norm_rotary": "norm",
     "layer_norm": "norm",
     "swiglu": "activation",
+    "grouped_matmul": "experts",
+    "routing": "routing",
+    "permutation": "permutation",
     "quantize": "quantization",
     "optimizer": "optimizer",
 }
-WHOLE = ("attention", "linear_cross_entropy")  # matrix products inside of these are theirs
+WHOLE = ("attention", "linear_cross_entropy", "grouped_matmul", "routing")  # matrix products inside of these are theirs
 MATMULS = re.compile(r'custom_call_target="__cublas|custom_call_target="__onednn\$matmul')
 CALLERS = ("while", "conditional", "call")  # what they call is in the profile itself
 
@@ -325,7 +328,12 @@ def kernel_flops(
     tokens, length = batch_size * sequence_length, sequence_length / documents_in_row
     products = 2 + 5  # of attention, forward and backward; one is this many FLOPs a token
     one = model.layers * model.heads * model.head_size * length
-    return {"attention": products * one * tokens, "loss": 6.0 * model.vocab_size * model.width * tokens}
+    inner = model.sparse_layers * model.experts_per_token * (model.expert_width or model.mlp_width)
+    return {
+        "attention": products * one * tokens,
+        "loss": 6.0 * model.vocab_size * model.width * tokens,
+        "experts": 18.0 * inner * model.width * tokens,
+    }
 
 
 def profile_of(loop: Loop, folder: Path, *, flops: Mapping[str, float], steps: int = 5) -> Profile:
