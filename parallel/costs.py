@@ -2,9 +2,10 @@
 
 With Psi parameters, ZeRO moves 2, 2, 2 and 3 Psi a step (data, zero1, zero2, fsdp), the last two once a microbatch; a
 layer's tensor parallelism moves its residual stream ten times; ring attention its keys and values, Ulysses its heads.
-A pipeline sends a residual stream to the next stage and its gradient to the one before, in every tick, and its stages
-sum what they look up and the gradients of what they all see. Where it interleaves chunks of layers, these move to the
-stages whose work they are and their gradients back, once a step. Sums of scalars and of whole vectors are left out.
+Experts on other devices get the rows of their tokens and send them back. A pipeline sends a residual stream to the next
+stage and its gradient to the one before, in every tick, and its stages sum what they look up and the gradients of what
+they all see. Where it interleaves chunks of layers, these move to the stages whose work they are and their gradients
+back, once a step. Sums of scalars and of whole vectors are left out.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import jax
 from crescendo.parallel.chunks import share_moved
 from crescendo.parallel.collectives import KINDS
 from crescendo.parallel.layout import Layout
-from crescendo.parallel.rules import Table
+from crescendo.parallel.rules import Table, mesh_axes
 
 Tree = Any
 FLOAT32 = 4
@@ -36,6 +37,8 @@ class Work:
       quantised: whether the layers' products have a derivative rule of their own, which keeps what the backward pass
         needs of the inputs, and adds up the gradient of an input for each weight apart.
       full_remat: whether the backward pass computes the layers again.
+      sparse_layers: how many layers have experts.
+      experts_per_token: of these.
     """
 
     microbatches: int
@@ -50,6 +53,8 @@ class Work:
     weight_bytes: int = 2
     quantised: bool = False
     full_remat: bool = False
+    sparse_layers: int = 0
+    experts_per_token: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +99,7 @@ def step_traffic(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) -
     """
     sent = dict.fromkeys(KINDS, 0.0)
     moved = {"collective-permute": moved_bytes(layout, arrays, logical_axes)}
-    parts = (_tensor(layout, work), _sequence(layout, work), _stages(layout, work), moved)
+    parts = (_tensor(layout, work), _sequence(layout, work), _stages(layout, work), _experts(layout, work), moved)
     for part in (_parameters(layout, arrays, logical_axes, work), *parts):
         for kind, size in part.items():
             sent[kind] += size
@@ -108,8 +113,7 @@ def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) ->
     sent = dict.fromkeys(KINDS, 0.0)
 
     def ways(table: Table, names, axes) -> int:
-        used = {axis for name in names for axis in table.get(name or "", ())}
-        return math.prod(sizes[axis] for axis in used & set(axes))
+        return math.prod(sizes[axis] for each in mesh_axes(table, names) for axis in each if axis in axes)
 
     for names, array in zip(
         jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, tuple)), jax.tree.leaves(arrays), strict=True
@@ -119,8 +123,9 @@ def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) ->
         matrix = stacked and len(names) > 2
         each = work.compute_bytes if matrix else FLOAT32
         gathered = work.weight_bytes if matrix else FLOAT32
-        count = math.prod(array.shape) / ways(strategy.parameters, names, ("stage", "tensor"))
-        split = ("fsdp", "sequence")
+        own = ("stage", "tensor", "expert") if "experts" in names else ("stage", "tensor")
+        count = math.prod(array.shape) / ways(strategy.parameters, names, own)
+        split = ("fsdp", "sequence") if "experts" in names else ("fsdp", "expert", "sequence")
         of_parameters = ways(strategy.parameters, names, split)
         of_gradients = ways(strategy.gradients, names, split)
         of_updates = ways(strategy.optimizer, names, split)
@@ -140,8 +145,9 @@ def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) ->
         if of_gradients > 1:
             sent["reduce-scatter"] += scatters * _share(of_gradients) * count / heads * each
             count /= of_gradients
-        elif sizes["sequence"] > 1:
-            sent["all-reduce"] += 2 * scatters * _share(sizes["sequence"]) * count / heads * each
+        else:
+            summed = math.prod(sizes[axis] for axis in split if axis != "fsdp")
+            sent["all-reduce"] += 2 * scatters * _share(summed) * count / heads * each
         if copied:
             sent["all-reduce"] += 2 * scatters * _share(layout.key_copies) * count / heads * each
             sent["all-gather"] += scatters * _share(heads) * count * each
@@ -226,6 +232,13 @@ def _sequence(layout: Layout, work: Work) -> dict[str, float]:
     traded = (2 * work.heads + 2 * kv_heads) * head * work.compute_bytes
     sent["all-to-all"] = _share(degree) * traded * (runs.forward + (1 + work.full_remat) * runs.backward)
     return sent
+
+
+def _experts(layout: Layout, work: Work) -> dict[str, float]:
+    """Rows to their experts and back, where loads are even, and their gradients likewise."""
+    runs, rows = _runs(layout, work), work.experts_per_token * _rows(layout, work)
+    ways = 2 * (runs.forward + (1 + work.full_remat) * runs.backward) * work.sparse_layers / layout.sizes["stage"]
+    return {"all-to-all": _share(layout.sizes["expert"]) * rows * work.width * work.compute_bytes * ways}
 
 
 def _rows(layout: Layout, work: Work) -> float:

@@ -32,14 +32,24 @@ def on_device(
       tensor: whether the mesh axis `tensor` splits the experts' width, and what is before and behind them by tokens.
       devices: along `expert`.
     """
-    tokens, kernels = list(arrays[: -len(gathers)]), list(arrays[-len(gathers) :])
-    if tensor:
-        tokens = [jax.lax.all_gather(x, "tensor", axis=1, tiled=True) for x in tokens]
-    for i, along in enumerate(gathers):
-        for axis, axes in enumerate(along):
-            kernels[i] = jax.lax.all_gather(kernels[i], axes, axis=axis, tiled=True) if axes else kernels[i]
-    y_BTD = function(*tokens, *kernels, **({"exchange": Exchange(devices)} if devices > 1 else {}))
+
+    def run(*arrays):
+        tokens, kernels = list(arrays[: -len(gathers)]), list(arrays[-len(gathers) :])
+        if tensor:
+            tokens = [jax.lax.all_gather(x, "tensor", axis=1, tiled=True) for x in tokens]
+        for i, along in enumerate(gathers):
+            for axis, axes in enumerate(along):
+                kernels[i] = jax.lax.all_gather(kernels[i], axes, axis=axis, tiled=True) if axes else kernels[i]
+        return function(*tokens, *kernels, **({"exchange": Exchange(devices)} if devices > 1 else {}))
+
+    # What is gathered is gathered again in the backward pass, and not kept whole until then.
+    y_BTD = jax.checkpoint(run, policy=_all_but_gathers)(*arrays)
     return jax.lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True) if tensor else y_BTD
+
+
+def _all_but_gathers(primitive, *_, **__) -> bool:
+    """What is kept: neither gathers nor views of what they give."""
+    return primitive.name not in ("all_gather", "reshape")
 
 
 @dataclasses.dataclass(frozen=True)

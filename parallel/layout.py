@@ -67,7 +67,7 @@ class Layout:
     >>> from crescendo.parallel.mesh import MeshSpec
     >>> layout = Layout(MeshSpec(data=2, fsdp=4).abstract(8), "fsdp")
     >>> layout.parameters({"table": ("vocab", "embed")})["table"].spec
-    P(('stage', 'tensor'), ('fsdp', 'sequence'))
+    P(('stage', 'tensor'), ('fsdp', 'expert', 'sequence'))
     >>> layout.batch_shards, layout.parts
     (8, 2)
     """
@@ -141,7 +141,7 @@ class Layout:
         >>> def spec(*array_shape):
         ...     return layout.like_parameter(layout.strategy.optimizer, names, shape, array_shape).spec
         >>> spec(3, 16), spec(3, 40)  # Adafactor's factors of rows and columns
-        (P('stage', ('fsdp', 'sequence')), P('stage', 'tensor'))
+        (P('stage', ('fsdp', 'expert', 'sequence')), P('stage', 'tensor'))
         >>> spec(3, 5, 40), spec(1)  # GaLore's moments of rank 5, a placeholder
         (P('stage', None, 'tensor'), P(None,))
         """
@@ -387,7 +387,7 @@ class Layout:
         >>> layout.with_heads(16, 2).key_copies, layout.with_heads(16, 8).key_copies
         (4, 1)
         >>> layout.with_heads(16, 2).parameters({"key": ("embed", "kv_heads")})["key"].spec
-        P(('fsdp', 'sequence'), None)
+        P(('fsdp', 'expert', 'sequence'), None)
         """
         copies = key_copies(heads, kv_heads, tensor=self.sizes["tensor"], ulysses=self.strategy.ulysses)
         if copies == self.key_copies:

@@ -22,9 +22,9 @@ TENSOR: Table = {
     "experts": ("expert",),
     "vocab": ("stage", "tensor"),
 }
-# Devices along `sequence` have the same parameters: they share them like those along `fsdp`. Convolutions' kernels and
-# norms have channels in place of a residual width.
-SPLIT: Table = TENSOR | {"embed": ("fsdp", "sequence"), "channels": ("fsdp", "sequence")}
+# Devices along `sequence` have the same parameters, and those along `expert` all but the experts': they share them like
+# those along `fsdp`. Convolutions' kernels and norms have channels in place of a residual width.
+SPLIT: Table = TENSOR | {"embed": ("fsdp", "expert", "sequence"), "channels": ("fsdp", "expert", "sequence")}
 BATCH_AXES = ("data", "fsdp", "expert")
 # Between matmuls the residual stream and its norms are split by tokens over `tensor` too (Korthikanti et al. 2022).
 ACTIVATIONS: Table = TENSOR | {
@@ -124,7 +124,7 @@ def strategy(
         no use for.
 
     >>> strategy("zero1").optimizer["embed"]
-    ('fsdp', 'sequence')
+    ('fsdp', 'expert', 'sequence')
     """
     Schedule(schedule, stages=one_of, chunks=chunks, one_of=one_of)  # refuses what it has no use for
     return dataclasses.replace(STRATEGIES[name], ulysses=ulysses, schedule=schedule, chunks=chunks, one_of=one_of)
@@ -136,11 +136,22 @@ def spec_entries(table: Table, names: tuple[str | None, ...], without: frozenset
     >>> spec_entries(ACTIVATIONS, ("batch", "length", None), frozenset({"data"}))
     [('fsdp', 'expert'), 'sequence', None]
     """
-    entries: list[Any] = []
+    kept = [tuple(axis for axis in axes if axis not in without) for axes in mesh_axes(table, names)]
+    return [axes[0] if len(axes) == 1 else axes or None for axes in kept]
+
+
+def mesh_axes(table: Table, names: tuple[str | None, ...]) -> list[tuple[str, ...]]:
+    """The mesh axes that split each axis of an array: one that an axis before has taken splits no other.
+
+    >>> mesh_axes(SPLIT, ("experts", "embed", "mlp"))
+    [('expert',), ('fsdp', 'sequence'), ('tensor',)]
+    """
+    taken: set[str] = set()
+    found = []
     for name in names:
-        axes = tuple(axis for axis in table.get(name or "", ()) if axis not in without)
-        entries.append(axes[0] if len(axes) == 1 else axes or None)
-    return entries
+        found.append(tuple(axis for axis in table.get(name or "", ()) if axis not in taken))
+        taken |= {*found[-1]}
+    return found
 
 
 def entries_alike(sizes: dict[str, int], entries: list, shape: tuple[int, ...], other: tuple[int, ...]) -> list:
@@ -181,8 +192,8 @@ heads = 4 or 8
     """
     named = jax.tree_util.tree_leaves_with_path(logical_axes, is_leaf=is_names)
     for (path, names), array in zip(named, jax.tree.leaves(arrays), strict=True):
-        for name, size in zip(names, array.shape, strict=True):
-            axes = [axis for axis in table.get(name or "", ()) if sizes[axis] > 1]
+        for name, size, every in zip(names, array.shape, mesh_axes(table, names), strict=True):
+            axes = [axis for axis in every if sizes[axis] > 1]
             ways = math.prod(sizes[axis] for axis in axes)
             if name == "layers" and ways > 1 and size % (ways * chunks) and size % ways == 0:
                 of_stage, multiple = size // ways, ways * chunks
