@@ -1,5 +1,7 @@
 """For any device: XLA's own ragged products."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -29,7 +31,21 @@ def of_groups(x, dy, sizes):
 
 def _product(a, b, sizes, numbers):
     wide = jnp.promote_types(a.dtype, jnp.float32)
-    return jax.lax.ragged_dot_general(a, b, sizes, numbers, preferred_element_type=wide).astype(a.dtype)
+    product = functools.partial(
+        jax.lax.ragged_dot_general, ragged_dot_dimension_numbers=numbers, preferred_element_type=wide
+    )
+    mapped = jax.custom_batching.custom_vmap(product)
+
+    @mapped.def_vmap
+    def _(count, are_mapped, *operands):
+        # JAX maps a ragged product over all of its operands or over none.
+        every = [
+            x if is_mapped else jnp.broadcast_to(x, (count, *x.shape))
+            for x, is_mapped in zip(operands, are_mapped, strict=True)
+        ]
+        return jax.vmap(product)(*every), True
+
+    return mapped(a, b, sizes).astype(a.dtype)
 
 
 KERNELS = Products(of_rows, of_groups, split_by_xla=True)

@@ -1,5 +1,6 @@
 """What compiled steps send between devices, against the closed form, for eight H100s and for a pod of TPUs."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -108,6 +109,22 @@ def test_three_kinds_together_send_no_more_than_the_closed_form(strategy):
         assert found[kind].sent_bytes <= size + 0.01 * total, kind
     # With `fsdp` the compiler finds gathers of activations that two matmuls can share.
     assert sum(t.sent_bytes for t in found.values()) >= 0.85 * total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"data": 1, "fsdp": 8}, {"data": 1, "expert": 4, "fsdp": 2}], ids=str)
+def test_experts_send_what_the_closed_form_says(axes):
+    devices = topology_devices("h100:1x1x8", H100)
+    layout = parallel.Layout(parallel.make_mesh(**axes, devices=devices))
+    config = dataclasses.replace(SMALL, experts=8, expert_width=768).for_platform("gpu")
+    step, _ = lowered(config, layout, 1, 1024)
+    text = step.compile().as_text()
+    found, expected = traffic(text), closed_form(config, layout, 1, 1024)
+    if "expert" in axes:
+        # There and back, forward and backward; a program says how many rows there is room for, not how many there are.
+        assert len(re.findall(r" ragged-all-to-all(?:-start)?\(", text)) >= 4
+        assert expected.pop("all-to-all") > 0
+    check_traffic(str(axes), found, expected)
 
 
 @pytest.mark.slow

@@ -293,3 +293,27 @@ def test_what_is_about_experts_is_no_part_of_a_dense_models_identity():
     assert "experts" not in ModelConfig().identity
     assert SMALL.identity["experts"] == 5
     assert SMALL.identity != dataclasses.replace(SMALL, balance="bias").identity
+
+
+@pytest.mark.slow
+def test_rows_may_be_mapped_over(packed):
+    """As `Session.row_losses` does."""
+    config = small(scan_layers=True)
+    parameters = models.initialize(config, jax.random.key(0))
+    mapped = jax.jit(jax.vmap(lambda row: scored(config, parameters, jax.tree.map(lambda x: x[None], row))))(packed)
+    whole = scored(config, parameters, packed)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(jnp.sum(a), b, rtol=2e-6, atol=1e-6), mapped, whole)
+
+
+@pytest.mark.slow
+def test_the_reference_has_second_derivatives(packed):
+    config = small(scan_layers=True, experts=3, experts_per_token=3)  # whatever the step, no token changes its experts
+    parameters = models.initialize(config, jax.random.key(0))
+    gradient = jax.jit(jax.grad(lambda p: next_token_loss(config, p, packed, implementation="reference")[0]))
+    direction = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), parameters)
+    change = jax.jit(lambda p: jax.jvp(gradient, (p,), (direction,))[1])(parameters)
+    step = 1e-4
+    ahead, behind = (gradient(jax.tree.map(lambda x, d: x + by * d, parameters, direction)) for by in (step, -step))
+    difference = jax.tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind)
+    found, expected = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(t)]) for t in (change, difference))
+    assert jnp.linalg.norm(found - expected) < 0.02 * jnp.linalg.norm(found)
