@@ -313,7 +313,9 @@ def test_the_reference_has_second_derivatives(packed):
     direction = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), parameters)
     change = jax.jit(lambda p: jax.jvp(gradient, (p,), (direction,))[1])(parameters)
     step = 1e-4
-    ahead, behind = (gradient(jax.tree.map(lambda x, d: x + by * d, parameters, direction)) for by in (step, -step))
+    ahead, behind = (
+        gradient(jax.tree.map(lambda x, d, by=by: x + by * d, parameters, direction)) for by in (step, -step)
+    )
     difference = jax.tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind)
     found, expected = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(t)]) for t in (change, difference))
     assert jnp.linalg.norm(found - expected) < 0.02 * jnp.linalg.norm(found)
