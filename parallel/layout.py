@@ -20,6 +20,7 @@ from crescendo.parallel.rules import (
     Strategy,
     Table,
     check_divides,
+    check_experts,
     divisors,
     entries_alike,
     is_names,
@@ -406,13 +407,16 @@ class Layout:
         """
         return self._without("stage", why)
 
-    def without_experts(self) -> "Layout":
-        """The layout, for a model without experts.
+    def with_experts(self, experts: int | None) -> "Layout":
+        """The layout, for a model with so many experts in a layer, or None.
 
         Raises:
-          ValueError: where the mesh has devices along `expert`.
+          ValueError: experts that `expert` can't divide, or devices along it for a model without any.
         """
-        return self._without("expert", "this model has no experts, and would hold replicas along it")
+        if experts is None:
+            return self._without("expert", "this model has no experts, and would hold replicas along it")
+        check_experts(experts, self.sizes["expert"])
+        return self
 
     def _without(self, axis: str, why: str) -> "Layout":
         if self.sizes[axis] > 1:

@@ -247,6 +247,24 @@ def key_copies(heads: int, kv_heads: int, *, tensor: int, ulysses: int) -> int:
     return copies
 
 
+def check_experts(experts: int, expert: int) -> None:
+    """Raises ValueError for experts that the mesh axis `expert` can't divide.
+
+    >>> check_experts(8, expert=3)
+    Traceback (most recent call last):
+    ...
+    ValueError: experts = 8 does not divide over expert = 3: use an expert of 1, 2, 4 or 8, or experts = 6 or 9
+    """
+    if experts % expert:
+        *rest, last = map(str, divisors(experts))
+        below, above = experts // expert * expert, -(-experts // expert) * expert
+        would = f"{', '.join(rest)} or {last}" if rest else last
+        raise ValueError(
+            f"experts = {experts} does not divide over expert = {expert}: use an expert of {would}, or experts = "
+            + (f"{below} or {above}" if below else f"{above}")
+        )
+
+
 def divisors(n: int) -> list[int]:
     """The divisors of n, increasing.
 

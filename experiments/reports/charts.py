@@ -127,7 +127,8 @@ def _loads(run: Run) -> list[Curve]:
     found = loads({name: float(x[-1]) for name, x in run.validation.items() if len(x)})
     if found is None:
         return []
-    return [Curve("load of each expert", np.arange(found.size), found.ravel(), stairs=True)]
+    steps = np.append(found.ravel(), found[-1, -1])  # the last one has a width too
+    return [Curve("load of each expert", np.arange(len(steps)), steps, stairs=True)]
 
 
 def _spread_of_loads(run: Run) -> list[Curve]:

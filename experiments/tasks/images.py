@@ -120,7 +120,7 @@ class Images:
 
     def place(self, layout: Any) -> Any:
         """The layout for the transformer's heads; a residual network can be split by examples only."""
-        layout = layout.without_experts()
+        layout = layout.with_experts(None)
         if isinstance(self.config, ViTConfig):
             layout = layout.with_heads(self.config.heads, self.config.heads)
             layout.order(self.config.patches)  # refuses patches that the mesh can't divide

@@ -143,8 +143,7 @@ class TextTask:
 
     def place(self, layout: Any) -> Any:
         """The layout for this model's heads."""
-        layout = layout if self.config.experts is not None else layout.without_experts()
-        layout = layout.with_heads(self.config.heads, self.config.kv_heads)
+        layout = layout.with_experts(self.config.experts).with_heads(self.config.heads, self.config.kv_heads)
         order = layout.order(self.data.sequence_length)  # refuses rows that the mesh can't divide
         if order is not None and self.config.expert_capacity is not None:
             raise ValueError(

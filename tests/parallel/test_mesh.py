@@ -176,11 +176,11 @@ def test_a_result_that_devices_do_not_share_is_not_taken_for_one_that_they_do():
 
 def test_an_expert_axis_is_refused_for_a_model_without_experts():
     layout = Layout(make_mesh(data=2, fsdp=4))
-    assert layout.without_experts() is layout
+    assert layout.with_experts(None) is layout
     with pytest.raises(
         ValueError, match=r"^mesh expert = 2: this model has no experts, and would .*: use expert = 1, "
     ):
-        Layout(make_mesh(data=1, fsdp=4, expert=2)).without_experts()
+        Layout(make_mesh(data=1, fsdp=4, expert=2)).with_experts(None)
 
 
 # A mesh axis can split one dimension only.

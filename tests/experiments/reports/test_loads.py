@@ -40,7 +40,7 @@ def test_tables_have_the_extremes_in_place_of_all():
 def test_charts_draw_every_load_of_the_last_evaluation_and_the_extremes_of_all():
     charts = {chart.name: chart for chart in CHARTS}
     (every,) = charts["expert_load"].curves(run())
-    np.testing.assert_allclose(every.y, 3 * SHARES[-1].ravel())
+    np.testing.assert_allclose(every.y, 3 * np.append(SHARES[-1], SHARES[-1, -1, -1]))
     largest, least = charts["expert_extremes"].curves(run())
     np.testing.assert_allclose(largest.y, [2.1, 1.8])
     np.testing.assert_allclose(least.y, [0.3, 0.6])

@@ -123,8 +123,8 @@ def test_the_layout_is_asked_for_the_heads(text, small_model):
     asked = []
 
     class Stub:
-        def without_experts(self):
-            asked.append("without_experts")
+        def with_experts(self, experts):
+            asked.append(experts)
             return self
 
         def with_heads(self, heads, kv_heads):
@@ -136,7 +136,7 @@ def test_the_layout_is_asked_for_the_heads(text, small_model):
 
     stub = Stub()
     assert language_model(text, small_model()).place(stub) is stub
-    assert asked == ["without_experts", (4, 2), 16]
+    assert asked == [None, (4, 2), 16]
 
 
 def test_speed_is_not_identity(text, small_model):
