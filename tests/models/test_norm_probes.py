@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from crescendo import models, parallel
-from crescendo.models import ModelConfig, attention, layers, transformer
+from crescendo.models import ModelConfig, attention, layers, mlp
 from crescendo.models.layers import RMSNorm
 from crescendo.models.loss import next_token_loss
 from crescendo.models.norm_probes import example_squared_norms, norm_probes, norm_scales, with_probes
@@ -17,7 +17,7 @@ CONFIG = ModelConfig(
     vocab_size=50, width=24, layers=2, heads=4, kv_heads=2, mlp_width=40, scan_layers=True
 ).for_platform("cpu")
 EXAMPLES = 4
-OF_ROWS = ((attention, "qk_norm_rotary"), (layers, "rms_norm"), (transformer, "swiglu"))
+OF_ROWS = ((attention, "qk_norm_rotary"), (layers, "rms_norm"), (mlp, "swiglu"))
 
 
 @pytest.fixture(scope="module")
