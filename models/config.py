@@ -239,10 +239,6 @@ PRESETS = {
     "debug": ModelConfig(),
     "30m": ModelConfig(vocab_size=16_384, width=512, layers=6, heads=8, kv_heads=8, mlp_width=1664),
     "124m": ModelConfig(vocab_size=50_304, width=768, layers=12, heads=12, kv_heads=12, mlp_width=2048),
-    "moe-debug": ModelConfig(experts=8, experts_per_token=2, expert_width=192),
-    "moe-300m": ModelConfig(
-        vocab_size=50_304, width=768, layers=12, heads=12, kv_heads=12, mlp_width=2048, experts=16, expert_width=512
-    ),
     "1b": ModelConfig(
         vocab_size=128_256, width=2048, layers=16, heads=32, kv_heads=8, mlp_width=8192, rope_theta=500_000.0
     ),
@@ -256,5 +252,9 @@ PRESETS = {
         tied_head=False,
         rope_theta=500_000.0,
         remat="full",
+    ),
+    "moe-debug": ModelConfig(experts=8, experts_per_token=2, expert_width=192),
+    "moe-300m": ModelConfig(
+        vocab_size=50_304, width=768, layers=12, heads=12, kv_heads=12, mlp_width=2048, experts=16, expert_width=512
     ),
 }

@@ -261,7 +261,7 @@ CHARTS = (
     Chart(
         *("dropped_share", "Choices of tokens that found no room", "tokens", "share, mean over layers"),
         _against_tokens(("dropped_share", "dropped", "solid"), mean=True),
-        columns=("dropped_share",),
+        columns=ROUTER_COLUMNS,
         format=percent,
     ),
 )
