@@ -142,9 +142,8 @@ def scored(config, parameters, batch):
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, pytest.param({"balance": "bias", "expert_capacity": 1.0}, marks=SLOW)], ids=str
-)
+@SLOW
+@pytest.mark.parametrize("changes", [{}, {"balance": "bias", "expert_capacity": 1.0}], ids=str)
 def test_how_rows_are_grouped_changes_no_sum(packed, changes):
     config = small(scan_layers=True, **changes)
     parameters = models.initialize(config, jax.random.key(0))

@@ -21,6 +21,7 @@ LOADS = {
     "one device has none": np.array([[0] * 8, [12] + [0] * 7, [0, 3, 0, 3, 0, 3, 0, 3], [1, 2, 1, 2, 1, 2, 1, 2]]),
     "rows of no expert": np.array([[0, 0, 1, 0, 4, 0, 0, 2]] * 4),
 }
+SLOW = ("all to one", "one device has none")
 
 
 def on_devices(most, sizes_PX, rows_PMD, weights_X):
@@ -41,7 +42,9 @@ def on_devices(most, sizes_PX, rows_PMD, weights_X):
     return send(sizes_PX, rows_PMD, weights_X)
 
 
-@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize(
+    "load", ["random", "rows of no expert", *(pytest.param(load, marks=pytest.mark.slow) for load in SLOW)]
+)
 def test_rows_come_back_from_their_experts(load):
     random = np.random.default_rng(0)
     sizes = LOADS[load]
