@@ -21,6 +21,13 @@ LOADS = {
     "one device has none": np.array([[0] * 8, [12] + [0] * 7, [0, 3, 0, 3, 0, 3, 0, 3], [1, 2, 1, 2, 1, 2, 1, 2]]),
     "rows of no expert": np.array([[0, 0, 1, 0, 4, 0, 0, 2]] * 4),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick(quick_compilation):
+    """What is checked is arithmetic."""
+
+
 SLOW = ("all to one", "one device has none")
 
 
