@@ -89,7 +89,8 @@ class Layout:
         self.implementation = None if mesh.size == 1 else "reference"
         self.key_copies = 1
         of, stages = self.strategy, self.sizes["stage"]
-        self.schedule = Schedule(of.schedule, stages, of.chunks, of.one_of) if stages > 1 else None
+        schedule = Schedule(of.schedule, stages, of.chunks, of.one_of)  # one stage can't be skipped
+        self.schedule = schedule if stages > 1 else None
         self._plain_gradients = False
 
     def parameters(self, logical_axes: Tree, arrays: Tree | None = None) -> Tree:

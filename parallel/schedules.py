@@ -97,10 +97,10 @@ class Schedule:
                 "'1f1b', or one_of = 1"
             )
         if self.stages % self.one_of:
-            fitting = [str(n) for n in range(1, self.stages + 1) if self.stages % n == 0]
+            fitting = [n for n in range(1, self.stages + 1) if self.stages % n == 0]
             raise ValueError(
-                f"strategy.one_of = {self.one_of} does not divide the mesh's stage = {self.stages}: use "
-                f"{', '.join(fitting[:-1])} or {fitting[-1]}"
+                f"strategy.one_of = {self.one_of} does not divide the mesh's stage = {self.stages}: use one of {fitting}, "
+                f"or a stage that {self.one_of} divides"
             )
 
     @property

@@ -114,13 +114,22 @@ def test_slots_are_enough(schedule, microbatches, further):
             {"schedule": "gpipe", "one_of": 2},
             "strategy.one_of = 2 skips stages, .* 'gpipe' doesn't: use '1f1b', or one_",
         ),
-        ({"one_of": 3}, "strategy.one_of = 3 does not divide the mesh's stage = 4: use 1, 2 or 4"),
+        (
+            {"one_of": 3},
+            r"strategy.one_of = 3 does not divide the mesh's stage = 4: use one of \[1, 2, 4\], or a stage that 3 divides",
+        ),
     ],
 )
 def test_what_a_schedule_has_no_use_for_is_refused(options, message):
     mesh = MeshSpec(data=1, stage=4).abstract(4)
     with pytest.raises(ValueError, match=message):
         Layout(mesh, strategy("data", **options))
+
+
+def test_a_mesh_without_stages_has_none_to_skip():
+    # Else a run that goes on over another mesh would train all of its layers, without a word.
+    with pytest.raises(ValueError, match="one_of = 2 does not divide the mesh's stage = 1: .* a stage that 2 divides"):
+        Layout(MeshSpec(data=4).abstract(4), strategy("data", one_of=2))
 
 
 @given(st.integers(2, 9), st.integers(2, 9))
