@@ -66,7 +66,7 @@ class _Runs:
       forward, backward: passes.
       enters, leaves: look-ups, and losses.
       gathers: of the weights of a layer that are split: for a forward pass, and again for what a backward pass needs.
-      ticks: of a pipeline.
+      ticks: in which the stages of a pipeline send.
     """
 
     layers: float
@@ -84,8 +84,10 @@ def _runs(layout: Layout, work: Work) -> _Runs:
         return _Runs(work.layers, m, m, m, m, 2 * m)
     passing = schedule.passing(m)
     layers = work.layers / (schedule.stages * schedule.chunks)
+    # Where a microbatch goes through one stage alone, nothing is sent to a next one.
+    ticks = schedule.ticks(m) if schedule.hops > 1 else 0
     # The backward pass of a stage begins with another forward pass.
-    return _Runs(layers, 2 * passing, passing, m, m, 3 * passing, schedule.ticks(m))
+    return _Runs(layers, 2 * passing, passing, m, m, 3 * passing, ticks)
 
 
 def step_traffic(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) -> dict[str, float]:

@@ -65,10 +65,13 @@ as 16 or 24
             nearest = f"{below} or {above}" if below else f"{above}"
             raise ValueError(f"batch_size = {size} does not divide over {shards} devices: use {nearest}")
         if size < min_microbatches * shards:
-            least = min_microbatches * shards
+            over, least = "", min_microbatches * shards
+            fitting = f"{least} or more"
+            if shards > 1:
+                over, fitting = f" over {shards} devices", f"a multiple of {shards} from {least} on"
             raise ValueError(
-                f"batch_size = {size} over {shards} devices can't be cut into {needed}: use a "
-                f"multiple of {shards} from {least} on, such as {least} or {least + shards}"
+                f"batch_size = {size}{over} can't be cut into {needed}: use {fitting}, such as {least} or "
+                f"{least + shards}"
             )
     common = math.gcd(*sizes)
     bound = max(common if max_microbatch_examples is None else max_microbatch_examples, shards)

@@ -39,6 +39,10 @@ def test_70b_over_4096_devices_is_described_without_any(capsys):
             ["--one-of", "2"],
             r"8 stages \(50% skipped\), 1f1b: 16% of the time is idle, the inputs of 7 passes are kept\n",
         ),
+        (
+            ["--one-of", "8"],
+            r"8 stages \(88% skipped\), 1f1b: 0% of the time is idle, (.|\n)* collective-permute │ +0\.000 │",
+        ),
     ],
 )
 def test_what_a_schedule_costs_is_said(capsys, options, said):
