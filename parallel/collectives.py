@@ -46,7 +46,7 @@ class Collective(NamedTuple):
       group: how many devices take part together.
       runs: how often it is run, being inside loops.
       shapes: of the results.
-      moving: of a collective-permute, the share of its devices that send to another one.
+      moving: of a collective-permute, the share of its senders that don't send to themselves.
     """
 
     kind: str
