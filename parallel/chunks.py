@@ -8,10 +8,12 @@ chunk and gets one.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 AXIS = "stage"
 
@@ -65,26 +67,27 @@ def interleaved(x: jax.Array, stages: int, chunks: int, axis: int = 0) -> jax.Ar
       stages, chunks: of the schedule.
       axis: the layers'.
     """
-    return _moved(x, [[(*move[:2], *move[2:]) for move in moves] for moves in rounds(stages, chunks)], chunks, axis)
+    return _moved(x, rounds(stages, chunks), chunks, axis)
 
 
 def in_order(x: jax.Array, stages: int, chunks: int, axis: int = 0) -> jax.Array:
     """What a stage holds, of what it worked with: the inverse of `interleaved`."""
-    return _moved(x, [[(*move[2:], *move[:2]) for move in moves] for moves in rounds(stages, chunks)], chunks, axis)
+    back = [[(*move[2:], *move[:2]) for move in moves] for moves in rounds(stages, chunks)]
+    return _moved(x, back, chunks, axis)
 
 
-def _moved(x: jax.Array, moves: list[list[tuple[int, int, int, int]]], chunks: int, axis: int) -> jax.Array:
+def _moved(x: jax.Array, moves: Sequence[Sequence[tuple[int, int, int, int]]], chunks: int, axis: int) -> jax.Array:
     """Moves are `(from stage, from place, to stage, to place)`."""
     if chunks == 1:
         return x
     stage, result, size = jax.lax.axis_index(AXIS), jnp.zeros_like(x), x.shape[axis] // chunks
     for of_round in moves:
-        take, put = jnp.zeros((2, len(of_round)), jnp.int32)
+        take, put = np.zeros((2, len(of_round)), np.int32)
         for sender, begin, receiver, end in of_round:
-            take, put = take.at[sender].set(begin * size), put.at[receiver].set(end * size)
-        chunk = jax.lax.dynamic_slice_in_dim(x, take[stage], size, axis)
+            take[sender], put[receiver] = begin * size, end * size
+        chunk = jax.lax.dynamic_slice_in_dim(x, jnp.asarray(take)[stage], size, axis)
         chunk = jax.lax.ppermute(chunk, AXIS, [(sender, receiver) for sender, _, receiver, _ in of_round])
-        result = jax.lax.dynamic_update_slice_in_dim(result, chunk, put[stage], axis)
+        result = jax.lax.dynamic_update_slice_in_dim(result, chunk, jnp.asarray(put)[stage], axis)
     return result
 
 
