@@ -64,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--ulysses", type=int, default=1, help="the part of sequence that splits heads (default 1)")
     result.add_argument("--schedule", default="1f1b", choices=list(SCHEDULES), help="of the stages (default 1f1b)")
     result.add_argument("--chunks", type=int, default=1, help="of a stage's layers, interleaved (default 1)")
-    result.add_argument("--one-of", type=int, default=1, help="a microbatch goes through one stage of so many (default 1)")
+    result.add_argument(
+        "--one-of", type=int, default=1, help="a microbatch goes through one stage of so many (default 1)"
+    )
     result.add_argument("--batch-size", type=int, help="global, in examples (default: the least there can be)")
     result.add_argument("--microbatches", type=int, default=1, help="how many make a batch (default 1)")
     result.add_argument(

@@ -199,7 +199,7 @@ heads = 4 or 8
                 of_stage, multiple = size // ways, ways * chunks
                 raise ValueError(
                     f"layers = {size} over stage = {ways} are {of_stage} a stage, which strategy.chunks = {chunks} "
-                    f"does not divide: use chunks of {_one_of(divisors(of_stage))}, or layers = "
+                    f"does not divide: use chunks of {_alternatives(divisors(of_stage))}, or layers = "
                     + " or ".join(str(n * multiple) for n in (size // multiple, size // multiple + 1) if n)
                 )
             if size % ways:
@@ -207,12 +207,12 @@ heads = 4 or 8
                 shown = " x ".join(f"{axis} = {sizes[axis]}" for axis in axes)
                 raise ValueError(
                     f"parameter {jax.tree_util.keystr(path, simple=True, separator='.')}: its axis {name} = {size} "
-                    f"does not divide over {shown}: use a {' x '.join(axes)} of {_one_of(divisors(size))}, or {name} = "
-                    + (f"{below} or {above}" if below else f"{above}")
+                    f"does not divide over {shown}: use a {' x '.join(axes)} of {_alternatives(divisors(size))}, "
+                    f"or {name} = " + (f"{below} or {above}" if below else f"{above}")
                 )
 
 
-def _one_of(numbers: list[int]) -> str:
+def _alternatives(numbers: list[int]) -> str:
     """In words."""
     *rest, last = map(str, numbers)
     return f"{', '.join(rest)} or {last}" if rest else last

@@ -99,8 +99,8 @@ class Schedule:
         if self.stages % self.one_of:
             fitting = [n for n in range(1, self.stages + 1) if self.stages % n == 0]
             raise ValueError(
-                f"strategy.one_of = {self.one_of} does not divide the mesh's stage = {self.stages}: use one of {fitting}, "
-                f"or a stage that {self.one_of} divides"
+                f"strategy.one_of = {self.one_of} does not divide the mesh's stage = {self.stages}: use one of "
+                f"{fitting}, or a stage that {self.one_of} divides"
             )
 
     @property

@@ -116,7 +116,7 @@ def test_slots_are_enough(schedule, microbatches, further):
         ),
         (
             {"one_of": 3},
-            r"strategy.one_of = 3 does not divide the mesh's stage = 4: use one of \[1, 2, 4\], or a stage that 3 divides",
+            r"one_of = 3 does not divide the mesh's stage = 4: use one of \[1, 2, 4\], or a stage that 3 divides",
         ),
     ],
 )
@@ -128,7 +128,7 @@ def test_what_a_schedule_has_no_use_for_is_refused(options, message):
 
 def test_a_mesh_without_stages_has_none_to_skip():
     # Else a run that goes on over another mesh would train all of its layers, without a word.
-    with pytest.raises(ValueError, match="one_of = 2 does not divide the mesh's stage = 1: .* a stage that 2 divides"):
+    with pytest.raises(ValueError, match=r"one_of = 2 does not divide the mesh's stage = 1: .* a stage that 2 divides"):
         Layout(MeshSpec(data=4).abstract(4), strategy("data", one_of=2))
 
 
