@@ -64,6 +64,7 @@ ELSEWHERE = {
     "pipelineschedule|ppschedule": "a pipeline's schedule is strategy.schedule, with train.strategy = @strategy()",
     "virtual(pipeline(parallel)?|stages?|pp)(size)?|vpp(size)?|numlayerspervirtualpipelinestage": "parts of a stage's "
     "layers are strategy.chunks, with strategy.schedule = 'interleaved' and train.strategy = @strategy()",
+    "skip(ped|ping)?(stages?|ratio|share)?": "a microbatch goes through one of so many stages with strategy.one_of",
     "zero(stage)?|fsdp|sharding(strategy)?|deepspeed": "what is split over the devices is train.strategy, such as "
     "'fsdp' or 'zero1'",
     "(num|n)?(gpus|devices|procs|processes|nodes)(pernode)?|worldsize": "all devices of the machine are used; several "

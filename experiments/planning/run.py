@@ -11,7 +11,7 @@ from rich.console import Console
 
 from crescendo import parallel
 from crescendo.experiments.planning.fitting import fit
-from crescendo.experiments.planning.mesh import session_memory
+from crescendo.experiments.planning.mesh import session_memory, stages_line
 from crescendo.experiments.runtime import hardware
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.text import compact, duration
@@ -101,6 +101,8 @@ def plan_run(
     plan = session.plan if device is None else _largest(session, kind)
     parts = session_memory(session, plan, None if device is None else kind)
     say(f"microbatches of {plan.microbatch_examples} examples on {devices} x {kind.device_kind}")
+    if (schedule := session.layout.schedule) is not None:
+        say(stages_line(session.layout, schedule, plan, session.parameters, task.logical_axes()))
     console.print(memory_table(parts))
     if device is None:
         say(f"{session.peak_bytes / 2**30:.3f} GiB on a device at the peak, by the compiler's count")

@@ -53,6 +53,14 @@ def test_a_run_is_planned_for_devices_that_are_not_here(typed, capsys):
     assert dollars == pytest.approx(3 * hours, abs=0.02)
 
 
+def test_the_plan_of_a_pipeline_says_what_its_schedule_costs(typed, capsys):
+    of_run = ["model.layers = 2", "train.mesh = @mesh()", "mesh.stage = 2", "mesh.data = 2"]
+    typed = [*typed, *(part for binding in of_run for part in ("--set", binding))]
+    describe.main(["--config", "debug.gin", *typed, "--device", "h100", "--devices", "4"])
+    said = r"^2 stages, 1f1b: \d+% of the time is idle, the inputs of 3 passes are kept$"
+    assert re.search(said, capsys.readouterr().out, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
