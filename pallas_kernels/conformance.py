@@ -61,6 +61,7 @@ HOMES = {
     "triton": Home("gpu", AbstractDevice("NVIDIA H100 80GB HBM3", 1, "gpu"), "triton_kernel_call"),
     "cudnn": Home("gpu", None, "__cudnn"),
     "mosaic_tpu": Home("tpu", AbstractDevice("TPU v5e", 1, "tpu"), "tpu_custom_call"),
+    "looped": Home(),
     "xla": Home(),
     "merged": Home(),
     "reference": Home(),

@@ -18,7 +18,12 @@ X, W = jnp.ones((6, 4)), jnp.ones((3, 4, 5))
 
 @pytest.mark.parametrize(
     "implementation",
-    ["xla", "reference", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mosaic_gpu", "mosaic_tpu"))],
+    [
+        "looped",
+        "xla",
+        "reference",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mosaic_gpu", "mosaic_tpu")),
+    ],
 )
 def test_rows_behind_the_groups_may_hold_anything_and_get_zeros(implementation):
     x, w = jnp.ones((136, 64), jnp.bfloat16), jnp.ones((3, 64, 64), jnp.bfloat16)
