@@ -74,7 +74,7 @@ class ModelConfig:
 
     Raises:
       ValueError: for a field out of its range, heads that don't divide, a recipe with float32 or with widths that
-        aren't multiples of 16, or experts that the rest doesn't fit.
+        aren't multiples of 16, experts that the rest doesn't fit, or what is about experts where there are none.
 
     >>> ModelConfig.preset("debug").head_size
     32
@@ -119,6 +119,8 @@ class ModelConfig:
             raise ValueError(f"a head of width {self.head_size} must be even: rotary positions turn pairs")
         if self.experts is not None:
             self._check_experts(self.experts)
+        else:
+            self._check_no_experts()
         if self.matmul != "dtype":
             self._check_matmul()
 
@@ -137,6 +139,14 @@ class ModelConfig:
                 f"matmul = {self.matmul!r} has no product over experts = {experts}: use matmul = 'dtype', or a model "
                 "without experts"
             )
+
+    def _check_no_experts(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in EXPERT_FIELDS and value != field.default:
+                raise ValueError(
+                    f"{field.name} = {value!r} says nothing of a model without experts: set experts, or leave it out"
+                )
 
     def _check_matmul(self) -> None:
         if self.dtype == "float32":

@@ -45,8 +45,8 @@ def of_groups(x, dy, sizes):
     def visit(tile, dw):
         group, first, end = tile
         mine = (first + jnp.arange(rows) < end)[:, None]
-        parts = (jnp.where(mine, lax.dynamic_slice_in_dim(array, first, rows), 0) for array in given)
-        return dw.at[group].add(_product(*parts, ((0,), (0,))))
+        a, b = (jnp.where(mine, lax.dynamic_slice_in_dim(array, first, rows), 0) for array in given)
+        return dw.at[group].add(_product(a, b, ((0,), (0,))))
 
     dw = jnp.zeros((len(sizes), x.shape[1], dy.shape[1]), jnp.promote_types(x.dtype, jnp.float32))
     return _each_tile(sizes, count, rows, visit, results_of((x, dy, sizes), dw)).astype(x.dtype)
