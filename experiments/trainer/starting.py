@@ -13,9 +13,10 @@ from crescendo.experiments.runs.arrays import describe_arrays, described_array
 from crescendo.experiments.runs.checkpoint import Checkpoints
 from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runs.state import Clock, TrainState
-from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.trainer.adapting import Adapting
 from crescendo.experiments.trainer.session import Session
+from crescendo.models import ModelConfig, upcycling
 
 Tree = Any
 
@@ -25,15 +26,20 @@ _OTHER_PARAMETERS = "has other parameters than this model: set model.qk_norm and
 def fresh_state(session: Session, initialize_from: str | None = None) -> TrainState:
     """The state at the begin of a run, with random parameters or those of a trained model.
 
+    Where only the run's model has experts, each begins as a copy of a feed-forward part (`models.upcycling`).
+
     Raises:
       UserError: for a model of another shape; its vocabulary may differ in the rows that no token uses.
     """
     if initialize_from is None:
         return session.fresh_state()
     (folder, at), wanted = trained.named(initialize_from), session.abstract_state.parameters
-    if (folder / "run.json").is_file():
-        arrays = read_run(folder).info.get("fixed", {}).get("arrays", {})
-        shapes = stored_shapes(arrays, wanted, f"train.initialize_from = {initialize_from!r}")
+    is_run = (folder / "run.json").is_file()
+    fixed = read_run(folder).info.get("fixed", {}) if is_run else {}
+    upcycles_to = _upcycles_to(session, fixed.get("model", {}))
+    stored = wanted if upcycles_to is None else upcycling.dense_shapes(upcycles_to)
+    if is_run:
+        shapes = stored_shapes(fixed.get("arrays", {}), stored, f"train.initialize_from = {initialize_from!r}")
         parameters, _ = trained.saved_parameters(folder, shapes, at)
     else:
         parameters = trained.load(folder, at).parameters
@@ -58,9 +64,19 @@ def fresh_state(session: Session, initialize_from: str | None = None) -> TrainSt
             )
         return jax.device_put(have, want.sharding)
 
-    if _paths(parameters) != _paths(wanted):
+    if _paths(parameters) != _paths(stored):
         raise UserError(f"train.initialize_from = {initialize_from!r} {_OTHER_PARAMETERS}")
+    if upcycles_to is not None:
+        with user_values():
+            parameters = upcycling.upcycled(upcycles_to, parameters, jax.random.key(session.seed))
     return session.fresh_state(jax.tree.map_with_path(fit, parameters, wanted))
+
+
+def _upcycles_to(session: Session, model: Mapping[str, Any]) -> ModelConfig | None:
+    """The session's model if it has experts and the one that it starts from, by its fields, has none."""
+    config = getattr(session.task, "config", None)  # tasks over text have one
+    sparse = isinstance(config, ModelConfig) and config.experts is not None
+    return config if sparse and "experts" not in model else None
 
 
 def state_of(start_from: str, session: Session) -> tuple[TrainState, Clock]:

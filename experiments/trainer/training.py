@@ -91,7 +91,7 @@ def train(
     Args:
       run: the run's folder: configuration, metrics, checkpoints, report.
       initialize_from: a run's folder, `RUN@EXAMPLES` for one of its checkpoints, or a folder in Hugging Face's format,
-        whose parameters a fresh run starts from; None: random ones.
+        whose parameters a fresh run starts from; experts begin as copies where it has none. None: random ones.
       start_from: `RUN@EXAMPLES`, a checkpoint of another run whose whole state a fresh run goes on from: a constant
         rate annealed from any of its checkpoints, say.
       evaluate_every_examples: validate so often, and at the end; None: a fifth of the run.
