@@ -3,6 +3,7 @@
 Python's objects have no text that would make them again, so such a file repeats nothing, and says so.
 """
 
+import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -39,8 +40,15 @@ def differences(earlier: str, now: str, *, but_for: Collection[str] = ()) -> tup
 
 
 def _shown(value: Any) -> str:
-    """On one line: a value itself where that is short and means something, else what kind of thing it is."""
-    text = " ".join(repr(value).split())
+    """On one line: a value itself where that is short and means something, else what kind of thing it is.
+
+    Of a dataclass its fields' defaults are left out, so that a field that is new says no difference to earlier texts.
+    """
+    text = repr(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        of_fields = ((x.name, repr(getattr(value, x.name)), repr(x.default)) for x in dataclasses.fields(value))
+        text = f"{type(value).__name__}({', '.join(f'{name}={is_}' for name, is_, was in of_fields if is_ != was)})"
+    text = " ".join(text.split())
     if len(text) <= _LONGEST and not re.search(r" at 0x[0-9a-f]+", text):
         return text
     named = value if hasattr(value, "__qualname__") else type(value)

@@ -654,6 +654,7 @@ def test_a_run_from_python_keeps_what_it_was_given_and_says_that_it_does_not_rep
     kept = (folder / "config.gin").read_text()
     assert "\n# train.batch_size = 8\n" in kept
     assert "\n# train.model = ModelConfig(vocab_size=128, width=16, " in kept
+    assert "rope_theta" not in kept  # a field at its default
     assert "\n# train.optimizer = optax." in kept
     # A profile is no part of what was trained.
     train(run=str(folder), data=RandomText(128, 16), batch_size=8, total_examples=16, **options, **once)
