@@ -21,7 +21,6 @@ from crescendo.parallel.rules import (
     Table,
     check_divides,
     check_experts,
-    divisors,
     entries_alike,
     is_names,
     key_copies,
@@ -29,6 +28,7 @@ from crescendo.parallel.rules import (
     strategy,
 )
 from crescendo.parallel.schedules import Schedule
+from crescendo.parallel.sizes import divisors, nearest_multiples
 from crescendo.parallel.stages import Pipeline
 
 Tree = Any
@@ -365,8 +365,7 @@ class Layout:
         ring, split = self.sizes["sequence"] // self.strategy.ulysses, self.sizes["sequence"] * self.sizes["tensor"]
         multiple = math.lcm(split, 2 * ring * self.strategy.ulysses) if ring > 1 else split
         if sequence_length % multiple:
-            below, above = sequence_length // multiple * multiple, -(-sequence_length // multiple) * multiple
-            nearest = f"{below} or {above}" if below else f"{above}"
+            nearest = nearest_multiples(sequence_length, multiple)
             raise ValueError(
                 f"sequence_length = {sequence_length} does not divide over sequence = {self.sizes['sequence']}, "
                 f"tensor = {self.sizes['tensor']}: use a multiple of {multiple}, such as {nearest}"

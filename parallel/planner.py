@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from crescendo.parallel.sizes import nearest_multiples
+
 
 class BatchPlan(NamedTuple):
     """One compiled shape for every batch size of a run.
@@ -61,8 +63,7 @@ as 16 or 24
         if size < 1:
             raise ValueError(f"batch_size = {size} must be at least 1")
         if size % shards:
-            below, above = size // shards * shards, -(-size // shards) * shards
-            nearest = f"{below} or {above}" if below else f"{above}"
+            nearest = nearest_multiples(size, shards)
             raise ValueError(f"batch_size = {size} does not divide over {shards} devices: use {nearest}")
         if size < min_microbatches * shards:
             over, least = "", min_microbatches * shards

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import jax
 
 from crescendo.parallel.schedules import SCHEDULES, Schedule
+from crescendo.parallel.sizes import alternatives, divisors, nearest_multiples
 from crescendo.ranges import Count, OneOf, checked
 
 Tree = Any
@@ -196,26 +197,19 @@ heads = 4 or 8
             axes = [axis for axis in every if sizes[axis] > 1]
             ways = math.prod(sizes[axis] for axis in axes)
             if name == "layers" and ways > 1 and size % (ways * chunks) and size % ways == 0:
-                of_stage, multiple = size // ways, ways * chunks
+                of_stage = size // ways
                 raise ValueError(
                     f"layers = {size} over stage = {ways} are {of_stage} a stage, which strategy.chunks = {chunks} "
-                    f"does not divide: use chunks of {_alternatives(divisors(of_stage))}, or layers = "
-                    + " or ".join(str(n * multiple) for n in (size // multiple, size // multiple + 1) if n)
+                    f"does not divide: use chunks of {alternatives(divisors(of_stage))}, or layers = "
+                    f"{nearest_multiples(size, ways * chunks)}"
                 )
             if size % ways:
-                below, above = size // ways * ways, -(-size // ways) * ways
                 shown = " x ".join(f"{axis} = {sizes[axis]}" for axis in axes)
                 raise ValueError(
                     f"parameter {jax.tree_util.keystr(path, simple=True, separator='.')}: its axis {name} = {size} "
-                    f"does not divide over {shown}: use a {' x '.join(axes)} of {_alternatives(divisors(size))}, "
-                    f"or {name} = " + (f"{below} or {above}" if below else f"{above}")
+                    f"does not divide over {shown}: use a {' x '.join(axes)} of {alternatives(divisors(size))}, "
+                    f"or {name} = {nearest_multiples(size, ways)}"
                 )
-
-
-def _alternatives(numbers: list[int]) -> str:
-    """In words."""
-    *rest, last = map(str, numbers)
-    return f"{', '.join(rest)} or {last}" if rest else last
 
 
 def key_copies(heads: int, kv_heads: int, *, tensor: int, ulysses: int) -> int:
@@ -228,8 +222,7 @@ def key_copies(heads: int, kv_heads: int, *, tensor: int, ulysses: int) -> int:
     4
     """
     if heads % tensor or (kv_heads % tensor and tensor % kv_heads):
-        *rest, last = (n for n in divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0)
-        would = f"{', '.join(map(str, rest))} or {last}" if rest else f"{last}"
+        would = alternatives(n for n in divisors(heads) if kv_heads % n == 0 or n % kv_heads == 0)
         wrong = (
             f"heads = {heads} does not divide over tensor = {tensor}"
             if heads % tensor
@@ -256,22 +249,10 @@ def check_experts(experts: int, expert: int) -> None:
     ValueError: experts = 8 does not divide over expert = 3: use an expert of 1, 2, 4 or 8, or experts = 6 or 9
     """
     if experts % expert:
-        *rest, last = map(str, divisors(experts))
-        below, above = experts // expert * expert, -(-experts // expert) * expert
-        would = f"{', '.join(rest)} or {last}" if rest else last
         raise ValueError(
-            f"experts = {experts} does not divide over expert = {expert}: use an expert of {would}, or experts = "
-            + (f"{below} or {above}" if below else f"{above}")
+            f"experts = {experts} does not divide over expert = {expert}: use an expert of "
+            f"{alternatives(divisors(experts))}, or experts = {nearest_multiples(experts, expert)}"
         )
-
-
-def divisors(n: int) -> list[int]:
-    """The divisors of n, increasing.
-
-    >>> divisors(12)
-    [1, 2, 3, 4, 6, 12]
-    """
-    return [i for i in range(1, n + 1) if n % i == 0]
 
 
 def is_names(x: Any) -> bool:

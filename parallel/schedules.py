@@ -32,6 +32,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from crescendo.parallel.sizes import divisors
+
 SCHEDULES = ("1f1b", "gpipe", "interleaved")
 """`gpipe` runs all forward passes before any backward pass, `1f1b` a microbatch's backward pass as soon as it can, and
 so does `interleaved`, whose stages have several chunks of layers."""
@@ -97,10 +99,9 @@ class Schedule:
                 "'1f1b', or one_of = 1"
             )
         if self.stages % self.one_of:
-            fitting = [n for n in range(1, self.stages + 1) if self.stages % n == 0]
             raise ValueError(
                 f"strategy.one_of = {self.one_of} does not divide the mesh's stage = {self.stages}: use one of "
-                f"{fitting}, or a stage that {self.one_of} divides"
+                f"{divisors(self.stages)}, or a stage that {self.one_of} divides"
             )
 
     @property
