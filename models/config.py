@@ -178,6 +178,17 @@ class ModelConfig:
         return self.width // self.heads if self.head_width is None else self.head_width
 
     @property
+    def expert_size(self) -> int:
+        """The feed-forward width of an expert: `expert_width`, or `mlp_width`."""
+        return self.mlp_width if self.expert_width is None else self.expert_width
+
+    def without_experts(self) -> "ModelConfig":
+        """The model whose layers all have one feed-forward part."""
+        fields = (field for field in dataclasses.fields(self) if field.name in EXPERT_FIELDS)
+        defaults: dict[str, Any] = {field.name: field.default for field in fields}
+        return dataclasses.replace(self, **defaults)
+
+    @property
     def sparse_layers(self) -> int:
         """How many layers have experts."""
         return 0 if self.experts is None else self.layers // self.moe_every
@@ -185,7 +196,7 @@ class ModelConfig:
     def feed_forward_parameters(self, experts: int) -> int:
         """The matrices of all layers' feed-forward parts, with so many of a layer's experts."""
         dense = (self.layers - self.sparse_layers) * self.mlp_width
-        of_experts = experts * (self.expert_width or self.mlp_width) + (self.shared_expert_width or 0)
+        of_experts = experts * self.expert_size + (self.shared_expert_width or 0)
         routers = self.sparse_layers * (self.experts or 0)
         return self.width * (3 * (dense + self.sparse_layers * of_experts) + routers)
 

@@ -49,7 +49,7 @@ class Moe(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
         assert config.experts is not None
-        experts, width, inner = config.experts, config.width, config.expert_width or config.mlp_width
+        experts, width, inner = config.experts, config.width, config.expert_size
         names, down = (axes.EXPERTS, axes.EMBED, axes.MLP), (axes.EXPERTS, axes.MLP, axes.EMBED)
         # Small, so that at first all experts have nearly equal shares (Fedus et al. 2022).
         self.router = Linear((width,), (experts,), (axes.EMBED, axes.ROUTES), dtype=jnp.float32, rngs=rngs, scale=0.1)

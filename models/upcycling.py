@@ -13,14 +13,13 @@ shared expert begins with a `down` of zeros, so that it adds nothing at first an
 part as they get different tokens. Where a capacity drops tokens, these miss what f adds, from the first step on.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crescendo.models.config import EXPERT_FIELDS, ModelConfig
+from crescendo.models.config import ModelConfig
 from crescendo.models.transformer import initialize
 
 _COPIED = ("gate", "up", "down")
@@ -28,10 +27,7 @@ _COPIED = ("gate", "up", "down")
 
 def dense_shapes(config: ModelConfig) -> dict:
     """The parameters of the model without experts that one with them can begin as, by names and shapes."""
-    fields = dataclasses.fields(config)
-    of_experts: dict[str, Any] = {field.name: field.default for field in fields if field.name in EXPERT_FIELDS}
-    dense = dataclasses.replace(config, **of_experts)
-    return jax.eval_shape(lambda: initialize(dense, jax.random.key(0)))
+    return jax.eval_shape(lambda: initialize(config.without_experts(), jax.random.key(0)))
 
 
 def upcycled(config: ModelConfig, parameters: dict, key) -> dict:

@@ -328,7 +328,7 @@ def kernel_flops(
     tokens, length = batch_size * sequence_length, sequence_length / documents_in_row
     products = 2 + 5  # of attention, forward and backward; one is this many FLOPs a token
     one = model.layers * model.heads * model.head_size * length
-    inner = model.sparse_layers * model.experts_per_token * (model.expert_width or model.mlp_width)
+    inner = model.sparse_layers * model.experts_per_token * model.expert_size
     return {
         "attention": products * one * tokens,
         "loss": 6.0 * model.vocab_size * model.width * tokens,
