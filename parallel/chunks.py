@@ -78,8 +78,6 @@ def in_order(x: jax.Array, stages: int, chunks: int, axis: int = 0) -> jax.Array
 
 def _moved(x: jax.Array, moves: Sequence[Sequence[tuple[int, int, int, int]]], chunks: int, axis: int) -> jax.Array:
     """Moves are `(from stage, from place, to stage, to place)`."""
-    if chunks == 1:
-        return x
     stage, result, size = jax.lax.axis_index(AXIS), jnp.zeros_like(x), x.shape[axis] // chunks
     for of_round in moves:
         take, put = np.zeros((2, len(of_round)), np.int32)

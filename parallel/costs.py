@@ -111,15 +111,14 @@ def step_traffic(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) -
 def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) -> dict[str, float]:
     """Parameters and gradients."""
     sizes, strategy, runs = layout.sizes, layout.strategy, _runs(layout, work)
-    tables = sum("vocab" in names for names in jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, tuple)))
+    named = _named(arrays, logical_axes)
+    tables = sum("vocab" in names for names, _ in named)
     sent = dict.fromkeys(KINDS, 0.0)
 
     def ways(table: Table, names, axes) -> int:
         return math.prod(sizes[axis] for each in mesh_axes(table, names) for axis in each if axis in axes)
 
-    for names, array in zip(
-        jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, tuple)), jax.tree.leaves(arrays), strict=True
-    ):
+    for names, array in named:
         stacked = "layers" in names
         # Matrices of layers are cast before they cross; tables and vectors, which are used in float32, are not.
         matrix = stacked and len(names) > 2
@@ -208,13 +207,12 @@ def moved_bytes(layout: Layout, arrays: Tree, logical_axes: Tree) -> float:
     """
     if layout.schedule is None or layout.schedule.chunks == 1:
         return 0.0
+    stacked = [(names, array) for names, array in _named(arrays, logical_axes) if "layers" in names]
     total = 0.0
-    leaves = jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, tuple))
-    for names, array in zip(leaves, jax.tree.leaves(arrays), strict=True):
-        for table in (layout.strategy.parameters, layout.strategy.gradients):
-            axes = {axis for name in names for axis in table.get(name, ())}
-            ways = math.prod(layout.sizes[axis] for axis in axes)
-            total += ("layers" in names) * math.prod(array.shape) / ways * FLOAT32
+    for table in (layout.strategy.parameters, layout.strategy.gradients):
+        for names, array in stacked:
+            ways = math.prod(layout.sizes[axis] for axes in mesh_axes(table, names) for axis in axes)
+            total += math.prod(array.shape) / ways * FLOAT32
     return share_moved(layout.schedule.stages, layout.schedule.chunks) * total
 
 
@@ -241,6 +239,12 @@ def _experts(layout: Layout, work: Work) -> dict[str, float]:
     runs, rows = _runs(layout, work), work.experts_per_token * _rows(layout, work)
     ways = 2 * (runs.forward + (1 + work.full_remat) * runs.backward) * work.sparse_layers / layout.sizes["stage"]
     return {"all-to-all": _share(layout.sizes["expert"]) * rows * work.width * work.compute_bytes * ways}
+
+
+def _named(arrays: Tree, logical_axes: Tree) -> list[tuple[tuple, Any]]:
+    """The logical axes of every array, and the array."""
+    names = jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, tuple))
+    return list(zip(names, jax.tree.leaves(arrays), strict=True))
 
 
 def _rows(layout: Layout, work: Work) -> float:
