@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ import jax_triton
 from jax.interpreters import mlir
 from jax_triton import triton_lib
 from jaxlib.mlir import ir
+from triton._C import libtriton
 
 from crescendo.pallas_kernels.op import require_gpu
 from crescendo.pallas_kernels.sharded import results_of
@@ -41,6 +44,23 @@ if RESULTS == "out_shape":
     mlir.register_lowering(triton_lib.triton_kernel_call_p, _for_graphs(on_cuda), platform="cuda")
 
 
+@functools.cache
+def _look_for_no_pytorch() -> None:
+    """Triton's first look at an argument imports PyTorch where that is installed: seconds, for tensors ours never are.
+
+    So the first look is this one, while PyTorch can't be found. Where it is imported already that costs nothing.
+    """
+    look = getattr(libtriton, "native_specialize_impl", None)  # which Triton before 3.5 has not
+    if look is None or "torch" in sys.modules:
+        return
+    argument = types.SimpleNamespace(data_ptr=lambda: 16, dtype="fp32")
+    sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails
+    try:
+        look(triton_lib.get_cuda_backend(0, 80), argument, False, True, True)
+    finally:
+        del sys.modules["torch"]
+
+
 def triton_call(
     *arrays: jax.Array,
     kernel: Any,
@@ -70,6 +90,7 @@ def triton_call(
         return triton_interpreter.run(
             *arrays, kernel=kernel, out_shape=out_shape, grid=grid, zeroed=zeroed, **constants
         )
+    _look_for_no_pytorch()
     results = jax_triton.triton_call(
         *arrays,
         kernel=kernel,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
@@ -314,5 +315,13 @@ def _sum_over_microbatches(
     if k_max == 1:
         # A stack of layers is put together once, and not by each who reads it.
         return term(0, jax.lax.optimization_barrier)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(term, 0))
-    return jax.lax.fori_loop(0, count, lambda index, total: jax.tree.map(jnp.add, total, term(index)), zero)
+    # Traced once: for the shapes of the sums, and for the loop.
+    traced, shapes = jax.make_jaxpr(term, return_shape=True)(jnp.int32(0))
+    add = jax.extend.core.jaxpr_as_fun(traced)
+
+    def body(index, sums):
+        return [jnp.add(total, x) for total, x in zip(sums, add(index), strict=True)]
+
+    leaves, structure = jax.tree.flatten(shapes)
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in leaves]
+    return jax.tree.unflatten(structure, jax.lax.fori_loop(0, count, body, zeros))

@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import importlib.util
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -155,3 +157,30 @@ def test_linear_cross_entropy_stays_within_its_memory(spec):
     extra = memory.temp_size_in_bytes - 4 * arguments[1].size
     print(f"{spec.name}: {extra / 2**20:,.0f} MiB beyond dW in float32")
     assert extra <= 0.35 * 2**30
+
+
+LOWERS_FOR_A_GPU = """
+import sys
+import jax, jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh
+from crescendo.pallas_kernels.quantize import quantize
+
+mesh = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"))
+x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
+scale = jax.ShapeDtypeStruct((), jnp.float32)
+with jax.sharding.use_abstract_mesh(mesh):
+    run = jax.jit(lambda x, scale: quantize(x, scale, dtype=jnp.float8_e4m3fn, implementation="triton"))
+    text = run.trace(x, scale).lower(lowering_platforms=("cuda",)).as_text()
+assert "triton_kernel_call" in text
+print("torch" in sys.modules)
+import torch
+"""
+
+
+def test_triton_does_not_import_pytorch(tmp_path):
+    (tmp_path / "torch.py").write_text("print('imported')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.run(
+        [sys.executable, "-c", LOWERS_FOR_A_GPU], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert run.stdout.split() == ["False", "imported"]
