@@ -26,7 +26,7 @@ from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.files import local_path
 from crescendo.experiments.tasks.base import Task
-from crescendo.experiments.trainer.evaluate import evaluation_program, make_evaluation
+from crescendo.experiments.trainer.evaluate import evaluation_program, make_evaluation, validation_mean
 from crescendo.experiments.trainer.microbatches import max_microbatch_examples
 from crescendo.experiments.trainer.training import train
 from crescendo.pallas_kernels.console import plain_console
@@ -60,7 +60,8 @@ def evaluate(
       examples: how many rows of each set; None: as many as while it trained.
 
     Returns:
-      The run's task, the checkpoint's examples, and what there is to say by held-out set.
+      The run's task, the checkpoint's examples, and what there is to say by held-out set; first "validation", also where
+      it is a mean of others.
 
     Raises:
       UserError: for what isn't a run of `train` with a configuration and a checkpoint, and for data that aren't what
@@ -86,6 +87,9 @@ def evaluate(
     for name, rows in task.held_out.items():
         call = make_evaluation(task, name, layout, program, evaluation_examples=count, microbatch_examples=microbatch)
         evaluations[name] = Evaluation(min(count, len(rows)), len(rows), call(state))
+    if mean := validation_mean(task, {name: each.means for name, each in evaluations.items()}):
+        rows, of_rows = (sum(column) for column in zip(*(each[:2] for each in evaluations.values()), strict=True))
+        evaluations = {"validation": Evaluation(rows, of_rows, mean), **evaluations}
     return task, examples_seen, evaluations
 
 

@@ -283,6 +283,9 @@ def told(annotation: Any, *, whole: bool = False) -> str:
     if origin in (list, tuple, Sequence):
         each = told(inner[0], whole=whole)
         return f"each {each}" if each else ""
+    if origin in (dict, Mapping):
+        each = told(inner[1], whole=whole)
+        return f"each {each}" if each else ""
     return ""
 
 

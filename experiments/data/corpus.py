@@ -70,18 +70,8 @@ def tokenize(
       UserError: if there is no document with any text.
     """
     held_out_sets = documents.held_out or {}
-    fraction = 0.0 if VALIDATION in held_out_sets else validation_fraction
-
-    def read(purpose: str, of: Documents = documents) -> Iterator[bytes]:
-        with progress(f"{purpose} {of.source}", of.total_bytes) as advance:
-            for document in of.read():
-                advance(len(document))
-                if document:
-                    yield document
-
-    tokenizer = make_tokenizer(
-        document for document in read("training a tokenizer on") if not held_out(document, fraction)
-    )
+    fraction = _fraction(documents, validation_fraction)
+    tokenizer = make_tokenizer(training_documents(documents, validation_fraction))
     if isinstance(tokenizer, SubwordTokenizer):
         (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
 
@@ -90,12 +80,12 @@ def tokenize(
             split: stack.enter_context(_TokenWriter(folder, split, tokenizer))
             for split in dict.fromkeys([TRAIN, VALIDATION, *held_out_sets])
         }
-        for batch in _batches(read("tokenizing"), len):
+        for batch in _batches(_read(documents, "tokenizing"), len):
             is_held_out = [held_out(document, fraction) for document in batch]
             splits[TRAIN].write([document for document, held in zip(batch, is_held_out, strict=True) if not held])
             splits[VALIDATION].write([document for document, held in zip(batch, is_held_out, strict=True) if held])
         for split, of in held_out_sets.items():
-            for batch in _batches(read("tokenizing", of), len):
+            for batch in _batches(_read(of, "tokenizing"), len):
                 splits[split].write(batch)
     if not any(writer.documents for writer in splits.values()):
         raise UserError(f"the corpus {documents.source} is empty: it has no document with any text")
@@ -107,6 +97,28 @@ def tokenize(
         digest=" ".join([str(tokenizer.vocab_size), *(writer.digest for writer in splits.values())]),
     )
     (folder / "summary.json").write_text(summary.model_dump_json(indent=2), encoding="utf-8")
+
+
+def training_documents(documents: Documents, validation_fraction: float) -> Iterator[bytes]:
+    """Those that a tokenizer may be trained on: that aren't empty, and aren't held out."""
+    fraction = _fraction(documents, validation_fraction)
+    for document in _read(documents, "training a tokenizer on"):
+        if not held_out(document, fraction):
+            yield document
+
+
+def _fraction(documents: Documents, validation_fraction: float) -> float:
+    """The part of the documents that is held out: none where the corpus brings a set for that."""
+    return 0.0 if VALIDATION in (documents.held_out or {}) else validation_fraction
+
+
+def _read(documents: Documents, purpose: str) -> Iterator[bytes]:
+    """The documents that aren't empty, under a progress bar."""
+    with progress(f"{purpose} {documents.source}", documents.total_bytes) as advance:
+        for document in documents.read():
+            advance(len(document))
+            if document:
+                yield document
 
 
 def _batches[T](items: Iterable[T], size_bytes: Callable[[T], int]) -> Iterator[list[T]]:

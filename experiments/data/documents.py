@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from crescendo.experiments.data.preparation import progress, say
@@ -32,6 +33,7 @@ class Documents:
       read: gives all documents, as UTF-8, in the same order at every call.
       total_bytes: about how many bytes these are, for the progress bar; None if not known.
       held_out: corpora to evaluate on, by name; where "validation" is one, none of the documents is held out for it.
+      files: that are read whole, by device and inode, so that no two sources of a mixture read the same.
     """
 
     source: str
@@ -39,6 +41,7 @@ class Documents:
     read: Callable[[], Iterator[bytes]]
     total_bytes: int | None = None
     held_out: Mapping[str, "Documents"] | None = None
+    files: Mapping[tuple[int, int], Path] = MappingProxyType({})
 
 
 def file_digests(paths: Sequence[Path]) -> list[str]:

@@ -1,6 +1,6 @@
-"""Rows of tokens, read anywhere by one integer, and the endless shuffled stream of them."""
+"""Rows of tokens, read anywhere by one integer, the order of a run's examples, and the endless stream of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +11,10 @@ from crescendo.experiments.runtime.errors import UserError
 
 
 class Source(Protocol):
-    """An array of examples: any of them is found by its number."""
+    """An array of examples: any of them is found by its number.
+
+    Where their order isn't `Shuffled`, it has a method `order(seed) -> Order` besides.
+    """
 
     def __len__(self) -> int: ...
 
@@ -99,12 +102,66 @@ class Rows:
         return {name: array.reshape(-1, self.sequence_length) for name, array in batch.items()}
 
 
+class Order(Protocol):
+    """Which row each example of a run is: a function of the example's number on the clock, and of nothing before it."""
+
+    def __call__(self, examples: ArrayLike) -> np.ndarray:
+        """The numbers of the rows, int64 `[examples]`."""
+        ...
+
+    def epochs(self, examples_seen: int) -> Mapping[str, float]:
+        """How often each source has been read at a clock, by its name; of no source where there is but one."""
+        ...
+
+    def check(self, total_examples: int) -> None:
+        """Raises UserError for a run of a length that the data don't serve."""
+        ...
+
+
+class Shuffled:
+    """All rows in an order of its own every epoch, without end.
+
+    Args:
+      rows: how many, at least one.
+      seed: of the permutations, in [0, 2**32).
+
+    Raises:
+      UserError: if the seed is out of its range.
+
+    >>> order = Shuffled(4, seed=0)
+    >>> sorted(order(range(4)).tolist()), sorted(order(range(4, 8)).tolist())
+    ([0, 1, 2, 3], [0, 1, 2, 3])
+    """
+
+    def __init__(self, rows: int, seed: int):
+        from grain import MapDataset  # takes a second to import
+
+        if not 0 <= seed < 2**32:
+            raise UserError(f"the data seed = {seed} must lie in 0..{2**32 - 1}")
+        self._row_numbers = MapDataset.range(rows).seed(seed).shuffle().repeat()
+
+    def __call__(self, examples: ArrayLike) -> np.ndarray:
+        numbers = np.asarray(examples, np.int64)
+        return np.fromiter((self._row_numbers[i] for i in numbers.tolist()), np.int64, len(numbers))
+
+    def epochs(self, examples_seen: int) -> Mapping[str, float]:
+        return {}
+
+    def check(self, total_examples: int) -> None: ...
+
+
+def row_order(source: Source, seed: int) -> Order:
+    """The order of a source's rows: its own, or `Shuffled`."""
+    own: Callable[[int], Order] | None = getattr(source, "order", None)
+    return Shuffled(len(source), seed) if own is None else own(seed)
+
+
 class Stream:
-    """An endless stream of shuffled rows, a permutation each epoch, whose whole position is one integer.
+    """An endless stream of rows in their order, whose whole position is one integer.
 
     Args:
       rows: an array of examples, at least one.
-      seed: of the permutations, in [0, 2**32).
+      seed: of the order, in [0, 2**32).
 
     Raises:
       UserError: if the seed is out of its range.
@@ -118,15 +175,7 @@ class Stream:
     """
 
     def __init__(self, rows: Source, seed: int):
-        from grain import MapDataset  # takes a second to import
-
-        if not 0 <= seed < 2**32:
-            raise UserError(f"the data seed = {seed} must lie in 0..{2**32 - 1}")
-        self._rows = rows
-        self._row_numbers = MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
-
-    def __len__(self) -> int:
-        return len(self._row_numbers)
+        self._rows, self._order = rows, row_order(rows, seed)
 
     def read(self, examples_seen: int, count: int) -> dict[str, np.ndarray]:
         """The global examples examples_seen to examples_seen + count - 1: see `take`."""
@@ -138,4 +187,4 @@ class Stream:
         Returns:
           The arrays of the rows, `[examples, ...]` each.
         """
-        return self._rows.take([self._row_numbers[i] for i in np.asarray(examples).tolist()])
+        return self._rows.take(self._order(examples))

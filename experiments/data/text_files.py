@@ -83,10 +83,11 @@ def text_files(
     sets = {name: _as_list(each) for name, each in named.items() if each or isinstance(validation_paths, Mapping)}
     held_out = {name: _find_files(each, "text_files.validation_paths") for name, each in sets.items()}
     held = {real for files in held_out.values() for real in files}
-    files = [file for real, file in _find_files(_as_list(paths), "text_files.paths").items() if real not in held]
+    found = _find_files(_as_list(paths), "text_files.paths")
+    files = {real: file for real, file in found.items() if real not in held}
     if not files:
         raise UserError("text_files.paths: text_files.validation_paths name all of these files: leave some to train on")
-    further = {name: _documents([*each.values()], sets[name], reading) for name, each in held_out.items()}
+    further = {name: _documents(each, sets[name], reading) for name, each in held_out.items()}
     return dataclasses.replace(_documents(files, _as_list(paths), reading), held_out=further)
 
 
@@ -102,8 +103,9 @@ def _as_list(paths: str | Sequence[str]) -> list[str]:
     return [paths] if isinstance(paths, str) else list(paths)
 
 
-def _documents(files: Sequence[Path], patterns: Sequence[str], reading: _Reading) -> Documents:
-    """The documents of files that were found by the patterns."""
+def _documents(found: Mapping[tuple[int, int], Path], patterns: Sequence[str], reading: _Reading) -> Documents:
+    """The documents of files that were found by the patterns, by what they really are."""
+    files = [*found.values()]
     for path in files:
         if _kind(path) not in _READERS:
             unpacked = [kind for kind in _READERS if kind != ".parquet"]
@@ -135,7 +137,7 @@ def _documents(files: Sequence[Path], patterns: Sequence[str], reading: _Reading
     content = [FORMAT, reading.field, reading.document_bytes, reading.errors, kinds]
     packed = any(path.suffix in COMPRESSIONS for path in files)
     total_bytes = None if packed else sum(path.stat().st_size for path in files)
-    return Documents(source, f"text_files {digest(content)}", read, total_bytes)
+    return Documents(source, f"text_files {digest(content)}", read, total_bytes, files=found)
 
 
 def _kind(path: Path) -> str:

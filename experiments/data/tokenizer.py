@@ -286,11 +286,13 @@ class TokenizerSpec:
       identity: names it.
       make: gives the tokenizer from the training documents.
       vocab_size: the tokenizer's; of one that is trained the most that it may reach.
+      trained: whether the documents matter.
     """
 
     identity: str
     make: Callable[[Iterable[bytes]], Tokenizer]
     vocab_size: int
+    trained: bool = False
 
 
 def parse_tokenizer(spec: str) -> TokenizerSpec:
@@ -311,7 +313,7 @@ def parse_tokenizer(spec: str) -> TokenizerSpec:
                 f'text_data.tokenizer = "{spec}": the vocabulary size must be a whole number of at least '
                 f'{SMALLEST_BPE} (256 bytes and the end of text), as in "bpe:16384"'
             )
-        return TokenizerSpec(spec, lambda documents: train_bpe(documents, int(size)), int(size))
+        return TokenizerSpec(spec, lambda documents: train_bpe(documents, int(size)), int(size), True)
     if not Path(spec).is_file():
         raise UserError(
             f'text_data.tokenizer = "{spec}" is neither "bytes", nor "bpe:VOCAB_SIZE", nor a tokenizer.json file'

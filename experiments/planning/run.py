@@ -17,7 +17,7 @@ from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.text import compact, duration
 from crescendo.experiments.trainer.announcing import passes
 from crescendo.experiments.trainer.microbatches import MEMORY_SHARE
-from crescendo.experiments.trainer.session import Session, check_enough_rows
+from crescendo.experiments.trainer.session import Session
 from crescendo.parallel.tables import memory_table
 
 
@@ -85,14 +85,14 @@ def plan_run(
             mesh = parallel.MeshSpec(**mesh_sizes).abstract(devices)
         options = arguments([name for name in taken if name != "mesh"])
         session = Session(**options, mesh=mesh, platform=kind.platform)
-    check_enough_rows(session)
+    session.check_rows()
     say(settings)
     say(str(session.task.data))
     task, total, sizes = session.task, session.asked_examples, session.policy.sizes
     steps = sorted({math.ceil(total / size) for size in (min(sizes), max(sizes))})
     say(
-        f"{total:,} examples, {total * task.units_per_example:,} {task.unit}s: {passes(total, len(task.train))} "
-        f"{len(task.train):,} rows, in {' to '.join(f'{count:,}' for count in steps)} steps"
+        f"{total:,} examples, {total * task.units_per_example:,} {task.unit}s: "
+        f"{passes(session, f'the {len(task.train):,} rows')}, in {' to '.join(f'{count:,}' for count in steps)} steps"
     )
     parameters = sum(x.size for x in jax.tree.leaves(session.parameters))
     flops = total * task.flops_per_example

@@ -103,10 +103,12 @@ class Task(Protocol):
       flops_per_example: forward and backward, by the matrix products.
       row: every array of an example, by name.
       train: the examples to train on.
-      held_out: sets of held-out examples by name; the first one, "validation", decides what is best.
+      held_out: sets of held-out examples by name; the first one, "validation", decides what is best, or in its place
+        the mean of the sets that `data.validation_weights` names.
       bytes_per_unit: by held-out set, how many bytes of text a unit of the loss stands for on average, for bits per
         byte; of no set where the loss isn't one over all of a text.
       data: what it was made of; `str(data)` describes it to a person, `data.fingerprint` changes whenever the rows do.
+        Data whose held-out sets have no "validation" have `validation_weights`, shares by name that add up to 1.
       identity: what fixes the model, as JSON: a run goes on only as what it was. Nothing that only says how fast.
       fingerprint: of the model and the data together.
       per_example_norms: whether the model takes its normalisation layers' scales one row an example

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from crescendo import models
+from crescendo.experiments.data.rows import Order, row_order
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.tasks.base import Context, Loss, RowArray, Source, Tree, refuse_outside
 from crescendo.models import ModelConfig, axes
@@ -52,6 +53,10 @@ class InVocabulary:
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def order(self, seed: int) -> Order:
+        """The source's."""
+        return row_order(self._source, seed)
 
     def take(self, row_numbers: ArrayLike) -> dict[str, np.ndarray]:
         """The rows of these numbers, stacked.

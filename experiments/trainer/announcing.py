@@ -24,7 +24,7 @@ def announce(session: Session, written: Callable[[str], str] | None, say: Callab
     batch = moved if len(sizes) > 1 else f"{sizes[0]:,}"
     if session.base_batch_size != sizes[0]:
         batch += f" (the learning rate is meant for {session.base_batch_size:,})"
-    say(f"run: {total:,} examples, {passes(total, len(task.train))} data; batch: {batch}")
+    say(f"run: {total:,} examples, {passes(session, 'the data')}; batch: {batch}")
     say(f"mesh: {split}, of {devices.size} x {devices.flat[0].device_kind}; strategy: {strategy}")
     say(f"optimizer: {_shown(written, 'optimizer')}")
     say("compiling the step ...")
@@ -51,11 +51,17 @@ def _shown(written: Callable[[str], str] | None, parameter: str) -> str:
     return (written(parameter) if written else "") or "given in Python"
 
 
-def passes(total_examples: int, rows: int) -> str:
-    """How often a run sees the data.
+def passes(session: Session, data: str) -> str:
+    """How often a run sees the data, which are called so; of several sources each."""
+    total, epochs = session.asked_examples, session.order.epochs(session.asked_examples)
+    return ", ".join(
+        f"{_times(count)} over {name}" for name, count in (epochs or {data: total / len(session.task.train)}).items()
+    )
 
-    >>> passes(6144, 12288), passes(6144, 3)
-    ('0.5 passes over the', '2,048 passes over the')
+
+def _times(count: float) -> str:
     """
-    count = total_examples / rows
-    return f"{count:.2g} passes over the" if count < 10 else f"{count:,.0f} passes over the"
+    >>> _times(0.5), _times(2048.2)
+    ('0.5 passes', '2,048 passes')
+    """
+    return f"{count:.2g} passes" if count < 10 else f"{count:,.0f} passes"

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +109,32 @@ def make_evaluation(
         return numbers
 
     return evaluate
+
+
+def validation_mean(task: Task, by_set: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The mean over held-out sets that stands for "validation": of every number that all of them have.
+
+    Args:
+      task: says the sets' shares (`Task.data.validation_weights`); where it says none, there is no mean.
+      by_set: the means of each set, by the set's name.
+    """
+    weights: Mapping[str, float] = getattr(task.data, "validation_weights", {})
+    every = [by_set[name] for name in weights]
+    names = [name for name in (every[0] if every else {}) if all(name in each for each in every)]
+    return {name: sum(share * by_set[of][name] for of, share in weights.items()) for name in names}
+
+
+def named_means(task: Task, by_set: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What a record has: the means of "validation" by their own names, those of another set by the set's too.
+
+    Args:
+      task: see `validation_mean`.
+      by_set: the means of each set, by the set's name.
+    """
+    means = validation_mean(task, by_set)
+    for name, own in by_set.items():
+        means |= {metric if name == "validation" else f"{name}/{metric}": value for metric, value in own.items()}
+    return means
 
 
 def make_row_losses(

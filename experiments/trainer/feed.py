@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from crescendo import parallel
-from crescendo.experiments.data.rows import Stream
+from crescendo.experiments.data.rows import Order, Stream
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.tasks.base import Source, Task, padded_rows
 from crescendo.experiments.trainer.shapes import row_arrays
 from crescendo.models import axes
@@ -54,6 +55,20 @@ def put_rows(
             return jax.make_array_from_callback(shape, layout.rows(array.axes, leading=1), part)
 
     return {name: put(name) for name in row_arrays(task)}
+
+
+def check_rows(source: Source, order: Order, largest_batch: int, total_examples: int) -> None:
+    """That the data serve a run.
+
+    Raises:
+      UserError: fewer rows than its largest batch, or what its order says of its length.
+    """
+    if len(source) < largest_batch:
+        raise UserError(
+            f"the data have {len(source)} rows, fewer than one batch of {largest_batch}: use a smaller "
+            "train.batch_size, or more data (of text, a shorter text_data.sequence_length gives more rows)"
+        )
+    order.check(total_examples)
 
 
 class Feed:

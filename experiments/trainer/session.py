@@ -18,6 +18,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from crescendo import optim, parallel
+from crescendo.experiments.data.rows import Order, row_order
 from crescendo.experiments.runs.state import TrainState
 from crescendo.experiments.runtime import hardware
 from crescendo.experiments.runtime.arguments import checked
@@ -30,8 +31,9 @@ from crescendo.experiments.trainer.evaluate import (
     evaluation_program,
     make_evaluation,
     make_row_losses,
+    named_means,
 )
-from crescendo.experiments.trainer.feed import Feed
+from crescendo.experiments.trainer.feed import Feed, check_rows
 from crescendo.experiments.trainer.frozen import Trainable
 from crescendo.experiments.trainer.gradient_statistics import chosen_statistics
 from crescendo.experiments.trainer.microbatches import MEMORY_SHARE, max_microbatch_examples, plan_notes, plans
@@ -400,6 +402,15 @@ class Session:
 
         return self.programs.get(("evaluation", microbatch_examples, groups), compiled)
 
+    @functools.cached_property
+    def order(self) -> Order:
+        """Which row each example of the run is."""
+        return row_order(self.task.train, self.seed)
+
+    def check_rows(self) -> None:
+        """Raises UserError for data that don't serve the run."""
+        check_rows(self.task.train, self.order, max(self.sizes), self.asked_examples)
+
     def feed(self, seed: int | None = None) -> Feed:
         """The batches of the run, or of one with another seed, by the clock."""
         return Feed(self.task, self.task.train, self.plan, self.layout, self.seed if seed is None else seed)
@@ -407,7 +418,8 @@ class Session:
     def evaluation(self, examples: int) -> Callable[[TrainState], dict[str, float]]:
         """`state -> means` over the same `examples` rows of each held-out set; compiled now, as is what saving needs.
 
-        Those of the set "validation" go by their own names (`loss`), others by the set's too (`test/loss`).
+        Those of the set "validation", or of the mean that stands for it, go by their own names (`loss`), others by the
+        set's too (`test/loss`).
         """
         microbatch_examples = self.plan.microbatch_examples
         with self._compiling():
@@ -425,11 +437,7 @@ class Session:
             }
 
         def evaluate(state: TrainState) -> dict[str, float]:
-            means: dict[str, float] = {}
-            for name, call in calls.items():
-                prefix = "" if name == "validation" else f"{name}/"
-                means |= {prefix + metric: value for metric, value in call(state).items()}
-            return means
+            return named_means(self.task, {name: call(state) for name, call in calls.items()})
 
         return evaluate
 
@@ -441,16 +449,6 @@ class Session:
             self.layout,
             microbatch_examples=self.plan.microbatch_examples,
             trainable=self.trainable,
-        )
-
-
-def check_enough_rows(session: Session) -> None:
-    """Raises UserError for data with fewer rows than the run's largest batch."""
-    rows, largest = len(session.task.train), max(session.sizes)
-    if rows < largest:
-        raise UserError(
-            f"the data have {rows} rows, fewer than one batch of {largest}: use a smaller train.batch_size, or more "
-            "data (of text, a shorter text_data.sequence_length gives more rows)"
         )
 
 

@@ -32,7 +32,7 @@ from crescendo.experiments.trainer.observers import WRITERS, check_writers, run_
 from crescendo.experiments.trainer.probes import Probe, Seen
 from crescendo.experiments.trainer.recorder import Recorder
 from crescendo.experiments.trainer.run_files import RunFiles
-from crescendo.experiments.trainer.session import Session, check_enough_rows
+from crescendo.experiments.trainer.session import Session
 from crescendo.experiments.trainer.starting import fresh_state, state_of
 from crescendo.experiments.trainer.step_trace import StepTrace
 from crescendo.experiments.trainer.stopping import Stops
@@ -134,7 +134,7 @@ def train(
     session = prepared_session(as_begun(Path(run), options), evaluation_examples, start)
     wall = WallClock()
     adapting = Adapting(session)
-    check_enough_rows(session)
+    session.check_rows()
     check_patience(session.guard, max_bad_steps)
     stops = Stops(stop_at_loss, stop_after_minutes, stop_after_tokens)
     session.notes += stops.notes(session.task, options["total_examples"])
@@ -336,7 +336,14 @@ def make_recorder(
     task, devices = session.task, session.layout.mesh.devices
     peak = (hardware.peak_flops_per_second(devices.flat[0]) or 0.0) * devices.size or None
     return Recorder(
-        observe, task.unit, task.units_per_example, task.flops_per_example, peak, wall or WallClock(), seconds
+        observe,
+        task.unit,
+        task.units_per_example,
+        task.flops_per_example,
+        peak,
+        wall or WallClock(),
+        session.order.epochs,
+        seconds,
     )
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from crescendo import optim, parallel
-from crescendo.experiments.data.rows import Stream
+from crescendo.experiments.data.rows import Shuffled
 from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.trainer.recorder import Recorder
@@ -33,9 +33,9 @@ class Chain:
 
     def __init__(self, planted: dict[int, str] | None = None):
         self.train, self.held_out = self, {"validation": self}
-        order = Stream(self, seed=0)._row_numbers
+        order = Shuffled(len(self), seed=0)(range(BATCH * STEPS))
         planted = {} if planted is None else planted
-        self._planted = {order[BATCH * step + i]: kind for step, kind in planted.items() for i in range(BATCH)}
+        self._planted = {int(order[BATCH * step + i]): kind for step, kind in planted.items() for i in range(BATCH)}
 
     def __len__(self) -> int:
         return 65536
