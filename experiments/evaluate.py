@@ -60,8 +60,8 @@ def evaluate(
       examples: how many rows of each set; None: as many as while it trained.
 
     Returns:
-      The run's task, the checkpoint's examples, and what there is to say by held-out set; first "validation", also where
-      it is a mean of others.
+      The run's task, the checkpoint's examples, and what there is to say by held-out set; "validation" comes first,
+      also where it is a mean of others.
 
     Raises:
       UserError: for what isn't a run of `train` with a configuration and a checkpoint, and for data that aren't what

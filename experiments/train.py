@@ -11,6 +11,7 @@ from rich.text import Text
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.configs.settings import settings
 from crescendo.experiments.planning import run
+from crescendo.experiments.planning.preview import preview
 from crescendo.experiments.runtime.cli import hosts_lost, run_command
 from crescendo.experiments.runtime.command import check_not_given
 from crescendo.experiments.runtime.errors import UserError, user_values
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   python -m crescendo.experiments.train --config debug.gin --set 'train.total_examples = 2048' --run runs/short
   python -m crescendo.experiments.train --config lm_1b.gin --dry-run --device H100 --devices 8
   python -m crescendo.experiments.train --config lm_124m.gin --profile 5
+  python -m crescendo.experiments.train --config debug.gin --preview 5
   python -m crescendo.experiments.train --list learning_rate
   srun python -m crescendo.experiments.train --config lm_1b.gin --hosts auto
 
@@ -50,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--list", nargs="?", const="", metavar="WORD", help="print every setting, or those with a word in their name")
     add("--profile", type=int, metavar="STEPS", help="trace so many steps into RUN/profile (train.profile_steps)")
     add("--dry-run", action="store_true", help="print what the run will be and need, and train nothing")
+    add("--preview", type=int, metavar="N", help="print the first N rows of text as the model sees them; train nothing")
     add("--devices", type=int, help="how many of --device (default 1)")
     run.add_options(result)
     result.add_argument(
@@ -99,6 +102,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     configs = arguments.config or ["debug.gin"]
     profiled = [] if arguments.profile is None else [f"train.profile_steps = {arguments.profile}"]
     bound = configurables.bind(train, configs, [*arguments.set, *profiled])
+    if arguments.preview is not None:
+        if arguments.dry_run:
+            raise UserError("--preview and --dry-run each print something and train nothing: leave one out")
+        given = configurables.arguments(train, ["data", "seed"])
+        preview(output_console(), given["data"], seed=given["seed"], examples=arguments.preview)
+        return
     if arguments.dry_run:
         run.plan_run(
             output_console(),
