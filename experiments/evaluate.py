@@ -88,8 +88,8 @@ def evaluate(
         call = make_evaluation(task, name, layout, program, evaluation_examples=count, microbatch_examples=microbatch)
         evaluations[name] = Evaluation(min(count, len(rows)), len(rows), call(state))
     if mean := validation_mean(task, {name: each.means for name, each in evaluations.items()}):
-        rows, of_rows = (sum(column) for column in zip(*(each[:2] for each in evaluations.values()), strict=True))
-        evaluations = {"validation": Evaluation(rows, of_rows, mean), **evaluations}
+        taken, there = (sum(column) for column in zip(*(each[:2] for each in evaluations.values()), strict=True))
+        evaluations = {"validation": Evaluation(taken, there, mean), **evaluations}
     return task, examples_seen, evaluations
 
 

@@ -208,6 +208,8 @@ def _may_be(value: Any, kind: Any) -> bool:
     bare = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     if isinstance(value, list | tuple) or _is_array(value):
         return get_origin(bare) in _SEVERAL
+    if isinstance(value, dict):
+        return get_origin(bare) in (dict, Mapping)
     named = any(isinstance(each, OneOf) for each in getattr(kind, "__metadata__", ()))
     return bare in (int, float) or get_origin(bare) is Literal or named
 

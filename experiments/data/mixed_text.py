@@ -60,7 +60,7 @@ class MixedCorpus:
         Raises:
           UserError: names the source that can't be.
         """
-        mixture, parts = self._mixture, {}
+        mixture, parts = self._mixture, dict[str, Content]()
         for name, corpus in self._corpora.items():
             try:
                 parts[name] = corpus.open()
@@ -69,7 +69,7 @@ class MixedCorpus:
         shares = mixture.shares
         order = [shares.between, shares.points.tolist(), shares.parts.tolist()]
         return Content(
-            train=MixedRows({name: part.train for name, part in parts.items()}, shares, mixture.most_epochs),
+            train=MixedRows({name: part.rows for name, part in parts.items()}, shares, mixture.most_epochs),
             held_out={_set_name(name, of): rows for name, part in parts.items() for of, rows in part.held_out.items()},
             tokenizer=next(iter(parts.values())).tokenizer,
             documents=sum(part.documents for part in parts.values()),

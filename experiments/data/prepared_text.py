@@ -37,6 +37,12 @@ class Content:
     fingerprint: str
     validation_weights: Mapping[str, float] = MappingProxyType({})
 
+    @property
+    def rows(self) -> Rows:
+        """The rows to train on, of what isn't a mixture."""
+        assert isinstance(self.train, Rows)
+        return self.train
+
 
 class ExpectedText:
     """What is known of data that are not prepared yet: enough to compile for them.

@@ -1,5 +1,6 @@
 """Rows of tokens, read anywhere by one integer, the order of a run's examples, and the endless stream of them."""
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -176,6 +177,9 @@ class Stream:
 
     def __init__(self, rows: Source, seed: int):
         self._rows, self._order = rows, row_order(rows, seed)
+
+    def __len__(self) -> int:
+        return sys.maxsize
 
     def read(self, examples_seen: int, count: int) -> dict[str, np.ndarray]:
         """The global examples examples_seen to examples_seen + count - 1: see `take`."""

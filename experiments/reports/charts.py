@@ -1,6 +1,8 @@
 """The report's charts: what each shows of a run. The page (`page.py`) and the PNG files (`plots.py`) draw them."""
 
+import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ Arms = Sequence[tuple[str, Sequence[Run]]]
 NOISE_COLUMNS = ("noise_scale", "norm_layers_noise_scale")
 ROUTER_COLUMNS = ("router_entropy",)
 _MAX_POINTS = 800
+_NAME = re.compile(r"[A-Za-z][\w-]{0,99}", re.ASCII)  # of a set or a source, after which files are called
 
 
 class Curve(NamedTuple):
@@ -170,7 +173,7 @@ def _from_zero(column: str) -> Callable[[Arms], tuple[float, float] | None]:
     """The vertical range from 0 to a little above a column's largest value."""
 
     def limits(arms: Arms) -> tuple[float, float] | None:
-        values = [run.train[column] for _, runs in arms for run in runs]
+        values = [run.train[column] for _, runs in arms for run in runs if column in run.train]
         top = max((float(each[np.isfinite(each)].max(initial=0.0)) for each in values), default=0.0)
         return (0.0, 1.05 * top) if top > 0 else None
 
@@ -267,13 +270,41 @@ CHARTS = (
 )
 
 
+def _named_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Those of which there is one for each held-out set beside "validation", and one for each source of a mixture."""
+    sets = {name.removesuffix("/loss"): name for run in runs for name in run.validation if name.endswith("/loss")}
+    sources = {name.removeprefix("epochs_"): name for run in runs for name in run.train if name.startswith("epochs_")}
+    return [
+        *(
+            Chart(f"loss_on_{of}", f"Loss on {of}", "tokens", _LOSS, functools.partial(_held_out_loss, column))
+            for of, column in sets.items()
+            if _NAME.fullmatch(of)
+        ),
+        *(
+            Chart(
+                *(f"epochs_{of}", f"Passes over {of}", "tokens", "passes"),
+                _against_tokens((column, "passes", "solid"), mean=False),
+                limits=_from_zero(column),
+            )
+            for of, column in sources.items()
+            if _NAME.fullmatch(of)
+        ),
+    ]
+
+
+def _held_out_loss(column: str, run: Run) -> list[Curve]:
+    """The loss on a held-out set at each evaluation."""
+    validation = run.validation
+    return [Curve("loss", validation["units_seen"], validation[column], points=True)] if column in validation else []
+
+
 def charts_of(arms: Arms) -> list[Chart]:
     """The charts for which some run has the numbers, in the words of what the runs count."""
     every = [run for _, runs in arms for run in runs]
     known = {name for run in every for name, values in run.train.items() if np.isfinite(values).any()}
     return [
         chart._replace(title=in_units(chart.title, every), x=in_units(chart.x, every), y=in_units(chart.y, every))
-        for chart in CHARTS
+        for chart in (*CHARTS, *_named_charts(every))
         if not chart.columns or known & set(chart.columns)
     ]
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from crescendo.experiments.data.fashion_mnist import read_fashion_mnist
 from crescendo.experiments.data.npz import Expected, check_arrays, read_npz
-from crescendo.experiments.data.rows import Rows
+from crescendo.experiments.data.rows import Source
 from crescendo.experiments.data.text_data import text_data
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access
@@ -112,7 +112,7 @@ def prepare_text() -> Arrays:
     data = text_data(tokenizer="bytes", sequence_length=TEXT_LENGTH, validation_fraction=TEXT_HELD_OUT)
     random = np.random.default_rng(0)
 
-    def shuffled(rows: Rows) -> Arrays:
+    def shuffled(rows: Source) -> Arrays:
         batch = rows.take(random.permutation(len(rows)))
         return {name: batch[name].astype(np.int16) for name in ("tokens", "segment_ids", "positions")}
 
