@@ -1,4 +1,4 @@
-"""Documents of local files: .txt, .md, .json, .jsonl, as they are or in .gz or .zst, and .parquet."""
+"""Documents of local files: .txt, .md, .json, .jsonl, as they are or in .gz or .zst, .parquet and .arrow."""
 
 import contextlib
 import dataclasses
@@ -32,6 +32,8 @@ SMALLEST_DOCUMENT_BYTES = 256
 FORMAT = 2  # of the documents that are made of files: part of their identity, to be raised when they change
 MOST_JSON_BYTES = 1 << 30  # of a .json file, unpacked
 PARQUET_BATCH_BYTES = 32 << 20  # of text that is decoded at a time
+ARROW_ROWS = 1000  # that are decoded at a time, of a batch as a file has it
+COLUMNS = (".parquet", ".arrow")  # by suffix: compressed within, if at all
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # by suffix, as Arrow calls them
 
 
@@ -48,9 +50,9 @@ def text_files(
 
     A .txt or .md file is one document if it has at most `document_bytes` bytes; a longer one is cut into documents of
     about that size, after a line's end where it can be, so that a single large file can also be split into training and
-    validation. A line of a .jsonl file, or a row of a .parquet file, is a document, unless its text is null. A .json
-    file is a list of documents, strings or objects with a text, or an object that holds one such list; one with an
-    object a line is read as .jsonl is.
+    validation. A line of a .jsonl file, or a row of a .parquet or .arrow file (as Hugging Face writes data sets), is
+    a document, unless its text is null. A .json file is a list of documents, strings or objects with a text, or an
+    object that holds one such list; one with an object a line is read as .jsonl is.
 
     A file is read once however many paths and links lead to it. The order is that of the files' names, and of their
     contents where names are equal: a corpus in another folder is the same corpus.
@@ -60,7 +62,7 @@ def text_files(
       validation_paths: files to validate on, none of which is trained on even where `paths` name it; or several
         held-out sets by name, such as {"validation": "old/*.txt", "news": "news/*.txt"}. Where none is called
         "validation", that set is split off from the documents as ever.
-      field: the field of an object, or the column of a .parquet file, that holds the text.
+      field: the field of an object, or the column of a .parquet or .arrow file, that holds the text.
       document_bytes: the most bytes of a document from a .txt or .md file, at least 256; no document of any file may
         have more than 128 MiB, and no .json file more than 1 GiB.
       errors: "strict" refuses bytes that are not UTF-8; with "replace" U+FFFD stands for them, and how often is said.
@@ -108,7 +110,7 @@ def _documents(found: Mapping[tuple[int, int], Path], patterns: Sequence[str], r
     files = [*found.values()]
     for path in files:
         if _kind(path) not in _READERS:
-            unpacked = [kind for kind in _READERS if kind != ".parquet"]
+            unpacked = [kind for kind in _READERS if kind not in COLUMNS]
             raise UserError(
                 f"{path}: unknown suffix {''.join(path.suffixes[-2:])!r}; text_files reads {', '.join(_READERS)}, and "
                 f"{', '.join(unpacked)} in {' or '.join(COMPRESSIONS)}"
@@ -141,11 +143,11 @@ def _documents(found: Mapping[tuple[int, int], Path], patterns: Sequence[str], r
 
 
 def _kind(path: Path) -> str:
-    """The suffix that says what is in a file, unpacked; .parquet is compressed within."""
+    """The suffix that says what is in a file, unpacked; those of `COLUMNS` aren't packed."""
     if path.suffix not in COMPRESSIONS:
         return path.suffix
     unpacked = path.with_suffix("").suffix
-    return unpacked if unpacked != ".parquet" else "".join(path.suffixes[-2:])
+    return unpacked if unpacked not in COLUMNS else "".join(path.suffixes[-2:])
 
 
 @contextlib.contextmanager
@@ -391,12 +393,39 @@ def _rows_at_a_time(file: Any, group: int, path: Path, field: str) -> int:
     return min(max(PARQUET_BATCH_BYTES // max(1, each), 1), 65536)
 
 
+def _read_arrow(path: Path, reading: _Reading, utf8: Utf8) -> Iterator[bytes]:
+    """Arrow's format for streams or for files: rows in batches, none of which is read whole."""
+    import pyarrow as pa  # takes a second to import
+
+    field = reading.field
+    try:
+        with pa.memory_map(str(path)) as file:
+            in_stream = file.read(6) != b"ARROW1"
+            file.seek(0)
+            source: Any = pa.ipc.open_stream(file) if in_stream else pa.ipc.open_file(file)
+            if field not in (names := source.schema.names):
+                raise UserError(_no_field(str(path), field, names))
+            batches = source if in_stream else map(source.get_batch, range(source.num_record_batches))
+            row = 0
+            for batch in batches:
+                column = batch.column(names.index(field))
+                column.validate(full=True)  # what a file says of its own offsets needn't be so
+                for begin in range(0, len(column), ARROW_ROWS):
+                    for text in column.slice(begin, ARROW_ROWS).cast(pa.large_binary()):
+                        if text.is_valid:
+                            yield utf8(text.as_py(), f"{path}, row {row}")
+                        row += 1
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter of a column's name
+        raise UserError(f'{path}, column "{field}": {in_short(error)}') from error
+
+
 _READERS: dict[str, Callable[[Path, _Reading, Utf8], Iterator[bytes]]] = {
     ".txt": _read_text,
     ".md": _read_text,
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
 }
 
 

@@ -17,6 +17,7 @@ from crescendo.experiments.data.fashion_mnist import read_fashion_mnist, read_id
 from crescendo.experiments.data.image_data import image_data
 from crescendo.experiments.data.text_data import text_data
 from crescendo.experiments.data.text_files import text_files
+from crescendo.experiments.data.text_mixture import text_mixture
 from crescendo.experiments.data.tokenizer import ByteTokenizer, parse_tokenizer, train_bpe
 from crescendo.experiments.papers.large_batch.recipes import TASKS, load_prepared, refuse_outside, save_prepared
 from crescendo.experiments.tasks.images import Weighted
@@ -35,7 +36,11 @@ def _texts(folder: Path) -> list[Path]:
     (folder / "d.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     with pa.output_stream(str(folder / "e.txt.zst"), compression="zstd") as file:
         file.write(text.encode())
-    pq.write_table(pa.table({"text": TEXTS, "id": range(len(TEXTS))}), folder / "f.parquet")
+    table = pa.table({"text": TEXTS, "id": range(len(TEXTS))})
+    pq.write_table(table, folder / "f.parquet")
+    for name, new in {"g": pa.ipc.new_stream, "h": pa.ipc.new_file}.items():
+        with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as file, new(file, table.schema) as writer:
+            writer.write_table(table, 8)
     return sorted(folder.iterdir())
 
 
@@ -43,6 +48,18 @@ def _read_text(path: Path) -> None:
     for errors in ("replace", "strict"):
         for document in text_files(str(path), errors=errors).read():
             document.decode()
+
+
+def _weights(folder: Path) -> list[Path]:
+    (folder / "a.json").write_text(json.dumps({"web": 3, "code": 0.5}))
+    (folder / "b.json").write_text(json.dumps({"0": {"web": 1, "code": 0}, "4096": {"web": 0.25, "code": 3}}))
+    return sorted(folder.iterdir())
+
+
+def _read_weights(path: Path) -> None:
+    sources = {name: Documents(name, name, lambda: iter(())) for name in ("web", "code")}
+    shares = text_mixture(sources, str(path), between="anneal").shares
+    assert shares.before(10**6).sum() == 10**6
 
 
 # Tokenizers.
@@ -193,6 +210,7 @@ def _read_cache(cache: Path) -> None:
 
 PARSERS = [
     Parser("text files", _texts, _read_text),
+    Parser("weights of a mixture", _weights, _read_weights),
     Parser("tokenizer.json", _tokenizer_files, _read_tokenizer),
     Parser("IDX", _idx_files, _read_idx),
     Parser("Fashion-MNIST", _fashion_mnist, _read_fashion_mnist),

@@ -51,6 +51,24 @@ def test_files_of_all_kinds_are_read_sorted_each_once(tmp_path):
     assert list(text_files(f"{tmp_path}/b.txt").read()) == expected[:1]
 
 
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_arrow_is_read_by_the_batch_as_a_stream_or_a_file(tmp_path, new):
+    table = pa.table({"id": [1, 2, 3, 4], "text": ["x", None, "é\n", "z"], "raw": [b"\xff", b"", b"", b""]})
+    path = tmp_path / "data-00000-of-00001.arrow"
+    with pa.OSFile(str(path), "wb") as file, new(file, table.schema) as writer:
+        writer.write_table(table, 3)
+    assert list(text_files(str(path)).read()) == [b"x", "é\n".encode(), b"z"]
+    with pytest.raises(UserError, match=r"arrow, row 0: byte 0xff"):
+        list(text_files(str(path), field="raw").read())
+    with pytest.raises(UserError, match=r'arrow, column "id": Unsupported cast'):
+        list(text_files(str(path), field="id").read())
+    with pytest.raises(UserError, match=r'arrow has no field "words" \(it has id, text, raw\)'):
+        list(text_files(str(path), field="words").read())
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(UserError, match=r"00001\.arrow"):
+        list(text_files(str(path)).read())
+
+
 def test_a_path_with_glob_characters_that_exists_is_that_file(tmp_path):
     write(tmp_path / "a[1].txt", "brackets")
     assert list(text_files([f"{tmp_path}/a[1].txt"]).read()) == [b"brackets"]
