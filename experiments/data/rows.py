@@ -1,8 +1,9 @@
 """Rows of tokens, read anywhere by one integer, the order of a run's examples, and the endless stream of them."""
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -135,11 +136,15 @@ class Shuffled:
     """
 
     def __init__(self, rows: int, seed: int):
-        from grain import MapDataset  # takes a second to import
-
         if not 0 <= seed < 2**32:
             raise UserError(f"the data seed = {seed} must lie in 0..{2**32 - 1}")
-        self._row_numbers = MapDataset.range(rows).seed(seed).shuffle().repeat()
+        self._rows, self._seed = rows, seed
+
+    @functools.cached_property
+    def _row_numbers(self) -> Any:
+        from grain import MapDataset  # takes a second to import
+
+        return MapDataset.range(self._rows).seed(self._seed).shuffle().repeat()
 
     def __call__(self, examples: ArrayLike) -> np.ndarray:
         numbers = np.asarray(examples, np.int64)

@@ -40,6 +40,8 @@ class Shares:
       ([0, 0, 1, 0, 0, 0, 1, 0], [0, 1, 0, 2, 3, 4, 1, 5])
       >>> shares.before(10**9).tolist()
       [750000000, 250000000]
+      >>> Shares([0, 1000], [[4096, 0], [0, 4096]], "anneal").before(1000).tolist()
+      [500, 500]
 
     References:
       Tijdeman, "The chairman assignment problem", 1980 (https://doi.org/10.1016/0012-365X(80)90269-1): what can be had.
@@ -53,15 +55,6 @@ class Shares:
         # Integrals up to each point, in halves of a part.
         areas = self._spans[:, None] * (2 * self.parts + self._slopes)
         self._begins = np.cumsum(np.concatenate([np.zeros_like(areas[:1]), areas[:-1]]), axis=0)
-
-    def at(self, clock: int) -> np.ndarray:
-        """The shares there, float64 `[K]`.
-
-        >>> Shares([0, 100], [[4096, 0], [0, 4096]], "anneal").at(25).tolist()
-        [0.75, 0.25]
-        """
-        i = int(np.searchsorted(self.points, clock, "right")) - 1
-        return (self.parts[i] + self._slopes[i] * ((clock - self.points[i]) / self._spans[i])) / PARTS
 
     def due(self, clock: np.ndarray) -> np.ndarray:
         """How many rows of each source are due up to each clock, floor(S + 1/2), int64 `[clocks, K]`; 0 below 0."""

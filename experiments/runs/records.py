@@ -7,7 +7,8 @@ far), `batch_size` (a change: `from`, `to`, `reason`), `setting` (one that a run
 and `rollback` (parameters and optimizer are those of checkpoint `to` again, the steps from `first_example` to
 `last_example` are without effect). Losses are in nats a token, or whatever the task's unit is; `examples_seen`,
 `tokens_seen` (`images_seen`, ...) and `step` are counted after the step. Null stands for what isn't known, and for a
-number that isn't finite, which JSON doesn't have.
+number that isn't finite, which JSON doesn't have. Of a mixture training records have `epochs_SOURCE`, how often each
+source has been read, and validation records `SOURCE/loss`.
 """
 
 import json

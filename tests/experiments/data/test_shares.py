@@ -143,8 +143,9 @@ def test_weights_are_made_whole_by_the_largest_remainder():
     assert thirds.parts.tolist() == [[1366, 1365, 1365]]
     text = {"0": {"a": 0.0, "b": 2.5}, "100": {"a": 2.5, "b": 2.5}}
     line = make_shares(json.loads(json.dumps(text)), ["a", "b"], "anneal", "weights")
-    assert line.at(50).tolist() == [0.25, 0.75]
-    assert line.at(10**9).tolist() == [0.5, 0.5]
+    assert line.parts.tolist() == [[0, 4096], [2048, 2048]]
+    assert line.before(100).tolist() == [25, 75]
+    assert (line.before(10**9) - line.before(100)).tolist() == [(10**9 - 100) // 2] * 2
 
 
 @given(st.lists(st.floats(0.01, 1e6), min_size=1, max_size=6))
