@@ -24,8 +24,8 @@ class Shares:
     whatever the example, its place is found from K + 2 values of t.
 
     While shares stay the same, any window of 4,096 examples has exactly these of each source. Of two sources any window
-    has what the integral says within 1. Of K sources the first n examples have it within (K + 3) / 2, in practice
-    within 1.5: three and more can't be within 1 in windows of every length.
+    has what the integral says within 1. Of K sources the first n examples have it within (K + 3) / 2: three and more
+    can't be within 1 in windows of every length.
 
     Args:
       points: the clock of each point, from 0 on, increasing, int64 `[points]`.
