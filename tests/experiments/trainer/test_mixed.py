@@ -24,31 +24,44 @@ def bindings(corpus):
     ]
 
 
-def test_a_run_records_each_source_and_goes_on_only_as_it_was(
-    bindings, train_small, records, tmp_path, capsys, small_bindings, monkeypatch
-):
+@pytest.fixture(autouse=True)
+def _cache(small_bindings, monkeypatch):
+    """Prepared data go where the runs' are."""
     (directory,) = [binding for binding in small_bindings if "cache_directory" in binding]
     monkeypatch.setenv("XDG_CACHE_HOME", directory.split("'")[1])
-    train_small(tmp_path / "a", *bindings, "train.stop_after_tokens = 4096")  # 128 rows of 32
-    with pytest.raises(UserError, match=r"data"):
-        train_small(tmp_path / "a", *bindings, "text_mixture.between = 'hold'")
+
+
+def test_a_run_records_each_source(bindings, train_small, records, tmp_path, capsys):
     train_small(tmp_path / "a", *bindings)
     assert "passes over even" in capsys.readouterr().out
     found = records(tmp_path / "a")
     by_clock = {each["examples_seen"]: each for each in found if each["kind"] == "train"}
-    rows = {name: by_clock[256][f"epochs_{name}"] for name in ("even", "few")}
     # By the integral of the shares: at 128 examples 3/8 of them are of the scarce source, and 3/4 from then on.
     assert by_clock[256]["epochs_few"] / by_clock[128]["epochs_few"] == pytest.approx((48 + 96) / 48, rel=0.05)
-    assert min(rows.values()) > 0
+    assert by_clock[256]["epochs_even"] > by_clock[128]["epochs_even"] > 0
     last = [each for each in found if each["kind"] == "validation"][-1]
     for metric in ("loss", "bits_per_byte"):
         assert last[metric] == pytest.approx(last[f"even/{metric}"] / 4 + 3 * last[f"few/{metric}"] / 4, rel=1e-6)
-    run = read_run(tmp_path / "a")
-    titles = [chart.title for chart in charts_of([("a", [run])])]
+    titles = [chart.title for chart in charts_of([("a", [read_run(tmp_path / "a")])])]
     assert {"Loss on even", "Loss on few", "Passes over even", "Passes over few"} <= set(titles)
-    _, _, means = evaluation.evaluate(tmp_path / "a")
-    assert list(means) == ["validation", "even", "few"]
-    assert means["validation"].means["loss"] == pytest.approx(last["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_to_the_bit_under_its_own_weights_alone_and_is_evaluated_as_it_was(
+    bindings, train_small, records, tmp_path
+):
+    train_small(tmp_path / "whole", *bindings)
+    train_small(tmp_path / "parts", *bindings, "train.stop_after_tokens = 4096")  # 128 rows of 32
+    with pytest.raises(UserError, match=r"can't go on: data was .* the weights of sources"):
+        train_small(tmp_path / "parts", *bindings, "text_mixture.between = 'hold'")
+    train_small(tmp_path / "parts", *bindings)
+    whole, parts = ([r for r in records(tmp_path / name) if r["kind"] == "train"] for name in ("whole", "parts"))
+    assert parts == whole
+    _, _, evaluated = evaluation.evaluate(tmp_path / "parts")
+    assert list(evaluated) == ["validation", "even", "few"]
+    last = [each for each in records(tmp_path / "parts") if each["kind"] == "validation"][-1]
+    for name, prefix in (("validation", ""), ("even", "even/"), ("few", "few/")):
+        assert evaluated[name].means["loss"] == pytest.approx(last[f"{prefix}loss"], rel=1e-5)
 
 
 def test_more_epochs_than_allowed_are_refused_before_the_start(bindings, train_small, tmp_path):
