@@ -41,15 +41,14 @@ class Tile:
       columns: of a tile; if they don't divide the result's, the most that do.
       stages: slots of the ring.
       together: rows of tiles that are worked on at a time.
-      leaving: columns that a consumer writes at a time.
-      exits: such pieces that are on their way at a time.
+      leaving: columns that a consumer writes at a time, and that are then on their way while it goes on.
     """
 
     columns: int = 256
     stages: int = 3
     together: int = 8
-    leaving: int = 64
-    exits: int = 2
+    leaving: int = 256
+    fine: bool = False
 
     def of(self, columns: int) -> "Tile":
         """For a result of so many columns."""
@@ -64,14 +63,16 @@ class Tile:
         return Ring(parts, stages=self.stages, consumers=CONSUMERS)
 
     def scratch(self, dtype, kernel: str) -> tuple:
-        """The ring, where consumers leave pieces, whole and of a border, and the claims."""
-        exit_ref = tiled((CONSUMERS, self.exits, ROWS, self.leaving), dtype)
-        border = None if kernel == "groups" else plgpu.SMEM((CONSUMERS, ROWS, ROWS), dtype)
-        return self.ring(dtype, kernel).scratch(), exit_ref, border, claims_of(0).scratch()
+        """The ring, where consumers leave sums, and the claims."""
+        leaving = (CONSUMERS, ROWS, self.leaving)
+        exit_ref = tiled(leaving, dtype)
+        if kernel != "groups":
+            # In one place: whole squares, and rows of a border, which the copy engine takes one by one as they lie.
+            exit_ref = plgpu.RefUnion(exit_ref, plgpu.SMEM(leaving, dtype))
+        return self.ring(dtype, kernel).scratch(), exit_ref, claims_of(0).scratch()
 
 
-# By kernel: the ring is deeper where that was faster, and rows' borders leave it less memory.
-DEFAULTS = {"rows": Tile(), "transposed rows": Tile(stages=4, exits=1), "groups": Tile(stages=4)}
+DEFAULTS = {kernel: Tile() for kernel in ("rows", "transposed rows", "groups")}
 
 
 def tile_of(kernel: str, depth: int, columns: int, count: int) -> Tile:
@@ -118,18 +119,14 @@ def _keep(ref, lo, hi) -> None:
     plgpu.commit_smem()
 
 
-def _leave(sums, exit_ref, place) -> None:
-    """Writes a consumer's sums, piece by piece, to `place(columns)`."""
-    exits, _, width = exit_ref.shape
-    pieces = sums.shape[1] // width
-    for i in range(pieces):
-        columns, slot = pl.ds(i * width, width), exit_ref.at[i % exits]
-        # The tile before has left all slots, or its last pieces are in the last ones, or in any.
-        behind = exits - 1 if i >= exits or pieces % exits == 0 else i
-        plgpu.wait_smem_to_gmem(behind, wait_read_only=True)
-        slot[...] = sums[:, i * width : (i + 1) * width].astype(slot.dtype)
+def _leave(sums, exit_ref, begin) -> None:
+    """Writes a consumer's sums by way of shared memory, a piece after the other; `begin(columns)` begins its copies."""
+    width = exit_ref.shape[1]
+    for i in range(0, sums.shape[1], width):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was there has left
+        exit_ref[...] = sums[:, i : i + width].astype(exit_ref.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(slot, place(columns))
+        begin(pl.ds(i, width))
 
 
 def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
@@ -145,7 +142,7 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
     claims = claims_of(len(of_tile.group) * across)
 
     def grouped_rows(a_ref, w_ref, begin_ref, end_ref, group_ref, first_ref, behind_ref, y_ref, *scratch):
-        ring_refs, exit_ref, border_ref, claim_refs = scratch
+        ring_refs, (whole_ref, some_ref), claim_refs = scratch
         slots, down = ring.of(ring_refs), behind_ref[groups]
 
         def columns_from(column):
@@ -203,10 +200,16 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
 
             @pl.when(whole)
             def _whole():
-                place_of = lambda columns: rows_ref.at[pl.ds(pl.multiple_of(row, ALIGNED), ROWS), columns]  # noqa: E731
-                _leave(sums, exit_ref.at[consumer], place_of)
+                piece_ref, of_rows = whole_ref.at[consumer], pl.ds(pl.multiple_of(row, ALIGNED), ROWS)
+                copy = lambda columns: plgpu.copy_smem_to_gmem(piece_ref, rows_ref.at[of_rows, columns])  # noqa: E731
+                _leave(sums, piece_ref, copy)
 
-            pl.when(mine & ~whole)(lambda: _leave_some(sums, border_ref.at[consumer], rows_ref, row, lo, hi))
+            @pl.when(mine & ~whole)
+            def _some():
+                piece_ref = some_ref.at[consumer]
+                copy = lambda columns: _copy_rows(piece_ref, rows_ref.at[:, columns], row, lo, hi)  # noqa: E731
+                _leave(sums, piece_ref, copy)
+
             return step + steps
 
         end = lambda _: plgpu.wait_smem_to_gmem(0)  # noqa: E731
@@ -228,24 +231,18 @@ def _panels(n, down, across: int, together: int):
     return panel * together + lax.rem(rest, height), lax.div(rest, height)
 
 
-def _leave_some(sums, border_ref, rows_ref, row, lo, hi) -> None:
-    """Writes the rows `[lo, hi)` of a consumer's sums, the first of which is `row`, to their places in the result."""
+def _copy_rows(piece_ref, rows_ref, row, lo, hi) -> None:
+    """Begins copies of the rows `[lo, hi)` of a piece, the first of which is `row`, to their places in the result."""
     lo, hi = jnp.maximum(lo, 0), jnp.minimum(hi, ROWS)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for i in range(sums.shape[1] // ROWS):
-        border_ref[...] = sums[:, i * ROWS : (i + 1) * ROWS].astype(border_ref.dtype)
-        plgpu.commit_smem()
-        done = lo
-        for size in (32, 16, 8, 4, 2, 1):
-            some = ((hi - lo) & size) > 0
+    for size in (32, 16, 8, 4, 2, 1):
+        some = ((hi - lo) & size) > 0
 
-            @pl.when(some)
-            def _(done=done, size=size, i=i):
-                there = rows_ref.at[pl.ds(row + done, size), pl.ds(i * ROWS, ROWS)]
-                plgpu.copy_smem_to_gmem(border_ref.at[pl.ds(done, size)], there)
+        @pl.when(some)
+        def _(lo=lo, size=size):
+            plgpu.copy_smem_to_gmem(piece_ref.at[pl.ds(lo, size)], rows_ref.at[pl.ds(row + lo, size)])
 
-            done += jnp.where(some, size, 0)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        # The largest first.
+        lo += jnp.where(some, size, 0)
 
 
 def of_groups(x, dy, sizes, tile: Tile | None = None):
@@ -261,7 +258,7 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
     claims = claims_of(total)
 
     def grouped_columns(x_ref, dy_ref, begin_ref, end_ref, order_ref, dw_ref, *scratch):
-        ring_refs, exit_ref, _, claim_refs = scratch
+        ring_refs, exit_ref, claim_refs = scratch
         slots = ring.of(ring_refs)
 
         def place(n):
@@ -313,8 +310,9 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
                 return total
 
             sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, tile.columns), jnp.float32))
-            place_of = lambda columns: dw_ref.at[group, *of_tile(row, column)].at[mine, columns]  # noqa: E731
-            _leave(sums, exit_ref.at[consumer], place_of)
+            piece_ref, tile_ref = exit_ref.at[consumer], dw_ref.at[group, *of_tile(row, column)]
+            copy = lambda columns: plgpu.copy_smem_to_gmem(piece_ref, tile_ref.at[mine, columns])  # noqa: E731
+            _leave(sums, piece_ref, copy)
             return step + steps
 
         end = lambda _: plgpu.wait_smem_to_gmem(0)  # noqa: E731

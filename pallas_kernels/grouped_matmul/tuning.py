@@ -40,8 +40,8 @@ def _problem(kernel: str, spec: Spec) -> Problem:
 
 
 _VALUES = (
-    {"columns": (128, 256), "stages": (3, 4, 5), "exits": (1, 2)},
-    {"together": (4, 8, 16), "leaving": (64, 128)},
+    {"columns": (128, 256), "stages": (3, 4, 5), "leaving": (64, 128, 256)},
+    {"together": (4, 8, 16)},
 )
 TUNABLES = tuple(
     Tunable(kernel, functools.partial(_problem, kernel), _VALUES) for kernel in ("rows", "transposed rows", "groups")
