@@ -9,7 +9,9 @@ group's are set to 0 in shared memory. The largest groups come first, and what i
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +47,9 @@ class Tile:
     """
 
     columns: int = 256
-    stages: int = 3
+    stages: int = 4
     together: int = 8
-    leaving: int = 256
-    fine: bool = False
+    leaving: int = 128
 
     def of(self, columns: int) -> "Tile":
         """For a result of so many columns."""
@@ -119,14 +120,50 @@ def _keep(ref, lo, hi) -> None:
     plgpu.commit_smem()
 
 
-def _leave(sums, exit_ref, begin) -> None:
-    """Writes a consumer's sums by way of shared memory, a piece after the other; `begin(columns)` begins its copies."""
+def _begin(columns: int, dtype):
+    """A consumer's state before its first tile: its steps so far, and what it has to leave, sums and where: nothing."""
+    sums = plgpu.layout_cast(jnp.zeros((ROWS, columns), dtype), plgpu.Layout.WGMMA)
+    return jnp.int32(0), (sums, jnp.bool_(False), (jnp.int32(0),) * 3)
+
+
+def _sums(slots, step, steps, product_of: Callable, leave: Callable, tile: Tile, dtype):
+    """A tile's sums: `product_of(sums, k)` in each of its steps, and beside those of the first ones `leave(piece)`."""
+    pieces = range(tile.columns // tile.leaving)
+
+    def multiply(sums):
+        @pl.loop(0, steps)
+        def _(k):
+            slots.wait(slots.slot(step + k))
+            product_of(sums, k)
+            for i in pieces:
+                pl.when(k == i)(functools.partial(leave, i))
+            plgpu.wgmma_wait(1)
+            pl.when(k > 0)(lambda: slots.free(slots.slot(step + k - 1)))
+
+        total = finish(sums)
+        pl.when(steps > 0)(lambda: slots.free(slots.slot(step + steps - 1)))
+        return total
+
+    sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, tile.columns), jnp.float32)).astype(dtype)
+    for i in pieces:
+        pl.when(steps <= i)(functools.partial(leave, i))
+    return sums
+
+
+def _leave(sums, i: int, exit_ref, column, copy: Callable) -> None:
+    """Writes a piece of a consumer's sums by way of shared memory; `copy(columns of the result)` begins its copies."""
     width = exit_ref.shape[1]
-    for i in range(0, sums.shape[1], width):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was there has left
-        exit_ref[...] = sums[:, i : i + width].astype(exit_ref.dtype)
-        plgpu.commit_smem()
-        begin(pl.ds(i, width))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was there has left
+    exit_ref[...] = sums[:, i * width : (i + 1) * width]
+    plgpu.commit_smem()
+    copy(pl.ds(pl.multiple_of(column + i * width, width), width))
+
+
+def _end(leave: Callable, pieces: int) -> None:
+    """After a consumer's last tile."""
+    for i in range(pieces):
+        leave(i)
+    plgpu.wait_smem_to_gmem(0)
 
 
 def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
@@ -144,6 +181,7 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
     def grouped_rows(a_ref, w_ref, begin_ref, end_ref, group_ref, first_ref, behind_ref, y_ref, *scratch):
         ring_refs, (whole_ref, some_ref), claim_refs = scratch
         slots, down = ring.of(ring_refs), behind_ref[groups]
+        pieces = tile.columns // tile.leaving
 
         def columns_from(column):
             return pl.ds(pl.multiple_of(column, tile.columns), tile.columns)
@@ -169,52 +207,50 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
 
             return step + steps
 
-        def compute(consumer, at, step):
-            own, row, lo, hi, column = at
-            lo, hi = lo - consumer * ROWS, hi - consumer * ROWS
-            steps, mine = jnp.where(own < groups, depth // DEPTH, 0), (hi > 0) & (lo < ROWS)
+        def leave(consumer, left, i):
+            """A piece of sums of which all rows are the group's."""
+            sums, there, (row, column, _) = left
+            piece_ref, of_rows = whole_ref.at[consumer], pl.ds(pl.multiple_of(row, ALIGNED), ROWS)
+            copy = lambda columns: plgpu.copy_smem_to_gmem(piece_ref, y_ref.at[of_rows, columns])  # noqa: E731
+            pl.when(there)(lambda: _leave(sums, i, piece_ref, column, copy))
 
-            def multiply(sums):
-                @pl.loop(0, jnp.where(mine, steps, 0))
-                def _(k):
-                    slot = slots.slot(step + k)
-                    slots.wait(slot)
-                    b = slots["b"].at[slot]
-                    product(sums, slots["a"].at[slot, pl.ds(consumer * ROWS, ROWS)], b.T if transposed else b)
-                    plgpu.wgmma_wait(1)
-                    pl.when(k > 0)(lambda: slots.free(slots.slot(step + k - 1)))
+        def leave_some(consumer, sums, row, lo, hi, column):
+            piece_ref = some_ref.at[consumer]
+            copy = lambda columns: _copy_rows(piece_ref, y_ref.at[:, columns], row, lo, hi)  # noqa: E731
+            for i in range(pieces):
+                _leave(sums, i, piece_ref, column, copy)
 
-                total = finish(sums)
-                pl.when(mine & (steps > 0))(lambda: slots.free(slots.slot(step + steps - 1)))
+        def compute(consumer, at, state):
+            (own, row, lo, hi, column), (step, left) = at, state
+            lo, hi, row = lo - consumer * ROWS, hi - consumer * ROWS, row + consumer * ROWS
+            whole, some = (lo <= 0) & (hi >= ROWS), (hi > 0) & (lo < ROWS)
+            steps = jnp.where(own < groups, depth // DEPTH, 0)
+            busy = jnp.where(some, steps, 0)
 
-                @pl.loop(0, jnp.where(mine, 0, steps))
-                def _sit_out(k):
-                    slots.wait(slots.slot(step + k))
-                    slots.free(slots.slot(step + k))
+            def product_of(sums, k):
+                slot = slots.slot(step + k)
+                b = slots["b"].at[slot]
+                product(sums, slots["a"].at[slot, pl.ds(consumer * ROWS, ROWS)], b.T if transposed else b)
 
-                return total
+            sums = _sums(slots, step, busy, product_of, functools.partial(leave, consumer, left), tile, a.dtype)
 
-            sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, tile.columns), jnp.float32))
-            rows_ref = y_ref.at[:, columns_from(column)]
-            whole, row = (lo <= 0) & (hi >= ROWS), row + consumer * ROWS
+            @pl.loop(busy, steps)
+            def _sit_out(k):
+                slots.wait(slots.slot(step + k))
+                slots.free(slots.slot(step + k))
 
-            @pl.when(whole)
-            def _whole():
-                piece_ref, of_rows = whole_ref.at[consumer], pl.ds(pl.multiple_of(row, ALIGNED), ROWS)
-                copy = lambda columns: plgpu.copy_smem_to_gmem(piece_ref, rows_ref.at[of_rows, columns])  # noqa: E731
-                _leave(sums, piece_ref, copy)
+            pl.when(some & ~whole)(lambda: leave_some(consumer, sums, row, lo, hi, column))
+            return step + steps, (sums, whole, (row, column, jnp.int32(0)))
 
-            @pl.when(mine & ~whole)
-            def _some():
-                piece_ref = some_ref.at[consumer]
-                copy = lambda columns: _copy_rows(piece_ref, rows_ref.at[:, columns], row, lo, hi)  # noqa: E731
-                _leave(sums, piece_ref, copy)
-
-            return step + steps
-
-        end = lambda _: plgpu.wait_smem_to_gmem(0)  # noqa: E731
         claims.warpgroups(
-            claim_refs, down * across, place=place, load=load, compute=compute, drain=slots.drain, end=end
+            claim_refs,
+            down * across,
+            place=place,
+            load=load,
+            begin=lambda: _begin(tile.columns, a.dtype),
+            compute=compute,
+            drain=slots.drain,
+            end=lambda consumer, state: _end(functools.partial(leave, consumer, state[1]), pieces),
         )
 
     out = jax.ShapeDtypeStruct((given.shape[0], columns), a.dtype)
@@ -260,6 +296,7 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
     def grouped_columns(x_ref, dy_ref, begin_ref, end_ref, order_ref, dw_ref, *scratch):
         ring_refs, exit_ref, claim_refs = scratch
         slots = ring.of(ring_refs)
+        pieces = tile.columns // tile.leaving
 
         def place(n):
             """A tile's group, where that begins and ends, the tile's first row and column, and the blocks it takes."""
@@ -291,32 +328,36 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
 
             return step + steps
 
-        def compute(consumer, at, step):
-            (group, begin, end, row, column, steps), mine = at, pl.ds(consumer * ROWS, ROWS)
+        def leave(consumer, left, i):
+            """A piece of sums."""
+            sums, there, (group, row, column) = left
+            piece_ref, rows_ref = exit_ref.at[consumer], dw_ref.at[group, pl.ds(pl.multiple_of(row, ROWS), ROWS)]
+            copy = lambda columns: plgpu.copy_smem_to_gmem(piece_ref, rows_ref.at[:, columns])  # noqa: E731
+            pl.when(there)(lambda: _leave(sums, i, piece_ref, column, copy))
 
-            def multiply(sums):
-                @pl.loop(0, steps)
-                def _(k):
-                    slot, (first, lies) = slots.slot(step + k), block(begin, k)
-                    slots.wait(slot)
-                    a, border = slots["a"].at[slot, :, mine], (first < begin) | (first + DEPTH > end)
-                    pl.when(border)(lambda: _keep(a, jnp.maximum(first, begin) - lies, end - lies))
-                    product(sums, a.transpose((1, 0)), slots["b"].at[slot])
-                    plgpu.wgmma_wait(1)
-                    pl.when(k > 0)(lambda: slots.free(slots.slot(step + k - 1)))
+        def compute(consumer, at, state):
+            (group, begin, end, row, column, steps), (step, left) = at, state
+            mine = pl.ds(consumer * ROWS, ROWS)
 
-                total = finish(sums)
-                pl.when(steps > 0)(lambda: slots.free(slots.slot(step + steps - 1)))
-                return total
+            def product_of(sums, k):
+                slot, (first, lies) = slots.slot(step + k), block(begin, k)
+                a, border = slots["a"].at[slot, :, mine], (first < begin) | (first + DEPTH > end)
+                pl.when(border)(lambda: _keep(a, jnp.maximum(first, begin) - lies, end - lies))
+                product(sums, a.transpose((1, 0)), slots["b"].at[slot])
 
-            sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, tile.columns), jnp.float32))
-            piece_ref, tile_ref = exit_ref.at[consumer], dw_ref.at[group, *of_tile(row, column)]
-            copy = lambda columns: plgpu.copy_smem_to_gmem(piece_ref, tile_ref.at[mine, columns])  # noqa: E731
-            _leave(sums, piece_ref, copy)
-            return step + steps
+            sums = _sums(slots, step, steps, product_of, functools.partial(leave, consumer, left), tile, x.dtype)
+            return step + steps, (sums, jnp.bool_(True), (group, row + consumer * ROWS, column))
 
-        end = lambda _: plgpu.wait_smem_to_gmem(0)  # noqa: E731
-        claims.warpgroups(claim_refs, total, place=place, load=load, compute=compute, drain=slots.drain, end=end)
+        claims.warpgroups(
+            claim_refs,
+            total,
+            place=place,
+            load=load,
+            begin=lambda: _begin(tile.columns, x.dtype),
+            compute=compute,
+            drain=slots.drain,
+            end=lambda consumer, state: _end(functools.partial(leave, consumer, state[1]), pieces),
+        )
 
     out = jax.ShapeDtypeStruct((groups, width, columns), x.dtype)
     scratch = tile.scratch(x.dtype, "groups")

@@ -11,8 +11,8 @@ from crescendo.pallas_kernels.op import Spec
 # In small calls: several tiles, and more steps than a ring has slots.
 FINE = {
     "rows": {"columns": 128, "leaving": 64},
-    "transposed rows": {"columns": 64},
-    "groups": {"columns": 128},
+    "transposed rows": {"columns": 128, "leaving": 64},
+    "groups": {"columns": 128, "leaving": 64},
     "triton rows": {"rows": 64, "columns": 64, "depth": 32, "together": 2},
     "triton groups": {"rows": 64, "columns": 64, "depth": 32, "together": 2},
 }

@@ -40,7 +40,16 @@ class Claims:
         }
 
     def warpgroups(
-        self, refs, tiles, *, place: Callable, load: Callable, compute: Callable, drain: Callable, end: Callable
+        self,
+        refs,
+        tiles,
+        *,
+        place: Callable,
+        load: Callable,
+        begin: Callable,
+        compute: Callable,
+        drain: Callable,
+        end: Callable,
     ) -> None:
         """The body of a kernel that `block.launch` launches.
 
@@ -49,14 +58,15 @@ class Claims:
           tiles: how many there are.
           place: `tile -> place`, numbers that are read of a tile, while the one before is worked on.
           load: `(place, step) -> step`, of the warpgroup that loads: fills rings for a tile, from step `step` on.
-          compute: `(consumer, place, step) -> step`, of each of the others.
+          begin: `() -> state`, of each of the others, before its first tile.
+          compute: `(consumer, place, state) -> state`, of each of the others.
           drain: `(steps)`, after the last tile of the warpgroup that loads: drains its rings.
-          end: `(consumer)`, after the last one of a consumer.
+          end: `(consumer, state)`, after the last one of a consumer.
         """
         warpgroup, block = lax.axis_index("wg"), lax.axis_index("block")
         counter = None if target_device().interpreted else pl.get_global(plgpu.SemaphoreType.REGULAR((1,)))
         placed = lambda tile: place(jnp.minimum(tile, tiles - 1))  # noqa: E731
-        begin = (jnp.int32(0), jnp.int32(block), placed(block), jnp.int32(0))
+        first = (jnp.int32(0), jnp.int32(block), placed(block))
         left = lambda state: state[1] < tiles  # noqa: E731
 
         def taken(n):
@@ -84,7 +94,7 @@ class Claims:
                 after = placed(tile)
                 return n + 1, tile, after, load(at, step)
 
-            n, *_, steps = lax.while_loop(left, one, begin)
+            n, *_, steps = lax.while_loop(left, one, (*first, jnp.int32(0)))
             drain(steps)
 
             @pl.loop(jnp.maximum(n - SLOTS, 0), n)
@@ -96,14 +106,14 @@ class Claims:
             plgpu.set_max_registers(REGISTERS[self.consumers][1], action="increase")
 
             def one(state):
-                n, _, at, step = state
+                n, _, at, own = state
                 tile = taken(n + 1)
                 plgpu.barrier_arrive(refs["free"].at[lax.rem(n + 1, SLOTS)])
                 after = placed(tile)
-                return n + 1, tile, after, compute(warpgroup, at, step)
+                return n + 1, tile, after, compute(warpgroup, at, own)
 
-            lax.while_loop(left, one, begin)
-            end(warpgroup)
+            *_, own = lax.while_loop(left, one, (*first, begin()))
+            end(warpgroup, own)
 
 
 def _claim(first: int) -> Callable:
