@@ -25,7 +25,7 @@ from crescendo.pallas_kernels.grouped_matmul.groups import borders, by_size, til
 from crescendo.pallas_kernels.hopper.block import launch
 from crescendo.pallas_kernels.hopper.claims import Claims
 from crescendo.pallas_kernels.hopper.memory import ROWS, tiled
-from crescendo.pallas_kernels.hopper.products import ROW_LAYOUT, along_rows, finish, product
+from crescendo.pallas_kernels.hopper.products import ROW_LAYOUT, along_rows, finish, opaque, product
 from crescendo.pallas_kernels.hopper.ring import Part, Ring
 from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
 from crescendo.pallas_kernels.sharded import results_of
@@ -49,7 +49,7 @@ class Tile:
     columns: int = 256
     stages: int = 4
     together: int = 8
-    leaving: int = 128
+    leaving: int = 64
 
     def of(self, columns: int) -> "Tile":
         """For a result of so many columns."""
@@ -123,7 +123,7 @@ def _keep(ref, lo, hi) -> None:
 def _begin(columns: int, dtype):
     """A consumer's state before its first tile: its steps so far, and what it has to leave, sums and where: nothing."""
     sums = plgpu.layout_cast(jnp.zeros((ROWS, columns), dtype), plgpu.Layout.WGMMA)
-    return jnp.int32(0), (sums, jnp.bool_(False), (jnp.int32(0),) * 3)
+    return jnp.int32(0), (sums, jnp.bool_(False), (jnp.int32(0),) * 4)
 
 
 def _sums(slots, step, steps, product_of: Callable, leave: Callable, tile: Tile, dtype):
@@ -208,22 +208,27 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
             return step + steps
 
         def leave(consumer, left, i):
-            """A piece of sums of which all rows are the group's."""
-            sums, there, (row, column, _) = left
-            piece_ref, of_rows = whole_ref.at[consumer], pl.ds(pl.multiple_of(row, ALIGNED), ROWS)
-            copy = lambda columns: plgpu.copy_smem_to_gmem(piece_ref, y_ref.at[of_rows, columns])  # noqa: E731
-            pl.when(there)(lambda: _leave(sums, i, piece_ref, column, copy))
+            """A piece of sums; of rows that aren't the group's, nothing."""
+            sums, there, where = left
+            row, lo, hi, column = (opaque(n) for n in where)
+            whole, some_rows = (lo <= 0) & (hi >= ROWS), y_ref.at[pl.ds(pl.multiple_of(row, ALIGNED), ROWS)]
 
-        def leave_some(consumer, sums, row, lo, hi, column):
-            piece_ref = some_ref.at[consumer]
-            copy = lambda columns: _copy_rows(piece_ref, y_ref.at[:, columns], row, lo, hi)  # noqa: E731
-            for i in range(pieces):
+            @pl.when(whole)
+            def _whole():
+                piece_ref = whole_ref.at[consumer]
+                copy = lambda columns: plgpu.copy_smem_to_gmem(piece_ref, some_rows.at[:, columns])  # noqa: E731
+                _leave(sums, i, piece_ref, column, copy)
+
+            @pl.when(there & ~whole)
+            def _some():
+                piece_ref = some_ref.at[consumer]
+                copy = lambda columns: _copy_rows(piece_ref, y_ref.at[:, columns], row, lo, hi)  # noqa: E731
                 _leave(sums, i, piece_ref, column, copy)
 
         def compute(consumer, at, state):
             (own, row, lo, hi, column), (step, left) = at, state
             lo, hi, row = lo - consumer * ROWS, hi - consumer * ROWS, row + consumer * ROWS
-            whole, some = (lo <= 0) & (hi >= ROWS), (hi > 0) & (lo < ROWS)
+            some = (hi > 0) & (lo < ROWS)
             steps = jnp.where(own < groups, depth // DEPTH, 0)
             busy = jnp.where(some, steps, 0)
 
@@ -239,8 +244,7 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
                 slots.wait(slots.slot(step + k))
                 slots.free(slots.slot(step + k))
 
-            pl.when(some & ~whole)(lambda: leave_some(consumer, sums, row, lo, hi, column))
-            return step + steps, (sums, whole, (row, column, jnp.int32(0)))
+            return step + steps, (sums, some, (row, lo, hi, column))
 
         claims.warpgroups(
             claim_refs,
@@ -330,7 +334,7 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
 
         def leave(consumer, left, i):
             """A piece of sums."""
-            sums, there, (group, row, column) = left
+            sums, there, (group, row, column, _) = left
             piece_ref, rows_ref = exit_ref.at[consumer], dw_ref.at[group, pl.ds(pl.multiple_of(row, ROWS), ROWS)]
             copy = lambda columns: plgpu.copy_smem_to_gmem(piece_ref, rows_ref.at[:, columns])  # noqa: E731
             pl.when(there)(lambda: _leave(sums, i, piece_ref, column, copy))
@@ -346,7 +350,7 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
                 product(sums, a.transpose((1, 0)), slots["b"].at[slot])
 
             sums = _sums(slots, step, steps, product_of, functools.partial(leave, consumer, left), tile, x.dtype)
-            return step + steps, (sums, jnp.bool_(True), (group, row + consumer * ROWS, column))
+            return step + steps, (sums, jnp.bool_(True), (group, row + consumer * ROWS, column, jnp.int32(0)))
 
         claims.warpgroups(
             claim_refs,
