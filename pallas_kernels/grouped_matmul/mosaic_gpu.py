@@ -2,7 +2,8 @@
 
 So each tile of `a_i w_e` is one product. What rows of other groups give is not stored: whole squares of a warpgroup
 leave in one copy, those at a border in copies of 32, 16, 8, 4, 2 and 1 rows. A warpgroup whose rows aren't the group's
-sits the tile out. Rows of no group are a group without products, and get zeros.
+sits the tile out. Rows of no group are a group without products, and get zeros. A consumer keeps a tile's sums in
+registers, rounded, and they leave piece by piece beside the first products of its next tile.
 
 In the gradient of w it is the sum that runs over a group's rows, block by block; rows of a block that aren't the
 group's are set to 0 in shared memory. The largest groups come first, and what is small fills the gaps behind them.
@@ -43,7 +44,7 @@ class Tile:
       columns: of a tile; if they don't divide the result's, the most that do.
       stages: slots of the ring.
       together: rows of tiles that are worked on at a time.
-      leaving: columns that a consumer writes at a time, and that are then on their way while it goes on.
+      leaving: columns that a consumer writes at a time; they are on their way while it goes on.
     """
 
     columns: int = 256
@@ -120,10 +121,10 @@ def _keep(ref, lo, hi) -> None:
     plgpu.commit_smem()
 
 
-def _begin(columns: int, dtype):
+def _begin(columns: int, dtype, numbers: int):
     """A consumer's state before its first tile: its steps so far, and what it has to leave, sums and where: nothing."""
     sums = plgpu.layout_cast(jnp.zeros((ROWS, columns), dtype), plgpu.Layout.WGMMA)
-    return jnp.int32(0), (sums, jnp.bool_(False), (jnp.int32(0),) * 4)
+    return jnp.int32(0), (sums, jnp.bool_(False), (jnp.int32(0),) * numbers)
 
 
 def _sums(slots, step, steps, product_of: Callable, leave: Callable, tile: Tile, dtype):
@@ -251,7 +252,7 @@ def of_rows(a, w, sizes, transposed: bool, tile: Tile | None = None):
             down * across,
             place=place,
             load=load,
-            begin=lambda: _begin(tile.columns, a.dtype),
+            begin=lambda: _begin(tile.columns, a.dtype, numbers=4),
             compute=compute,
             drain=slots.drain,
             end=lambda consumer, state: _end(functools.partial(leave, consumer, state[1]), pieces),
@@ -334,7 +335,7 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
 
         def leave(consumer, left, i):
             """A piece of sums."""
-            sums, there, (group, row, column, _) = left
+            sums, there, (group, row, column) = left
             piece_ref, rows_ref = exit_ref.at[consumer], dw_ref.at[group, pl.ds(pl.multiple_of(row, ROWS), ROWS)]
             copy = lambda columns: plgpu.copy_smem_to_gmem(piece_ref, rows_ref.at[:, columns])  # noqa: E731
             pl.when(there)(lambda: _leave(sums, i, piece_ref, column, copy))
@@ -350,14 +351,14 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
                 product(sums, a.transpose((1, 0)), slots["b"].at[slot])
 
             sums = _sums(slots, step, steps, product_of, functools.partial(leave, consumer, left), tile, x.dtype)
-            return step + steps, (sums, jnp.bool_(True), (group, row + consumer * ROWS, column, jnp.int32(0)))
+            return step + steps, (sums, jnp.bool_(True), (group, row + consumer * ROWS, column))
 
         claims.warpgroups(
             claim_refs,
             total,
             place=place,
             load=load,
-            begin=lambda: _begin(tile.columns, x.dtype),
+            begin=lambda: _begin(tile.columns, x.dtype, numbers=3),
             compute=compute,
             drain=slots.drain,
             end=lambda consumer, state: _end(functools.partial(leave, consumer, state[1]), pieces),

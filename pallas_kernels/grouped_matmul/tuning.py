@@ -30,8 +30,8 @@ def _problem(kernel: str, spec: Spec) -> Problem:
 
     def fits(tile: Tile) -> bool:
         tile = tile.of(columns)
-        # Registers of the sums, and of a piece of them in 16 bits.
-        matrices = tile.columns // 2 + tile.leaving // 4
+        # Registers of the sums, and of the sums before in 16 bits.
+        matrices = tile.columns // 2 + tile.columns // 4
         return tile.columns % tile.leaving == 0 and memory.fits(
             tile.scratch(x.dtype, kernel), matrices, mosaic_gpu.CONSUMERS
         )
@@ -40,7 +40,7 @@ def _problem(kernel: str, spec: Spec) -> Problem:
 
 
 _VALUES = (
-    {"columns": (128, 256), "stages": (3, 4, 5), "leaving": (64, 128, 256)},
+    {"columns": (128, 256), "stages": (3, 4, 5, 6)},
     {"together": (4, 8, 16)},
 )
 TUNABLES = tuple(
