@@ -21,6 +21,7 @@ from crescendo.parallel.rules import (
     Table,
     check_divides,
     check_experts,
+    check_length,
     entries_alike,
     is_names,
     key_copies,
@@ -28,7 +29,7 @@ from crescendo.parallel.rules import (
     strategy,
 )
 from crescendo.parallel.schedules import Schedule
-from crescendo.parallel.sizes import divisors, nearest_multiples
+from crescendo.parallel.sizes import divisors
 from crescendo.parallel.stages import Pipeline
 
 Tree = Any
@@ -57,7 +58,7 @@ class Layout:
       implementation: of ops that are called on arrays as they lie, outside of `on_parts`, `attend` and the like:
         "reference" over several devices, as the partitioner can split only what XLA compiled; None, the first that
         serves, on one.
-      vocab_axes: the mesh axes of several devices that split the vocabulary.
+      vocab_axes, expert_axes: the mesh axes of several devices that split the vocabulary, and a layer's experts.
       key_copies: on how many devices along `tensor` each key head is; see `with_heads`.
       schedule: that of the stages; None with one stage.
 
@@ -86,6 +87,7 @@ class Layout:
         self.parts = math.prod(self.sizes[axis] for axis in self.deferred)
         self.batch_shards = math.prod(self.sizes[axis] for axis in BATCH_AXES)
         self.vocab_axes = tuple(axis for axis in vocab.AXES if self.sizes[axis] > 1)
+        self.expert_axes = tuple(axis for axis in self.strategy.experts if self.sizes[axis] > 1)
         self.implementation = None if mesh.size == 1 else "reference"
         self.key_copies = 1
         of, stages = self.strategy, self.sizes["stage"]
@@ -239,7 +241,8 @@ class Layout:
         Raises:
           SecondDerivativeError: for a mesh with an axis of `NO_SECOND_DERIVATIVES`.
         """
-        for axis, what in NO_SECOND_DERIVATIVES.items():
+        of_experts = dict.fromkeys(self.expert_axes, NO_SECOND_DERIVATIVES["expert"])
+        for axis, what in (NO_SECOND_DERIVATIVES | of_experts).items():
             if self.sizes[axis] > 1:
                 raise SecondDerivativeError(
                     f"mesh {axis} = {self.sizes[axis]}: {what} no second derivatives, which this optimizer asks for: "
@@ -328,11 +331,12 @@ class Layout:
         if self.mesh.size == 1:
             return function(*tokens, *map(self.weight, kernels, names))
         held, unsplit, rows = self.strategy.parameters, self._unsplit(), ("batch", "residual_length", None)
-        gathers = [spec_entries(held, of, unsplit | {"expert", "tensor"}) for of in names]
-        how = {"gathers": gathers, "tensor": "tensor" not in unsplit, "devices": self.sizes["expert"]}
+        axes, chunks = self.expert_axes, self.strategy.expert_chunks
+        gathers = [spec_entries(held, of, unsplit | {*axes, "tensor"}) for of in names]
+        how = {"gathers": gathers, "tensor": "tensor" not in {*unsplit, *axes}, "axes": axes, "chunks": chunks}
         local = functools.partial(experts.on_device, function, **how)
         inputs = (*(rows for _ in tokens), *names)
-        return self._by_device(local, inputs, rows, table=held | ACTIVATIONS)(*tokens, *kernels)
+        return self._by_device(local, inputs, rows, table=ACTIVATIONS | held)(*tokens, *kernels)
 
     def _by_device(self, function: Callable, inputs: tuple, outputs: tuple, table: Table = ACTIVATIONS) -> Callable:
         """`function` on every device's own parts, from the logical axes of its arguments and of its results."""
@@ -362,14 +366,8 @@ class Layout:
         Raises:
           ValueError: for a length that the mesh can't divide.
         """
-        ring, split = self.sizes["sequence"] // self.strategy.ulysses, self.sizes["sequence"] * self.sizes["tensor"]
-        multiple = math.lcm(split, 2 * ring * self.strategy.ulysses) if ring > 1 else split
-        if sequence_length % multiple:
-            nearest = nearest_multiples(sequence_length, multiple)
-            raise ValueError(
-                f"sequence_length = {sequence_length} does not divide over sequence = {self.sizes['sequence']}, "
-                f"tensor = {self.sizes['tensor']}: use a multiple of {multiple}, such as {nearest}"
-            )
+        check_length(sequence_length, self.strategy, self.sizes)
+        ring = self.sizes["sequence"] // self.strategy.ulysses
         return sequence.zigzag(sequence_length, ring) if ring > 1 else None
 
     def with_heads(self, heads: int, kv_heads: int) -> "Layout":
@@ -411,11 +409,11 @@ class Layout:
         """The layout, for a model with so many experts in a layer, or None.
 
         Raises:
-          ValueError: experts that `expert` can't divide, or devices along it for a model without any.
+          ValueError: experts that their mesh axes can't divide, or devices along `expert` for a model without any.
         """
         if experts is None:
-            return self._without("expert", "this model has no experts, and would hold replicas along it")
-        check_experts(experts, self.sizes["expert"])
+            self._without("expert", "this model has no experts, and would hold replicas along it")
+        check_experts(experts, self.strategy, self.sizes)
         return self
 
     def _without(self, axis: str, why: str) -> "Layout":

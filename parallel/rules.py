@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
 
+from crescendo.parallel.mesh import AXES
 from crescendo.parallel.schedules import SCHEDULES, Schedule
 from crescendo.parallel.sizes import alternatives, divisors, nearest_multiples
 from crescendo.ranges import Count, OneOf, checked
@@ -27,6 +29,11 @@ TENSOR: Table = {
 # those along `fsdp`. Convolutions' kernels and norms have channels in place of a residual width.
 SPLIT: Table = TENSOR | {"embed": ("fsdp", "expert", "sequence"), "channels": ("fsdp", "expert", "sequence")}
 BATCH_AXES = ("data", "fsdp", "expert")
+# Along the others what a device holds is no matter of its experts.
+NOT_OF_EXPERTS = {
+    "data": "holds replicas, of which each sums up its own gradients: use mesh expert in place of data",
+    "stage": "splits layers, experts with them",
+}
 # Between matmuls the residual stream and its norms are split by tokens over `tensor` too (Korthikanti et al. 2022).
 ACTIVATIONS: Table = TENSOR | {
     "batch": BATCH_AXES,
@@ -54,6 +61,7 @@ class Strategy:
       schedule: of the stages, one of `SCHEDULES`.
       chunks: into how many a stage's layers are cut, where `schedule` interleaves them.
       one_of: of so many neighbouring stages a microbatch goes through one, in turns (SkipPipe); in training alone.
+      expert_chunks: into how many a device's tokens are cut, of which one is sent to its experts beside another's work.
     """
 
     parameters: Table
@@ -63,6 +71,37 @@ class Strategy:
     schedule: str = "1f1b"
     chunks: int = 1
     one_of: int = 1
+    expert_chunks: int = 1
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The mesh axes that split the experts of a layer: tokens are sent along them.
+
+        What attention splits along these axes is its own affair (MoE Parallel Folding, Liu et al. 2025).
+        """
+        return self.parameters.get("experts", ())
+
+    def with_experts_over(self, axes: Sequence[str]) -> "Strategy":
+        """The same, with a layer's experts split along other mesh axes.
+
+        An axis that splits experts splits none of their matrices' own axes, so each is whole along it.
+
+        Raises:
+          ValueError: for an axis that there isn't, or along which experts can't be split.
+
+        >>> folded = STRATEGIES["fsdp"].with_experts_over(("tensor", "sequence"))
+        >>> mesh_axes(folded.parameters, ("experts", "embed", "mlp"))
+        [('sequence', 'tensor'), ('fsdp', 'expert'), ()]
+        """
+        shown = ", ".join(map(str, axes))
+        for axis in axes:
+            if axis not in AXES or axis in NOT_OF_EXPERTS:
+                why = f"the mesh axis {axis} {NOT_OF_EXPERTS[axis]}" if axis in AXES else f"{axis} is no axis of a mesh"
+                could = alternatives(each for each in AXES if each not in NOT_OF_EXPERTS)
+                raise ValueError(f"strategy.experts = {shown}: {why}; experts can be split along {could}")
+        entry = {"experts": tuple(axis for axis in AXES if axis in axes)}
+        tables = {name: getattr(self, name) | entry for name in ("parameters", "gradients", "optimizer")}
+        return dataclasses.replace(self, **tables)
 
     @property
     def deferred(self) -> tuple[str, ...]:
@@ -108,6 +147,8 @@ def strategy(
     schedule: Annotated[str, OneOf(SCHEDULES)] = "1f1b",
     chunks: Count = 1,
     one_of: Count = 1,
+    experts: Sequence[Annotated[str, OneOf(AXES)]] = ("expert",),
+    expert_chunks: Count = 1,
 ) -> Strategy:
     """One of `STRATEGIES` by name.
 
@@ -119,16 +160,23 @@ def strategy(
       chunks: of a stage's layers, for "interleaved": 2 or more.
       one_of: with "1f1b", of so many neighbouring stages a microbatch goes through one, in turns, and skips the others;
         evaluation goes through all.
+      experts: along which mesh axes the experts of a layer are split, of fsdp, expert, sequence and tensor, whatever
+        attention splits along them (MoE Parallel Folding). Along `tensor` an expert's width is split where it isn't
+        named.
+      expert_chunks: into how many a device's tokens are cut where they are sent to experts: one chunk travels beside
+        the work on another (Tutel).
 
     Raises:
-      ValueError: an unknown name or schedule, a degree below 1, or chunks or skipped stages that the schedule has
-        no use for.
+      ValueError: an unknown name or schedule, a degree below 1, chunks or skipped stages that the schedule has
+        no use for, or an axis along which experts can't be split.
 
     >>> strategy("zero1").optimizer["embed"]
     ('fsdp', 'expert', 'sequence')
     """
     Schedule(schedule, stages=one_of, chunks=chunks, one_of=one_of)  # refuses what it has no use for
-    return dataclasses.replace(STRATEGIES[name], ulysses=ulysses, schedule=schedule, chunks=chunks, one_of=one_of)
+    settings = {"ulysses": ulysses, "schedule": schedule, "chunks": chunks, "one_of": one_of}
+    chosen = dataclasses.replace(STRATEGIES[name], **settings, expert_chunks=expert_chunks)
+    return chosen.with_experts_over(experts)
 
 
 def spec_entries(table: Table, names: tuple[str | None, ...], without: frozenset[str] = frozenset()) -> list:
@@ -240,18 +288,60 @@ def key_copies(heads: int, kv_heads: int, *, tensor: int, ulysses: int) -> int:
     return copies
 
 
-def check_experts(experts: int, expert: int) -> None:
-    """Raises ValueError for experts that the mesh axis `expert` can't divide.
+def check_experts(experts: int | None, plan: Strategy, sizes: dict[str, int]) -> None:
+    """Raises ValueError for experts that their mesh axes can't divide, or what is said of experts to no effect.
 
-    >>> check_experts(8, expert=3)
+    Args:
+      experts: of a layer; None: the model has none.
+      plan: with the axes.
+      sizes: of the mesh's axes.
+
+    >>> check_experts(6, strategy(experts=("sequence", "tensor")), dict(expert=1, sequence=2, tensor=4))
     Traceback (most recent call last):
     ...
-    ValueError: experts = 8 does not divide over expert = 3: use an expert of 1, 2, 4 or 8, or experts = 6 or 9
+    ValueError: experts = 6 does not divide over sequence = 2 x tensor = 4: use a sequence x tensor of 1, 2, 3 or 6, \
+or experts = 8 or 16
     """
-    if experts % expert:
+    over = {axis: sizes[axis] for axis in plan.experts if sizes[axis] > 1}
+    ways, shown = math.prod(over.values()), " x ".join(f"{axis} = {size}" for axis, size in over.items())
+    if experts is None:
+        if plan.experts != TENSOR["experts"]:
+            raise ValueError(f"strategy.experts = {', '.join(plan.experts)}: this model has no experts: leave it out")
+    elif sizes["expert"] > 1 and "expert" not in over:
         raise ValueError(
-            f"experts = {experts} does not divide over expert = {expert}: use an expert of "
-            f"{alternatives(divisors(experts))}, or experts = {nearest_multiples(experts, expert)}"
+            f"mesh expert = {sizes['expert']}, and strategy.experts = {', '.join(plan.experts)} doesn't name it: "
+            "name it too, or use fsdp in its place"
+        )
+    elif experts % ways:
+        axes = " x ".join(over)
+        raise ValueError(
+            f"experts = {experts} does not divide over {shown}: use {'an' if axes == 'expert' else 'a'} {axes} of "
+            f"{alternatives(divisors(experts))}, or experts = {nearest_multiples(experts, ways)}"
+        )
+    if plan.expert_chunks > 1 and ways == 1:
+        raise ValueError(
+            f"strategy.expert_chunks = {plan.expert_chunks} cuts what is sent to experts, and this mesh sends nothing: "
+            "use 1, or devices along mesh expert"
+        )
+
+
+def check_length(sequence_length: int, plan: Strategy, sizes: dict[str, int]) -> None:
+    """Raises ValueError for rows whose tokens the mesh's axes, or the chunks that are sent to experts, can't divide.
+
+    >>> check_length(24, strategy(expert_chunks=4), dict(sequence=2, tensor=4))
+    Traceback (most recent call last):
+    ...
+    ValueError: sequence_length = 24 does not divide over sequence = 2, tensor = 4 and strategy.expert_chunks = 4: use \
+a multiple of 32, such as 32
+    """
+    split, chunks = sizes["sequence"] * sizes["tensor"], plan.expert_chunks
+    ring = sizes["sequence"] // plan.ulysses
+    multiple = math.lcm(split * chunks, 2 * ring * plan.ulysses) if ring > 1 else split * chunks
+    if sequence_length % multiple:
+        cut = f" and strategy.expert_chunks = {chunks}" if chunks > 1 else ""
+        raise ValueError(
+            f"sequence_length = {sequence_length} does not divide over sequence = {sizes['sequence']}, tensor = "
+            f"{sizes['tensor']}{cut}: use a multiple of {multiple}, such as {nearest_multiples(sequence_length, multiple)}"
         )
 
 

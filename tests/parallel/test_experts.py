@@ -41,7 +41,7 @@ def on_devices(most, sizes_PX, rows_PMD, weights_X):
         )
 
     def local(sizes_PX, rows_PMD, weights_X):
-        return Exchange(P)(functools.partial(of_experts, weights_X), rows_PMD[0], sizes_PX[0], most)[None]
+        return Exchange(("expert",), P)(functools.partial(of_experts, weights_X), rows_PMD[0], sizes_PX[0], most)[None]
 
     mesh = make_mesh(data=1, expert=P, devices=jax.devices()[:P])
     each = jax.P("expert")
@@ -114,7 +114,33 @@ def of_layer(layout):
     ids=str,
 )
 def test_a_layer_over_devices_is_the_layer_on_one(axes, plan):
-    ours, expected = of_layer(Layout(make_mesh(**axes), strategy(plan))), of_layer(ONE_DEVICE)
+    check_layer(Layout(make_mesh(**axes), plan))
+
+
+FOLDED = [  # mesh, strategy, over which axes the experts are split
+    ({"data": 2, "sequence": 2, "tensor": 2}, "fsdp", ("sequence", "tensor")),
+    ({"expert": 2, "fsdp": 2, "tensor": 2}, "zero1", ("tensor", "expert")),
+    ({"fsdp": 2, "sequence": 2, "tensor": 2}, "zero1", ("fsdp", "sequence")),
+]
+
+
+@pytest.mark.parametrize(
+    ("axes", "plan", "over"), [FOLDED[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in FOLDED[1:])], ids=str
+)
+def test_a_layer_whose_experts_are_split_along_attentions_axes_is_the_layer_on_one(axes, plan, over):
+    check_layer(Layout(make_mesh(**{"data": 1} | axes), strategy(plan, experts=over)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunks", [2, 3, 6])
+@pytest.mark.parametrize("over", [("expert",), ("expert", "tensor")], ids=str)
+def test_a_layer_whose_tokens_are_sent_in_chunks_is_the_layer_on_one(over, chunks):
+    mesh = make_mesh(data=1, expert=2, fsdp=2, tensor=2)
+    check_layer(Layout(mesh, strategy("zero1", experts=over, expert_chunks=chunks)))
+
+
+def check_layer(layout):
+    ours, expected = of_layer(layout), of_layer(ONE_DEVICE)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, expected)
 
 
@@ -124,3 +150,56 @@ def test_experts_that_the_axis_cannot_divide_are_refused_with_those_that_can():
     with pytest.raises(ValueError, match=message):
         layout.with_experts(6)
     assert layout.with_experts(8) is layout
+
+
+@pytest.mark.parametrize(
+    ("axes", "settings", "experts", "message"),
+    [
+        (
+            {"sequence": 2, "tensor": 4},
+            {"experts": ("sequence", "tensor")},
+            12,
+            "^experts = 12 does not divide over sequence = 2 x tensor = 4: use a sequence x tensor of 1, 2, 3, 4, 6 or "
+            "12, or experts = 8 or 16$",
+        ),
+        (
+            {"expert": 2, "tensor": 4},
+            {"experts": ("tensor",)},
+            8,
+            "^mesh expert = 2, and strategy.experts = tensor doesn't name it: name it too, or use fsdp in its place$",
+        ),
+        ({"tensor": 8}, {"experts": ("tensor",)}, None, "^strategy.experts = tensor: this model has no experts: leave"),
+        ({"tensor": 8}, {"expert_chunks": 2}, 8, "^strategy.expert_chunks = 2 cuts what is sent .* sends nothing: use 1"),
+        ({"tensor": 8}, {"expert_chunks": 2}, None, "^strategy.expert_chunks = 2 cuts .* sends nothing: use 1"),
+    ],
+)
+def test_a_table_of_experts_that_a_mesh_or_a_model_has_no_use_for_is_refused(axes, settings, experts, message):
+    layout = Layout(make_mesh(**{"data": 1} | axes), strategy(**settings))
+    with pytest.raises(ValueError, match=message):
+        layout.with_experts(experts)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (("tensor", "data"), "tensor, data: the mesh axis data holds replicas, .*: use mesh expert in place of data; ex"),
+        (("stage",), "stage: the mesh axis stage splits layers, .*split along fsdp, expert, sequence or tensor$"),
+        (("model",), "model.* fsdp, expert, sequence"),
+        ("tensor", "t.* fsdp, expert, sequence"),
+    ],
+)
+def test_axes_along_which_experts_cannot_be_split_are_refused(axes, message):
+    with pytest.raises(ValueError, match=f"experts = {message}"):
+        strategy(experts=axes)
+
+
+def test_optimizers_that_ask_for_second_derivatives_have_none_along_axes_that_split_experts():
+    layout = Layout(make_mesh(data=4, tensor=2), strategy(experts=("tensor",)))
+    with pytest.raises(ValueError, match="^mesh tensor = 2: rows that are sent to their experts have no second derivat"):
+        layout.for_second_derivatives()
+
+
+def test_rows_are_as_long_as_their_chunks_need():
+    layout = Layout(make_mesh(data=1, sequence=2, tensor=4), strategy(experts=("tensor",), expert_chunks=4))
+    with pytest.raises(ValueError, match="^sequence_length = 40 .* and strategy.expert_chunks = 4: .*32 or 64$"):
+        layout.order(40)
