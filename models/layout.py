@@ -85,14 +85,22 @@ class Exchange(Protocol):
 
     Attributes:
       devices: over how many the experts are split.
+      chunks: into how many the tokens are cut, of which one is sent beside the work on another.
     """
 
     devices: int
+    chunks: int
 
-    def __call__(self, of_experts: Callable, rows_MD: jax.Array, sizes_X: jax.Array, most: int | None) -> jax.Array:
-        """What `of_experts(rows, sizes of the device's own experts)` makes of rows that lie expert by expert.
+    def __call__(
+        self, of_experts: Callable, rows: Sequence[jax.Array], sizes: Sequence[jax.Array], most: int | None
+    ) -> list[jax.Array]:
+        """What `of_experts(rows, sizes of the device's own experts)` makes of each chunk.
 
-        Rows behind the last expert's come back as zeros. An expert has at most `most` of the rows; None: any number.
+        Args:
+          of_experts: gives as many rows as it is given.
+          rows: of each chunk `[M, D]`, expert by expert; those behind the last expert's come back as zeros.
+          sizes: of each chunk, how many rows an expert has.
+          most: of a chunk's rows an expert has so many at most; None: any number.
         """
         ...
 
@@ -100,12 +108,14 @@ class Exchange(Protocol):
 class Here:
     """All experts are on the device."""
 
-    devices = 1
+    devices = chunks = 1
 
-    def __call__(self, of_experts: Callable, rows_MD: jax.Array, sizes_X: jax.Array, most: int | None) -> jax.Array:
+    def __call__(
+        self, of_experts: Callable, rows: Sequence[jax.Array], sizes: Sequence[jax.Array], most: int | None
+    ) -> list[jax.Array]:
         """What `of_experts` makes of the rows."""
         del most
-        return of_experts(rows_MD, sizes_X)
+        return list(map(of_experts, rows, sizes))
 
 
 HERE = Here()

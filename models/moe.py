@@ -25,6 +25,7 @@ https://arxiv.org/abs/2408.15664) the first one has no part in the loss, and the
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -169,15 +170,18 @@ def through_experts(
     >>> print(y[0, :, 0].round())  # the second token has no expert
     [47.  0.]
     """
-    *shape, width = x_BTD.shape
-    choices, plain = chosen_BTC.shape[-1], implementation == "reference"
+    width, choices, plain = x_BTD.shape[-1], chosen_BTC.shape[-1], implementation == "reference"
+    parts, chosen, weights = (cut(array, exchange.chunks) for array in (x_BTD, chosen_BTC, weights_BTC))
+    experts_X = jnp.arange(len(gate_up_XD2F) * exchange.devices)
+    rows, sizes, orders = [], [], []
     with jax.named_scope("permutation"):
-        chosen_M = chosen_BTC.reshape(-1)
-        order_M = jnp.argsort(chosen_M, stable=True)
-        inverse_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(order_M.size), unique_indices=True)
-        experts_X = jnp.arange(len(gate_up_XD2F) * exchange.devices)
-        sizes_X = jnp.sum(chosen_M[:, None] == experts_X, axis=0, dtype=jnp.int32)
-        rows_MD = (_take if plain else _to_experts)(x_BTD.reshape(-1, width), order_M, inverse_M, choices)
+        for part_BTD, part_BTC in zip(parts, chosen, strict=True):
+            chosen_M = part_BTC.reshape(-1)
+            order_M = jnp.argsort(chosen_M, stable=True)
+            inverse_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(order_M.size), unique_indices=True)
+            sizes.append(jnp.sum(chosen_M[:, None] == experts_X, axis=0, dtype=jnp.int32))
+            rows.append((_take if plain else _to_experts)(part_BTD.reshape(-1, width), order_M, inverse_M, choices))
+            orders.append((order_M, inverse_M))
 
     def of_experts(rows_MD, sizes_X):
         product = functools.partial(grouped_matmul, implementation=implementation)
@@ -185,11 +189,29 @@ def through_experts(
         inner_M2F = inner_M2F.reshape(len(rows_MD), *gate_up_XD2F.shape[2:])
         return product(swiglu(inner_M2F, implementation=implementation), down_XFD, sizes_X)
 
-    rows_MD = exchange(of_experts, rows_MD, sizes_X, most_of_row and len(x_BTD) * most_of_row)
-    with jax.named_scope("permutation"):
+    def together(rows_MD, order_M, inverse_M, weights_BTC):
+        """The sums over a token's experts, of products rounded to the dtype, as those of a dense layer are."""
         rows_MD = rows_MD[inverse_M] if plain else _from_experts(rows_MD, order_M, inverse_M)
-        # Of products rounded to the dtype, as those of a dense layer are.
-        return jnp.sum(rows_MD.reshape(*shape, choices, width) * weights_BTC[..., None], axis=-2).astype(x_BTD.dtype)
+        y_BTD = jnp.sum(rows_MD.reshape(*weights_BTC.shape, width) * weights_BTC[..., None], axis=-2)
+        return y_BTD.astype(x_BTD.dtype)
+
+    made = exchange(of_experts, rows, sizes, most_of_row and len(parts[0]) * most_of_row)
+    with jax.named_scope("permutation"):
+        sums = [together(rows_MD, *order, each) for rows_MD, order, each in zip(made, orders, weights, strict=True)]
+        return jnp.concatenate(sums).reshape(x_BTD.shape)
+
+
+def cut(x_BT, chunks: int) -> list[jax.Array]:
+    """Equal parts of the tokens, in their order: rows, and parts of rows where there are too few rows.
+
+    A part has as few rows as can be: what an expert takes of each bounds what it takes of the part.
+
+    >>> [x.shape for x in cut(jnp.zeros((6, 8)), 2)], [x.shape for x in cut(jnp.zeros((2, 8)), 4)]
+    ([(3, 8), (3, 8)], [(1, 4), (1, 4), (1, 4), (1, 4)])
+    """
+    rows, length = x_BT.shape[:2]
+    pieces = chunks // math.gcd(rows, chunks)  # of a row
+    return jnp.split(x_BT.reshape(rows * pieces, length // pieces, *x_BT.shape[2:]), chunks)
 
 
 def _take(x_ND, order_M, inverse_M, choices: int):

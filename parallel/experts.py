@@ -27,19 +27,26 @@ Axes = tuple[str, ...]
 
 
 def on_device(
-    function: Callable, *arrays: jax.Array, gathers: Sequence[Sequence], tensor: bool, axes: Axes = (), chunks: int = 1
+    function: Callable,
+    *arrays: jax.Array,
+    gathers: Sequence[Sequence],
+    tensor: bool,
+    axes: Axes = (),
+    chunks: int = 1,
+    ragged: bool = False,
 ) -> jax.Array:
     """`function(*tokens, *kernels, exchange=...)` of a device's own rows, `[B, T / tensor, D]`.
 
     Args:
-      function: gives `[B, T, D]`, what this device's part of the experts' width adds; token by token.
+      function: gives `[B, T, D]`, what this device's part of the experts' width adds.
       arrays: the tokens, `[B, T / tensor, ...]` each; behind them the kernels as they are stored.
       gathers: for each kernel the mesh axes of each of its axes along which other devices have the rest of it.
       tensor: whether the mesh axis `tensor` splits the experts' width, and what is before and behind them by tokens.
       axes: the mesh axes that split the experts; tokens differ along each.
-      chunks: into how many the tokens are cut; it divides T.
+      chunks, ragged: see `Exchange`.
     """
-    options = {"exchange": Exchange(axes, math.prod(map(jax.lax.axis_size, axes)))} if axes else {}
+    devices = math.prod(map(jax.lax.axis_size, axes))
+    options = {"exchange": Exchange(axes, devices, chunks, ragged)} if axes else {}
 
     def run(*arrays):
         tokens, kernels = list(arrays[: -len(gathers)]), list(arrays[-len(gathers) :])
@@ -48,28 +55,11 @@ def on_device(
         for i, along in enumerate(gathers):
             for axis, names in enumerate(along):
                 kernels[i] = jax.lax.all_gather(kernels[i], names, axis=axis, tiled=True) if names else kernels[i]
-        if chunks == 1:
-            return function(*tokens, *kernels, **options)
-        made = [function(*each, *kernels, **options) for each in zip(*(cut(x, chunks) for x in tokens), strict=True)]
-        return jnp.concatenate(made).reshape(*tokens[0].shape[:2], -1)
+        return function(*tokens, *kernels, **options)
 
     # What is gathered is gathered again in the backward pass, and not kept whole until then.
     y_BTD = jax.checkpoint(run, policy=_all_but_gathers)(*arrays)
     return jax.lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True) if tensor else y_BTD
-
-
-def cut(x_BT: jax.Array, chunks: int) -> list[jax.Array]:
-    """Equal parts of the tokens, in their order: of rows, and of parts of rows where there are too few rows.
-
-    A part has as few different rows as can be: an expert that takes so many tokens of a row at most may then need room
-    for no more than these in each.
-
-    >>> [x.shape for x in cut(jnp.zeros((6, 8)), 2)], [x.shape for x in cut(jnp.zeros((2, 8)), 4)]
-    ([(3, 8), (3, 8)], [(1, 4), (1, 4), (1, 4), (1, 4)])
-    """
-    rows, length = x_BT.shape[:2]
-    pieces = chunks // math.gcd(rows, chunks)  # of a row
-    return jnp.split(x_BT.reshape(rows * pieces, length // pieces, *x_BT.shape[2:]), chunks)
 
 
 def _all_but_gathers(primitive, *_, **__) -> bool:
@@ -84,29 +74,52 @@ class Exchange:
     Attributes:
       axes: the mesh axes that split the experts.
       devices: along all of them, p.
+      chunks: into how many the tokens are cut, d.
+      ragged: whether XLA has an exchange of as many rows as there are on these devices; else every slot is sent.
     """
 
     axes: Axes
     devices: int
+    chunks: int = 1
+    ragged: bool = False
 
-    def __call__(self, of_experts: Callable, rows_MD: jax.Array, sizes_X: jax.Array, most: int | None) -> jax.Array:
-        """What `of_experts(rows, sizes)` makes of the rows on the devices that have their experts."""
-        p, rows, own = self.devices, len(rows_MD), len(sizes_X) // self.devices
-        room = rows if most is None else min(rows, most * own)
-        sizes_PX = sizes_X.reshape(p, own)
-        came_PX = jax.lax.all_to_all(sizes_PX, self.axes, 0, 0, tiled=True)  # of each source, by expert
-        sent_P, came_P = jnp.sum(sizes_PX, axis=1), jnp.sum(came_PX, axis=1)
-        begins_P = jnp.cumsum(sent_P) - sent_P
-        there_P = jax.lax.all_to_all(begins_P, self.axes, 0, 0, tiled=True)  # where each source has its rows for here
-        ways = _Ways(begins_P, sent_P, came_P, there_P)
-        slots_RD = _send(self.axes, room, rows_MD, ways)
-        # Expert by expert: empty slots belong to none, and so lie behind all.
-        ends_PX = jnp.cumsum(came_PX, axis=1)
-        expert_PR = jnp.sum(jnp.arange(room)[None, :, None] >= ends_PX[:, None, :], axis=-1)
-        order_R = jnp.argsort(expert_PR.reshape(-1), stable=True)
-        inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(p * room), unique_indices=True)
-        made_RD = of_experts(_permuted(slots_RD, order_R, inverse_R), jnp.sum(came_PX, axis=0))
-        return _send_back(self.axes, rows, _permuted(made_RD, inverse_R, order_R), ways)
+    def __call__(
+        self, of_experts: Callable, rows: Sequence[jax.Array], sizes: Sequence[jax.Array], most: int | None
+    ) -> list[jax.Array]:
+        """What `of_experts(rows, sizes)` makes of each chunk's rows on the devices that have their experts."""
+        p, how, count = self.devices, (self.axes, self.ragged), len(rows[0])
+        own = len(sizes[0]) // p
+        room = count if most is None else min(count, most * own)
+        sizes_PCX = jnp.stack(sizes).reshape(-1, p, own).swapaxes(0, 1)
+        sent_PC = jnp.sum(sizes_PCX, axis=2)
+        begins_PC = jnp.cumsum(sent_PC, axis=0) - sent_PC
+        told = jnp.concatenate([sizes_PCX, begins_PC[..., None]], axis=2)
+        told = jax.lax.all_to_all(told, self.axes, 0, 0, tiled=True)
+        # Of each source how many rows, by chunk and expert, and where it has its rows for here.
+        came_PCX, there_PC = told[..., :-1], told[..., -1]
+        ways = [_Ways(*x) for x in zip(begins_PC.T, sent_PC.T, jnp.sum(came_PCX, axis=2).T, there_PC.T, strict=True)]
+
+        def work(slots_RD, came_PX):
+            # Expert by expert: empty slots belong to none, and so lie behind all.
+            ends_PX = jnp.cumsum(came_PX, axis=1)
+            expert_PR = jnp.sum(jnp.arange(room)[None, :, None] >= ends_PX[:, None, :], axis=-1)
+            order_R = jnp.argsort(expert_PR.reshape(-1), stable=True)
+            inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(p * room), unique_indices=True)
+            made_RD = of_experts(_permuted(slots_RD, order_R, inverse_R), jnp.sum(came_PX, axis=0))
+            return _permuted(made_RD, inverse_R, order_R)
+
+        results, slots_RD = [], _send(how, room, rows[0], ways[0])
+        for i in range(len(rows)):
+            # Both what is sent next and what is worked on are there before either begins, and the next work waits for
+            # both: so in whatever order the compiler writes them down, they are beside each other, backward likewise.
+            if following := i + 1 < len(rows):
+                slots_RD, rows_MD = jax.lax.optimization_barrier((slots_RD, rows[i + 1]))
+                following_RD = _send(how, room, rows_MD, ways[i + 1])
+            made_RD = work(slots_RD, came_PCX[:, i])
+            if following:
+                made_RD, slots_RD = jax.lax.optimization_barrier((made_RD, following_RD))
+            results.append(_send_back(how, count, made_RD, ways[i]))
+        return results
 
 
 class _Ways(NamedTuple):
@@ -126,29 +139,26 @@ class _Ways(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _send(axes: Axes, room: int, rows_MD, ways: _Ways):
+def _send(how: tuple[Axes, bool], room: int, rows_MD, ways: _Ways):
     """Into slots `[p * room, D]`, those of a source side by side; zeros where nothing came."""
-    padded, ragged = (functools.partial(send, axes, room) for send in (padded_send, ragged_send))
-    return jax.lax.platform_dependent(rows_MD, ways, cpu=padded, default=ragged)
+    axes, ragged = how
+    return (ragged_send if ragged else padded_send)(axes, room, rows_MD, ways)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _send_back(axes: Axes, rows: int, slots_RD, ways: _Ways):
+def _send_back(how: tuple[Axes, bool], rows: int, slots_RD, ways: _Ways):
     """What lies in the slots to where it came from, `[M, D]`; zeros for rows that went nowhere."""
-    padded, ragged = (functools.partial(send, axes, rows) for send in (padded_send_back, ragged_send_back))
-    return jax.lax.platform_dependent(slots_RD, ways, cpu=padded, default=ragged)
+    axes, ragged = how
+    return (ragged_send_back if ragged else padded_send_back)(axes, rows, slots_RD, ways)
 
 
 _send.defvjp(
-    lambda axes, room, rows_MD, ways: (_send(axes, room, rows_MD, ways), (len(rows_MD), ways)),
-    lambda axes, room, kept, g: (_send_back(axes, kept[0], g, kept[1]), None),
+    lambda how, room, rows_MD, ways: (_send(how, room, rows_MD, ways), (len(rows_MD), ways)),
+    lambda how, room, kept, g: (_send_back(how, kept[0], g, kept[1]), None),
 )
 _send_back.defvjp(
-    lambda axes, rows, slots_RD, ways: (
-        _send_back(axes, rows, slots_RD, ways),
-        (len(slots_RD) // len(ways.sent), ways),
-    ),
-    lambda axes, rows, kept, g: (_send(axes, kept[0], g, kept[1]), None),
+    lambda how, rows, slots_RD, ways: (_send_back(how, rows, slots_RD, ways), (len(slots_RD) // len(ways.sent), ways)),
+    lambda how, rows, kept, g: (_send(how, kept[0], g, kept[1]), None),
 )
 
 

@@ -334,7 +334,8 @@ class Layout:
         axes, chunks = self.expert_axes, self.strategy.expert_chunks
         gathers = [spec_entries(held, of, unsplit | {*axes, "tensor"}) for of in names]
         how = {"gathers": gathers, "tensor": "tensor" not in {*unsplit, *axes}, "axes": axes, "chunks": chunks}
-        local = functools.partial(experts.on_device, function, **how)
+        ragged = isinstance(self.mesh, Mesh) and self.mesh.devices.flat[0].platform != "cpu"  # XLA's CPUs have none
+        local = functools.partial(experts.on_device, function, ragged=ragged, **how)
         inputs = (*(rows for _ in tokens), *names)
         return self._by_device(local, inputs, rows, table=ACTIVATIONS | held)(*tokens, *kernels)
 

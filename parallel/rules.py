@@ -339,9 +339,10 @@ a multiple of 32, such as 32
     multiple = math.lcm(split * chunks, 2 * ring * plan.ulysses) if ring > 1 else split * chunks
     if sequence_length % multiple:
         cut = f" and strategy.expert_chunks = {chunks}" if chunks > 1 else ""
+        nearest = nearest_multiples(sequence_length, multiple)
         raise ValueError(
             f"sequence_length = {sequence_length} does not divide over sequence = {sizes['sequence']}, tensor = "
-            f"{sizes['tensor']}{cut}: use a multiple of {multiple}, such as {nearest_multiples(sequence_length, multiple)}"
+            f"{sizes['tensor']}{cut}: use a multiple of {multiple}, such as {nearest}"
         )
 
 

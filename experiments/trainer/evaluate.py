@@ -66,7 +66,7 @@ def evaluation_program(
         return {name: x / weight for name, (x, weight) in total.items()}
 
     rows = abstract_rows(task, layout, groups, microbatch_examples)
-    told = options(task, layout.mesh.devices.flat[0].platform)
+    told = options(task, layout.mesh.devices.flat[0].platform, layout)
     return jax.jit(means, out_shardings=layout.replicated, compiler_options=told).lower(state, rows)
 
 

@@ -243,7 +243,7 @@ class Session:
             trainable=self.trainable,
             implementation=implementation,
         )
-        told = options(self.task, self.platform)
+        told = options(self.task, self.platform, self.layout)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None), compiler_options=told)
         batch = abstract_batch(self.task, self.layout, plan)
         traced, self._kernels, self._said_of_lengths = trace_step(
