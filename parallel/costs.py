@@ -6,21 +6,55 @@ Experts on other devices get the rows of their tokens and send them back. A pipe
 stage and its gradient to the one before, in every tick, and its stages sum what they look up and the gradients of what
 they all see. Where it interleaves chunks of layers, these move to the stages whose work they are and their gradients
 back, once a step. Sums of scalars and of whole vectors are left out.
+
+By the rates of links the same says how long sending takes at least, and so along which axes a layer's experts are split
+best: their weights are gathered along the others, or tokens are sent to them.
 """
 
 import dataclasses
+import itertools
 import math
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 
 from crescendo.parallel.chunks import share_moved
 from crescendo.parallel.collectives import KINDS
 from crescendo.parallel.layout import Layout
-from crescendo.parallel.rules import Table, mesh_axes
+from crescendo.parallel.mesh import AXES, slow_factors
+from crescendo.parallel.rules import NOT_OF_EXPERTS, Table, mesh_axes
 
 Tree = Any
 FLOAT32 = 4
+
+
+class Sent(NamedTuple):
+    """What each device sends in a step, of one kind.
+
+    Attributes:
+      kind: of collective.
+      axes: of the mesh, along which devices take part together.
+      size: in bytes.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    size: float
+
+
+class Links(NamedTuple):
+    """How fast a device sends, bytes per second in one direction.
+
+    Attributes:
+      within: to another device of its host.
+      across: to another host.
+      devices: of a host.
+    """
+
+    within: float
+    across: float
+    devices: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +73,7 @@ class Work:
       full_remat: whether the backward pass computes the layers again.
       sparse_layers: how many layers have experts.
       experts_per_token: of these.
+      shared_expert: whether these layers have an expert besides for every token.
     """
 
     microbatches: int
@@ -55,6 +90,7 @@ class Work:
     full_remat: bool = False
     sparse_layers: int = 0
     experts_per_token: int = 0
+    shared_expert: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,23 +136,29 @@ def step_traffic(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) -
       work: what is computed.
     """
     sent = dict.fromkeys(KINDS, 0.0)
-    moved = {"collective-permute": moved_bytes(layout, arrays, logical_axes)}
-    parts = (_tensor(layout, work), _sequence(layout, work), _stages(layout, work), _experts(layout, work), moved)
-    for part in (_parameters(layout, arrays, logical_axes, work), *parts):
-        for kind, size in part.items():
-            sent[kind] += size
+    for kind, _, size in step_sends(layout, arrays, logical_axes, work):
+        sent[kind] += size
     return sent
 
 
-def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) -> dict[str, float]:
+def step_sends(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) -> list[Sent]:
+    """What `step_traffic` sums up, by the axes too."""
+    moved = Sent("collective-permute", ("stage",), moved_bytes(layout, arrays, logical_axes))
+    parts = (_tensor(layout, work), _sequence(layout, work), _stages(layout, work), _experts(layout, work), [moved])
+    return [*itertools.chain(_parameters(layout, arrays, logical_axes, work), *parts)]
+
+
+def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) -> Iterator[Sent]:
     """Parameters and gradients."""
     sizes, strategy, runs = layout.sizes, layout.strategy, _runs(layout, work)
     named = _named(arrays, logical_axes)
     tables = sum("vocab" in names for names, _ in named)
-    sent = dict.fromkeys(KINDS, 0.0)
 
-    def ways(table: Table, names, axes) -> int:
-        return math.prod(sizes[axis] for each in mesh_axes(table, names) for axis in each if axis in axes)
+    def along(table: Table, names, axes) -> tuple[str, ...]:
+        return tuple(axis for each in mesh_axes(table, names) for axis in each if axis in axes)
+
+    def ways(axes: Iterable[str]) -> int:
+        return math.prod(sizes[axis] for axis in axes)
 
     for names, array in named:
         stacked = "layers" in names
@@ -124,12 +166,12 @@ def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) ->
         matrix = stacked and len(names) > 2
         each = work.compute_bytes if matrix else FLOAT32
         gathered = work.weight_bytes if matrix else FLOAT32
-        own = ("stage", "tensor", "expert") if "experts" in names else ("stage", "tensor")
-        count = math.prod(array.shape) / ways(strategy.parameters, names, own)
-        split = ("fsdp", "sequence") if "experts" in names else ("fsdp", "expert", "sequence")
-        of_parameters = ways(strategy.parameters, names, split)
-        of_gradients = ways(strategy.gradients, names, split)
-        of_updates = ways(strategy.optimizer, names, split)
+        of_experts = strategy.experts if "experts" in names else ()
+        count = math.prod(array.shape) / ways(along(strategy.parameters, names, ("stage", "tensor", *of_experts)))
+        split = tuple(axis for axis in ("fsdp", "expert", "sequence") if axis not in of_experts)
+        of_parameters = along(strategy.parameters, names, split)
+        of_gradients = along(strategy.gradients, names, split)
+        of_updates = along(strategy.optimizer, names, split)
         gathers = scatters = runs.leaves
         if stacked:  # of a device's layers a pass goes through one chunk
             chunk = runs.layers * sizes["stage"] / work.layers
@@ -139,38 +181,39 @@ def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) ->
         # A device works with its own copy of a key head: so much of the weight, replicated along `tensor`, crosses.
         copied = layout.key_copies > 1 and "kv_heads" in names
         heads = sizes["tensor"] // layout.key_copies if copied else 1
-        if of_parameters > 1:  # gathered for the forward pass, and a layer again for the backward pass
-            sent["all-gather"] += gathers * _share(of_parameters) * count / heads * gathered
-        elif of_updates > 1:
-            sent["all-gather"] += _share(of_updates) * count * FLOAT32
-        if of_gradients > 1:
-            sent["reduce-scatter"] += scatters * _share(of_gradients) * count / heads * each
-            count /= of_gradients
+        if ways(of_parameters) > 1:  # gathered for the forward pass, and a layer again for the backward pass
+            size = gathers * _share(ways(of_parameters)) * count / heads * gathered
+            yield Sent("all-gather", of_parameters, size)
+        elif ways(of_updates) > 1:
+            yield Sent("all-gather", of_updates, _share(ways(of_updates)) * count * FLOAT32)
+        if ways(of_gradients) > 1:
+            size = scatters * _share(ways(of_gradients)) * count / heads * each
+            yield Sent("reduce-scatter", of_gradients, size)
+            count /= ways(of_gradients)
         else:
-            summed = math.prod(sizes[axis] for axis in split if axis != "fsdp")
-            sent["all-reduce"] += 2 * scatters * _share(summed) * count / heads * each
+            summed = tuple(axis for axis in split if axis not in layout.deferred)
+            yield Sent("all-reduce", summed, 2 * scatters * _share(ways(summed)) * count / heads * each)
         if copied:
-            sent["all-reduce"] += 2 * scatters * _share(layout.key_copies) * count / heads * each
-            sent["all-gather"] += scatters * _share(heads) * count * each
+            yield Sent("all-reduce", ("tensor",), 2 * scatters * _share(layout.key_copies) * count / heads * each)
+            yield Sent("all-gather", ("tensor",), scatters * _share(heads) * count * each)
         rest = [axis for axis in layout.deferred if axis != "fsdp"]
         if "fsdp" in layout.deferred:
-            if ways(strategy.optimizer, names, ("fsdp",)) > 1:
-                sent["reduce-scatter"] += _share(sizes["fsdp"]) * count * FLOAT32
+            if ways(along(strategy.optimizer, names, ("fsdp",))) > 1:
+                yield Sent("reduce-scatter", ("fsdp",), _share(sizes["fsdp"]) * count * FLOAT32)
                 count /= sizes["fsdp"]
             else:
                 rest.append("fsdp")
-        sent["all-reduce"] += 2 * _share(math.prod(sizes[axis] for axis in rest)) * count * FLOAT32
-    return sent
+        yield Sent("all-reduce", tuple(rest), 2 * _share(ways(rest)) * count * FLOAT32)
 
 
-def _tensor(layout: Layout, work: Work) -> dict[str, float]:
+def _tensor(layout: Layout, work: Work) -> list[Sent]:
     """Megatron with sequence-split norms: a layer takes in all tokens twice and gives back its share of them twice.
 
     Forward that is two gathers and two scattered sums; backward their transposes, and the two gathers again, because
     what the backward pass needs is split. Embedding and output gather once each way; the embedding scatters once,
     and the loss, whose gradients are computed with it, adds up those of its hidden states unsplit and in float32, over
     all that split the vocabulary. Quantised inputs are kept unsplit, and their gradients are four scattered sums: of q,
-    k, v, and gate with up, which is gathered once more.
+    k, v, and gate with up, which is gathered once more. Experts that `tensor` splits take in the tokens as they lie.
     """
     ways, runs = layout.sizes["tensor"], _runs(layout, work)
     entries = _rows(layout, work) * work.width
@@ -178,25 +221,27 @@ def _tensor(layout: Layout, work: Work) -> dict[str, float]:
     recomputed = work.full_remat  # the sum behind attention is needed again, the one behind the feed-forward part not
     gathered = 3 + 2 * recomputed if work.quantised else 4
     scattered = (4 if work.quantised else 2) + recomputed
-    gathers = runs.layers * (2 * runs.forward + gathered * runs.backward) + 2 * runs.leaves
-    scatters = runs.layers * (2 * runs.forward + scattered * runs.backward) + runs.enters
-    return {
-        "all-gather": residual * gathers,
-        "reduce-scatter": residual * scatters,
-        "all-reduce": 2 * entries * _share(ways * layout.sizes["stage"]) * FLOAT32 * runs.leaves,
-    }
+    folded = work.sparse_layers / work.layers if "tensor" in layout.expert_axes and not work.shared_expert else 0
+    gathers = runs.layers * ((2 - folded) * runs.forward + (gathered - 2 * folded) * runs.backward) + 2 * runs.leaves
+    scatters = runs.layers * ((2 - folded) * runs.forward + (scattered - folded) * runs.backward) + runs.enters
+    whole = 2 * entries * _share(ways * layout.sizes["stage"]) * FLOAT32 * runs.leaves
+    return [
+        Sent("all-gather", ("tensor",), residual * gathers),
+        Sent("reduce-scatter", ("tensor",), residual * scatters),
+        Sent("all-reduce", ("stage", "tensor"), whole),
+    ]
 
 
-def _stages(layout: Layout, work: Work) -> dict[str, float]:
+def _stages(layout: Layout, work: Work) -> list[Sent]:
     """Sent to a neighbour, to and from all stages."""
     runs, stages = _runs(layout, work), layout.sizes["stage"]
     residual = _rows(layout, work) * work.width * work.compute_bytes / layout.sizes["tensor"]
     # What is looked up, and what the last stage has made; the gradient that the first one has.
     summed = 2 * runs.enters + runs.leaves
-    return {
-        "collective-permute": 2 * runs.ticks * residual,
-        "all-reduce": 2 * _share(stages) * summed * residual,
-    }
+    return [
+        Sent("collective-permute", ("stage",), 2 * runs.ticks * residual),
+        Sent("all-reduce", ("stage",), 2 * _share(stages) * summed * residual),
+    ]
 
 
 def moved_bytes(layout: Layout, arrays: Tree, logical_axes: Tree) -> float:
@@ -216,7 +261,7 @@ def moved_bytes(layout: Layout, arrays: Tree, logical_axes: Tree) -> float:
     return share_moved(layout.schedule.stages, layout.schedule.chunks) * total
 
 
-def _sequence(layout: Layout, work: Work) -> dict[str, float]:
+def _sequence(layout: Layout, work: Work) -> list[Sent]:
     """Ring and Ulysses attention."""
     degree = layout.strategy.ulysses
     ring = layout.sizes["sequence"] // degree
@@ -224,21 +269,95 @@ def _sequence(layout: Layout, work: Work) -> dict[str, float]:
     # Of one head over the device's tokens; groups of Ulysses trade tokens for heads, which changes no size.
     head = _rows(layout, work) * work.head_width * runs.layers / layout.sizes["tensor"]
     kv_heads = max(work.kv_heads, degree * layout.sizes["tensor"])  # copies, so that each device has a head
-    sent = dict.fromkeys(KINDS, 0.0)
     keys_and_values = 2 * kv_heads * head
     # Once forward and once backward, where layers that are computed again use the same; their gradients in float32.
     each_way = runs.forward * work.compute_bytes + runs.backward * (work.compute_bytes + FLOAT32)
-    sent["collective-permute"] = (ring - 1) * keys_and_values * each_way
     traded = (2 * work.heads + 2 * kv_heads) * head * work.compute_bytes
-    sent["all-to-all"] = _share(degree) * traded * (runs.forward + (1 + work.full_remat) * runs.backward)
-    return sent
+    trades = _share(degree) * traded * (runs.forward + (1 + work.full_remat) * runs.backward)
+    return [
+        Sent("collective-permute", ("sequence",), (ring - 1) * keys_and_values * each_way),
+        Sent("all-to-all", ("sequence",), trades),
+    ]
 
 
-def _experts(layout: Layout, work: Work) -> dict[str, float]:
+def _experts(layout: Layout, work: Work) -> list[Sent]:
     """Rows to their experts and back, where loads are even, and their gradients likewise."""
-    runs, rows = _runs(layout, work), work.experts_per_token * _rows(layout, work)
-    ways = 2 * (runs.forward + (1 + work.full_remat) * runs.backward) * work.sparse_layers / layout.sizes["stage"]
-    return {"all-to-all": _share(layout.sizes["expert"]) * rows * work.width * work.compute_bytes * ways}
+    runs, rows, axes = _runs(layout, work), work.experts_per_token * _rows(layout, work), layout.expert_axes
+    if "tensor" in axes:  # else all of a row's devices along it have its tokens
+        rows /= layout.sizes["tensor"]
+    times = 2 * (runs.forward + (1 + work.full_remat) * runs.backward) * work.sparse_layers / layout.sizes["stage"]
+    share = _share(math.prod(layout.sizes[axis] for axis in axes))
+    return [Sent("all-to-all", axes, share * rows * work.width * work.compute_bytes * times)]
+
+
+def seconds(sends: Iterable[Sent], layout: Layout, links: Links) -> float:
+    """How long a device sends at least, one thing behind the other, each bound by the links that are busy longest.
+
+    What is exchanged goes from each device to each; what is gathered or summed crosses to another host once for all the
+    devices of a host; between neighbours the slowest link counts.
+
+    >>> from crescendo.parallel.mesh import MeshSpec
+    >>> layout = Layout(MeshSpec(data=2, tensor=4).abstract(8))
+    >>> links = Links(within=100, across=10, devices=4)
+    >>> seconds([Sent("all-to-all", ("tensor",), 200)], layout, links)
+    2.0
+    >>> seconds([Sent("all-reduce", ("data",), 200)], layout, links)
+    20.0
+    """
+    slow = dict(zip(AXES, slow_factors(layout.sizes, max(1, layout.mesh.size // links.devices)), strict=True))
+    total = 0.0
+    for kind, axes, size in sends:
+        n, hosts = (math.prod(of[axis] for axis in axes) for of in (layout.sizes, slow))
+        if n == 1:
+            continue
+        near = n // hosts
+        across = {
+            "all-to-all": (n - near) / (n - 1),
+            "collective-permute": float(hosts > 1),
+        }.get(kind, (hosts - 1) / (n - 1))
+        total += max(size * across / links.across, size * (1 - across) / links.within)
+    return total
+
+
+class Split(NamedTuple):
+    """Along which axes a layer's experts may be split, and what a device then sends in a step.
+
+    Attributes:
+      axes: of the mesh, of several devices.
+      rows: bytes of tokens to their experts and back.
+      rest: bytes of all else: weights that are gathered and gradients that are summed, and what doesn't depend on it.
+      seconds: how long it sends at least, where links are known; in that order.
+    """
+
+    axes: tuple[str, ...]
+    rows: float
+    rest: float
+    seconds: float | None
+
+
+def expert_splits(
+    layout: Layout, arrays: Tree, logical_axes: Tree, work: Work, *, experts: int, links: Links | None = None
+) -> list[Split]:
+    """Every way to split a layer's experts over this mesh: that which sends for the least time first, or fewest bytes.
+
+    Sending tokens moves rows in each microbatch, gathering weights moves the experts': of many experts and few tokens
+    the former is less.
+
+    Args:
+      layout, arrays, logical_axes, work: as `step_traffic` takes them.
+      experts: of a layer.
+      links: of the devices; None: unknown.
+    """
+    could = [axis for axis in AXES if axis not in NOT_OF_EXPERTS and layout.sizes[axis] > 1]
+    found = []
+    for axes in itertools.chain.from_iterable(itertools.combinations(could, n) for n in range(len(could) + 1)):
+        if experts % math.prod(layout.sizes[axis] for axis in axes) or ("expert" in could and "expert" not in axes):
+            continue
+        other = Layout(layout.mesh, layout.strategy.with_experts_over(axes)).with_heads(work.heads, work.kv_heads)
+        sends = step_sends(other, arrays, logical_axes, work)
+        rows, total = sum(size for _, _, size in _experts(other, work)), sum(size for _, _, size in sends)
+        found.append(Split(axes, rows, total - rows, None if links is None else seconds(sends, other, links)))
+    return sorted(found, key=lambda split: split.rows + split.rest if split.seconds is None else split.seconds)
 
 
 def _named(arrays: Tree, logical_axes: Tree) -> list[tuple[tuple, Any]]:

@@ -112,15 +112,24 @@ def test_three_kinds_together_send_no_more_than_the_closed_form(strategy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [{"data": 1, "fsdp": 8}, {"data": 1, "expert": 4, "fsdp": 2}], ids=str)
-def test_experts_send_what_the_closed_form_says(axes):
+@pytest.mark.parametrize(
+    ("axes", "over"),
+    [
+        ({"data": 1, "fsdp": 8}, ("expert",)),
+        ({"data": 1, "expert": 4, "fsdp": 2}, ("expert",)),
+        ({"data": 1, "fsdp": 2, "tensor": 4}, ("tensor",)),
+        ({"data": 2, "fsdp": 4}, ("fsdp",)),
+    ],
+    ids=str,
+)
+def test_experts_send_what_the_closed_form_says(axes, over):
     devices = topology_devices("h100:1x1x8", H100)
-    layout = parallel.Layout(parallel.make_mesh(**axes, devices=devices))
+    layout = parallel.Layout(parallel.make_mesh(**axes, devices=devices), parallel.strategy("fsdp", experts=over))
     config = dataclasses.replace(SMALL, experts=8, expert_width=768).for_platform("gpu")
     step, _ = lowered(config, layout, 1, 1024)
     text = step.compile().as_text()
     found, expected = traffic(text), closed_form(config, layout, 1, 1024)
-    if "expert" in axes:
+    if layout.expert_axes:
         # There and back, forward and backward; a program says how many rows there is room for, not how many there are.
         assert len(re.findall(r" ragged-all-to-all(?:-start)?\(", text)) >= 4
         assert expected.pop("all-to-all") > 0

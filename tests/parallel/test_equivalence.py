@@ -209,11 +209,6 @@ def test_skipped_stages_are_the_same_training_on_every_mesh():
 SPARSE = dataclasses.replace(CONFIG, experts=4, experts_per_token=2, expert_width=32)
 
 
-def over(name: str, *axes: str, **settings) -> parallel.Strategy:
-    """A strategy by name, with experts that are split along these axes."""
-    return parallel.strategy(name, experts=axes, **settings)
-
-
 @pytest.mark.timeout(900)
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -228,18 +223,56 @@ def over(name: str, *axes: str, **settings) -> parallel.Strategy:
         ({"expert": 2, "fsdp": 2, "tensor": 2}, "fsdp", {"layers": 4, "moe_every": 2}),
         ({"data": 2, "expert": 2, "sequence": 2}, "zero1", {"dropout": 0.1}),
         ({"data": 2, "expert": 2, "fsdp": 2}, "zero2", {"expert_capacity": 1.0}),
-        # Split along axes that attention splits otherwise, and sent in chunks.
-        ({"data": 2, "sequence": 2, "tensor": 2}, over("fsdp", "sequence", "tensor"), {}),
-        ({"data": 2, "sequence": 2, "tensor": 2}, over("data", "sequence", "tensor", expert_chunks=2), {}),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, over("zero1", "fsdp", "tensor"), {"shared_expert_width": 32}),
-        ({"fsdp": 2, "expert": 2, "tensor": 2}, over("zero2", "expert", "tensor"), {"expert_capacity": 1.0}),
-        ({"data": 2, "sequence": 4}, over("zero1", "sequence", ulysses=4, expert_chunks=4), {"expert_capacity": 1.0}),
-        ({"data": 2, "fsdp": 4}, over("fsdp", "fsdp", expert_chunks=2), {"remat": "full", "balance": "bias"}),
-        ({"data": 2, "expert": 4}, over("data", "expert", expert_chunks=4), {"dropout": 0.1}),
     ],
     ids=str,
 )
 def test_experts_over_devices_change_nothing(axes, plan, changes):
+    layout = parallel.Layout(parallel.make_mesh(**{"data": 1} | axes), plan)
+    check_ten_steps(layout, STATISTICS, dataclasses.replace(SPARSE, **changes))
+
+
+def over(name: str, *axes: str, **settings) -> parallel.Strategy:
+    """A strategy by name, with experts that are split along these axes."""
+    return parallel.strategy(name, experts=axes, **settings)
+
+
+# Experts that are split along axes that attention splits otherwise, and tokens that are sent in chunks.
+FOLDED: dict[str, tuple[dict, parallel.Strategy, dict]] = {
+    "sequence x tensor": ({"data": 2, "sequence": 2, "tensor": 2}, over("fsdp", "sequence", "tensor"), {}),
+    "chunks": ({"data": 2, "expert": 4}, over("data", "expert", expert_chunks=4), {"dropout": 0.1}),
+    "sequence x tensor, chunks": (
+        {"data": 2, "sequence": 2, "tensor": 2},
+        over("data", "sequence", "tensor", expert_chunks=2),
+        {},
+    ),
+    "fsdp x tensor": (
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        over("zero1", "fsdp", "tensor"),
+        {"shared_expert_width": 32},
+    ),
+    "expert x tensor": (
+        {"fsdp": 2, "expert": 2, "tensor": 2},
+        over("zero2", "expert", "tensor"),
+        {"expert_capacity": 1.0},
+    ),
+    "ulysses, chunks": (
+        {"data": 2, "sequence": 4},
+        over("zero1", "sequence", ulysses=4, expert_chunks=4),
+        {"expert_capacity": 1.0},
+    ),
+    "fsdp, chunks": (
+        {"data": 2, "fsdp": 4},
+        over("fsdp", "fsdp", expert_chunks=2),
+        {"remat": "full", "balance": "bias"},
+    ),
+}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOLDED)
+def test_folded_experts_and_chunks_change_nothing(name):
+    axes, plan, changes = FOLDED[name]
     layout = parallel.Layout(parallel.make_mesh(**{"data": 1} | axes), plan)
     check_ten_steps(layout, STATISTICS, dataclasses.replace(SPARSE, **changes))
 
