@@ -67,6 +67,15 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--one-of", type=int, default=1, help="a microbatch goes through one stage of so many (default 1)"
     )
+    result.add_argument(
+        "--experts",
+        nargs="+",
+        default=["expert"],
+        choices=AXES,
+        metavar="AXIS",
+        help="of the mesh, along which a layer's experts are split (default expert)",
+    )
+    result.add_argument("--expert-chunks", type=int, default=1, help="in which tokens go to experts (default 1)")
     result.add_argument("--batch-size", type=int, help="global, in examples (default: the least there can be)")
     result.add_argument("--microbatches", type=int, default=1, help="how many make a batch (default 1)")
     result.add_argument(
@@ -118,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             schedule=arguments.schedule,
             chunks=arguments.chunks,
             one_of=arguments.one_of,
+            experts=arguments.experts,
+            expert_chunks=arguments.expert_chunks,
         )
         layout = parallel.Layout(mesh, strategy)
         # In a loop the layers compile in the time of one.

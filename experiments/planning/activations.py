@@ -5,6 +5,7 @@ import contextlib
 import math
 
 import jax
+import jax.numpy as jnp
 
 from crescendo import parallel
 from crescendo.experiments.runtime.hardware import KnownDevice
@@ -47,3 +48,28 @@ def activation_bytes(session: Session, plan: parallel.BatchPlan, device: KnownDe
         slots = schedule.kept(plan.max_microbatches) + schedule.finished(plan.max_microbatches)
         total = total / schedule.stages + slots * stream.size * stream.dtype.itemsize
     return total / (layout.batch_shards * layout.sizes["sequence"] * layout.sizes["tensor"])
+
+
+def slot_bytes(session: Session, plan: parallel.BatchPlan) -> float:
+    """Bytes that a device holds for tokens which other devices may send to its experts, beside those of even loads.
+
+    Of each slot the backward pass needs the token and what lies between an expert's products, in the layers whose
+    activations are kept; where no token is dropped there are slots for all tokens of all these devices.
+
+    Args:
+      session, plan: as `activation_bytes` takes them.
+    """
+    layout, sizes = session.layout, session.layout.sizes
+    if not layout.expert_axes:
+        return 0.0
+    config, length, chunks = session.task.config, session.task.units_per_example, layout.strategy.expert_chunks
+    devices, whole = math.prod(sizes[axis] for axis in layout.expert_axes), "tensor" in layout.expert_axes
+    rows = plan.microbatch_examples // layout.batch_shards
+    tokens = length // sizes["sequence"] // (sizes["tensor"] if whole else 1)
+    of_chunk = config.experts_per_token * rows * tokens // chunks
+    pieces = rows * chunks // math.gcd(rows, chunks) // chunks  # of rows, in a chunk
+    most = config.expert_rows(length)
+    room = of_chunk if most is None else min(of_chunk, most * pieces * config.experts // devices)
+    kept = config.width + 3 * config.expert_size / (1 if whole else sizes["tensor"])
+    layers = 1 if config.remat == "full" else config.sparse_layers / sizes["stage"]
+    return max(0, chunks * (devices * room - of_chunk)) * kept * jnp.dtype(config.dtype).itemsize * layers

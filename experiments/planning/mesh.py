@@ -11,7 +11,8 @@ from rich.console import Console
 
 from crescendo import optim, parallel
 from crescendo.experiments.data.random_text import RandomText
-from crescendo.experiments.planning.activations import activation_bytes
+from crescendo.experiments.planning.activations import activation_bytes, slot_bytes
+from crescendo.experiments.planning.experts import experts_table
 from crescendo.experiments.planning.fitting import ACTIVATIONS, fit
 from crescendo.experiments.runtime.errors import user_values
 from crescendo.experiments.runtime.hardware import KnownDevice, named_device
@@ -49,6 +50,7 @@ def step_work(config: ModelConfig, plan: parallel.BatchPlan, sequence_length: in
         full_remat=config.remat == "full",
         sparse_layers=config.sparse_layers,
         experts_per_token=config.experts_per_token,
+        shared_expert=config.shared_expert_width is not None,
     )
 
 
@@ -100,6 +102,8 @@ def session_memory(session: Session, plan: parallel.BatchPlan, device: KnownDevi
         "gradients, float32": float(device_bytes(state.parameters, layout.gradients(logical_axes))),
         ACTIVATIONS: activation_bytes(session, plan, device),
     }
+    if layout.expert_axes:
+        parts["room for other devices' tokens"] = slot_bytes(session, plan)
     if layout.schedule is not None and layout.schedule.chunks > 1:
         trees = (state.parameters, shardings.parameters)
         layers = (layout.pipeline(logical_axes).layered, *trees)
@@ -174,6 +178,8 @@ def describe_mesh(
     if named is not None:
         console.print(fit(parts, named.memory_bytes, named.device_kind), highlight=False, soft_wrap=True)
     console.print(traffic_table("a step, in closed form", step_traffic(layout, arrays, axes, work)))
+    if (splits := experts_table(session, work, named)) is not None:
+        console.print(splits)
     if devices:
         console.print(f"compiling for {len(devices)} x {devices[0].device_kind} ...", highlight=False)
         compiled = session.lower(plan, implementation="xla").compile()

@@ -10,8 +10,9 @@ import jax
 from rich.console import Console
 
 from crescendo import parallel
+from crescendo.experiments.planning.experts import experts_table
 from crescendo.experiments.planning.fitting import fit
-from crescendo.experiments.planning.mesh import session_memory, stages_line
+from crescendo.experiments.planning.mesh import session_memory, stages_line, step_work
 from crescendo.experiments.runtime import hardware
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.text import compact, duration
@@ -104,6 +105,10 @@ def plan_run(
     if (schedule := session.layout.schedule) is not None:
         say(stages_line(session.layout, schedule, plan, session.parameters, task.logical_axes()))
     console.print(memory_table(parts))
+    if session.layout.mesh.size > 1 and getattr(getattr(task, "config", None), "sparse_layers", 0):
+        work = step_work(task.config, plan, task.units_per_example)
+        if (splits := experts_table(session, work, hardware.known_device(kind.device_kind))) is not None:
+            console.print(splits)
     if device is None:
         say(f"{session.peak_bytes / 2**30:.3f} GiB on a device at the peak, by the compiler's count")
         for note in session.notes:

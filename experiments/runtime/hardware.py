@@ -10,6 +10,7 @@ from jax.experimental import topologies
 
 from crescendo.experiments.runtime.encoding import read_text
 from crescendo.experiments.runtime.errors import UserError
+from crescendo.parallel.costs import Links
 
 
 class KnownDevice(NamedTuple):
@@ -20,12 +21,14 @@ class KnownDevice(NamedTuple):
       kinds: a regular expression of all of `device_kind`, without the maker's words before it.
       peak_flops_per_second: dense bfloat16 matrix products that add up in float32.
       memory_gib: of the device.
+      links: to other devices, in the vendor's own machines; None: unknown here.
     """
 
     name: str
     kinds: str
     peak_flops_per_second: float
     memory_gib: int
+    links: Links | None = None
 
     @property
     def device_kind(self) -> str:
@@ -43,20 +46,26 @@ class KnownDevice(NamedTuple):
         return self.memory_gib * 2**30
 
 
+# One direction of NVLink, by the same data sheets, and of the network in a DGX with eight of them: an InfiniBand
+# adapter of 200 (A100) or 400 Gb/s a GPU.
+_DGX_A100, _DGX_H100, _DGX_B200 = (
+    Links(nvlink, network, 8) for nvlink, network in ((300e9, 25e9), (450e9, 50e9), (900e9, 50e9))
+)
+
 # NVIDIA's from the products' data sheets, where a figure with sparsity is halved; of RTX cards from the architectures'
 # white papers (Ampere GA102, Ada, RTX Blackwell), which state bfloat16 with FP32 accumulation: on GeForce cards half of
 # what FP16 accumulation, and so the headline figure, has; on the RTX A6000 all of it. TPUs from Google Cloud's pages of
 # each version, a chip; JAX has a device for each of the two cores of a TPU7x, which is half of one.
 KNOWN_DEVICES = (
     KnownDevice("A10", "A10", 125e12, 24),
-    KnownDevice("A100", "A100([- ].*)?", 312e12, 80),
-    KnownDevice("A100 40GB", "A100-.*40GB", 312e12, 40),
-    KnownDevice("B200", "B200", 2250e12, 180),
+    KnownDevice("A100", "A100([- ].*)?", 312e12, 80, _DGX_A100),
+    KnownDevice("A100 40GB", "A100-.*40GB", 312e12, 40, _DGX_A100),
+    KnownDevice("B200", "B200", 2250e12, 180, _DGX_B200),
     KnownDevice("GB200", "GB200", 2500e12, 186),
-    KnownDevice("H100", "H100( [0-9]+GB HBM3)?|GH200 .*", 989e12, 80),
+    KnownDevice("H100", "H100( [0-9]+GB HBM3)?|GH200 .*", 989e12, 80, _DGX_H100),
     KnownDevice("H100 NVL", "H100 NVL", 835e12, 94),
     KnownDevice("H100 PCIe", "H100 PCIe", 756e12, 80),
-    KnownDevice("H200", "H200", 989e12, 141),
+    KnownDevice("H200", "H200", 989e12, 141, _DGX_H100),
     KnownDevice("H200 NVL", "H200 NVL", 835e12, 141),
     KnownDevice("L4", "L4", 121e12, 24),
     KnownDevice("L40S", "L40S", 362e12, 48),

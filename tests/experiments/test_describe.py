@@ -6,12 +6,17 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from crescendo import models, parallel
 from crescendo.experiments import describe
+from crescendo.experiments.planning.activations import slot_bytes
+from crescendo.experiments.planning.mesh import planned_session
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.models import ModelConfig
+from crescendo.models.moe import Moe
 from crescendo.parallel.tables import describe_sharding, device_bytes
 
 
@@ -52,6 +57,77 @@ def test_what_a_schedule_costs_is_said(capsys, options, said):
     assert re.search(said, shown)
     copied = re.search(r"layers in the order of the stages' work +│ ([\d.]+)", shown)
     assert (copied is not None) == ("interleaved" in options)
+
+
+def test_what_ways_to_split_experts_send_is_said(capsys):
+    mesh = ["--model", "moe-debug", "--devices", "32", "--data", "4", "--fsdp", "1", "--sequence", "2", "--tensor", "4"]
+    describe.main([*mesh, "--experts", "tensor", "sequence", "--expert-chunks", "2", "--device", "H100"])
+    shown = capsys.readouterr().out
+    ways = re.findall(r"│ ([a-z, ]+?)( \(as set\))? +│ +[\d.]+ │ +[\d.]+ │ +([\d.]+) │", shown)
+    assert {(axes, bool(here)) for axes, here, _ in ways} == {
+        ("sequence, tensor", True),
+        ("sequence", False),
+        ("tensor", False),
+        ("expert", False),
+    }
+    milliseconds = [float(each) for _, _, each in ways]
+    assert milliseconds == sorted(milliseconds)
+    assert re.search(r"room for other devices' tokens +│ +0\.0*[1-9]", shown)
+    for options, message in (
+        (["--experts", "data"], "strategy.experts = data: the mesh axis data holds replicas"),
+        (["--experts", "tensor", "--model", "debug"], "strategy.experts = tensor: this model has no experts"),
+        (
+            ["--expert-chunks", "2"],
+            "strategy.expert_chunks = 2 cuts what is sent to experts, and this mesh sends nothing",
+        ),
+        (["--experts", "tensor", "--expert-chunks", "3"], "strategy.expert_chunks = 3: use a multiple of 24"),
+    ):
+        with pytest.raises(UserError, match=message):
+            describe.main([*mesh, *options])
+
+
+@pytest.mark.parametrize(
+    ("axes", "over", "chunks", "capacity"),
+    [
+        ({"fsdp": 4, "tensor": 2}, "tensor", 4, None),
+        pytest.param({"fsdp": 8}, "fsdp", 1, None, marks=pytest.mark.slow),
+        pytest.param({"expert": 2, "tensor": 4}, "expert", 1, None, marks=pytest.mark.slow),
+        ({"fsdp": 2, "expert": 4}, "expert", 2, 1.5),
+    ],
+    ids=str,
+)
+def test_room_for_tokens_is_what_a_layer_keeps_beyond_even_loads(axes, over, chunks, capacity):
+    config = ModelConfig(
+        vocab_size=128,
+        width=32,
+        layers=1,
+        heads=4,
+        mlp_width=96,
+        experts=8,
+        experts_per_token=2,
+        expert_capacity=capacity,
+    ).for_platform("cpu")
+    layout = parallel.Layout(
+        parallel.make_mesh(**{"data": 1} | axes), parallel.strategy(experts=(over,), expert_chunks=chunks)
+    )
+    length, rows = 64, 4 * layout.batch_shards
+    session, plan, _ = planned_session(
+        config, layout, batch_size=rows, microbatches=1, sequence_length=length, platform="cpu"
+    )
+    structure, state = nnx.split(nnx.eval_shape(lambda: Moe(config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
+    x_BTD = jax.ShapeDtypeStruct((rows, length, config.width), jnp.float32)
+
+    def residuals(state, x_BTD):
+        return jax.vjp(lambda state, x_BTD: nnx.merge(structure, state)(x_BTD, layout)[0], state, x_BTD)[1]
+
+    whole = over == "tensor"
+    inner = config.expert_size // (1 if whole else layout.sizes["tensor"])
+    kept = [x.shape for x in jax.tree.leaves(jax.eval_shape(residuals, state, x_BTD)) if x.ndim == 2]
+    slots, again, tokens = (sum(n for n, width in kept if width == each) for each in (inner, 2 * inner, config.width))
+    assert slots == again <= tokens  # and tokens back from their experts
+    even = config.experts_per_token * rows * length * (1 if whole else layout.sizes["tensor"])
+    more = (slots - even) / layout.mesh.size
+    assert slot_bytes(session, plan) == pytest.approx(more * (config.width + 3 * inner) * 4)
 
 
 def test_more_devices_along_tensor_than_key_heads_hold_copies(capsys):
