@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from crescendo.experiments.benchmarks import beside, peers
+from crescendo.experiments.benchmarks import beside, experts, peers
 from crescendo.experiments.benchmarks.optimizers import PEERS, optimizer_table
 from crescendo.experiments.benchmarks.profile import kernel_flops, profile_of, profile_table, write
 from crescendo.experiments.benchmarks.scaling import KINDS, scaling_table
@@ -22,6 +22,8 @@ from crescendo.models import ModelConfig
 from crescendo.models.config import PRESETS
 from crescendo.models.low_precision import RECIPES
 from crescendo.pallas_kernels.console import output_console
+from crescendo.parallel import STRATEGIES, MeshSpec
+from crescendo.parallel.mesh import AXES
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.benchmark train debug
@@ -30,6 +32,7 @@ EXAMPLES = """examples:
   python -m crescendo.experiments.benchmark train 124m --peer torch --peer jax --json beside.json
   python -m crescendo.experiments.benchmark noise-scale 30m --batch-size 32
   python -m crescendo.experiments.benchmark scaling 124m data fsdp tensor --batch-size 32 --profile
+  python -m crescendo.experiments.benchmark experts moe-300m --fsdp 2 --tensor 4 --batch-size 4 --chunks 1 2 4
   python -m crescendo.experiments.benchmark optim adamw lion lamb --preset 1b"""
 
 
@@ -69,6 +72,17 @@ def parser() -> argparse.ArgumentParser:
     scaling.add_argument("--batch-size", type=int, default=32, help="of one device, in examples (default 32)")
     scaling.add_argument("--steps", type=int, default=20, help="timed steps (default 20)")
     scaling.add_argument("--profile", action="store_true", help="the time in collectives, and what hides none of it")
+    ways = commands.add_parser("experts", help="every way to split experts over a mesh, tokens sent in chunks")
+    ways.add_argument("preset", choices=list(PRESETS), metavar="PRESET", help=", ".join(PRESETS))
+    for axis in AXES:
+        default = {"data": 1, "fsdp": -1}.get(axis, 1)
+        ways.add_argument(f"--{axis}", type=int, default=default, help=f"devices along {axis} (default {default})")
+    ways.add_argument("--strategy", default="fsdp", choices=list(STRATEGIES), help="(default fsdp)")
+    ways.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4], help="numbers of them (default 1 2 4)")
+    ways.add_argument("--sequence-length", type=int, default=1024, help="tokens in a row (default 1024)")
+    ways.add_argument("--batch-size", type=int, default=4, help="of a part of the batch, in examples (default 4)")
+    ways.add_argument("--steps", type=int, default=20, help="timed steps (default 20)")
+    ways.add_argument("--json", type=local_path, metavar="FILE", help="write the measurements there, as they come")
     optimizers = commands.add_parser("optim", help="one update, beside optax's own and the bandwidth bound")
     optimizers.add_argument("names", nargs="+", choices=list(PEERS), metavar="OPTIMIZER", help=", ".join(PEERS))
     optimizers.add_argument("--preset", default="1b", choices=list(PRESETS), help="whose parameters (default 1b)")
@@ -104,6 +118,25 @@ def _beside_peers(arguments: argparse.Namespace, console: Console) -> None:
         beside.write(arguments.json, compared)
 
 
+def _ways_of_experts(arguments: argparse.Namespace, console: Console) -> None:
+    """Prints a line as each way is measured, then the table."""
+    if arguments.json is not None:
+        check_writable(arguments.json.parent)
+    with user_values():
+        spec = MeshSpec(**{axis: getattr(arguments, axis) for axis in AXES})
+    model, ways = ModelConfig.preset(arguments.preset), list[experts.Way]()
+    rows = {name: getattr(arguments, name) for name in ("sequence_length", "batch_size", "steps")}
+    for way in experts.measured(model, spec, arguments.strategy, arguments.chunks, **rows):
+        ways.append(way)
+        said = f"{', '.join(way.experts)} in {way.chunks}: {1e3 * way.step_seconds:,.1f} ms"
+        console.print(said, highlight=False, soft_wrap=True)
+        if arguments.json is not None:
+            experts.keep(arguments.json, arguments.preset, spec, arguments.strategy, rows, ways)
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    of_rows = f"rows of {arguments.sequence_length}, {arguments.batch_size} a part of the batch"
+    console.print(experts.ways_table(f"{arguments.preset} on {devices}, {spec}, {of_rows}", ways))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     arguments = parser().parse_args(argv)
@@ -117,6 +150,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = {"sequence_length": arguments.sequence_length, "batch_size": arguments.batch_size}
     if arguments.command == "noise-scale":
         console.print(noise_scale_table(arguments.preset, **rows))
+        return
+    if arguments.command == "experts":
+        _ways_of_experts(arguments, console)
         return
     if arguments.command == "scaling":
         for kind in arguments.kinds:

@@ -335,6 +335,18 @@ class Split(NamedTuple):
     seconds: float | None
 
 
+def ways_to_split(sizes: dict[str, int], experts: int) -> list[tuple[str, ...]]:
+    """The axes of several devices along which so many experts can be split, every choice of them; none first.
+
+    >>> ways_to_split(dict(data=8, stage=1, fsdp=1, expert=1, sequence=2, tensor=4), experts=4)
+    [(), ('sequence',), ('tensor',)]
+    """
+    could = [axis for axis in AXES if axis not in NOT_OF_EXPERTS and sizes[axis] > 1]
+    needed = {"expert"} & {*could}  # or experts would be replicas along it
+    chosen = itertools.chain.from_iterable(itertools.combinations(could, n) for n in range(len(could) + 1))
+    return [axes for axes in chosen if needed <= {*axes} and experts % math.prod(sizes[axis] for axis in axes) == 0]
+
+
 def expert_splits(
     layout: Layout, arrays: Tree, logical_axes: Tree, work: Work, *, experts: int, links: Links | None = None
 ) -> list[Split]:
@@ -348,11 +360,8 @@ def expert_splits(
       experts: of a layer.
       links: of the devices; None: unknown.
     """
-    could = [axis for axis in AXES if axis not in NOT_OF_EXPERTS and layout.sizes[axis] > 1]
     found = []
-    for axes in itertools.chain.from_iterable(itertools.combinations(could, n) for n in range(len(could) + 1)):
-        if experts % math.prod(layout.sizes[axis] for axis in axes) or ("expert" in could and "expert" not in axes):
-            continue
+    for axes in ways_to_split(layout.sizes, experts):
         other = Layout(layout.mesh, layout.strategy.with_experts_over(axes)).with_heads(work.heads, work.kv_heads)
         sends = step_sends(other, arrays, logical_axes, work)
         rows, total = sum(size for _, _, size in _experts(other, work)), sum(size for _, _, size in sends)

@@ -64,6 +64,8 @@ ELSEWHERE = {
     "pipelineschedule|ppschedule": "a pipeline's schedule is strategy.schedule, with train.strategy = @strategy()",
     "virtual(pipeline(parallel)?|stages?|pp)(size)?|vpp(size)?|numlayerspervirtualpipelinestage": "parts of a stage's "
     "layers are strategy.chunks, with strategy.schedule = 'interleaved' and train.strategy = @strategy()",
+    "expert(model)?parallel(ism)?(size)?|ep(size)?": "devices that share the experts are mesh.expert, or any axes of "
+    "strategy.experts, with train.mesh = @mesh() and train.strategy = @strategy()",
     "skip(ped|ping)?(stages?|ratio|share)?": "a microbatch goes through one of so many stages with strategy.one_of",
     "zero(stage)?|fsdp|sharding(strategy)?|deepspeed": "what is split over the devices is train.strategy, such as "
     "'fsdp' or 'zero1'",

@@ -32,6 +32,25 @@ def test_scaling_compares_with_one_device(capsys):
     assert megabytes[0] == 0 < megabytes[1]
 
 
+@pytest.mark.slow
+def test_every_way_to_split_experts_is_measured_and_kept(tmp_path, capsys):
+    options = ["--sequence-length", "32", "--batch-size", "1", "--steps", "1", "--chunks", "1", "2"]
+    main(["benchmark", "experts", "moe-debug", "--fsdp", "8", *options, "--json", str(tmp_path / "ways.json")])
+    kept = json.loads((tmp_path / "ways.json").read_text())
+    assert (kept["devices"], kept["mesh"], kept["strategy"]) == (8, "data = 1, fsdp = 8", "fsdp")
+    ways = {(*way["experts"], way["chunks"]) for way in kept["ways"]}
+    assert ways == {("expert", 1), ("fsdp", 1), ("fsdp", 2)}  # the first sends no tokens: one chunk
+    seconds = [way["step_seconds"] for way in kept["ways"]]
+    assert seconds == sorted(seconds)
+    shown = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert shown == [", ".join(way["experts"]) for way in kept["ways"]]
+
+
+def test_ways_to_split_experts_are_of_a_model_that_has_some():
+    with pytest.raises(UserError, match="this preset has no experts: name one that has, such as moe-300m"):
+        main(["benchmark", "experts", "debug"])
+
+
 def test_an_unknown_kind_is_named():
     with pytest.raises(UserError, match=r"'dta'.* data, zero1"):
         main(["benchmark", "scaling", "debug", "dta"])
