@@ -331,11 +331,16 @@ class Layout:
         if self.mesh.size == 1:
             return function(*tokens, *map(self.weight, kernels, names))
         held, unsplit, rows = self.strategy.parameters, self._unsplit(), ("batch", "residual_length", None)
-        axes, chunks = self.expert_axes, self.strategy.expert_chunks
-        gathers = [spec_entries(held, of, unsplit | {*axes, "tensor"}) for of in names]
-        how = {"gathers": gathers, "tensor": "tensor" not in {*unsplit, *axes}, "axes": axes, "chunks": chunks}
-        ragged = isinstance(self.mesh, Mesh) and self.mesh.devices.flat[0].platform != "cpu"  # XLA's CPUs have none
-        local = functools.partial(experts.on_device, function, ragged=ragged, **how)
+        local = functools.partial(
+            experts.on_device,
+            function,
+            gathers=[spec_entries(held, of, unsplit | {*self.expert_axes, "tensor"}) for of in names],
+            tensor="tensor" not in {*unsplit, *self.expert_axes},
+            axes=self.expert_axes,
+            chunks=self.strategy.expert_chunks,
+            # XLA has none for CPUs.
+            ragged=isinstance(self.mesh, Mesh) and self.mesh.devices.flat[0].platform != "cpu",
+        )
         inputs = (*(rows for _ in tokens), *names)
         return self._by_device(local, inputs, rows, table=ACTIVATIONS | held)(*tokens, *kernels)
 

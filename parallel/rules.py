@@ -100,8 +100,9 @@ class Strategy:
                 could = alternatives(each for each in AXES if each not in NOT_OF_EXPERTS)
                 raise ValueError(f"strategy.experts = {shown}: {why}; experts can be split along {could}")
         entry = {"experts": tuple(axis for axis in AXES if axis in axes)}
-        tables = {name: getattr(self, name) | entry for name in ("parameters", "gradients", "optimizer")}
-        return dataclasses.replace(self, **tables)
+        return dataclasses.replace(
+            self, parameters=self.parameters | entry, gradients=self.gradients | entry, optimizer=self.optimizer | entry
+        )
 
     @property
     def deferred(self) -> tuple[str, ...]:
@@ -174,9 +175,8 @@ def strategy(
     ('fsdp', 'expert', 'sequence')
     """
     Schedule(schedule, stages=one_of, chunks=chunks, one_of=one_of)  # refuses what it has no use for
-    settings = {"ulysses": ulysses, "schedule": schedule, "chunks": chunks, "one_of": one_of}
-    chosen = dataclasses.replace(STRATEGIES[name], **settings, expert_chunks=expert_chunks)
-    return chosen.with_experts_over(experts)
+    chosen = dataclasses.replace(STRATEGIES[name], ulysses=ulysses, schedule=schedule, chunks=chunks, one_of=one_of)
+    return dataclasses.replace(chosen.with_experts_over(experts), expert_chunks=expert_chunks)
 
 
 def spec_entries(table: Table, names: tuple[str | None, ...], without: frozenset[str] = frozenset()) -> list:

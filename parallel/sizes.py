@@ -12,7 +12,7 @@ def divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
 
 
-def alternatives(numbers: Iterable[int]) -> str:
+def alternatives(numbers: Iterable[int] | Iterable[str]) -> str:
     """In words.
 
     >>> alternatives([1, 2, 4]), alternatives([3])

@@ -60,9 +60,10 @@ def slot_bytes(session: Session, plan: parallel.BatchPlan) -> float:
       session, plan: as `activation_bytes` takes them.
     """
     layout, sizes = session.layout, session.layout.sizes
-    if not layout.expert_axes:
+    config = getattr(session.task, "config", None)
+    if config is None or not layout.expert_axes:
         return 0.0
-    config, length, chunks = session.task.config, session.task.units_per_example, layout.strategy.expert_chunks
+    length, chunks = session.task.units_per_example, layout.strategy.expert_chunks
     devices, whole = math.prod(sizes[axis] for axis in layout.expert_axes), "tensor" in layout.expert_axes
     rows = plan.microbatch_examples // layout.batch_shards
     tokens = length // sizes["sequence"] // (sizes["tensor"] if whole else 1)

@@ -105,8 +105,9 @@ def plan_run(
     if (schedule := session.layout.schedule) is not None:
         say(stages_line(session.layout, schedule, plan, session.parameters, task.logical_axes()))
     console.print(memory_table(parts))
-    if session.layout.mesh.size > 1 and getattr(getattr(task, "config", None), "sparse_layers", 0):
-        work = step_work(task.config, plan, task.units_per_example)
+    config: Any = getattr(task, "config", None)
+    if session.layout.mesh.size > 1 and getattr(config, "experts", None) is not None:
+        work = step_work(config, plan, task.units_per_example)
         if (splits := experts_table(session, work, hardware.known_device(kind.device_kind))) is not None:
             console.print(splits)
     if device is None:
