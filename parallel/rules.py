@@ -305,7 +305,7 @@ or experts = 8 or 16
     over = {axis: sizes[axis] for axis in plan.experts if sizes[axis] > 1}
     ways, shown = math.prod(over.values()), " x ".join(f"{axis} = {size}" for axis, size in over.items())
     if experts is None:
-        if plan.experts != TENSOR["experts"]:
+        if plan.experts not in ((), TENSOR["experts"]):
             raise ValueError(f"strategy.experts = {', '.join(plan.experts)}: this model has no experts: leave it out")
     elif sizes["expert"] > 1 and "expert" not in over:
         raise ValueError(
