@@ -89,7 +89,7 @@ def test_what_ways_to_split_experts_send_is_said(capsys):
 @pytest.mark.parametrize(
     ("axes", "over", "chunks", "capacity"),
     [
-        ({"fsdp": 4, "tensor": 2}, "tensor", 4, None),
+        pytest.param({"fsdp": 4, "tensor": 2}, "tensor", 4, None, marks=pytest.mark.slow),
         pytest.param({"fsdp": 8}, "fsdp", 1, None, marks=pytest.mark.slow),
         pytest.param({"expert": 2, "tensor": 4}, "expert", 1, None, marks=pytest.mark.slow),
         ({"fsdp": 2, "expert": 4}, "expert", 2, 1.5),
