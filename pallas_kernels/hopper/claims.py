@@ -80,7 +80,7 @@ class Claims:
             if counter is None:
                 refs["numbers"][slot] = block + n * self.blocks
             else:
-                _claim(self.blocks)(counter, refs["numbers"].at[pl.ds(slot, 1)])
+                _claim(self.blocks)(counter, refs["numbers"].at[pl.ds(slot, 1)], jnp.int32(tiles - 1))
             plgpu.barrier_arrive(refs["full"].at[slot])
 
         @pl.when(warpgroup == self.consumers)
@@ -117,18 +117,22 @@ class Claims:
 
 
 def _claim(first: int) -> Callable:
-    """`(counter, number)`: the number is `first` and the counter, which one of all goes up by 1."""
+    """`(counter, number, last)`: the number is `first` and the counter, which one of all goes up by 1.
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-    def claim(_, counter, number):
+    Behind `last` it is 0 again. A launch claims as often as there are tiles, and so leaves the counter as it found it:
+    XLA sets it to 0 before each, but where that was seen to fail tiles were skipped, and no one was told.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def claim(_, counter, number, last):
         from jax.experimental.mosaic.gpu import utils
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import arith, memref
 
         i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
         with utils.single_thread(scope=utils.ThreadSubset.WARPGROUP):
-            place = utils.memref_ptr(counter)
-            before = utils.inline_ptx("atom.add.u32 $0, [$1], 1;", place, result_types=i32, has_side_effects=True)
+            given = utils.memref_ptr(counter), last.registers.item()
+            before = utils.inline_ptx("atom.inc.u32 $0, [$1], $2;", *given, result_types=i32, has_side_effects=True)
             value = arith.addi(before, utils.c(first, i32))
             memref.store(value, number, [utils.c(0, index)])
 
