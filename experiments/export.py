@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from crescendo.experiments.runs import hf, trained
+from crescendo.experiments.runs.hf_config import FORMATS, format_of
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.errors import UserError
@@ -24,8 +25,8 @@ Then, with Hugging Face's library: AutoModelForCausalLM.from_pretrained("runs/lm
 def export(run: Path, out: Path, at: int | None = None) -> hf.ModelConfig:
     """Writes a checkpoint of a run as a folder that `transformers` reads; returns the decoder's shape.
 
-    The checkpoint is the newest, or that of `at` examples. Queries and keys that are normalised make it a Qwen3 model,
-    otherwise it is a Llama model. Weights are float32.
+    The checkpoint is the newest, or that of `at` examples. What kind of a model it is, `runs.hf_config.format_of` says.
+    Weights are float32.
 
     Raises:
       UserError: for a folder without a checkpoint, a model that the format can't hold, or a place that is taken.
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = arguments.out or arguments.run / ("hf" if arguments.at is None else f"hf-{arguments.at}")
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
     config = export(arguments.run, out, arguments.at)
-    kind = "Qwen3" if config.qk_norm else "Llama"
+    kind = FORMATS[format_of(config)].name
     plain_console().print(f"{out}: a {kind} model of {config.layers} layers", highlight=False, soft_wrap=True)
 
 

@@ -18,14 +18,18 @@ from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import local_path
 from crescendo.experiments.trainer.training import train
+from crescendo.models.config import EXPERT_FIELDS, SPEED_FIELDS
 
 EXAMPLES = """examples:
   python -m crescendo.experiments.import_hf downloads/SmolLlama --config lm_30m.gin \\
     --set 'text_files.paths = ["books/*.txt"]' --peak 3e-4
   python -m crescendo.experiments.import_hf runs/lm_30m/hf --config lm_30m.gin --run runs/continued
 
-The folder holds config.json, *.safetensors and tokenizer.json (a Llama or Qwen3 model). The same command goes on where
-an interrupted run stopped."""
+The folder holds config.json, *.safetensors and tokenizer.json (a Llama, Qwen3, Mixtral or Qwen3-MoE model). The same
+command goes on where an interrupted run stopped."""
+
+_LEFT = ("vocab_size", *SPEED_FIELDS, "dropout", "z_loss", "balance_loss", "router_z_loss")
+"""The fields of a model that its folder doesn't say: the data's, and those that ask something of training alone."""
 
 
 def bindings(folder: Path, peak: float) -> list[str]:
@@ -39,8 +43,9 @@ def bindings(folder: Path, peak: float) -> list[str]:
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json; copy there the one that the model was trained with")
     config = hf.read_config(folder)
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    decided = {name: value for name, value in fields.items() if value is not None and name != "vocab_size"}
+    left = {*_LEFT, *(EXPERT_FIELDS if config.experts is None else ())}
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in left}
+    decided = {name: value for name, value in fields.items() if value is not None}
     return [
         f"train.initialize_from = {str(folder)!r}",
         f"text_data.tokenizer = {str(folder / 'tokenizer.json')!r}",
@@ -57,7 +62,7 @@ def _asks_for_a_rate(optimizer: str) -> bool:
 
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
-    result = configurables.parser("Go on training a Llama or Qwen3 model with other text.", EXAMPLES)
+    result = configurables.parser("Go on training a model in Hugging Face's format with other text.", EXAMPLES)
     result.add_argument(
         "folder", type=local_path, metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json"
     )

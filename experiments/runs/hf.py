@@ -1,4 +1,4 @@
-"""Decoders in the format of Hugging Face's transformers: Llama, or Qwen3 where queries and keys are normalised.
+"""Decoders in the format of Hugging Face's transformers: Llama or Qwen3, with experts Mixtral or Qwen3Moe.
 
 They differ from `crescendo.models` in names and in the layout of matrices: theirs are outputs x inputs, one tensor a
 layer, with a head's rows together.
@@ -7,14 +7,14 @@ layer, with a head's rows together.
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
-from crescendo.experiments.runs.hf_config import hf_config, model_config
+from crescendo.experiments.runs.hf_config import format_of, hf_config, model_config
 from crescendo.experiments.runtime import schemas
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import file_access
@@ -35,16 +35,23 @@ class _Index(schemas.Schema):
 
 @dataclasses.dataclass(frozen=True)
 class _Matrix:
-    """A tensor of one layer: our name and shape `inputs + outputs`, theirs `[outputs, inputs]`."""
+    """A tensor of a layer, or of each of its experts: our name and `inputs + outputs`, theirs and `[outputs, inputs]`."""
 
     ours: tuple[str, ...]
     theirs: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...] = ()  # none: a vector, the same in both
+    experts: int | None = None  # each has a number in `theirs`
+
+    def names(self, layers: Iterable[int]) -> Iterator[str]:
+        """Their names, in our order."""
+        for layer in layers:
+            for expert in range(self.experts or 1):
+                yield f"model.layers.{layer}.{self.theirs.format(expert)}.weight"
 
 
-def _layer(config: ModelConfig) -> Iterator[_Matrix]:
-    width, inner = (config.width,), (config.mlp_width,)
+def _layer(config: ModelConfig, sparse: bool) -> Iterator[_Matrix]:
+    width = (config.width,)
     queries, keys = (config.heads, config.head_size), (config.kv_heads, config.head_size)
     yield _Matrix(("attention_norm", "scale"), "input_layernorm", width)
     yield _Matrix(("attention", "query", "kernel"), "self_attn.q_proj", width, queries)
@@ -55,9 +62,36 @@ def _layer(config: ModelConfig) -> Iterator[_Matrix]:
         yield _Matrix(("attention", "query_norm", "scale"), "self_attn.q_norm", (config.head_size,))
         yield _Matrix(("attention", "key_norm", "scale"), "self_attn.k_norm", (config.head_size,))
     yield _Matrix(("mlp_norm", "scale"), "post_attention_layernorm", width)
+    yield from _of_experts(config) if sparse else _feed_forward(config)
+
+
+def _feed_forward(config: ModelConfig) -> Iterator[_Matrix]:
+    width, inner = (config.width,), (config.mlp_width,)
     yield _Matrix(("mlp", "gate", "kernel"), "mlp.gate_proj", width, inner)
     yield _Matrix(("mlp", "up", "kernel"), "mlp.up_proj", width, inner)
     yield _Matrix(("mlp", "down", "kernel"), "mlp.down_proj", inner, width)
+
+
+def _of_experts(config: ModelConfig) -> Iterator[_Matrix]:
+    assert config.experts is not None
+    width, inner, experts = (config.width,), (config.expert_size,), config.experts
+    mixtral = format_of(config) == "mixtral"
+    place, gate, up, down = (
+        ("block_sparse_moe", "w1", "w3", "w2") if mixtral else ("mlp", "gate_proj", "up_proj", "down_proj")
+    )
+    yield _Matrix(("mlp", "router", "kernel"), f"{place}.gate", width, (experts,))
+    yield _Matrix(("mlp", "gate"), f"{place}.experts.{{}}.{gate}", width, inner, experts)
+    yield _Matrix(("mlp", "up"), f"{place}.experts.{{}}.{up}", width, inner, experts)
+    yield _Matrix(("mlp", "down"), f"{place}.experts.{{}}.{down}", inner, width, experts)
+
+
+def _stacks(config: ModelConfig) -> Iterator[tuple[tuple[str, ...], _Matrix, range]]:
+    """Where our parameters have the matrices of several layers, and the numbers of these."""
+    every = config.moe_every
+    for first in range(every):
+        place = ("blocks",) if every == 1 else ("blocks", f"layer_{first}")
+        for matrix in _layer(config, sparse=config.experts is not None and first == every - 1):
+            yield (*place, *matrix.ours), matrix, range(first, config.layers, every)
 
 
 def _rest(config: ModelConfig) -> dict[tuple[str, ...], str]:
@@ -84,52 +118,55 @@ def _set(tree: dict, path: tuple[str, ...], value: np.ndarray) -> None:
 def hf_tensors(config: ModelConfig, parameters: Mapping) -> dict[str, np.ndarray]:
     """The tensors of `model.safetensors`, float32, from a model's parameters."""
     tensors = {name: np.asarray(_get(parameters, path)) for path, name in _rest(config).items()}
-    for matrix in _layer(config):
-        stacked = np.asarray(_get(parameters["blocks"], matrix.ours))
-        for layer, array in enumerate(stacked):
+    for path, matrix, layers in _stacks(config):
+        arrays = np.asarray(_get(parameters, path)).reshape(-1, *matrix.inputs, *matrix.outputs)
+        for name, array in zip(matrix.names(layers), arrays, strict=True):
             if matrix.outputs:
                 array = array.reshape(int(np.prod(matrix.inputs)), -1).T
-            tensors[f"model.layers.{layer}.{matrix.theirs}.weight"] = np.ascontiguousarray(array)
+            tensors[name] = np.ascontiguousarray(array)
     return tensors
 
 
-def model_parameters(config: ModelConfig, tensors: Mapping[str, np.ndarray], origin: str) -> dict:
+def model_parameters(config: ModelConfig, tensors: dict[str, np.ndarray], origin: str) -> dict:
     """A model's parameters, float32 in nested dicts, from the tensors of a folder.
+
+    Args:
+      config: the model's.
+      tensors: by name; taken out as they are used, so that the model isn't in memory twice.
+      origin: the folder, for messages.
 
     Raises:
       UserError: for a tensor that is missing, of another shape than the configuration makes it, or not used. Of a model
         that reads and writes with one table that table may be there twice.
     """
-    unused = dict(tensors)
 
     def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if name not in tensors:
             raise UserError(f"{origin} has no tensor {name}")
         if tensors[name].shape != shape:
             raise UserError(f"{origin}: {name} has the shape {tensors[name].shape}, its config.json says {shape}")
-        return np.asarray(unused.pop(name), np.float32)
+        return np.asarray(tensors.pop(name), np.float32)
 
     parameters: dict = {}
     for path, name in _rest(config).items():
         size = (config.width,) if path[-1] == "scale" else (config.vocab_size, config.width)
         _set(parameters, path, tensor(name, size))
-    blocks: dict = {}
-    for matrix in _layer(config):
+    for path, matrix, layers in _stacks(config):
         inputs, outputs = int(np.prod(matrix.inputs)), int(np.prod(matrix.outputs))
         shape = (outputs, inputs) if matrix.outputs else matrix.inputs
-        layers = [tensor(f"model.layers.{i}.{matrix.theirs}.weight", shape) for i in range(config.layers)]
-        stacked = [x.T.reshape(matrix.inputs + matrix.outputs) if matrix.outputs else x for x in layers]
-        _set(blocks, matrix.ours, np.stack(stacked))
-    for name, array in unused.items():
+        stacked = np.stack([tensor(name, shape).T for name in matrix.names(layers)])
+        leading = (len(layers),) if matrix.experts is None else (len(layers), matrix.experts)
+        _set(parameters, path, stacked.reshape(*leading, *matrix.inputs, *matrix.outputs))
+    for name, array in tensors.items():
         if name == "lm_head.weight" and config.tied_head:
-            if not np.array_equal(array, tensors["model.embed_tokens.weight"]):
+            if not np.array_equal(array, parameters["embedding"]["table"]):
                 raise UserError(
                     f"{origin}: its config.json says tie_word_embeddings, but lm_head.weight is not "
                     "model.embed_tokens.weight: set that to false, or remove the tensor that is not the model's"
                 )
         elif not _is_rotary(config, name, array):
             raise UserError(f"{origin} has a tensor {name} of {array.shape}, which the decoder here has no use for")
-    return parameters | {"blocks": blocks}
+    return parameters
 
 
 def _is_rotary(config: ModelConfig, name: str, array: np.ndarray) -> bool:

@@ -1,21 +1,19 @@
-"""The `config.json` of Hugging Face's transformers, and the decoder that it describes: Llama, or Qwen3.
+"""The `config.json` of Hugging Face's transformers, and the decoder that it describes: one of `FORMATS`.
 
-The two differ in that alone that Qwen3's queries and keys are normalised. What a file asks for and the decoder here
-doesn't do is refused by name, and so is what isn't known.
+Llama and Qwen3 differ in that alone that Qwen3's queries and keys are normalised, and so do Mixtral and Qwen3Moe, which
+have experts. What a file asks for and the decoder here doesn't do is refused by name, and so is what isn't known.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from crescendo.experiments.runtime import schemas
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.text import visible
 from crescendo.models import ModelConfig
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-KNOWN_ARCHITECTURES = {name for kind in ("Llama", "Qwen3") for name in (f"{kind}ForCausalLM", f"{kind}Model")}
 # What a folder may ask for that the decoder here doesn't do, by the value that means nothing is asked for.
 WRITTEN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "use_sliding_window": False}
 PLAIN = WRITTEN | {
@@ -49,8 +47,10 @@ _Tokens = Annotated[Any, AfterValidator(_check_tokens)]
 class HFConfig(schemas.Schema):
     """What is understood of a `config.json`, but for `PLAIN` and for what is null, which is as if it weren't there."""
 
+    plain: ClassVar[dict[str, Any]] = PLAIN
+
     # What the decoder is made of.
-    model_type: Literal["llama", "qwen3"]
+    model_type: str
     vocab_size: _Size
     hidden_size: _Size
     intermediate_size: _Size
@@ -88,8 +88,126 @@ class HFConfig(schemas.Schema):
     output_hidden_states: bool | None = None
     torchscript: bool | None = None
 
+    @classmethod
+    def known(cls) -> set[str]:
+        """The settings that a file may have."""
+        return {field.alias or name for name, field in cls.model_fields.items()} | cls.plain.keys()
 
-KNOWN = {field.alias or name for name, field in HFConfig.model_fields.items()} | PLAIN.keys()
+    def of_experts(self) -> dict[str, Any]:
+        """The decoder's fields that are about experts."""
+        return {}
+
+
+class _Experts(HFConfig):
+    """What files of models with experts have besides; of `num_experts` the other name is `num_local_experts`."""
+
+    num_experts: _Size
+    num_experts_per_tok: _Size
+    # What only training asks.
+    output_router_logits: bool | None = None
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = None
+
+    def of_experts(self) -> dict[str, Any]:
+        """The decoder's fields that are about experts."""
+        chosen = {"experts": self.num_experts, "experts_per_token": self.num_experts_per_tok}
+        return chosen | {"expert_width": self.intermediate_size}
+
+
+class MixtralConfig(_Experts):
+    """What is understood of Mixtral's, whose windows are used wherever they have a width."""
+
+    plain: ClassVar[dict[str, Any]] = PLAIN | {"sliding_window": None, "router_jitter_noise": 0.0}
+
+    rope_theta: _Positive = 1_000_000.0
+
+    @model_validator(mode="after")
+    def _has_our_weights(self) -> Self:
+        if self.num_experts_per_tok == 1:
+            raise ValueError(
+                "num_experts_per_tok = 1 can't be imported: Mixtral gives a token's only expert the weight 1, the "
+                "decoder here its share"
+            )
+        return self
+
+
+class Qwen3MoeConfig(_Experts):
+    """What is understood of Qwen3Moe's, where some layers may have no experts."""
+
+    plain: ClassVar[dict[str, Any]] = PLAIN | {"mlp_only_layers": []}
+
+    moe_intermediate_size: _Size
+    decoder_sparse_step: _Layers = 1
+    norm_topk_prob: bool = False
+
+    @model_validator(mode="after")
+    def _has_our_weights(self) -> Self:
+        if self.norm_topk_prob != (self.num_experts_per_tok > 1):
+            raise ValueError(
+                f"norm_topk_prob = {self.norm_topk_prob} can't be imported with num_experts_per_tok = "
+                f"{self.num_experts_per_tok}: the decoder here divides the shares of several experts by their sum, and "
+                "takes that of one as it is"
+            )
+        return self
+
+    def of_experts(self) -> dict[str, Any]:
+        """The decoder's fields that are about experts."""
+        layers = {"moe_every": self.decoder_sparse_step, "expert_width": self.moe_intermediate_size}
+        return super().of_experts() | layers
+
+
+class Format(NamedTuple):
+    """One of transformers' models.
+
+    Attributes:
+      name: as its classes have it.
+      schema: of its `config.json`.
+    """
+
+    name: str
+    schema: type[HFConfig]
+
+
+FORMATS = {
+    "llama": Format("Llama", HFConfig),
+    "qwen3": Format("Qwen3", HFConfig),
+    "mixtral": Format("Mixtral", MixtralConfig),
+    "qwen3_moe": Format("Qwen3Moe", Qwen3MoeConfig),
+}
+"""By `model_type`."""
+
+
+def format_of(config: ModelConfig) -> str:
+    """The key of `FORMATS` that holds a decoder.
+
+    Raises:
+      UserError: for a decoder that none holds.
+
+    >>> format_of(ModelConfig()), format_of(ModelConfig(experts=8, qk_norm=False))
+    ('qwen3', 'mixtral')
+    """
+    kinds = ("llama", "qwen3") if config.experts is None else ("mixtral", "qwen3_moe")
+    without, normalised = (FORMATS[kind].name for kind in kinds)
+    for name in ("logit_soft_cap", "router", "balance", "shared_expert_width", "expert_capacity"):
+        value, held = getattr(config, name), getattr(ModelConfig, name)
+        if value != held:
+            raise UserError(
+                f"model.{name} = {value!r}: neither {without} nor {normalised} has that; only a model trained with "
+                f"{held!r} can be exported"
+            )
+    if config.qk_norm or config.experts is None:
+        return kinds[config.qk_norm]
+    if config.moe_every > 1:
+        raise UserError(
+            f"model.moe_every = {config.moe_every} without model.qk_norm: {without} has experts in every layer, and "
+            f"{normalised} normalises queries and keys; only a model trained with 1, or with qk_norm, can be exported"
+        )
+    if config.experts_per_token == 1:
+        raise UserError(
+            f"model.experts_per_token = 1 without model.qk_norm: {without} gives a token's only expert the weight 1, "
+            f"not its share, and {normalised} normalises queries and keys; only a model trained with at least 2, or "
+            "with qk_norm, can be exported"
+        )
+    return "mixtral"
 
 
 def hf_config(config: ModelConfig, *, end_of_text: int, max_length: int) -> dict[str, Any]:
@@ -101,28 +219,20 @@ def hf_config(config: ModelConfig, *, end_of_text: int, max_length: int) -> dict
       max_length: the longest row trained on.
 
     Raises:
-      UserError: for a decoder that neither format can hold.
+      UserError: for a decoder that none of `FORMATS` holds.
 
     >>> hf_config(ModelConfig(), end_of_text=256, max_length=128)["model_type"]
     'qwen3'
     """
-    if config.logit_soft_cap is not None:
-        raise UserError(
-            f"model.logit_soft_cap = {config.logit_soft_cap}: neither Llama nor Qwen3 caps its logits; "
-            "only a model trained with None can be exported"
-        )
-    if config.experts is not None:
-        raise UserError(
-            f"model.experts = {config.experts}: neither Llama nor Qwen3 has experts; only a model without any can be "
-            "exported"
-        )
-    kind = "qwen3" if config.qk_norm else "llama"
+    kind = format_of(config)
+    # A model whose layers all have experts knows no other feed-forward part.
+    inner = config.expert_size if kind == "mixtral" else config.mlp_width
     content = {
-        "architectures": [ARCHITECTURES[kind]],
+        "architectures": [f"{FORMATS[kind].name}ForCausalLM"],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
+        "intermediate_size": inner,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
@@ -135,8 +245,20 @@ def hf_config(config: ModelConfig, *, end_of_text: int, max_length: int) -> dict
         "eos_token_id": end_of_text,
         "torch_dtype": "float32",
     }
-    written = schemas.checked(content, HFConfig, "the model").model_dump(exclude_unset=True)
-    return written | {"rope_scaling": None} | WRITTEN
+    if kind == "mixtral":
+        content |= {"num_local_experts": config.experts, "num_experts_per_tok": config.experts_per_token}
+    elif kind == "qwen3_moe":
+        content |= {
+            "num_experts": config.experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "norm_topk_prob": config.experts_per_token > 1,
+            "moe_intermediate_size": config.expert_size,
+            "decoder_sparse_step": config.moe_every,
+            "mlp_only_layers": [],
+        }
+    content |= {"rope_scaling": None} | WRITTEN
+    _checked(content, "the model")
+    return content
 
 
 def model_config(content: Mapping[str, Any], origin: str) -> ModelConfig:
@@ -151,16 +273,8 @@ def model_config(content: Mapping[str, Any], origin: str) -> ModelConfig:
     ... )
     True
     """
-    kind = content.get("model_type")
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise UserError(f"{origin}: model_type = {kind!r:.99} can't be imported; {' and '.join(ARCHITECTURES)} can")
-    settings = _settings(content, origin)
-    _check_used(settings, origin)
-    read = schemas.checked({n: x for n, x in settings.items() if n not in PLAIN}, HFConfig, origin)
-    if not set(read.architectures or ()) <= KNOWN_ARCHITECTURES:
-        raise UserError(
-            f"{origin}: architectures = {read.architectures!r:.99} can't be imported; {ARCHITECTURES[kind]} can"
-        )
+    read = _checked(content, origin)
+    kind = read.model_type
     # Qwen3's heads are 128 wide unless the file says otherwise.
     head_width = read.head_dim or (128 if kind == "qwen3" else None)
     try:
@@ -172,18 +286,39 @@ def model_config(content: Mapping[str, Any], origin: str) -> ModelConfig:
             kv_heads=read.num_key_value_heads or read.num_attention_heads,
             mlp_width=read.intermediate_size,
             head_width=head_width or read.hidden_size // read.num_attention_heads,
-            qk_norm=kind == "qwen3",
+            qk_norm=kind in ("qwen3", "qwen3_moe"),
             tied_head=read.tie_word_embeddings,
             rope_theta=float(read.rope_theta),
             norm_epsilon=read.rms_norm_eps,
+            **read.of_experts(),
         )
     except ValueError as error:
         raise UserError(f"{origin}: {error}") from None
 
 
+def _checked(content: Mapping[str, Any], origin: str) -> HFConfig:
+    """A file's settings, each of them one that the decoder has, or one that changes nothing."""
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in FORMATS:
+        raise UserError(f"{origin}: model_type = {kind!r:.99} can't be imported; {', '.join(FORMATS)} can")
+    settings, schema = _settings(content, origin), FORMATS[kind].schema
+    _check_used(settings, schema, origin)
+    read = schemas.checked({n: x for n, x in settings.items() if n not in schema.plain}, schema, origin)
+    known = {f"{of.name}{what}" for of in FORMATS.values() for what in ("ForCausalLM", "Model")}
+    if not set(read.architectures or ()) <= known:
+        raise UserError(
+            f"{origin}: architectures = {read.architectures!r:.99} can't be imported; {FORMATS[kind].name}ForCausalLM "
+            "can"
+        )
+    return read
+
+
 def _settings(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """What a file asks for, without what is null; the rotary settings of all places where files have them, together."""
-    settings = {name: value for name, value in content.items() if value is not None}
+    """What a file asks for, without what is null; what files have in several places, or by two names, together."""
+    settings: dict[str, Any] = {}
+    for name, value in content.items():
+        if value is not None:
+            _add(settings, "num_experts" if name == "num_local_experts" else name, value, origin)
     layers = settings.get("layer_types")
     if isinstance(layers, list) and all(layer == "full_attention" for layer in layers):
         del settings["layer_types"]
@@ -192,20 +327,23 @@ def _settings(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
         if not isinstance(rotary, Mapping):
             raise UserError(f"{origin}: {place} = {rotary!r:.99} is no object")
         for name, value in rotary.items():
-            name = "rope_type" if name == "type" else name
-            if value is not None and settings.setdefault(name, value) != value:
-                raise UserError(
-                    f"{origin}: {name} is both {settings[name]!r:.99} and {value!r:.99}: leave the right one"
-                )
+            if value is not None:
+                _add(settings, "rope_type" if name == "type" else name, value, origin)
     return settings
 
 
-def _check_used(settings: Mapping[str, Any], origin: str) -> None:
+def _add(settings: dict[str, Any], name: str, value: Any, origin: str) -> None:
+    if (there := settings.setdefault(name, value)) is not value and there != value:
+        raise UserError(f"{origin}: {name} is both {there!r:.99} and {value!r:.99}: leave the right one")
+
+
+def _check_used(settings: Mapping[str, Any], schema: type[HFConfig], origin: str) -> None:
     """That every setting is one that the decoder has, or one that changes nothing."""
+    plain, known = schema.plain, schema.known()
     for name, value in settings.items():
-        if name in PLAIN and (value != PLAIN[name] or isinstance(value, bool) != isinstance(PLAIN[name], bool)):
-            raise UserError(f"{origin}: {name} = {value!r:.99} can't be imported; the decoder here has {PLAIN[name]!r}")
-        if name not in KNOWN:
+        if name in plain and (value != plain[name] or isinstance(value, bool) != isinstance(plain[name], bool)):
+            raise UserError(f"{origin}: {name} = {value!r:.99} can't be imported; the decoder here has {plain[name]!r}")
+        if name not in known:
             raise UserError(
                 f"{origin}: {visible(name):.99} = {value!r:.99} is not known to the decoder here: remove it from the "
                 "file if the model is the same without it"

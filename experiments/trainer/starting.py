@@ -20,8 +20,6 @@ from crescendo.models import ModelConfig, upcycling
 
 Tree = Any
 
-_OTHER_PARAMETERS = "has other parameters than this model: set model.qk_norm and model.tied_head to its own"
-
 
 def fresh_state(session: Session, initialize_from: str | None = None) -> TrainState:
     """The state at the begin of a run, with random parameters or those of a trained model.
@@ -34,15 +32,16 @@ def fresh_state(session: Session, initialize_from: str | None = None) -> TrainSt
     if initialize_from is None:
         return session.fresh_state()
     (folder, at), wanted = trained.named(initialize_from), session.abstract_state.parameters
-    is_run = (folder / "run.json").is_file()
-    fixed = read_run(folder).info.get("fixed", {}) if is_run else {}
-    upcycles_to = _upcycles_to(session, fixed.get("model", {}))
-    stored = wanted if upcycles_to is None else upcycling.dense_shapes(upcycles_to)
-    if is_run:
+    if (folder / "run.json").is_file():
+        fixed = read_run(folder).info.get("fixed", {})
+        upcycles_to = _upcycles_to(session, fixed.get("model", {}))
+        stored = wanted if upcycles_to is None else upcycling.dense_shapes(upcycles_to)
         shapes = stored_shapes(fixed.get("arrays", {}), stored, f"train.initialize_from = {initialize_from!r}")
         parameters, _ = trained.saved_parameters(folder, shapes, at)
     else:
-        parameters = trained.load(folder, at).parameters
+        model = trained.load(folder, at)
+        parameters, upcycles_to = model.parameters, _upcycles_to(session, model.config.identity)
+        stored = wanted if upcycles_to is None else upcycling.dense_shapes(upcycles_to)
 
     tokens = getattr(session.task.data, "vocab_size", 0)
 
@@ -64,8 +63,7 @@ def fresh_state(session: Session, initialize_from: str | None = None) -> TrainSt
             )
         return jax.device_put(have, want.sharding)
 
-    if _paths(parameters) != _paths(stored):
-        raise UserError(f"train.initialize_from = {initialize_from!r} {_OTHER_PARAMETERS}")
+    _check_alike(_paths(parameters), _paths(stored), f"train.initialize_from = {initialize_from!r}")
     if upcycles_to is not None:
         with user_values():
             parameters = upcycling.upcycled(upcycles_to, parameters, jax.random.key(session.seed))
@@ -114,8 +112,18 @@ def state_of(start_from: str, session: Session) -> tuple[TrainState, Clock]:
     return state, dataclasses.replace(clock, seconds=0.0)
 
 
-def _paths(tree: dict) -> list[str]:
-    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+def _paths(tree: Tree) -> set[str]:
+    return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _check_alike(have: set[str], wanted: set[str], where: str) -> None:
+    """That parameters have the names of a model's."""
+    if differing := sorted(have ^ wanted):
+        who = "it alone" if differing[0] in have else "this model alone"
+        raise UserError(
+            f"{where} has other parameters than this model, as {who} has {differing[0]}: set model.qk_norm, "
+            "model.tied_head and what is about experts to its own"
+        )
 
 
 def stored_shapes(arrays: Mapping[str, str], wanted: Tree, where: str) -> Tree:
@@ -131,8 +139,7 @@ def stored_shapes(arrays: Mapping[str, str], wanted: Tree, where: str) -> Tree:
     """
     prefix = ".parameters"
     stored = {name.removeprefix(prefix): text for name, text in arrays.items() if name.startswith(prefix)}
-    if stored.keys() != {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(wanted)}:
-        raise UserError(f"{where} {_OTHER_PARAMETERS}")
+    _check_alike(set(stored), _paths(wanted), where)
 
     def shape(path, _) -> jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path)

@@ -1,6 +1,7 @@
 """Readers of what runs, papers and others leave: curves, schedules, results, runs and their reports, models, tiles."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import sqlite3
@@ -266,15 +267,20 @@ def _read_info(path: Path) -> None:
 # Models of Hugging Face's.
 
 
-def _hf_content() -> dict[str, Any]:
-    return hf.hf_config(MODEL, end_of_text=90, max_length=8) | {
+def _hf_content(model: ModelConfig = MODEL) -> dict[str, Any]:
+    return hf.hf_config(model, end_of_text=90, max_length=8) | {
         **{"rope_scaling": {"rope_type": "default"}, "layer_types": ["full_attention"] * 2, "use_cache": True},
         **{"initializer_range": 0.02, "attention_dropout": 0.0, "sliding_window": 64, "max_window_layers": 2},
     }
 
 
 def _hf_config_samples(folder: Path) -> list[Path]:
-    return [_written(folder / "config.json", _hf_content())]
+    (folder / "experts").mkdir()
+    experts = dataclasses.replace(MODEL, qk_norm=True, experts=4, expert_width=6)
+    return [
+        _written(folder / "config.json", _hf_content()),
+        _written(folder / "experts" / "config.json", _hf_content(experts)),
+    ]
 
 
 def _read_hf_config(path: Path) -> ModelConfig:

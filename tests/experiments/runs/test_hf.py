@@ -24,9 +24,11 @@ from crescendo.experiments import import_hf
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.configs import references
 from crescendo.experiments.data.tokenizer import ByteTokenizer
+from crescendo.experiments.evaluate import evaluate
 from crescendo.experiments.export import export
 from crescendo.experiments.runs import hf, trained
 from crescendo.experiments.runs.generation import generate, stream
+from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.trainer.session import Session, session_options
 from crescendo.experiments.trainer.starting import fresh_state, stored_shapes
@@ -37,7 +39,12 @@ from crescendo.models.decode import decode, empty_cache, sample
 SHAPES = [
     ModelConfig(layers=2, width=32, mlp_width=48),
     ModelConfig(layers=2, width=32, mlp_width=48, qk_norm=False, tied_head=False, head_width=12, rope_theta=5e5),
+    ModelConfig(layers=2, width=32, mlp_width=24, qk_norm=False, tied_head=False, experts=4, expert_width=24),
+    ModelConfig(layers=4, width=32, mlp_width=48, experts=4, expert_width=24, moe_every=2),
+    ModelConfig(layers=2, width=32, mlp_width=48, experts=3, expert_width=24, experts_per_token=1),
 ]
+KINDS = ["qwen3", "llama", "mixtral", "qwen3_moe", "qwen3_moe of one expert a token"]
+MIXTRAL, QWEN3_MOE = SHAPES[2:4]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +73,7 @@ def uncached(model, tokens):
     return forward(tokens, jnp.ones_like(tokens), positions) @ forward.output_table().T
 
 
-@pytest.mark.parametrize("config", SHAPES, ids=["qwen3", "llama"])
+@pytest.mark.parametrize("config", SHAPES, ids=KINDS)
 def test_a_model_comes_back_from_the_format_as_it_was(config):
     parameters = random_parameters(config)
     content = hf.hf_config(config, end_of_text=256, max_length=64)
@@ -75,14 +82,112 @@ def test_a_model_comes_back_from_the_format_as_it_was(config):
     tensors = hf.hf_tensors(config, parameters)
     assert tensors["model.layers.1.self_attn.k_proj.weight"].shape == (config.kv_heads * config.head_size, 32)
     assert ("lm_head.weight" in tensors) is not config.tied_head
-    back = hf.model_parameters(config, tensors, "here")
+    back = hf.model_parameters(config, dict(tensors), "here")
     jax.tree.map(np.testing.assert_array_equal, back, parameters)
+
+
+def test_files_of_experts_have_the_names_of_those_on_the_hub():
+    names = set(tensors_of_ones(MIXTRAL))
+    assert {n for n in names if ".1.block" in n} == {
+        "model.layers.1.block_sparse_moe.gate.weight",
+        *(f"model.layers.1.block_sparse_moe.experts.{i}.w{j}.weight" for i in range(4) for j in (1, 2, 3)),
+    }
+    names = set(tensors_of_ones(QWEN3_MOE))
+    assert {n for n in names if ".2.mlp." in n} == {
+        f"model.layers.2.mlp.{n}_proj.weight" for n in ("gate", "up", "down")
+    }
+    assert {n for n in names if ".3.mlp." in n} == {
+        "model.layers.3.mlp.gate.weight",
+        *(f"model.layers.3.mlp.experts.{i}.{n}_proj.weight" for i in range(4) for n in ("gate", "up", "down")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        (MIXTRAL, {"sliding_window": 4096}, "sliding_window = 4096 can't be imported; the decoder here has None"),
+        (
+            MIXTRAL,
+            {"router_jitter_noise": 0.1},
+            "router_jitter_noise = 0.1 can't be imported; the decoder here has 0.0",
+        ),
+        (MIXTRAL, {"num_experts_per_tok": 1}, "num_experts_per_tok = 1 can't be imported: Mixtral gives"),
+        (MIXTRAL, {"num_experts_per_tok": 5}, "experts_per_token = 5 is more than experts = 4"),
+        (MIXTRAL, {"num_experts": 8}, "num_experts is both 4 and 8|num_experts is both 8 and 4"),
+        (MIXTRAL, {"num_local_experts": None}, "has no num_experts"),
+        (MIXTRAL, {"num_local_experts": 0}, "num_experts = 0: input should be greater than"),
+        (MIXTRAL, {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not known"),
+        (QWEN3_MOE, {"norm_topk_prob": False}, "norm_topk_prob = False can't be imported with num_experts_per_tok = 2"),
+        (QWEN3_MOE, {"norm_topk_prob": None}, "norm_topk_prob = False can't be imported"),  # as the format has it
+        (QWEN3_MOE, {"num_experts_per_tok": 1}, "norm_topk_prob = True can't be imported with num_experts_per_tok = 1"),
+        (QWEN3_MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] can't be imported"),
+        (QWEN3_MOE, {"decoder_sparse_step": 3}, "layers = 4 must be a multiple of moe_every = 3"),
+        (QWEN3_MOE, {"moe_intermediate_size": None}, "has no moe_intermediate_size"),
+        (QWEN3_MOE, {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size = 64 is not known"),
+        (ModelConfig(), {"num_experts": 4}, "num_experts = 4 is not known to the decoder here"),
+    ],
+)
+def test_what_the_decoder_lacks_of_experts_is_named(kind, change, message):
+    content = hf.hf_config(kind, end_of_text=256, max_length=64) | change
+    with pytest.raises(UserError, match=message):
+        hf.model_config(content, "config.json")
+
+
+def test_settings_of_experts_that_change_nothing_are_taken():
+    """As the files of Mixtral-8x7B and Qwen3-30B-A3B have them, and as transformers 5 writes them."""
+    training = {"output_router_logits": False, "router_aux_loss_coef": 0.02}
+    of_mixtral = hf.hf_config(MIXTRAL, end_of_text=256, max_length=64) | training
+    more = {"sliding_window": None, "router_jitter_noise": 0.0, "head_dim": None}
+    assert hf.model_config(of_mixtral | more, "config.json") == dataclasses.replace(MIXTRAL, head_width=8)
+    assert hf.model_config(of_mixtral | {"rope_theta": None}, "config.json").rope_theta == 1e6
+    of_qwen = hf.hf_config(QWEN3_MOE, end_of_text=256, max_length=64) | training
+    newer = {name: value for name, value in of_qwen.items() if name != "num_experts"} | {"num_local_experts": 4}
+    for content in (of_qwen | {"sliding_window": 4096, "max_window_layers": 48}, newer | {"mlp_only_layers": None}):
+        assert hf.model_config(content, "config.json") == dataclasses.replace(QWEN3_MOE, head_width=8)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type = 'gpt2' can't be imported; llama and qwen3 can"),
+        (
+            {"router": "sigmoid"},
+            "model.router = 'sigmoid': neither Mixtral nor Qwen3Moe has that; only .* 'softmax' can",
+        ),
+        ({"balance": "bias"}, "model.balance = 'bias': neither"),
+        ({"shared_expert_width": 16}, "model.shared_expert_width = 16: neither .* with None can be exported"),
+        ({"expert_capacity": 1.5}, "model.expert_capacity = 1.5: neither"),
+        ({"qk_norm": False, "moe_every": 2}, "model.moe_every = 2 without model.qk_norm: Mixtral has experts in every"),
+        (
+            {"qk_norm": False, "experts_per_token": 1},
+            "model.experts_per_token = 1 without model.qk_norm: Mixtral gives",
+        ),
+    ],
+)
+def test_what_the_format_lacks_of_experts_is_named(change, message):
+    with pytest.raises(UserError, match=message):
+        hf.hf_config(ModelConfig(layers=2, experts=4, **change), end_of_text=256, max_length=64)
+
+
+def test_experts_that_are_not_those_of_the_configuration_are_named():
+    tensors = tensors_of_ones(MIXTRAL)
+    for experts, message in [
+        (5, r"gate.weight has the shape \(4, 32\), its config.json says \(5, 32\)"),
+        (3, r"gate.weight has the shape \(4, 32\), its config.json says \(3, 32\)"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            hf.model_parameters(dataclasses.replace(MIXTRAL, experts=experts), dict(tensors), "here")
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    with pytest.raises(UserError, match=f"here has no tensor {name}"):
+        hf.model_parameters(MIXTRAL, {n: x for n, x in tensors.items() if n != name}, "here")
+    more = tensors | {name.replace("3", "4"): tensors[name]}
+    with pytest.raises(UserError, match=r"experts\.4\.w2\.weight of \(32, 24\), which the decoder here has no use for"):
+        hf.model_parameters(MIXTRAL, more, "here")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type = 'gpt2' can't be imported; llama, qwen3, mixtral, qwen3_moe can"),
         ({"attention_bias": True}, "attention_bias = True can't be imported; the decoder here has False"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type = 'yarn' can't be imported"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear' can't be imported"),
@@ -169,7 +274,7 @@ def test_every_tensor_is_used():
     jax.tree.map(
         np.testing.assert_array_equal,
         hf.model_parameters(config, tensors | spared, "here"),
-        hf.model_parameters(config, tensors, "here"),
+        hf.model_parameters(config, dict(tensors), "here"),
     )
     for name, array in {
         "model.layers.1.self_attn.q_proj.bias": np.zeros(32),
@@ -186,7 +291,7 @@ def test_every_tensor_is_used():
             hf.model_parameters(config, tensors | {"lm_head.weight": head}, "here")
     untied = dataclasses.replace(config, tied_head=False)
     with pytest.raises(UserError, match=r"here has no tensor lm_head\.weight"):
-        hf.model_parameters(untied, tensors, "here")
+        hf.model_parameters(untied, dict(tensors), "here")
 
 
 @pytest.mark.parametrize(
@@ -334,7 +439,7 @@ def test_what_the_format_lacks_is_named():
     tensors = hf.hf_tensors(config, models.initialize(config.for_platform("cpu"), jax.random.key(1)))
     del tensors["model.norm.weight"]
     with pytest.raises(UserError, match=r"here has no tensor model.norm.weight"):
-        hf.model_parameters(config, tensors, "here")
+        hf.model_parameters(config, dict(tensors), "here")
 
 
 @pytest.mark.slow
@@ -394,7 +499,10 @@ def test_damaged_parameters_are_refused(run, tmp_path):
 def test_another_shape_is_refused(run, small_bindings):
     for binding, message in [
         ("model.width = 32", r"its blocks.attention.key.kernel is \(1, 16, 1, 8\), this model's \(1, 32, 1, 16\)"),
-        ("model.qk_norm = False", "has other parameters than this model: set model.qk_norm"),
+        (
+            "model.qk_norm = False",
+            r"this model, as it alone has \['blocks'\]\['attention'\]\['key_norm'\].*set model.qk_norm",
+        ),
     ]:
         start = [f"train.initialize_from = '{run[0]}'", binding]
         configurables.bind(train, ["debug.gin"], start, own=small_bindings)
@@ -413,6 +521,54 @@ def test_a_table_with_fewer_rows_than_tokens_is_refused(small_bindings, tmp_path
         UserError, match=r"its embedding\.table has 100 rows, and the data's tokenizer 257 tokens: read"
     ):
         fresh_state(session, str(tmp_path))
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """A folder with Mixtral's experts, as wide as the small runs', and its parameters."""
+    config = ModelConfig(
+        vocab_size=384, width=16, layers=2, heads=2, kv_heads=1, mlp_width=24, qk_norm=False, experts=4, expert_width=24
+    )
+    parameters = random_parameters(config)
+    hf.write_folder(
+        tmp_path / "hf", config, parameters, trained.SubwordTokenizer.load(bytes_file(tmp_path)), max_length=32
+    )
+    return tmp_path / "hf", parameters
+
+
+def test_a_run_begins_as_a_model_with_experts(experts, small_bindings):
+    folder, parameters = experts
+    own = [binding for binding in small_bindings if not binding.startswith("model.")]
+
+    def begun(*bindings):
+        configurables.bind(train, ["debug.gin"], bindings, own=[*own, *import_hf.bindings(folder, peak=1e-3)])
+        return fresh_state(Session(**session_options(configurables.arguments(train))), str(folder)).parameters
+
+    jax.tree.map(np.testing.assert_array_equal, begun("model.balance_loss = 0.02", "model.dropout = 0.1"), parameters)
+    for binding, message in [
+        (
+            "model.shared_expert_width = 16",
+            r"as this model alone has \['blocks'\]\['mlp'\]\['shared'\].* about experts",
+        ),
+        ("model.experts = 8", r"its blocks\.mlp\.down is \(2, 4, 24, 16\), this model's \(2, 8, 24, 16\)"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            begun(binding)
+    configurables.bind(train, ["debug.gin"], ["model.qk_norm = False"], own=small_bindings)
+    with pytest.raises(UserError, match=r"as it alone has \['blocks'\]\['mlp'\]\['down'\]:"):
+        fresh_state(Session(**session_options(configurables.arguments(train))), str(folder))
+
+
+@pytest.mark.slow
+def test_a_model_with_experts_is_gone_on_with_evaluated_and_generates(experts, small_bindings, tmp_path):
+    folder, _ = experts
+    before = trained.load(folder)
+    assert len(list(generate(before, "batch ", tokens=4, temperature=0.0))) <= 4
+    own = [*small_bindings, *import_hf.bindings(folder, peak=1e-3)]
+    ended = configurables.bind(train, ["debug.gin"], own=own)(run=str(tmp_path / "more"))
+    _, _, found = evaluate(tmp_path / "more")
+    assert found["validation"].means["loss"] == pytest.approx(ended["loss"], rel=1e-5)
+    assert ended["loss"] < read_run(tmp_path / "more").train["loss"][0] - 0.2
 
 
 def test_what_an_export_leaves_that_is_cut_short_is_no_model(tmp_path, monkeypatch):
@@ -450,7 +606,7 @@ def test_folders_that_hold_no_model_are_refused(tmp_path):
 
 # `models/test_decode.py` looks at decoding with the cache quickly.
 @pytest.mark.slow
-@pytest.mark.parametrize("config", SHAPES, ids=["qwen3", "llama"])
+@pytest.mark.parametrize("config", SHAPES, ids=KINDS)
 def test_the_cache_changes_nothing(config):
     config = config.for_platform("cpu")
     parameters = models.initialize(config, jax.random.key(0))
@@ -570,22 +726,56 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", SHAPES, ids=["qwen3", "llama"])
-def test_transformers_reproduces_the_logits(config, tmp_path):
-    # In a process of its own, and so under any Python that has the two packages.
+def transformers(code: str, *arguments: str) -> None:
+    """Runs some code in a process of its own, and so under any Python that has torch and transformers."""
     python = os.environ.get("TRANSFORMERS_PYTHON", sys.executable)
     if python == sys.executable and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         pytest.skip("needs torch and transformers (the extra hf), or TRANSFORMERS_PYTHON, a Python that has them")
+    subprocess.run([python, "-c", code, *arguments], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", SHAPES, ids=KINDS)
+def test_transformers_reproduces_the_logits(config, tmp_path):
     config = config.for_platform("cpu")
     parameters = random_parameters(config)
     tokenizer = trained.SubwordTokenizer.load(bytes_file(tmp_path))
     hf.write_folder(tmp_path / "hf", config, parameters, tokenizer, max_length=64)
     tokens = np.random.default_rng(0).integers(0, 257, (2, 50)).astype(np.int32)
     np.save(tmp_path / "tokens.npy", tokens)
-    files = [str(tmp_path / name) for name in ("hf", "tokens.npy", "logits.npy")]
-    subprocess.run([python, "-c", CHECK, *files], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    transformers(CHECK, *(str(tmp_path / name) for name in ("hf", "tokens.npy", "logits.npy")))
     ours = uncached(trained.Trained(config, parameters, tokenizer, None, None), jnp.asarray(tokens))
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), ours, atol=1e-4)
+
+
+# The norms' scales too: exchanged ones would show.
+MAKE = """
+import sys, numpy, torch, transformers
+folder, tokens, logits = sys.argv[1:]
+config = transformers.AutoConfig.from_pretrained(folder)
+model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+generator = torch.Generator().manual_seed(0)
+for name, weight in model.named_parameters():
+    drawn = torch.randn(weight.shape, generator=generator)
+    weight.data = 1 + drawn / 4 if weight.dim() == 1 else drawn * weight.shape[-1] ** -0.5
+model.save_pretrained(folder, max_shard_size="20KB")
+with torch.no_grad():
+    numpy.save(logits, model(torch.from_numpy(numpy.load(tokens)).long()).logits.numpy())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", SHAPES, ids=KINDS)
+def test_the_logits_of_transformers_are_reproduced(config, tmp_path):
+    (tmp_path / "hf").mkdir()
+    content = hf.hf_config(config, end_of_text=256, max_length=64)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(content))
+    shutil.copy(bytes_file(tmp_path), tmp_path / "hf" / "tokenizer.json")
+    tokens = np.random.default_rng(0).integers(0, 257, (2, 50)).astype(np.int32)
+    np.save(tmp_path / "tokens.npy", tokens)
+    transformers(MAKE, *(str(tmp_path / name) for name in ("hf", "tokens.npy", "logits.npy")))
+    model = trained.load(tmp_path / "hf")
+    ours = uncached(model._replace(parameters=jax.tree.map(jnp.asarray, model.parameters)), jnp.asarray(tokens))
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), ours, atol=1e-4)
 
 
