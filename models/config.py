@@ -46,6 +46,8 @@ class ModelConfig:
       z_loss: the coefficient of `log^2 Z` in the training loss (PaLM uses 1e-4).
       rope_theta: the base of the rotary frequencies.
       norm_epsilon: added to the mean square in RMSNorm.
+      shared_layers: give all layers one block's weights, and each norms of its own (as ALBERT; with experts WideNet,
+        Xue et al. 2021, https://arxiv.org/abs/2107.11817).
       dropout: in training, the probability with which each element of what a branch adds to the residual stream is 0;
         the others are divided by `1 - dropout` (Srivastava et al. 2014).
       scan_layers: run the layers in a loop (compiles fast) or unrolled (runs fast). The parameters are stacked on a
@@ -93,6 +95,7 @@ class ModelConfig:
     z_loss: NotNegative = 0.0
     rope_theta: Positive = 10_000.0
     norm_epsilon: Positive = 1e-6
+    shared_layers: bool = False
     dropout: Decay = 0.0
     scan_layers: bool | None = None
     remat: Remat = "none"
@@ -134,6 +137,11 @@ class ModelConfig:
                 f"layers = {self.layers} must be a multiple of moe_every = {self.moe_every}, as every so many layers "
                 "one has experts"
             )
+        if self.shared_layers and self.moe_every > 1:
+            raise ValueError(
+                f"moe_every = {self.moe_every} makes layers differ, to which shared_layers = True gives one block's "
+                "weights: use moe_every = 1, or shared_layers = False"
+            )
         if self.matmul != "dtype":
             raise ValueError(
                 f"matmul = {self.matmul!r} has no product over experts = {experts}: use matmul = 'dtype', or a model "
@@ -163,13 +171,14 @@ class ModelConfig:
     def identity(self) -> dict[str, Any]:
         """What the model computes, as JSON: every field but those that only say how fast.
 
-        `dropout` is there only where it is not 0, and what is about experts only where there are any, so that models
-        from before these were fields are what they were.
+        `dropout` and `shared_layers` are there only where they say something, and what is about experts only where
+        there are any, so that models from before these were fields are what they were.
 
         >>> ModelConfig().identity == ModelConfig(remat="full", scan_layers=True, matmul="fp8").identity
         True
         """
-        unused = (() if self.dropout else ("dropout",)) + (EXPERT_FIELDS if self.experts is None else ())
+        unused = EXPERT_FIELDS if self.experts is None else ()
+        unused += tuple(name for name in ("dropout", "shared_layers") if not getattr(self, name))
         return {name: value for name, value in identity(self).items() if name not in unused}
 
     @property

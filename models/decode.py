@@ -71,6 +71,7 @@ def decode(config: ModelConfig, parameters: dict, tokens_BT, begin, cache: Cache
         *rotary(positions_BT, config.head_size, config.rope_theta),
         implementation=None,
         layout=ONE_DEVICE,
+        shared=model.shared_block,
         state=dict(cache),
     )
     hidden_BTD = model.leave(stream)

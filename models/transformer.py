@@ -103,6 +103,26 @@ class Group(nnx.Module):
             setattr(self, name, Block(config, sparse=name == self.names[-1], dtype=dtype, rngs=rngs))
 
 
+def shared_block(config: ModelConfig, *, dtype, rngs: nnx.Rngs) -> tuple[nnx.Dict, nnx.Dict]:
+    """Of layers with one block's weights: what each has of its own, stacked, its norms; and what they share."""
+    _, own, shared = nnx.split(_block(config, dtype=dtype, rngs=rngs), lambda path, _: path[-1] == "scale", ...)
+    own = jax.tree.map(lambda x: jnp.broadcast_to(x, (config.layers, *x.shape)), own)
+    return _as_dict(own), _as_dict(shared)
+
+
+def _block(config: ModelConfig, *, dtype, rngs: nnx.Rngs) -> Block:
+    return Block(config, sparse=config.experts is not None, dtype=dtype, rngs=rngs)
+
+
+def _as_dict(state: Any) -> Any:
+    return nnx.Dict({name: _as_dict(x) for name, x in state.items()}) if isinstance(state, nnx.State) else state
+
+
+@functools.cache
+def _structure_of_block(config: ModelConfig):
+    return nnx.split(nnx.eval_shape(lambda: _block(config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0))))[0]
+
+
 def layers_in(stacked: Block | Group) -> list[Block]:
     """The layers of one entry of a stack, in order."""
     return [getattr(stacked, name) for name in stacked.names] if isinstance(stacked, Group) else [stacked]
@@ -117,7 +137,7 @@ def stacked_blocks(config: ModelConfig, *, dtype, rngs: nnx.Rngs) -> Block | Gro
     def stacked(rngs):
         if grouped:
             return Group(config, dtype=dtype, rngs=rngs)
-        return Block(config, sparse=config.experts is not None, dtype=dtype, rngs=rngs)
+        return _block(config, dtype=dtype, rngs=rngs)
 
     blocks: Any = stacked(rngs)
     return blocks
@@ -138,7 +158,7 @@ def within_segments(segment_ids_BT, *, causal: bool, implementation: str | None,
 
 
 def through_blocks(
-    blocks: Block | Group,
+    blocks: Block | Group | nnx.Dict,
     config: ModelConfig,
     stream: Stream,
     attend: Callable,
@@ -147,6 +167,7 @@ def through_blocks(
     *,
     implementation: str | None,
     layout: Layout,
+    shared: nnx.Dict | None = None,
     dropout_keys_B=None,
     counted_BT=None,
     first_layer=0,
@@ -157,23 +178,27 @@ def through_blocks(
     Of layers with experts the routing is that of `Moe`, `[layers, B, ...]`; None without any.
 
     Args:
-      blocks: as `stacked_blocks` makes them, or some of its layers.
+      blocks: as `stacked_blocks` makes them, or some of its layers; or the first part of a `shared_block`.
       config: theirs.
       stream: before them.
       attend: `(q_BTHE, k_BTKE, v_BTKE, state, number of the layer) -> (mixed_BTHE, state)`.
       cosine, sine: `[B, T, E / 2]`, see `rotary`.
       implementation, layout, dropout_keys_B: see `Transformer`.
+      shared: the second part of a `shared_block`; each layer adds to its gradient.
       counted_BT: bool, which tokens are no padding, as experts ask; None: all.
       first_layer: the number of the first one among the model's; dropout depends on it.
       state: what the layers hand on besides, such as a cache, which they so write to where it is; None: nothing.
     """
     structure, stacked = nnx.split(blocks)
-    groups, in_group = jax.tree.leaves(stacked)[0].shape[0], len(layers_in(blocks))
+    rest = ()
+    if shared is not None:
+        structure, rest = _structure_of_block(config), (nnx.state(shared),)
+    groups, in_group = jax.tree.leaves(stacked)[0].shape[0], config.moe_every
     one_array = config.remat != "none"  # a checkpoint keeps what layers hand on
 
     def group(carry, of_group):
         (stream, state), (parameters, number) = carry, of_group
-        merged: Any = nnx.merge(structure, parameters)
+        merged: Any = nnx.merge(structure, parameters, *rest)
         routing = None
         for i, layer in enumerate(layers_in(merged)):
             of_layer = None if number is None else number + i
@@ -227,7 +252,10 @@ class Transformer(nnx.Module):
         self.config = config
         dtype = jnp.dtype(config.dtype)
         self.embedding = Table(config.vocab_size, config.width, (axes.VOCAB, axes.EMBED), rngs=rngs)
-        self.blocks = stacked_blocks(config, dtype=dtype, rngs=rngs)
+        if config.shared_layers:
+            self.blocks, self.shared_block = shared_block(config, dtype=dtype, rngs=rngs)
+        else:
+            self.blocks, self.shared_block = stacked_blocks(config, dtype=dtype, rngs=rngs), None
         self.final_norm = RMSNorm(config.width, axes.EMBED, config.norm_epsilon)
         if not config.tied_head:
             self.head = Table(config.vocab_size, config.width, (axes.VOCAB, axes.EMBED), rngs=rngs)
@@ -288,6 +316,7 @@ class Transformer(nnx.Module):
             *rotary(positions_BT, config.head_size, config.rope_theta),
             implementation=implementation,
             layout=layout,
+            shared=self.shared_block,
             dropout_keys_B=dropout_keys_B if config.dropout else None,
             counted_BT=segment_ids_BT > 0 if config.experts is not None else None,
             first_layer=first_layer,

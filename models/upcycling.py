@@ -50,15 +50,22 @@ def upcycled(config: ModelConfig, parameters: dict, key) -> dict:
     (3, 8, 384, 128)
     """
     assert config.experts is not None
-    every, blocks = config.moe_every, jax.tree.map(np.asarray, parameters["blocks"])
-    _check(config, *blocks["mlp"]["down"]["kernel"].shape[:2])
+    every, place = config.moe_every, _place(config)
+    blocks = jax.tree.map(np.asarray, parameters[place])
+    if config.shared_layers:  # a stack of one
+        blocks = jax.tree.map(lambda x: x[None], blocks)
+    _check(config, len(parameters["blocks"]["mlp_norm"]["scale"]), blocks["mlp"]["down"]["kernel"].shape[1])
     layers = [jax.tree.map(lambda x, first=first: x[first::every], blocks) for first in range(every)]
     feed_forward = {name: layers[-1]["mlp"][name]["kernel"] for name in _COPIED}
     experts = {
         name: np.broadcast_to(x[:, None], (len(x), config.experts, *x.shape[1:])) for name, x in feed_forward.items()
     }
     # Compiled, so that the experts, which aren't used, are not drawn.
-    layers[-1]["mlp"] = experts | jax.device_get(jax.jit(lambda: _drawn(config, key))())
+    drawn = jax.device_get(jax.jit(lambda: _drawn(config, key))())
+    if config.shared_layers:
+        experts = {name: x[0] for name, x in experts.items()}
+        return {**parameters, place: parameters[place] | {"mlp": experts | drawn}}
+    layers[-1]["mlp"] = experts | drawn
     return {**parameters, "blocks": layers[0] if every == 1 else {f"layer_{i}": x for i, x in enumerate(layers)}}
 
 
@@ -79,9 +86,14 @@ def _check(config: ModelConfig, layers: int, width: int) -> None:
         raise ValueError(f"layers = {config.layers}, but the dense model has {layers}: set layers = {layers}")
 
 
+def _place(config: ModelConfig) -> str:
+    """Which part of the parameters has the feed-forward parts."""
+    return "shared_block" if config.shared_layers else "blocks"
+
+
 def _drawn(config: ModelConfig, key) -> dict[str, Any]:
     """What layers with experts have besides these."""
-    blocks = initialize(config, key)["blocks"]
+    blocks = initialize(config, key)[_place(config)]
     mlp = (blocks if config.moe_every == 1 else blocks[f"layer_{config.moe_every - 1}"])["mlp"]
     drawn = {name: x for name, x in mlp.items() if name not in _COPIED}
     if "shared" in drawn:

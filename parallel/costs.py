@@ -71,6 +71,7 @@ class Work:
       quantised: whether the layers' products have a derivative rule of their own, which keeps what the backward pass
         needs of the inputs, and adds up the gradient of an input for each weight apart.
       full_remat: whether the backward pass computes the layers again.
+      shared_layers: whether the layers have one block's matrices, which are not stacked then.
       sparse_layers: how many layers have experts.
       experts_per_token: of these.
       shared_expert: whether these layers have an expert besides for every token.
@@ -88,6 +89,7 @@ class Work:
     weight_bytes: int = 2
     quantised: bool = False
     full_remat: bool = False
+    shared_layers: bool = False
     sparse_layers: int = 0
     experts_per_token: int = 0
     shared_expert: bool = False
@@ -162,8 +164,9 @@ def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) ->
 
     for names, array in named:
         stacked = "layers" in names
+        of_block = work.shared_layers and "vocab" not in names and len(names) > 1 and not stacked
         # Matrices of layers are cast before they cross; tables and vectors, which are used in float32, are not.
-        matrix = stacked and len(names) > 2
+        matrix = of_block or (stacked and len(names) > 2)
         each = work.compute_bytes if matrix else FLOAT32
         gathered = work.weight_bytes if matrix else FLOAT32
         of_experts = strategy.experts if "experts" in names else ()
@@ -176,6 +179,8 @@ def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) ->
         if stacked:  # of a device's layers a pass goes through one chunk
             chunk = runs.layers * sizes["stage"] / work.layers
             gathers, scatters = runs.gathers * chunk, runs.backward * chunk
+        elif of_block:  # gathered once a pass for all layers, as the loop over them changes nothing; summed in each
+            gathers, scatters = runs.gathers, runs.backward * work.layers
         if "vocab" in names and layout.schedule is not None:  # looked up and multiplied by apart, all tables together
             gathers, scatters = (runs.enters + runs.leaves) / tables, 2 * runs.leaves / tables
         # A device works with its own copy of a key head: so much of the weight, replicated along `tensor`, crosses.

@@ -48,6 +48,7 @@ def step_work(config: ModelConfig, plan: parallel.BatchPlan, sequence_length: in
         weight_bytes=jnp.dtype(weight_dtype(config.matmul, config.dtype)).itemsize,
         quantised=config.matmul != "dtype",
         full_remat=config.remat == "full",
+        shared_layers=config.shared_layers,
         sparse_layers=config.sparse_layers,
         experts_per_token=config.experts_per_token,
         shared_expert=config.shared_expert_width is not None,

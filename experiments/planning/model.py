@@ -47,9 +47,12 @@ def describe_model(console: Console, model: ModelConfig, *, sequence_length: int
     console.print(table)
     if model.experts is not None:
         idle = model.feed_forward_parameters(model.experts) - model.feed_forward_parameters(model.experts_per_token)
+        idle //= model.layers if model.shared_layers else 1
         console.print(
             f"{total - idle:,} of them active: a token goes to {model.experts_per_token} of {model.experts} experts"
         )
+    if model.shared_layers:
+        console.print(f"{model.layers} layers have the weights of one block, and norms of their own")
     flops = model.flops_per_token(sequence_length)
     console.print(f"{flops / 1e6:,.1f} MFLOPs a token, forward and backward, at {sequence_length} tokens a row")
     for name, size in BYTES_PER_PARAMETER.items():

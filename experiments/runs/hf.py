@@ -5,6 +5,7 @@ layer, with a head's rows together.
 """
 
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,7 +36,7 @@ class _Index(schemas.Schema):
 
 @dataclasses.dataclass(frozen=True)
 class _Matrix:
-    """A tensor of a layer, or of each of its experts: our name and `inputs + outputs`, theirs and `[outputs, inputs]`."""
+    """A tensor of a layer, or of each of its experts: ours is of `inputs + outputs`, theirs of `[outputs, inputs]`."""
 
     ours: tuple[str, ...]
     theirs: str
@@ -91,7 +92,8 @@ def _stacks(config: ModelConfig) -> Iterator[tuple[tuple[str, ...], _Matrix, ran
     for first in range(every):
         place = ("blocks",) if every == 1 else ("blocks", f"layer_{first}")
         for matrix in _layer(config, sparse=config.experts is not None and first == every - 1):
-            yield (*place, *matrix.ours), matrix, range(first, config.layers, every)
+            where = ("shared_block",) if config.shared_layers and matrix.outputs else place
+            yield (*where, *matrix.ours), matrix, range(first, config.layers, every)
 
 
 def _rest(config: ModelConfig) -> dict[tuple[str, ...], str]:
@@ -116,11 +118,12 @@ def _set(tree: dict, path: tuple[str, ...], value: np.ndarray) -> None:
 
 
 def hf_tensors(config: ModelConfig, parameters: Mapping) -> dict[str, np.ndarray]:
-    """The tensors of `model.safetensors`, float32, from a model's parameters."""
+    """The tensors of `model.safetensors`, float32, from a model's parameters; what layers share once for each."""
     tensors = {name: np.asarray(_get(parameters, path)) for path, name in _rest(config).items()}
     for path, matrix, layers in _stacks(config):
         arrays = np.asarray(_get(parameters, path)).reshape(-1, *matrix.inputs, *matrix.outputs)
-        for name, array in zip(matrix.names(layers), arrays, strict=True):
+        repeated = len(layers) if path[0] == "shared_block" else 1
+        for name, array in zip(matrix.names(layers), itertools.chain(*[arrays] * repeated), strict=True):
             if matrix.outputs:
                 array = array.reshape(int(np.prod(matrix.inputs)), -1).T
             tensors[name] = np.ascontiguousarray(array)

@@ -155,6 +155,8 @@ class TextTask:
                 f"expert_capacity = {self.config.expert_capacity:g} fills experts in the order of a row's tokens, "
                 "which a ring of devices doesn't keep: use mesh sequence = 1, or None to drop no token"
             )
+        if self.config.shared_layers:
+            layout = layout.without_stages("its layers share one block's weights, which no stage would have alone")
         if self.config.experts is not None:
             return layout.without_stages("stages don't hand on what experts say of their loads")
         return layout.without_stages() if type(self).parts is TextTask.parts else layout

@@ -122,7 +122,7 @@ def _check_alike(have: set[str], wanted: set[str], where: str) -> None:
         who = "it alone" if differing[0] in have else "this model alone"
         raise UserError(
             f"{where} has other parameters than this model, as {who} has {differing[0]}: set model.qk_norm, "
-            "model.tied_head and what is about experts to its own"
+            "model.tied_head, model.shared_layers and what is about experts to its own"
         )
 
 

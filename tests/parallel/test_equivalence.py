@@ -223,6 +223,8 @@ SPARSE = dataclasses.replace(CONFIG, experts=4, experts_per_token=2, expert_widt
         ({"expert": 2, "fsdp": 2, "tensor": 2}, "fsdp", {"layers": 4, "moe_every": 2}),
         ({"data": 2, "expert": 2, "sequence": 2}, "zero1", {"dropout": 0.1}),
         ({"data": 2, "expert": 2, "fsdp": 2}, "zero2", {"expert_capacity": 1.0}),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, "fsdp", {"shared_layers": True}),
+        ({"data": 2, "expert": 2, "fsdp": 2}, "zero1", {"shared_layers": True, "remat": "full"}),
     ],
     ids=str,
 )
