@@ -142,11 +142,6 @@ class ModelConfig:
                 f"moe_every = {self.moe_every} makes layers differ, to which shared_layers = True gives one block's "
                 "weights: use moe_every = 1, or shared_layers = False"
             )
-        if self.matmul != "dtype":
-            raise ValueError(
-                f"matmul = {self.matmul!r} has no product over experts = {experts}: use matmul = 'dtype', or a model "
-                "without experts"
-            )
 
     def _check_no_experts(self) -> None:
         for field in dataclasses.fields(self):
@@ -160,12 +155,12 @@ class ModelConfig:
         if self.dtype == "float32":
             raise ValueError(f"matmul = {self.matmul!r} needs dtype = 'bfloat16', not 'float32', or leave dtype out")
         projections = {"heads x head width": self.heads, "kv_heads x head width": self.kv_heads}
-        check_widths(
-            self.matmul,
-            width=self.width,
-            mlp_width=self.mlp_width,
-            **{name: heads * self.head_size for name, heads in projections.items()},
-        )
+        widths = {"width": self.width} | {name: heads * self.head_size for name, heads in projections.items()}
+        if self.sparse_layers < self.layers:
+            widths["mlp_width"] = self.mlp_width
+        if self.shared_expert_width is not None:
+            widths["shared_expert_width"] = self.shared_expert_width
+        check_widths(self.matmul, **widths)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -11,7 +11,8 @@ where with k = 1 the weight is :math:`p_e` itself (Fedus et al. 2022, https://ar
 router would learn nothing. The bias b, which only chooses, is 0 unless it balances. Router and weights are in float32.
 
 No token is dropped unless a capacity says so: rows are put in the order of their experts, and multiplied group by group
-(`crescendo.pallas_kernels.grouped_matmul`), however many there are in each. What keeps the loads even is taken of each
+(`crescendo.pallas_kernels.grouped_matmul`), however many there are in each; in the compute dtype, whatever recipe the
+linear layers have. What keeps the loads even is taken of each
 row of a batch by itself, so that a loss does not depend on how rows are grouped: with :math:`f_e` the share of a row's
 choices that fall on expert e and :math:`P_e` the mean of its shares,
 

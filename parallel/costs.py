@@ -168,7 +168,7 @@ def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) ->
         # Matrices of layers are cast before they cross; tables and vectors, which are used in float32, are not.
         matrix = of_block or (stacked and len(names) > 2)
         each = work.compute_bytes if matrix else FLOAT32
-        gathered = work.weight_bytes if matrix else FLOAT32
+        gathered = FLOAT32 if not matrix else each if "experts" in names else work.weight_bytes
         of_experts = strategy.experts if "experts" in names else ()
         count = math.prod(array.shape) / ways(along(strategy.parameters, names, ("stage", "tensor", *of_experts)))
         split = tuple(axis for axis in ("fsdp", "expert", "sequence") if axis not in of_experts)
@@ -179,8 +179,8 @@ def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) ->
         if stacked:  # of a device's layers a pass goes through one chunk
             chunk = runs.layers * sizes["stage"] / work.layers
             gathers, scatters = runs.gathers * chunk, runs.backward * chunk
-        elif of_block:  # gathered once a pass for all layers, as the loop over them changes nothing; summed in each
-            gathers, scatters = runs.gathers, runs.backward * work.layers
+        elif of_block:  # in each layer anew
+            gathers, scatters = runs.gathers * work.layers, runs.backward * work.layers
         if "vocab" in names and layout.schedule is not None:  # looked up and multiplied by apart, all tables together
             gathers, scatters = (runs.enters + runs.leaves) / tables, 2 * runs.leaves / tables
         # A device works with its own copy of a key head: so much of the weight, replicated along `tensor`, crosses.

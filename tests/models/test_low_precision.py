@@ -206,8 +206,11 @@ def loss_of(config: ModelConfig) -> float:
 
 
 @pytest.mark.slow
-def test_a_model_in_8_bits_is_near_that_in_16():
-    config = dataclasses.replace(SMALL, dtype="bfloat16").for_platform("cpu")
+@pytest.mark.parametrize(
+    "changes", [{}, {"experts": 4, "expert_width": 24, "shared_expert_width": 32}, {"shared_layers": True}], ids=str
+)
+def test_a_model_in_8_bits_is_near_that_in_16(changes):
+    config = dataclasses.replace(SMALL, dtype="bfloat16", **changes).for_platform("cpu")
     exact = loss_of(dataclasses.replace(config, matmul="dtype"))
     assert 0 < abs(loss_of(config) - exact) < 0.02
 

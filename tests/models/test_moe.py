@@ -268,8 +268,8 @@ def test_a_model_of_about_100_million_active_parameters():
         ({"experts": 0}, "experts = 0"),
         ({"expert_capacity": 0.0}, "expert_capacity = 0"),
         (
-            {"matmul": "fp8", "dtype": "bfloat16"},
-            "matmul = 'fp8' has no product over experts = 5: use matmul = 'dtype', or a model without experts",
+            {"matmul": "fp8", "kv_heads": 2, "shared_expert_width": 24},
+            "shared_expert_width = 24 must be a multiple of 16 with matmul = 'fp8': the nearest are 16 and 32",
         ),
         ({"experts": None}, "= .* says nothing of a model without experts: set experts, or leave it out"),
     ],
@@ -278,6 +278,19 @@ def test_a_model_of_about_100_million_active_parameters():
 def test_experts_that_do_not_fit_are_refused_in_a_line(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **changes)
+
+
+def test_a_recipe_is_the_shared_experts_and_not_that_of_the_products_of_groups():
+    x_BTD = jax.random.normal(jax.random.key(0), (1, 8, 32), jnp.bfloat16)
+
+    def made(matmul: str, shared: int | None):
+        config = dataclasses.replace(SMALL, width=32, expert_width=24, shared_expert_width=shared, matmul=matmul)
+        return np.asarray(Moe(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))(x_BTD, ONE_DEVICE)[0], np.float32)
+
+    np.testing.assert_array_equal(made("fp8", None), made("dtype", None))
+    exact = made("dtype", 32)
+    error = np.linalg.norm(made("fp8", 32) - exact) / np.linalg.norm(exact)
+    assert 1e-3 < error < 0.1
 
 
 def test_a_capacity_below_one_token_is_refused_with_the_least_that_will_do():

@@ -102,6 +102,23 @@ def test_files_of_experts_have_the_names_of_those_on_the_hub():
     }
 
 
+def test_what_layers_share_is_written_once_for_each():
+    config = dataclasses.replace(QWEN3_MOE, moe_every=1, shared_layers=True).for_platform("cpu")
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: models.initialize(config, jax.random.key(0)))
+    parameters = jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), shapes)
+    read = hf.model_config(hf.hf_config(config, end_of_text=256, max_length=64), "config.json")
+    blocks = hf.model_parameters(read, hf.hf_tensors(config, parameters), "here")["blocks"]
+    for layer in range(4):
+        for part, whole in parameters["shared_block"].items():
+            own = jax.tree.map(lambda x, layer=layer: x[layer], {name: blocks[part][name] for name in whole})
+            jax.tree.map(np.testing.assert_array_equal, own, whole)
+    for name in ("query_norm", "key_norm"):
+        np.testing.assert_array_equal(
+            blocks["attention"][name]["scale"], parameters["blocks"]["attention"][name]["scale"]
+        )
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
