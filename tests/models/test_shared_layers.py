@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crescendo import models
+from crescendo import models, parallel
+from crescendo.experiments.data.random_text import RandomText
+from crescendo.experiments.tasks.language_model import language_model
 from crescendo.models import ModelConfig, upcycling
 from crescendo.models.decode import decode, empty_cache
 from crescendo.models.loss import next_token_loss
@@ -154,6 +156,14 @@ def test_experts_may_begin_as_copies_of_the_block():
 def test_layers_that_differ_are_refused():
     with pytest.raises(ValueError, match=r"^moe_every = 3 makes layers differ, to which shared_layers = True"):
         dataclasses.replace(EXPERTS, moe_every=3)
+
+
+def test_stages_are_refused():
+    mesh = parallel.make_mesh(stage=2, data=1, devices=jax.devices()[:2])
+    with pytest.raises(
+        ValueError, match=r"^mesh stage = 2: its layers share one block's weights, which .*: use stage = 1"
+    ):
+        language_model(RandomText(40, 8), DENSE.for_platform("cpu")).place(parallel.Layout(mesh))
 
 
 def test_what_is_shared_is_no_part_of_other_models_identity():
