@@ -172,8 +172,8 @@ class ModelConfig:
         >>> ModelConfig().identity == ModelConfig(remat="full", scan_layers=True, matmul="fp8").identity
         True
         """
-        unused = EXPERT_FIELDS if self.experts is None else ()
-        unused += tuple(name for name in ("dropout", "shared_layers") if not getattr(self, name))
+        silent = tuple(name for name in ("dropout", "shared_layers") if not getattr(self, name))
+        unused = silent + (EXPERT_FIELDS if self.experts is None else ())
         return {name: value for name, value in identity(self).items() if name not in unused}
 
     @property

@@ -65,7 +65,7 @@ def decode(config: ModelConfig, parameters: dict, tokens_BT, begin, cache: Cache
 
     stream, cache, _ = through_blocks(
         model.blocks,
-        dataclasses.replace(config, scan_layers=True, remat="none"),
+        dataclasses.replace(model.config, scan_layers=True, remat="none"),
         model.enter(tokens_BT),
         attend,
         *rotary(positions_BT, config.head_size, config.rope_theta),

@@ -105,7 +105,8 @@ class Group(nnx.Module):
 
 def shared_block(config: ModelConfig, *, dtype, rngs: nnx.Rngs) -> tuple[nnx.Dict, nnx.Dict]:
     """Of layers with one block's weights: what each has of its own, stacked, its norms; and what they share."""
-    _, own, shared = nnx.split(_block(config, dtype=dtype, rngs=rngs), lambda path, _: path[-1] == "scale", ...)
+    parts: Any = nnx.split(_block(config, dtype=dtype, rngs=rngs), lambda path, _: path[-1] == "scale", ...)
+    _, own, shared = parts
     own = jax.tree.map(lambda x: jnp.broadcast_to(x, (config.layers, *x.shape)), own)
     return _as_dict(own), _as_dict(shared)
 
@@ -190,9 +191,9 @@ def through_blocks(
       state: what the layers hand on besides, such as a cache, which they so write to where it is; None: nothing.
     """
     structure, stacked = nnx.split(blocks)
-    rest = ()
     if shared is not None:
-        structure, rest = _structure_of_block(config), (nnx.state(shared),)
+        structure = _structure_of_block(config)
+    rest = () if shared is None else (nnx.state(shared),)
     groups, in_group = jax.tree.leaves(stacked)[0].shape[0], config.moe_every
     one_array = config.remat != "none"  # a checkpoint keeps what layers hand on
 
@@ -252,6 +253,8 @@ class Transformer(nnx.Module):
         self.config = config
         dtype = jnp.dtype(config.dtype)
         self.embedding = Table(config.vocab_size, config.width, (axes.VOCAB, axes.EMBED), rngs=rngs)
+        self.blocks: Block | Group | nnx.Dict
+        self.shared_block: nnx.Dict | None
         if config.shared_layers:
             self.blocks, self.shared_block = shared_block(config, dtype=dtype, rngs=rngs)
         else:

@@ -122,11 +122,11 @@ def test_a_block_is_counted_once_and_its_flops_for_every_layer():
 
 
 @SLOW
-@pytest.mark.parametrize("config", [DENSE, EXPERTS], ids=["dense", "experts"])
-def test_decoding_is_the_model(config):
-    config = config.for_platform("cpu")
+@pytest.mark.parametrize("capacity", [None, 0.5])
+def test_decoding_is_the_model_without_a_capacity(capacity):
+    config = dataclasses.replace(EXPERTS, expert_capacity=capacity).for_platform("cpu")
     parameters, tokens = drawn(config), jax.random.randint(jax.random.key(4), (2, 7), 0, config.vocab_size)
-    model = models.apply(config, parameters)
+    model = models.apply(dataclasses.replace(config, expert_capacity=None), parameters)
     expected = model(tokens, jnp.ones_like(tokens), jnp.arange(7)[None].repeat(2, 0)) @ model.output_table().T
     cache, found = empty_cache(config, 2, 7), []
     for begin, end in ((0, 6), (6, 7)):
