@@ -179,7 +179,7 @@ def _parameters(layout: Layout, arrays: Tree, logical_axes: Tree, work: Work) ->
         if stacked:  # of a device's layers a pass goes through one chunk
             chunk = runs.layers * sizes["stage"] / work.layers
             gathers, scatters = runs.gathers * chunk, runs.backward * chunk
-        elif of_block:  # in each layer anew
+        elif of_block:  # in each layer anew, where the compiler doesn't gather it before their loop
             gathers, scatters = runs.gathers * work.layers, runs.backward * work.layers
         if "vocab" in names and layout.schedule is not None:  # looked up and multiplied by apart, all tables together
             gathers, scatters = (runs.enters + runs.leaves) / tables, 2 * runs.leaves / tables
