@@ -66,6 +66,13 @@ def random_parameters(config):
     return jax.tree.map(lambda w: jnp.asarray(w * random.uniform(0.5, 1.5, w.shape), jnp.float32), parameters)
 
 
+def drawn(config):
+    """Parameters for what computes nothing: nothing is compiled."""
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: models.initialize(config.for_platform("cpu"), jax.random.key(0)))
+    return jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), shapes)
+
+
 def uncached(model, tokens):
     """Logits by the model's own forward pass, in one document."""
     forward = models.apply(model.config, model.parameters)
@@ -75,7 +82,7 @@ def uncached(model, tokens):
 
 @pytest.mark.parametrize("config", SHAPES, ids=KINDS)
 def test_a_model_comes_back_from_the_format_as_it_was(config):
-    parameters = random_parameters(config)
+    parameters = drawn(config)
     content = hf.hf_config(config, end_of_text=256, max_length=64)
     read = hf.model_config(json.loads(json.dumps(content)), "config.json")
     assert dataclasses.replace(read, head_width=config.head_width) == config
@@ -103,10 +110,8 @@ def test_files_of_experts_have_the_names_of_those_on_the_hub():
 
 
 def test_what_layers_share_is_written_once_for_each():
-    config = dataclasses.replace(QWEN3_MOE, moe_every=1, shared_layers=True).for_platform("cpu")
-    random = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: models.initialize(config, jax.random.key(0)))
-    parameters = jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), shapes)
+    config = dataclasses.replace(QWEN3_MOE, moe_every=1, shared_layers=True)
+    parameters = drawn(config)
     read = hf.model_config(hf.hf_config(config, end_of_text=256, max_length=64), "config.json")
     blocks = hf.model_parameters(read, hf.hf_tensors(config, parameters), "here")["blocks"]
     for layer in range(4):
