@@ -71,53 +71,51 @@ def transformer_parts(
 ) -> Parts:
     """What a `Transformer` makes of packed rows, in three parts.
 
-    With experts a stream has what layers say of their routing as well, summed over rows, and the sums have it
-    besides: a training loss its terms, and as a third element their dict; scores what is told of held-out rows.
+    With experts layers say of their routing what it sums up to over rows, and the sums have it besides: a training loss
+    its terms, and as a third element their dict; scores what is told of held-out rows.
 
     Args:
       config: the model's.
       shown: from a batch, with `segment_ids` and `positions`, int32 `[B, T]`, to the tokens that the model is shown.
-      sums: `(hidden_BTD, table_VD, batch)` -> what the last part gives: `(loss_sum, weight)`, or a dict of such scores.
+      sums: `(hidden_BTD, table_VD, batch)` -> what the last part gives: `(loss_sum, weight)`, or a dict of such scores,
+        "loss" among them.
       causal: see `Transformer`.
       implementation: of the attention; "reference" is that of every other op too, which so has second derivatives.
       layout: how activations lie over the devices.
       dropout_keys: from a batch to `dropout_keys_B`, see `Transformer`.
-      row_weights: from a batch to what each row weighs in the loss, `[B]`.
+      row_weights: from a batch to what each row adds to the loss's weight, `[B]`.
     """
 
     def enter(parameters: dict, batch: dict):
-        stream = apply(config, parameters).enter(shown(batch), layout)
-        return stream if config.experts is None else (*stream, moe.no_routing(config))
+        return apply(config, parameters).enter(shown(batch), layout)
 
     def layers(parameters: dict, stream, batch: dict, first):
-        x_BTD, added_BTD, *told = stream
         stream, routing = apply(config, parameters).through(
-            (x_BTD, added_BTD),
+            stream,
             batch["segment_ids"],
             batch["positions"],
             causal=causal,
             implementation=implementation,
             layout=layout,
             dropout_keys_B=dropout_keys(batch),
-            first_layer=first,
+            first_layer=first * config.moe_every,
         )
-        if routing is None:
-            return stream
-        routing = moe.over_rows(routing, row_weights(batch).astype(jnp.float32))
-        return *stream, moe.written(told[0], routing, first // config.moe_every)
+        return stream, routing and moe.over_rows(routing, row_weights(batch).astype(jnp.float32))
 
     def leave(parameters: dict, stream, batch: dict):
-        model, (x_BTD, added_BTD, *routing) = apply(config, parameters), stream
-        hidden_BTD = model.leave((x_BTD, added_BTD), layout, implementation=implementation)
-        found = sums(hidden_BTD, model.output_table(), batch)
-        if not routing:
+        model = apply(config, parameters)
+        hidden_BTD = model.leave(stream, layout, implementation=implementation)
+        return sums(hidden_BTD, model.output_table(), batch)
+
+    def finish(found, routing):
+        if routing is None:
             return found
         if isinstance(found, dict):
-            return found | moe.scores(routing[0], jnp.sum(row_weights(batch), dtype=jnp.float32))
-        terms, told = moe.training_terms(config, routing[0])
+            return found | moe.scores(routing, found["loss"][1])
+        terms, told = moe.training_terms(config, routing, found[1])
         return found[0] + terms, found[1], told
 
-    return Parts(enter, layers, leave)
+    return Parts(enter, layers, leave, finish)
 
 
 def next_token_parts(

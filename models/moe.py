@@ -253,34 +253,31 @@ _from_experts.defvjp(
 )
 
 
-def no_routing(config: ModelConfig) -> Routing:
-    """Sums over no rows: of each layer with experts `[layers]`, and of its experts `[layers, X]`."""
-    assert config.experts is not None
-    names = (*TOLD, "balance_bias") if config.balance == "bias" else TOLD
-    zeros = {name: jnp.zeros(config.sparse_layers) for name in names}
-    return zeros | {"expert_load": jnp.zeros((config.sparse_layers, config.experts))}
-
-
 def over_rows(routing: Routing, weights_B) -> Routing:
-    """The sums over rows `[layers, ...]` of what layers say of them, `[layers, B, ...]`, by the rows' weights."""
-    return {name: jnp.einsum("lb...,b->l...", x, weights_B) for name, x in routing.items()}
+    """The sums over rows `[layers, ...]` of what layers say of them, `[layers, B, ...]`, by the rows' weights.
+
+    And `weight`, `[layers]`: the sum of these.
+    """
+    sums = {name: jnp.einsum("lb...,b->l...", x, weights_B) for name, x in routing.items()}
+    return sums | {"weight": jnp.full(len(routing["expert_load"]), jnp.sum(weights_B))}
 
 
-def written(sums: Routing, of_layers: Routing, first) -> Routing:
-    """The sums of all layers with those of some written into them, from the number `first` on."""
-    return {name: jax.lax.dynamic_update_slice_in_dim(x, of_layers[name], first, 0) for name, x in sums.items()}
-
-
-def training_terms(config: ModelConfig, routing: Routing) -> tuple[jax.Array, dict[str, jax.Array]]:
+def training_terms(config: ModelConfig, routing: Routing, weight) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What sums of routing add to the training loss, and what of it is told: sums over the loss's weight.
 
+    A layer's terms are added up over layers. What is told are means over layers and the rows that they had: where
+    stages are skipped, a layer has some of them.
+
     Args:
-      config: the coefficients; a layer's terms are added up over layers.
+      config: the coefficients.
       routing: of the batch, see `over_rows`.
+      weight: of the loss.
     """
     balance = routing["balance_loss" if config.balance == "loss" else "balance_bias"]
     terms = config.balance_loss * jnp.sum(balance) + config.router_z_loss * jnp.sum(routing["router_z_loss"])
-    return terms, {name: jnp.mean(routing[name]) for name in TOLD}
+    of_layers = jnp.sum(routing["weight"])
+    share = weight / jnp.where(of_layers == 0, 1, of_layers)
+    return terms, {name: share * jnp.sum(routing[name]) for name in TOLD}
 
 
 def scores(routing: Routing, weight) -> dict[str, tuple[jax.Array, jax.Array]]:

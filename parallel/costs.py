@@ -290,7 +290,8 @@ def _experts(layout: Layout, work: Work) -> list[Sent]:
     runs, rows, axes = _runs(layout, work), work.experts_per_token * _rows(layout, work), layout.expert_axes
     if "tensor" in axes:  # else all of a row's devices along it have its tokens
         rows /= layout.sizes["tensor"]
-    times = 2 * (runs.forward + (1 + work.full_remat) * runs.backward) * work.sparse_layers / layout.sizes["stage"]
+    sparse = runs.layers * work.sparse_layers / work.layers  # that a pass goes through
+    times = 2 * (runs.forward + (1 + work.full_remat) * runs.backward) * sparse
     share = _share(math.prod(layout.sizes[axis] for axis in axes))
     return [Sent("all-to-all", axes, share * rows * work.width * work.compute_bytes * times)]
 

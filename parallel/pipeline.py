@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from crescendo.parallel import chunks
-from crescendo.parallel.stages import ALL, AXIS, EACH, Pipeline, Stages, only_if, put
+from crescendo.parallel.stages import ALL, AXIS, EACH, Pipeline, Stages, only_if, put, zeros
 
 Tree = Any
 
@@ -79,7 +79,7 @@ def sums_through_stages(
 
 
 def evaluate_through_stages(how: Pipeline, parts: Any, parameters: Tree, microbatches: Tree) -> Tree:
-    """The sums that `parts.leave` gives, over all microbatches `[k, microbatch, ...]`."""
+    """The sums that `parts` give, over all microbatches `[k, microbatch, ...]`."""
     k_max = jax.tree.leaves(microbatches)[0].shape[0]
     stages = Stages(how._replace(schedule=how.schedule.whole), parts, parameters, microbatches, k_max)
     (last,) = stages.schedule.last_stages
@@ -88,16 +88,16 @@ def evaluate_through_stages(how: Pipeline, parts: Any, parameters: Tree, microba
         return parts.leave(stages.merged(None, stages.shared), (stages.of_stage(last, y), None), rows)
 
     def body(tick, carry):
-        received, total = carry
-        (y, _), _ = stages.forward(tick, received)
+        received, told, total = carry
+        (y, _, told), _ = stages.forward(tick, received, told)
         microbatch, due = stages.leaving(stages.schedule.forward, tick, last)
         new = only_if(due, sums, y, stages.rows(microbatches, microbatch))
-        return stages.sent(y, tick), new if total is None else jax.tree.map(jnp.add, total, new)
+        return stages.sent(y, tick), told, new if total is None else jax.tree.map(jnp.add, total, new)
 
-    received = stages.streams()
-    total = jax.eval_shape(body, jnp.int32(0), (received, None))[1]
-    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), total)
-    return jax.lax.fori_loop(0, stages.schedule.passing(k_max), body, (received, total))[1]
+    received, told = stages.streams(), stages.nothing_told
+    _, _, total = jax.eval_shape(body, jnp.int32(0), (received, told, None))
+    _, told, total = jax.lax.fori_loop(0, stages.schedule.passing(k_max), body, (received, told, zeros(total)))
+    return parts.finish(total, stages.moved(chunks.in_order, told))
 
 
 class _Carry(NamedTuple):
@@ -110,7 +110,8 @@ class _Carry(NamedTuple):
       finished: `[p, slots, B, T, D]`, outputs that wait for the loss, of which those of the last stage count.
       waiting: `[p, ...]` of each shared parameter, gradients of losses that wait for those of the look-ups.
       weights: float32 `[k_max]`, of the microbatches.
-      loss_sum, extra: see `Sums`.
+      sums: what the last part gives of all of them.
+      told: what the layers say, in the order of the stages' work.
       own, own_rows: the sums over gradients, and the products, of parameters that are stacked in layers.
       shared, shared_rows: the same of the others.
     """
@@ -121,8 +122,8 @@ class _Carry(NamedTuple):
     finished: jax.Array
     waiting: Tree
     weights: jax.Array
-    loss_sum: jax.Array
-    extra: dict[str, jax.Array]
+    sums: Any
+    told: Tree
     own: Tree
     own_rows: Tree
     shared: Tree
@@ -134,12 +135,12 @@ class _Training(Stages):
 
     def __init__(self, how, term, keep, parts, parameters, microbatches, count, others):
         super().__init__(how, parts, parameters, microbatches, count)
-        self.term, self.keep = term, keep
+        self.term, self.keep, self.d_told = term, keep, self._cotangents_of_told()
         self.others_own = [self.stacked(tree) for tree in others]
         self.others_shared = [self.not_stacked(tree) for tree in others]
         self._run_store = self.each(self._store, (ALL, ALL, EACH, EACH, EACH, EACH), EACH)
         self._run_backward = self.each(
-            self._backward, (ALL, ALL, EACH, EACH, ALL, EACH, ALL, ALL, *(EACH for _ in others)), EACH
+            self._backward, (ALL, ALL, EACH, EACH, ALL, EACH, EACH, ALL, ALL, *(EACH for _ in others)), EACH
         )
         rows = P(None, AXIS)
         self._run_add = self.each(self._add, (ALL, ALL, EACH, rows, EACH, EACH), (EACH, rows))
@@ -147,9 +148,11 @@ class _Training(Stages):
     def tick(self, tick, carry: _Carry) -> _Carry:
         """All that is due."""
         # What a pass has made is sent beside the other pass, which so takes its time.
-        (y, x), d_y = self.forward(tick, carry.received, beside=lambda: self.sent(carry.d_x, tick - 1, back=True))
+        (y, x, told), d_y = self.forward(
+            tick, carry.received, carry.told, beside=lambda: self.sent(carry.d_x, tick - 1, back=True)
+        )
         kept, finished = self._run_store(tick, self.count, carry.kept, carry.finished, x, y)
-        carry, d_outputs = carry._replace(kept=kept, finished=finished), []
+        carry, d_outputs = carry._replace(kept=kept, finished=finished, told=told), []
         for stage in self.schedule.last_stages:
             carry, d_output = self.add_loss(tick, stage, carry)
             d_outputs.append(d_output)
@@ -163,23 +166,21 @@ class _Training(Stages):
 
         def of_finished(finished, rows):
             def loss(shared, x):
-                loss_sum, weight, extra = self.parts.leave(self.merged(None, shared), (x, None), rows)
-                return loss_sum, (weight, dict(extra))
+                sums = self.parts.leave(self.merged(None, shared), (x, None), rows)
+                return sums[0], sums
 
-            x = self.of_stage(stage, finished)
-            loss_sum, pull, (weight, extra) = jax.vjp(loss, self.shared, x, has_aux=True)
+            loss_sum, pull, sums = jax.vjp(loss, self.shared, self.of_stage(stage, finished), has_aux=True)
             gradients, d_output = pull(jnp.ones_like(loss_sum))
-            return loss_sum, weight, extra, self.keep(gradients), self.how.lay_out(d_output)
+            return sums, self.keep(gradients), self.how.lay_out(d_output)
 
         microbatch, due = self.leaving(self.schedule.backward, tick, stage)
         finished = carry.finished[:, microbatch % carry.finished.shape[1]]
         rows = self.rows(self.microbatches, microbatch)
-        loss_sum, weight, extra, gradients, d_output = only_if(due, of_finished, finished, rows)
+        sums, gradients, d_output = only_if(due, of_finished, finished, rows)
         carry = carry._replace(
             waiting=put(carry.waiting, microbatch % self.schedule.stages, due, gradients),
-            weights=carry.weights.at[microbatch].add(weight),
-            loss_sum=carry.loss_sum + loss_sum,
-            extra=jax.tree.map(jnp.add, carry.extra, extra),
+            weights=carry.weights.at[microbatch].add(sums[1]),
+            sums=jax.tree.map(jnp.add, carry.sums, sums),
         )
         return carry, d_output
 
@@ -188,7 +189,7 @@ class _Training(Stages):
         (entries, sums, d_x), received = only_if(
             tick >= self.schedule.first_backward(self.count),
             self._run_backward,
-            *(tick, self.count, self.own, carry.kept, d_outputs, d_y, carry.weights, self.microbatches),
+            *(tick, self.count, self.own, carry.kept, d_outputs, d_y, self.d_told, carry.weights, self.microbatches),
             *self.others_own,
             beside=lambda: self.sent(y, tick),
         )
@@ -223,19 +224,26 @@ class _Training(Stages):
         pairs = jax.tree.map(one, gradients, *others)
         return jax.tree.transpose(jax.tree.structure(gradients), jax.tree.structure((0, 0)), pairs)
 
+    def _cotangents_of_told(self) -> Tree:
+        """Of the loss by what layers say: the same for each microbatch, as the loss is linear in it."""
+        sums = zeros(jax.eval_shape(lambda: self.left(self.rows(self.microbatches, 0))))
+        cotangents = jax.grad(lambda told: self.parts.finish(sums, told)[0])(self.nothing_told)
+        return self.moved(chunks.interleaved, cotangents)
+
     def _store(self, tick, count, kept, finished, x, y):
         work = self.work(self.schedule.forward, tick, jax.lax.axis_index(AXIS), count)
         kept = put(kept[0], self.schedule.slot(work, self.k_max), work.due, x[0])
         finished = put(finished[0], work.microbatch % finished.shape[1], work.due, y[0])
         return kept[None], finished[None]
 
-    def _backward(self, tick, count, own, kept, d_outputs, d_y, weights, microbatches, *others):
+    def _backward(self, tick, count, own, kept, d_outputs, d_y, d_told, weights, microbatches, *others):
         stage = jax.lax.axis_index(AXIS)
         work = self.work(self.schedule.backward, tick, stage, count)
         rows, x = self.rows(microbatches, work.microbatch), kept[0, self.schedule.slot(work, self.k_max)]
         d_y = jnp.where(self.schedule.leaves(stage, work), d_outputs[stage % len(d_outputs)], d_y[0])
         _, pull = jax.vjp(lambda own, x: self.layers(own, x, rows, stage, work.chunk), self.chunk_of(own, work), x)
-        gradients, d_x = pull(jnp.where(work.due, d_y, 0))
+        cotangents = d_y, self.chunk_of(d_told, work)
+        gradients, d_x = pull(jax.tree.map(lambda x: jnp.where(work.due, x, 0), cotangents))
         of_chunk = [self.chunk_of(tree, work) for tree in others]
         found = self.terms(True, self.keep(gradients), weights[work.microbatch], of_chunk)
         return *jax.tree.map(lambda x: jnp.where(work.due, x, 0), found), self.how.lay_out(d_x)[None]
@@ -257,17 +265,11 @@ class _Training(Stages):
 
         def shapes():
             rows, weight = self.rows(self.microbatches, 0), jnp.float32(0)
-            loss_sum, _, extra = self.parts.leave(
-                self.merged(None, self.shared), (self.enter(self.shared, rows), None), rows
-            )
             own, shared = self.keep(self.own), self.keep(self.shared)
             of_own = self.terms(True, own, weight, self.others_own)
-            return loss_sum, dict(extra), shared, of_own, self.terms(False, shared, weight, self.others_shared)
+            return self.left(rows), shared, of_own, self.terms(False, shared, weight, self.others_shared)
 
-        def zeros(tree, *leading):
-            return jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype), tree)
-
-        loss_sum, extra, gradients, (own, own_sums), (shared, shared_sums) = jax.eval_shape(shapes)
+        sums, gradients, (own, own_sums), (shared, shared_sums) = jax.eval_shape(shapes)
         return _Carry(
             received=self.streams(),
             d_x=self.streams(),
@@ -275,8 +277,8 @@ class _Training(Stages):
             finished=self.streams(schedule.finished(k_max)),
             waiting=zeros(gradients, p),
             weights=jnp.zeros(k_max),
-            loss_sum=zeros(loss_sum),
-            extra=zeros(extra),
+            sums=zeros(sums),
+            told=self.nothing_told,
             own=zeros(own),
             own_rows=zeros(own_sums, k_max),
             shared=zeros(shared),
@@ -300,4 +302,5 @@ class _Training(Stages):
         own = carry.own if self.schedule.one_of == 1 else self.with_skipped(carry.own)
         own, own_rows = self.moved(chunks.in_order, own), self.moved(chunks.in_order, carry.own_rows, axis=1)
         entries, rows = self.merged(own, carry.shared), self.merged(own_rows, carry.shared_rows)
-        return Sums(carry.loss_sum, carry.extra, carry.weights, entries, rows)
+        loss_sum, _, extra = self.parts.finish(carry.sums, self.moved(chunks.in_order, carry.told))
+        return Sums(loss_sum, dict(extra), carry.weights, entries, rows)

@@ -346,6 +346,25 @@ a multiple of 32, such as 32
         )
 
 
+def check_groups(layers: int, of_group: int, *, stage: int, chunks: int = 1) -> None:
+    """Raises ValueError for layers stacked in groups that the mesh axis `stage` can't divide, or a schedule's chunks.
+
+    >>> check_groups(6, of_group=2, stage=2)
+    Traceback (most recent call last):
+    ...
+    ValueError: layers = 6 are 3 groups of moe_every = 2, which stage = 2 does not divide: use a stage of 1 or 3, or \
+layers = 4 or 8
+    """
+    groups, ways = layers // of_group, stage * chunks
+    if stage > 1 and groups % ways:
+        of, over = ("stage", "") if chunks == 1 else ("stage x chunks", f" x strategy.chunks = {chunks}")
+        raise ValueError(
+            f"layers = {layers} are {groups} groups of moe_every = {of_group}, which stage = {stage}{over} does not "
+            f"divide: use a {of} of {alternatives(divisors(groups))}, or layers = "
+            f"{nearest_multiples(layers, of_group * ways)}"
+        )
+
+
 def is_names(x: Any) -> bool:
     """Whether this is the names of an array's axes: a tuple, and not a placeholder for what is frozen, a named one."""
     return type(x) is tuple

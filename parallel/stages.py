@@ -1,5 +1,6 @@
 """The stages of a pipeline: what each has of a model, and the forward passes of a tick."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class Stages:
         self.k_max = jax.tree.leaves(microbatches)[0].shape[0]
         self.own, self.shared = self.stacked(parameters), self.not_stacked(parameters)
         self._run_forward = self.each(self._forward, (ALL, ALL, EACH, EACH, ALL, ALL), EACH)
+        self._run_tell = self.each(self._tell, (ALL, ALL, EACH, EACH), EACH)
 
     def take(self, tree: Tree, layered: bool) -> Tree:
         """The arrays of the parameters that are, or aren't, stacked in layers."""
@@ -117,10 +119,11 @@ class Stages:
         """The residual stream before the layers."""
         return _joined(self.parts.enter(self.merged(None, shared), rows))
 
-    def layers(self, own: Tree, x: jax.Array, rows: Tree, stage: jax.Array, chunk: jax.Array) -> jax.Array:
-        """The residual stream behind the layers of a chunk."""
+    def layers(self, own: Tree, x: jax.Array, rows: Tree, stage: jax.Array, chunk: jax.Array) -> tuple[jax.Array, Tree]:
+        """The residual stream behind the layers of a chunk, and what they say."""
         first = (chunk * self.schedule.stages + stage) * jax.tree.leaves(own)[0].shape[0]
-        return _joined(self.parts.layers(own, (x, None), rows, first))
+        stream, told = self.parts.layers(own, (x, None), rows, first)
+        return _joined(stream), told
 
     def chunk_of(self, own: Tree, work: Work) -> Tree:
         """Of a stage's own arrays those of a chunk."""
@@ -130,23 +133,44 @@ class Stages:
         stage = jax.lax.axis_index(AXIS)
         work = self.work(self.schedule.forward, tick, stage, count)
         x = jnp.where(self.schedule.enters(stage, work), first[stage % len(first)], received[0])
-        y = self.layers(self.chunk_of(own, work), x, self.rows(microbatches, work.microbatch), stage, work.chunk)
-        return self.how.lay_out(y)[None], x[None]
+        rows = self.rows(microbatches, work.microbatch)
+        y, told = self.layers(self.chunk_of(own, work), x, rows, stage, work.chunk)
+        return self.how.lay_out(y)[None], x[None], jax.tree.map(lambda x: jnp.where(work.due, x, 0), told)
 
-    def forward(self, tick, received: jax.Array, beside: Callable = lambda: None) -> tuple[tuple, Any]:
-        """The results of the stages' forward passes and what these began with, both `[p, ...]`; and see `only_if`."""
+    def _tell(self, tick, count, told, term):
+        work = self.work(self.schedule.forward, tick, jax.lax.axis_index(AXIS), count)
+        return jax.tree.map(lambda x, y: chunks.add_to_chunk(x, work.chunk, self.schedule.chunks, y), told, term)
+
+    def forward(self, tick, received: jax.Array, told: Tree, beside: Callable = lambda: None) -> tuple[tuple, Any]:
+        """The results of the stages' forward passes and what these began with, both `[p, ...]`; and see `only_if`.
+
+        The third result is `told` with what the layers say added to it.
+        """
 
         def first(stage: int):
             microbatch, due = self.entering(self.schedule.forward, tick, stage)
             return only_if(due, self.enter, self.shared, self.rows(self.microbatches, microbatch))
 
-        return only_if(
+        (y, x, term), others = only_if(
             tick < self.schedule.passing(self.count),
             self._run_forward,
             *(tick, self.count, self.own, received, jnp.stack([*map(first, self.schedule.first_stages)])),
             self.microbatches,
             beside=beside,
         )
+        return (y, x, self._run_tell(tick, self.count, told, term)), others
+
+    @functools.cached_property
+    def nothing_told(self) -> Tree:
+        """Zeros for what all layers say, in the order of the stages' work."""
+        rows = self.rows(self.microbatches, 0)
+        return zeros(
+            jax.eval_shape(lambda: self.parts.layers(self.own, (self.enter(self.shared, rows), None), rows, 0)[1])
+        )
+
+    def left(self, rows: Tree) -> Any:
+        """The sums of a batch that goes through no layers: for their shapes."""
+        return self.parts.leave(self.merged(None, self.shared), (self.enter(self.shared, rows), None), rows)
 
     def streams(self, slots: int | None = None) -> jax.Array:
         """Zeros for a residual stream on each stage, `[p, B, T, D]`; with slots `[p, slots, B, T, D]`."""
@@ -174,6 +198,11 @@ def _from_stage(stage: int, x: jax.Array) -> jax.Array:
     )
 
 
+def zeros(shapes: Tree, *leading: int) -> Tree:
+    """Arrays like these, or with axes before theirs."""
+    return jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype), shapes)
+
+
 def put(slots: Tree, slot, due, values: Tree) -> Tree:
     """The slots with the values in one of them, where they are due."""
     return jax.tree.map(lambda x, value: x.at[slot].set(jnp.where(due, value, x[slot])), slots, values)
@@ -187,7 +216,7 @@ def only_if(due, function: Callable, *arguments, beside: Callable | None = None)
     shapes, beside_it = jax.eval_shape(function, *arguments), beside or (lambda: None)
 
     def nothing(*_):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), beside_it(), False
+        return zeros(shapes), beside_it(), False
 
     # Of a condition with one result XLA refuses branches that lay it out differently, as zeros don't: so there are two.
     results, others, _ = jax.lax.cond(due, lambda *of: (function(*of), beside_it(), True), nothing, *arguments)

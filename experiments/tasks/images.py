@@ -154,13 +154,14 @@ class Images:
             return vit.apply(config, parameters).enter(_pixels(rows), layout)
 
         def layers(parameters, stream, rows, first):
-            return vit.apply(config, parameters).through(
+            stream = vit.apply(config, parameters).through(
                 stream,
                 implementation=implementation,
                 layout=layout,
                 dropout_keys_B=context.keys(rows, DROPOUT) if context.training and config.dropout else None,
                 first_layer=first,
             )
+            return stream, None
 
         def leave(parameters, stream, rows):
             logits_BC = vit.apply(config, parameters).leave(stream, layout, implementation=implementation)

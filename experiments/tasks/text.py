@@ -17,6 +17,7 @@ from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.tasks.base import Context, Loss, RowArray, Source, Tree, refuse_outside
 from crescendo.models import ModelConfig, axes
 from crescendo.models.parts import Parts
+from crescendo.parallel.rules import check_groups
 
 VOCAB_MULTIPLE = 128
 """The vocabulary is rounded up to this, so that the output matmul fills the hardware's tiles."""
@@ -149,6 +150,12 @@ class TextTask:
     def place(self, layout: Any) -> Any:
         """The layout for this model's heads."""
         layout = layout.with_experts(self.config.experts).with_heads(self.config.heads, self.config.kv_heads)
+        if self.config.moe_every > 1:
+            check_groups(
+                *(self.config.layers, self.config.moe_every),
+                stage=layout.sizes["stage"],
+                chunks=layout.strategy.chunks,
+            )
         order = layout.order(self.data.sequence_length)  # refuses rows that the mesh can't divide
         if order is not None and self.config.expert_capacity is not None:
             raise ValueError(
@@ -157,8 +164,6 @@ class TextTask:
             )
         if self.config.shared_layers:
             layout = layout.without_stages("its layers share one block's weights, which no stage would have alone")
-        if self.config.experts is not None:
-            return layout.without_stages("stages don't hand on what experts say of their loads")
         return layout.without_stages() if type(self).parts is TextTask.parts else layout
 
     def parts(self, context: Context, *, scores: bool = False) -> Parts:

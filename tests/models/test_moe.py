@@ -173,7 +173,7 @@ def test_the_gradient_of_a_balancing_bias_is_the_excess_of_its_load():
     def terms(rest):
         said = nnx.merge(structure, rest)(x_BTD, ONE_DEVICE, counted_BT=jnp.asarray(COUNTED))[1]
         summed = over_rows(jax.tree.map(lambda x: x[None], said), weights)
-        return training_terms(small(balance="bias", balance_loss=0.1, router_z_loss=0.0), summed)[0], summed
+        return training_terms(small(balance="bias", balance_loss=0.1, router_z_loss=0.0), summed, 22.0)[0], summed
 
     (value, summed), of_all = jax.value_and_grad(terms, has_aux=True)(rest)
     gradient = nnx.to_pure_dict(of_all)["bias"]

@@ -225,6 +225,19 @@ SPARSE = dataclasses.replace(CONFIG, experts=4, experts_per_token=2, expert_widt
         ({"data": 2, "expert": 2, "fsdp": 2}, "zero2", {"expert_capacity": 1.0}),
         ({"data": 2, "fsdp": 2, "tensor": 2}, "fsdp", {"shared_layers": True}),
         ({"data": 2, "expert": 2, "fsdp": 2}, "zero1", {"shared_layers": True, "remat": "full"}),
+        ({"stage": 2, "data": 2, "expert": 2}, "data", {}),
+        (
+            {"stage": 2, "expert": 2, "fsdp": 2},
+            parallel.strategy("fsdp", schedule="gpipe"),
+            {"layers": 4, "moe_every": 2, "balance": "bias", "dropout": 0.1},
+        ),
+        (
+            {"stage": 2, "data": 2, "tensor": 2},
+            parallel.strategy("zero1", schedule="interleaved", chunks=2),
+            {"layers": 8, "moe_every": 2, "remat": "full"},
+        ),
+        ({"stage": 2, "fsdp": 2, "sequence": 2}, "zero2", {"shared_expert_width": 32, "scan_layers": False}),
+        ({"stage": 4, "expert": 2}, "fsdp", {"layers": 4, "expert_capacity": 1.0}),
     ],
     ids=str,
 )

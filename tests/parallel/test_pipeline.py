@@ -142,14 +142,23 @@ def test_every_stage_sends_and_gets_a_chunk_in_a_round(stages, chunks):
     assert ways == {divmod(chunk, chunks): (chunk % stages, chunk // stages) for chunk in range(stages * chunks)}
 
 
-def layer(carry, w):
+def layer(carry, w, weights):
     x, number = carry
-    return (x + jnp.tanh(x @ w + number / 10), number + 1), None
+    x = x + jnp.tanh(x @ w + number / 10)
+    return (x, number + 1), jnp.sum(weights[:, None] * jnp.sin(x), axis=0, dtype=jnp.float32)
 
 
 def layers(parameters, stream, rows, first):
-    """Depends on the layers' numbers, as dropout does."""
-    return jax.lax.scan(layer, (stream[0], jnp.asarray(first, stream[0].dtype)), parameters["w"])[0][0], None
+    """Depends on the layers' numbers, as dropout does, and says a vector for each, as experts do."""
+    begin = stream[0], jnp.asarray(first, stream[0].dtype)
+    (x, _), told = jax.lax.scan(lambda carry, w: layer(carry, w, rows["weights"]), begin, parameters["w"])
+    return (x, None), {"told": told}
+
+
+def finish(sums, told):
+    """Each layer's with a part of its own in the loss."""
+    loss_sum, weight, extra = sums
+    return loss_sum + jnp.sum(jnp.cos(jnp.arange(told["told"].size)) * told["told"].ravel()), weight, extra | told
 
 
 # The table is used before the layers and behind them, as a tied embedding is.
@@ -157,6 +166,7 @@ PARTS = Parts(
     lambda parameters, rows: (parameters["table"][rows["tokens"]], None),
     layers,
     lambda parameters, stream, rows: losses(parameters, stream[0], rows),
+    finish,
 )
 
 
@@ -226,11 +236,12 @@ def only_on_the_way(parameters, stream, rows, first):
 
     def some(carry, layer_on):
         w, on = layer_on
-        (x, number), _ = layer(carry, w)
-        return (jnp.where(on, x, carry[0]), number), None
+        (x, number), told = layer(carry, w, rows["weights"])
+        return (jnp.where(on, x, carry[0]), number), jnp.where(on, told, 0)
 
     begin = stream[0], jnp.asarray(first, stream[0].dtype)
-    return jax.lax.scan(some, begin, (parameters["w"], rows["on"]))[0][0], None
+    (x, _), told = jax.lax.scan(some, begin, (parameters["w"], rows["on"]))
+    return (x, None), {"told": told}
 
 
 @pytest.mark.parametrize(("stages", "one_of"), [(4, 2), pytest.param(6, 3, marks=pytest.mark.slow)])

@@ -1,7 +1,8 @@
 """Small data in memory, meshes, and what every task must hold: the same value and gradient on any of them."""
 
 import functools
-from types import SimpleNamespace
+import operator
+from types import MappingProxyType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -123,17 +124,21 @@ def assert_same_on(task, mesh: dict, rows, *, seed: int = 5, tolerance: float = 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), measured, wanted)
 
 
-def assert_same_through_stages(task, rows, *, seed: int = 5, tolerance: float = 1e-5):
-    """As `assert_same_on`, of two stages that get the rows one by one."""
+def assert_same_through_stages(task, rows, mesh=MappingProxyType({}), *, seed: int = 5, tolerance: float = 1e-5):
+    """As `assert_same_on`, of two stages that get the rows in parts, each of a row for every device of a stage."""
     parameters, axes = fresh(task), task.logical_axes()
-    layout = task.place(parallel.Layout(parallel.make_mesh(data=1, stage=2, devices=jax.devices()[:2])))
+    mesh = {"data": 1, "stage": 2, **mesh}
+    devices = jax.devices()[: int(np.prod(list(mesh.values())))]
+    layout = task.place(parallel.Layout(parallel.make_mesh(**mesh, devices=devices)))
     spread = jax.device_put(parameters, layout.parameters(axes, parameters))
-    one_by_one = {name: x[:, None] for name, x in rows.items()}
+    shards = layout.batch_shards
+    by_part = {name: x.reshape(-1, shards, *x.shape[1:]) for name, x in rows.items()}
     training, evaluating = (Context(layout=layout, seed=seed, training=training) for training in (True, False))
     run = jax.jit(lambda *of: parallel.accumulate(task.parts(training), *of, spread=layout.spread(axes)))
-    found = run(spread, one_by_one, jnp.int32(len(rows["example"])))
+    found = run(spread, by_part, jnp.int32(len(by_part["example"])))
     expected, gradient = value_and_gradient(task, parameters, rows, Context(seed=seed))
-    np.testing.assert_allclose((found.loss_sum, found.weight), (expected.sum, expected.weight), rtol=1e-5)
+    sums = found.loss_sum, found.weight, found.extra
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), sums, (*expected[:2], dict(expected.extra)))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=tolerance * float(jnp.max(jnp.abs(b)))),
         found.gradients,
@@ -143,7 +148,7 @@ def assert_same_through_stages(task, rows, *, seed: int = 5, tolerance: float = 
         lambda *of: evaluate_through_stages(layout.pipeline(axes), task.parts(evaluating, scores=True), *of)
     )
     wanted = jax.jit(functools.partial(task.evaluate, context=Context()))(parameters, rows)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), evaluate(spread, one_by_one), wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), evaluate(spread, by_part), wanted)
 
 
 def assert_any_cut(task, rows, **context):
@@ -155,4 +160,6 @@ def assert_any_cut(task, rows, **context):
     whole, *found = (loss(parameters, part) for part in (rows, *parts))
     np.testing.assert_allclose(sum(x.sum for x in found), whole.sum, rtol=1e-6)
     np.testing.assert_allclose(sum(x.weight for x in found), whole.weight, rtol=1e-6)
+    extra = jax.tree.map(operator.add, *(dict(x.extra) for x in found))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), extra, dict(whole.extra))
     return whole
