@@ -69,7 +69,7 @@ def transformer_parts(
     dropout_keys: Callable[[dict], jax.Array | None] = lambda batch: None,
     row_weights: Callable[[dict], jax.Array] = lambda batch: jnp.sum(batch["segment_ids"] > 0, axis=1),
 ) -> Parts:
-    """What a `Transformer` makes of packed rows, in three parts.
+    """What a `Transformer` makes of packed rows, in parts.
 
     With experts layers say of their routing what it sums up to over rows, and the sums have it besides: a training loss
     its terms, and as a third element their dict; scores what is told of held-out rows.

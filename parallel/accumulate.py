@@ -119,7 +119,7 @@ def accumulate(
 
     Args:
       loss_fn: `(parameters, microbatch) -> (loss_sum, weight, extra)`: two float32 scalars, and a dict of such (it may
-        be empty) that are added up too, such as counts of right answers. For a pipeline it is in three parts
+        be empty) that are added up too, such as counts of right answers. For a pipeline it is in parts
         (`crescendo.models.parts.Parts`).
       parameters: a tree of arrays.
       microbatches: a tree of arrays `[k_max, microbatch, ...]`.

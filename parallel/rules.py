@@ -357,9 +357,10 @@ layers = 4 or 8
     """
     groups, ways = layers // of_group, stage * chunks
     if stage > 1 and groups % ways:
+        shown = f"{groups} group{'s' if groups > 1 else ''}"
         of, over = ("stage", "") if chunks == 1 else ("stage x chunks", f" x strategy.chunks = {chunks}")
         raise ValueError(
-            f"layers = {layers} are {groups} groups of moe_every = {of_group}, which stage = {stage}{over} does not "
+            f"layers = {layers} are {shown} of moe_every = {of_group}, which stage = {stage}{over} does not "
             f"divide: use a {of} of {alternatives(divisors(groups))}, or layers = "
             f"{nearest_multiples(layers, of_group * ways)}"
         )

@@ -178,6 +178,18 @@ def test_a_tick_of_a_pipeline_sends_what_the_closed_form_says(monkeypatch, sched
 
 
 @pytest.mark.slow
+def test_stages_with_experts_compile_and_send_rows_to_experts_and_streams_to_neighbours():
+    devices = topology_devices("h100:1x1x8", H100)
+    layout = parallel.Layout(parallel.make_mesh(data=1, stage=2, expert=4, devices=devices))
+    config = dataclasses.replace(SMALL, layers=4, moe_every=2, experts=8, expert_width=768).for_platform("gpu")
+    step, _ = lowered(config, layout, 8, 1024)
+    text = step.compile().as_text()
+    assert "collective-permute" in {c.kind for c in collectives(text)}
+    # There and back: in the forward pass, in the one that begins a backward pass, and in the backward pass.
+    assert len(re.findall(r" ragged-all-to-all(?:-start)?\(", text)) >= 6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "scan_layers", "work", "passes"),
     [("fsdp", False, "gemm_fusion|cublas", 1), ("zero1", True, r" while\(", 2)],
