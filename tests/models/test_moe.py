@@ -14,7 +14,7 @@ from crescendo.models import ModelConfig
 from crescendo.models.decode import decode, empty_cache
 from crescendo.models.layout import ONE_DEVICE
 from crescendo.models.loss import next_token_loss, next_token_parts
-from crescendo.models.moe import Moe, over_rows, through_experts, training_terms
+from crescendo.models.moe import TOLD, Moe, over_rows, through_experts, training_terms
 
 SMALL = ModelConfig(
     vocab_size=50, width=16, layers=2, heads=2, kv_heads=1, mlp_width=24, experts=5, experts_per_token=2, expert_width=8
@@ -180,6 +180,18 @@ def test_the_gradient_of_a_balancing_bias_is_the_excess_of_its_load():
     assert value == 0
     np.testing.assert_allclose(gradient, 0.1 * (summed["expert_load"][0] - 22 / 5), rtol=1e-5, atol=1e-6)
     assert np.abs(gradient).max() > 0.1
+
+
+def test_what_is_told_is_a_mean_over_the_rows_that_layers_had():
+    """Of two layers the second had a third of the rows, as where stages are skipped."""
+    config = small(layers=2, balance_loss=0.5, router_z_loss=0.25)
+    means, weight = np.array([1.5, 3.0]), np.array([12.0, 4.0])
+    sums = {name: jnp.asarray(means * weight) for name in TOLD}
+    terms, told = training_terms(config, sums | {"weight": jnp.asarray(weight)}, jnp.float32(12))
+    assert terms == 0.75 * (1.5 * 12 + 3.0 * 4)
+    np.testing.assert_allclose([x / 12 for x in told.values()], (1.5 * 12 + 3.0 * 4) / 16)
+    nothing = {name: jnp.zeros(2) for name in (*TOLD, "weight")}
+    assert not any(training_terms(config, nothing, jnp.float32(0))[1].values())
 
 
 @pytest.mark.parametrize(

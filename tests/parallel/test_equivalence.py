@@ -193,20 +193,22 @@ def test_more_stages_change_nothing(axes, plan, changes):
     check_ten_steps(layout, STATISTICS, dataclasses.replace(CONFIG, **{"layers": 4} | changes), off_by=2e-5)
 
 
+SPARSE = dataclasses.replace(CONFIG, experts=4, experts_per_token=2, expert_width=32)
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.slow
-def test_skipped_stages_are_the_same_training_on_every_mesh():
-    config, plan = dataclasses.replace(CONFIG, layers=4), parallel.BatchPlan(2, 12)
+@pytest.mark.parametrize(("config", "axis"), [(CONFIG, "tensor"), (SPARSE, "expert")], ids=["dense", "experts"])
+def test_skipped_stages_are_the_same_training_on_every_mesh(config, axis):
+    config, plan = dataclasses.replace(config, layers=4), parallel.BatchPlan(2, 12)
     found = []
-    for axes, devices in (({}, 4), ({"tensor": 2}, 8)):
+    for axes, devices in (({}, 4), ({axis: 2}, 8)):
         mesh = parallel.make_mesh(**{"stage": 4, "data": 1} | axes, devices=jax.devices()[:devices])
         trainer = Trainer(parallel.Layout(mesh, parallel.strategy("zero1", one_of=2)), plan, STATISTICS, config)
-        found.append([record["loss"] for record in trainer.run(6)])
+        found.append([[record["loss"], record.get("balance_loss", 1)] for record in trainer.run(6)])
+        assert all(1 <= balance < 1.5 for _, balance in found[-1])  # near that of even loads, though layers are skipped
         assert laid_out(trainer.state, trainer.shardings)
     np.testing.assert_allclose(*found, rtol=1e-5)
-
-
-SPARSE = dataclasses.replace(CONFIG, experts=4, experts_per_token=2, expert_width=32)
 
 
 @pytest.mark.timeout(900)
@@ -274,6 +276,11 @@ FOLDED: dict[str, tuple[dict, parallel.Strategy, dict]] = {
         {"data": 2, "sequence": 4},
         over("zero1", "sequence", ulysses=4, expert_chunks=4),
         {"expert_capacity": 1.0},
+    ),
+    "stage, sequence x tensor, chunks": (
+        {"stage": 2, "sequence": 2, "tensor": 2},
+        over("fsdp", "sequence", "tensor", expert_chunks=2),
+        {},
     ),
     "fsdp, chunks": (
         {"data": 2, "fsdp": 4},
