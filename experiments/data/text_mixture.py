@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from crescendo.experiments.data.documents import Documents
@@ -27,7 +26,7 @@ class Mixture:
       sources: by name, in the order of the names.
       shares: of these along a run.
       most_epochs: of a source that a run may not read more often, by name.
-      validation_weights: of each source in the mean that is the validation loss; they add up to 1.
+      validation_weights: of the sources in the mean that is the validation loss; above 0, and they add up to 1.
     """
 
     sources: Mapping[str, Documents]
@@ -93,7 +92,8 @@ def text_mixture(
     if not (total := sum(of_mean.values())):
         raise UserError("text_mixture.validation_weights add up to 0: give one of the sources more")
     shares = make_shares(_read(weights), [*sources], between, "text_mixture.weights")
-    return Mixture(sources, shares, most_epochs, {name: of_mean.get(name, 0.0) / total for name in sources})
+    in_mean = {name: of_mean[name] / total for name in sources if of_mean.get(name)}
+    return Mixture(sources, shares, most_epochs, in_mean)
 
 
 def _read(weights: Mapping[Any, Any] | str) -> Mapping[Any, Any]:
@@ -119,18 +119,13 @@ def _check_names(sources: Mapping[str, Documents]) -> None:
 
 def _check_apart(sources: Mapping[str, Documents]) -> None:
     """That no two sources read the same text, nor one what another holds out."""
-    files = {name: _files(documents) for name, documents in sources.items()}
-    for (one, first), (other, second) in itertools.combinations(sources.items(), 2):
+    texts = {name: [of, *(of.held_out or {}).values()] for name, of in sources.items()}
+    files = {name: {real: file for text in of for real, file in text.files.items()} for name, of in texts.items()}
+    identities = {name: {text.identity: text.source for text in of} for name, of in texts.items()}
+    for one, other in itertools.combinations(sources, 2):
         if shared := [file for real, file in files[one].items() if real in files[other]]:
             raise UserError(f"text_mixture.sources: {one} and {other} both read {shared[0]}: name it in one of them")
-        if first.identity == second.identity:
+        if copied := [source for identity, source in identities[one].items() if identity in identities[other]]:
             raise UserError(
-                f"text_mixture.sources: {one} and {other} are the same text ({first.source}): leave one of them out, "
-                "and give the other both weights"
+                f"text_mixture.sources: {one} and {other} both read {copied[0]}, or its copy: name it in one of them"
             )
-
-
-def _files(documents: Documents) -> dict[tuple[int, int], Path]:
-    """All files of a source, by what they really are, those of its held-out sets too."""
-    further = [_files(of) for of in (documents.held_out or {}).values()]
-    return {real: file for files in (documents.files, *further) for real, file in files.items()}

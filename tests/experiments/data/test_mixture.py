@@ -118,6 +118,10 @@ def test_weights_may_stand_in_a_file(tmp_path):
         mixture("nowhere.json")
 
 
+def test_a_source_that_weighs_nothing_is_not_in_the_mean():
+    assert mixture(validation_weights={"prose": 3, "verse": 0}).validation_weights == {"prose": 1.0}
+
+
 def test_the_same_text_in_two_sources_is_refused(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"text {name} " * 50)
@@ -139,8 +143,12 @@ def test_the_same_text_in_two_sources_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"one and other both read"):
         mixed("a", document_bytes=999)
     same = {name: text_files(f"{tmp_path}/{name}.txt") for name in ("a", "copy")}
-    with pytest.raises(UserError, match=r"a and copy are the same text \(text_files .*a\.txt\): leave one of them out"):
+    with pytest.raises(UserError, match=r"a and copy both read text_files .*a\.txt, or its copy: name it in one of"):
         text_mixture(same, {"a": 1, "copy": 1})
+    # Of a corpus that names no files, too: what one holds out, and what both do.
+    for other in (corpus(VERSE), corpus(["else"], test=VERSE)):
+        with pytest.raises(UserError, match=r"one and other both read a corpus, or its copy"):
+            text_mixture({"one": corpus(PROSE, validation=VERSE), "other": other}, {"one": 1, "other": 1})
 
 
 @pytest.mark.parametrize(
