@@ -26,7 +26,12 @@ from crescendo.experiments.runtime.command import plain_parser
 from crescendo.experiments.runtime.errors import UserError, user_values
 from crescendo.experiments.runtime.files import local_path
 from crescendo.experiments.tasks.base import Task
-from crescendo.experiments.trainer.evaluate import evaluation_program, make_evaluation, validation_mean
+from crescendo.experiments.trainer.evaluate import (
+    evaluation_program,
+    make_evaluation,
+    validation_mean,
+    validation_weights,
+)
 from crescendo.experiments.trainer.microbatches import max_microbatch_examples
 from crescendo.experiments.trainer.training import train
 from crescendo.pallas_kernels.console import plain_console
@@ -88,8 +93,9 @@ def evaluate(
         call = make_evaluation(task, name, layout, program, evaluation_examples=count, microbatch_examples=microbatch)
         evaluations[name] = Evaluation(min(count, len(rows)), len(rows), call(state))
     if mean := validation_mean(task, {name: each.means for name, each in evaluations.items()}):
-        taken, there = (sum(column) for column in zip(*(each[:2] for each in evaluations.values()), strict=True))
-        evaluations = {"validation": Evaluation(taken, there, mean), **evaluations}
+        parts = [evaluations[name] for name in validation_weights(task)]
+        of_parts = sum(each.rows for each in parts), sum(each.of_rows for each in parts)
+        evaluations = {"validation": Evaluation(*of_parts, mean), **evaluations}
     return task, examples_seen, evaluations
 
 

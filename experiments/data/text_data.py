@@ -63,7 +63,7 @@ class TextData:
 
     @property
     def held_out(self) -> Mapping[str, Rows]:
-        """The rows of the held-out documents, in sets by name; the first one is "validation"."""
+        """The rows of the held-out documents, in sets by name: the first one "validation", or one of each source."""
         return self._content.held_out
 
     @property
@@ -88,7 +88,7 @@ class TextData:
 
     @property
     def validation(self) -> Rows:
-        """The held-out set that decides what is best."""
+        """The held-out set that decides what is best; of a mixture it is no set, but the mean over some."""
         return self.held_out[VALIDATION]
 
     @property

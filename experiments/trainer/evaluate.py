@@ -111,14 +111,19 @@ def make_evaluation(
     return evaluate
 
 
+def validation_weights(task: Task) -> Mapping[str, float]:
+    """The shares of held-out sets in the mean that stands for "validation"; of none where that is a set of the task."""
+    return getattr(task.data, "validation_weights", {})
+
+
 def validation_mean(task: Task, by_set: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """The mean over held-out sets that stands for "validation": of every number that all of them have.
 
     Args:
-      task: says the sets' shares (`Task.data.validation_weights`); where it says none, there is no mean.
+      task: says the sets' shares (`validation_weights`); where it says none, there is no mean.
       by_set: the means of each set, by the set's name.
     """
-    weights: Mapping[str, float] = getattr(task.data, "validation_weights", {})
+    weights = validation_weights(task)
     every = [by_set[name] for name in weights]
     names = [name for name in (every[0] if every else {}) if all(name in each for each in every)]
     return {name: sum(share * by_set[of][name] for of, share in weights.items()) for name in names}

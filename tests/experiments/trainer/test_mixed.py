@@ -50,6 +50,8 @@ def test_a_run_records_each_source(bindings, train_small, records, tmp_path, cap
 def test_a_run_goes_on_to_the_bit_under_its_own_weights_alone_and_is_evaluated_as_it_was(
     bindings, train_small, records, tmp_path
 ):
+    (tmp_path / "news.txt").write_text("nothing new " * 20)
+    bindings = [*bindings, f"few/text_files.validation_paths = {{'news': '{tmp_path}/news.txt'}}"]
     train_small(tmp_path / "whole", *bindings)
     train_small(tmp_path / "parts", *bindings, "train.stop_after_tokens = 4096")  # 128 rows of 32
     with pytest.raises(UserError, match=r"can't go on: data was .* the weights of sources"):
@@ -58,7 +60,9 @@ def test_a_run_goes_on_to_the_bit_under_its_own_weights_alone_and_is_evaluated_a
     whole, parts = ([r for r in records(tmp_path / name) if r["kind"] == "train"] for name in ("whole", "parts"))
     assert parts == whole
     _, _, evaluated = evaluation.evaluate(tmp_path / "parts")
-    assert list(evaluated) == ["validation", "even", "few"]
+    assert list(evaluated) == ["validation", "even", "few", "few-news"]
+    assert evaluated["validation"].rows == evaluated["even"].rows + evaluated["few"].rows
+    assert evaluated["validation"].of_rows == evaluated["even"].of_rows + evaluated["few"].of_rows
     last = [each for each in records(tmp_path / "parts") if each["kind"] == "validation"][-1]
     for name, prefix in (("validation", ""), ("even", "even/"), ("few", "few/")):
         assert evaluated[name].means["loss"] == pytest.approx(last[f"{prefix}loss"], rel=1e-5)
