@@ -105,10 +105,10 @@ def make_shares(weights: Mapping[Any, Any], sources: Sequence[str], between: Bet
 
     >>> make_shares({0: {"a": 3, "b": 1}, 100: {"a": 1, "b": 1}}, ["a", "b"], "hold", "weights").parts.tolist()
     [[3072, 1024], [2048, 2048]]
-    >>> make_shares({"a": 1.0, "b": -0.5}, ["a", "b"], "hold", "weights")
+    >>> make_shares({"a": 1.0, "b": -1}, ["a", "b"], "hold", "weights")
     Traceback (most recent call last):
     ...
-    crescendo.experiments.runtime.errors.UserError: weights: b has -0.5 at 0 examples: it must be a number of at least 0
+    crescendo.experiments.runtime.errors.UserError: weights: b has -1 at 0 examples: it must be a number from 0 to 1e300
     """
     if not weights:
         raise UserError(f"{where} is empty: give each of {', '.join(sources)} a weight")
@@ -116,7 +116,7 @@ def make_shares(weights: Mapping[Any, Any], sources: Sequence[str], between: Bet
     by_clock = {0: weights} if constant else weights
     points = []
     for clock, at in by_clock.items():
-        number = int(clock) if isinstance(clock, str) and clock.isdecimal() and len(clock) < 11 else clock
+        number = int(clock) if isinstance(clock, str) and clock.isdecimal() and len(clock) < 11 else _plain(clock)
         if type(number) is not int or not 0 <= number < 2**31 or not isinstance(at, Mapping):
             raise UserError(
                 f"{where}: {str(clock)[:40]!r} must be a clock, examples seen from 0 to below 2^31, with the weights "
@@ -139,18 +139,18 @@ def _parts(weights: Mapping[Any, Any], sources: Sequence[str], clock: int, where
         raise UserError(
             f"{where}: {str(unknown[0])[:40]!r} at {clock} examples is no source; there are {', '.join(sources)}"
         )
-    for name in sources:
-        weight = weights[name]
+    given = [_plain(weights[name]) for name in sources]
+    for name, weight in zip(sources, given, strict=True):
         if type(weight) not in (int, float) or not 0 <= weight <= 1e300:
             raise UserError(
-                f"{where}: {name} has {str(weight)[:40]} at {clock} examples: it must be a number of at least 0"
+                f"{where}: {name} has {str(weight)[:40]} at {clock} examples: it must be a number from 0 to 1e300"
             )
-    total = sum(Fraction(weights[name]) for name in sources)
+    total = sum(map(Fraction, given))
     if not total:
         raise UserError(
             f"{where}: those of {', '.join(sources)} add up to 0 at {clock} examples: give one of them more than 0"
         )
-    exact = [Fraction(weights[name]) * PARTS / total for name in sources]
+    exact = [Fraction(weight) * PARTS / total for weight in given]
     for name, parts in zip(sources, exact, strict=True):
         if 0 < parts < 1:
             raise UserError(
@@ -162,3 +162,8 @@ def _parts(weights: Mapping[Any, Any], sources: Sequence[str], clock: int, where
     for i in by_remainder[: PARTS - sum(result)]:
         result[i] += 1
     return result
+
+
+def _plain(value: Any) -> Any:
+    """The value, one of NumPy's numbers as Python's."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -161,13 +161,21 @@ def test_whole_parts_are_within_1_of_the_weights(weights):
     assert np.abs(parts - PARTS * np.array(weights) / sum(weights)).max() < 1
 
 
+def test_numbers_of_numpy_are_numbers():
+    points = {np.int64(0): {"a": np.float64(0.25), "b": np.float32(0.75)}, np.int32(9): {"a": np.int64(1), "b": 1}}
+    shares = make_shares(points, ["a", "b"], "hold", "w")
+    assert shares.points.tolist() == [0, 9]
+    assert shares.parts.tolist() == [[1024, 3072], [2048, 2048]]
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
         ({}, "w is empty: give each of a, b a weight"),
         ({"a": 1}, "w: b has none at 0 examples: give it 0 to leave it out"),
         ({"a": 1, "b": 1, "c": 1}, "w: 'c' at 0 examples is no source; there are a, b"),
-        ({"a": 1, "b": -2}, "w: b has -2 at 0 examples: it must be a number of at least 0"),
+        ({"a": 1, "b": -2}, "w: b has -2 at 0 examples: it must be a number from 0 to 1e300"),
+        ({"a": 1, "b": 1e301}, "w: b has 1e+301 at 0 examples: it must be a number from 0 to 1e300"),
         ({"a": 1, "b": True}, "w: b has True at 0 examples"),
         ({"a": 1, "b": float("nan")}, "w: b has nan at 0 examples"),
         ({"a": 1, "b": float("inf")}, "w: b has inf at 0 examples"),
