@@ -58,7 +58,7 @@ def make_arms(total_examples: int, *, share: float, upsampled: float, over: Sequ
       over: parts of the run at its end, increasing.
 
     Raises:
-      UserError: for shares that aren't between 0 and 1.
+      UserError: for shares that aren't between 0 and 1, and parts that are no arms of their own.
 
     >>> list(make_arms(1000, share=0.05, upsampled=0.5, over=[0.1, 0.2]))
     ['base', 'last-10', 'last-20', 'throughout']
@@ -69,13 +69,19 @@ def make_arms(total_examples: int, *, share: float, upsampled: float, over: Sequ
         raise UserError(f"--share {share:g} must be at least 0 and below --upsampled {upsampled:g}, and that at most 1")
     if any(not 0 < part < 1 for part in over) or sorted(set(over)) != list(over):
         raise UserError(f"--over {' '.join(map(str, over))}: give parts of the run between 0 and 1, increasing")
+    begins = [round((1 - part) * total_examples) for part in over]
+    if len({0, *begins, total_examples}) < len(over) + 2:
+        raise UserError(
+            f"--over {' '.join(map(str, over))}: of {total_examples:,} examples one of these is none or all, or two "
+            "are the same: raise --total-examples, or give others"
+        )
 
     def weights(of_domain: float) -> dict[str, float]:
         return {"domain": of_domain, "rest": 1 - of_domain}
 
     points: dict[str, dict[int, dict[str, float]]] = {"base": {0: weights(share)}}
-    for part in over:
-        points[f"last-{100 * part:g}"] = {0: weights(share), round((1 - part) * total_examples): weights(upsampled)}
+    for part, begin in zip(over, begins, strict=True):
+        points[f"last-{100 * part:g}"] = {0: weights(share), begin: weights(upsampled)}
     points["throughout"] = {0: weights(upsampled)}
     return {name: {"text_mixture.weights": by_clock} for name, by_clock in points.items()}
 

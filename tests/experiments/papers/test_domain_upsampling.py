@@ -27,6 +27,8 @@ def test_arms_say_when_the_domain_is_upsampled():
         (["--upsampled", "1.5"], r"below --upsampled 1\.5, and that at most 1"),
         (["--over", "0.2", "0.1"], r"--over 0\.2 0\.1: give parts of the run between 0 and 1, increasing"),
         (["--over", "0", "0.1"], r"--over 0\.0 0\.1: give parts"),
+        (["--over", "1e-9"], r"--over 1e-09: of 6,144 examples one of these is none or all"),
+        (["--over", "0.1", "0.10001"], r"--over 0\.1 0\.10001: .* two are the same: raise --total-examples"),
         (
             ["--set", "text_mixture.weights = {'domain': 1, 'rest': 1}"],
             "sets text_mixture.weights itself: give --share",
