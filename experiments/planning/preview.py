@@ -36,10 +36,10 @@ def preview(console: Console, data: Any, *, seed: int, examples: int) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     say(f"data: {data}")
-    numbers = row_order(data.train, seed)(range(examples))
-    rows = data.train.take(numbers)
-    for i, number in enumerate(numbers.tolist()):
-        row = {name: array[i] for name, array in rows.items()}
+    order = row_order(data.train, seed)
+    for i in range(examples):
+        (number,) = order([i]).tolist()
+        row = {name: array[0] for name, array in data.train.take([number]).items()}
         pieces, padding = int(row["segment_ids"].max()), int((row["segment_ids"] == 0).sum())
         length = len(row["segment_ids"])
         what = f"{length:,} tokens of {pieces} document{'s' * (pieces != 1)}"
