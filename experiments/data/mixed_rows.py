@@ -1,13 +1,12 @@
 """Rows of several sources as one array, and the order in which a mixture draws them."""
 
-import hashlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from crescendo.experiments.data.rows import Rows, Shuffled
+from crescendo.experiments.data.rows import Rows, Shuffled, seed_of
 from crescendo.experiments.data.shares import Shares
 from crescendo.experiments.runtime.errors import UserError
 
@@ -93,7 +92,7 @@ class MixedOrder:
     def __init__(self, rows: Mapping[str, int], shares: Shares, seed: int, most_epochs: Mapping[str, float]):
         self._rows, self._shares, self._most_epochs = rows, shares, most_epochs
         self._begins = np.cumsum([0, *rows.values()])[:-1]
-        self._orders = [Shuffled(count, _seed_of(name, seed)) for name, count in rows.items()]
+        self._orders = [Shuffled(count, seed_of(name, seed)) for name, count in rows.items()]
 
     def __call__(self, examples: ArrayLike) -> np.ndarray:
         source, number = self._shares.drawn(examples)
@@ -108,6 +107,10 @@ class MixedOrder:
         drawn = self._shares.before(examples_seen).tolist()
         return {name: count / rows for (name, rows), count in zip(self._rows.items(), drawn, strict=True)}
 
+    def columns(self, examples_seen: int, batch_size: int) -> dict[str, float]:
+        """How often each source has been read, as `epochs_SOURCE`."""
+        return {f"epochs_{name}": count for name, count in self.epochs(examples_seen).items()}
+
     def check(self, total_examples: int) -> None:
         """Raises UserError where a run of this length reads a source more often than it may."""
         drawn = self._shares.before(total_examples).tolist()
@@ -119,14 +122,3 @@ class MixedOrder:
                     f"{int(most * rows):,} in text_mixture.most_epochs = {most:g}: lower its weight, shorten the run, "
                     "or raise most_epochs"
                 )
-
-
-def _seed_of(name: str, seed: int) -> int:
-    """A seed of the source's own, in [0, 2**32).
-
-    Raises:
-      UserError: if the run's is out of its range.
-    """
-    if not 0 <= seed < 2**32:
-        raise UserError(f"the data seed = {seed} must lie in 0..{2**32 - 1}")
-    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=4).digest())

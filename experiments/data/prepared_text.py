@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from crescendo.experiments.data.corpus import TRAIN, VALIDATION, Summary, tokenize
+from crescendo.experiments.data.decomposed import Decomposition
+from crescendo.experiments.data.decomposed_rows import DecomposedRows, decompose
 from crescendo.experiments.data.documents import Documents, digest
 from crescendo.experiments.data.manifest import Blocks
 from crescendo.experiments.data.mixed_rows import MixedRows
@@ -91,13 +93,18 @@ class _NoRows:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A corpus on disk: the folders of its tokens and of its rows, and what `tokenize` says of it."""
+    """A corpus on disk: the folders of its tokens and of its rows, and what `tokenize` says of it.
+
+    Attributes:
+      decomposed: where training rows are pieces of one length each, their folder, and how they were cut.
+    """
 
     tokens: Path
     rows: Path
     sequence_length: int
     of_bytes: bool
     summary: Summary
+    decomposed: tuple[Path, Decomposition] | None = None
 
     def content(self, held_out: Iterable[str] | None = None) -> Content:
         """The corpus, opened, with these held-out sets; None: all of them."""
@@ -108,15 +115,24 @@ class Prepared:
             tokenizer=ByteTokenizer() if self.of_bytes else SubwordTokenizer.load(self.tokens / "tokenizer.json"),
             documents=self.summary.documents,
             tokens=sum(pairs.values()),
-            fingerprint=digest([FORMAT, self.summary.digest, self.sequence_length]),
+            fingerprint=digest([FORMAT, self.summary.digest, self.sequence_length, *self._order]),
         )
 
+    @property
+    def _order(self) -> list[Any]:
+        """What fixes the training rows beside the tokens."""
+        return [] if self.decomposed is None else [self.decomposed[1].identity]
+
     def _open(self, split: str) -> Rows:
-        packing = Packing(*(_load_array(self.rows / f"{split}_{name}.npy") for name in Packing._fields))
+        decomposed = self.decomposed if split == TRAIN else None
+        folder = self.rows if decomposed is None else decomposed[0]
+        packing = Packing(*(_load_array(folder / f"{split}_{name}.npy") for name in Packing._fields))
         name, pairs = f"{split}_tokens.npy", self.summary.pairs[split]
         tokens = _load_array(self.tokens / name)
         bytes_per_token = self.summary.bytes[split] / pairs if pairs else None
         blocks = Blocks(self.tokens, name, tokens)
+        if decomposed is not None:
+            return DecomposedRows(tokens, packing, self.sequence_length, decomposed[1], before_reading=blocks.check)
         return Rows(tokens, packing, self.sequence_length, bytes_per_token, before_reading=blocks.check)
 
 
@@ -129,9 +145,10 @@ class Corpus:
       sequence_length: tokens in a row.
       validation_fraction: the part of the documents to hold out.
       root: the folder for prepared data.
+      decomposition: of the training documents; None: they are packed like the others.
 
     Raises:
-      UserError: for names of held-out sets that can't be.
+      UserError: for names of held-out sets that can't be, and rows whose length the decomposition doesn't serve.
     """
 
     def __init__(
@@ -141,6 +158,7 @@ class Corpus:
         sequence_length: int,
         validation_fraction: float,
         root: Path,
+        decomposition: Decomposition | None = None,
     ):
         self._sets = documents.held_out or {}
         for name in self._sets:
@@ -153,6 +171,8 @@ class Corpus:
         identities = {name: of.identity for name, of in self._sets.items()}
         key = digest([FORMAT, FILES, documents.identity, self._spec.identity, validation_fraction, identities])
         self._tokens, self._rows = root / "tokens" / key, root / "rows" / f"{key}-{sequence_length}"
+        self._decomposition = decomposition
+        self._lengths = [] if decomposition is None else decomposition.lengths(sequence_length)
 
     def expected(self) -> ExpectedText | None:
         """What is known before rows are packed; None where they seem to be, and only need opening."""
@@ -203,12 +223,23 @@ class Corpus:
 
         def pack_splits(folder: Path) -> None:
             for split in summary.pairs:
-                offsets = _load_array(corpus / f"{split}_offsets.npy")
-                for name, array in pack(offsets, self._sequence_length)._asdict().items():
-                    np.save(folder / f"{split}_{name}.npy", array)
+                _save(folder, split, pack(_load_array(corpus / f"{split}_offsets.npy"), self._sequence_length))
+
+        def decompose_training(folder: Path) -> None:
+            _save(folder, TRAIN, decompose(_load_array(corpus / f"{TRAIN}_offsets.npy"), self._lengths))
 
         rows = prepared(self._rows, pack_splits, made_of=summary.digest)
-        return Prepared(corpus, rows, self._sequence_length, self._spec.identity == "bytes", summary)
+        decomposed = None
+        if self._decomposition is not None:
+            folder = self._rows.with_name(f"{self._rows.name}-from-{self._decomposition.shortest}")
+            decomposed = prepared(folder, decompose_training, made_of=summary.digest), self._decomposition
+        of_bytes = self._spec.identity == "bytes"
+        return Prepared(corpus, rows, self._sequence_length, of_bytes, summary, decomposed)
+
+
+def _save(folder: Path, split: str, packing: Packing) -> None:
+    for name, array in packing._asdict().items():
+        np.save(folder / f"{split}_{name}.npy", array)
 
 
 def _load_array(path: Path) -> np.memmap:

@@ -1,6 +1,7 @@
 """Rows of tokens, read anywhere by one integer, the order of a run's examples, and the endless stream of them."""
 
 import functools
+import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -74,6 +75,11 @@ class Rows:
         padding = self._packing.lengths[self._packing.starts == PADDING]
         return int(padding.sum()) / (len(self) * self.sequence_length)
 
+    @property
+    def filling(self) -> str:
+        """How rows are filled, in words."""
+        return f"{self.padding_share:.2%} padding"
+
     def take(self, row_numbers: ArrayLike) -> dict[str, np.ndarray]:
         """The rows of these numbers, [rows] in 0..len(self) - 1, stacked: int32 [rows, sequence_length] each."""
         row_numbers = np.asarray(row_numbers, np.int64)
@@ -115,6 +121,10 @@ class Order(Protocol):
         """How often each source has been read at a clock, by its name; of no source where there is but one."""
         ...
 
+    def columns(self, examples_seen: int, batch_size: int) -> Mapping[str, float]:
+        """What the training record of the batch that ends at a clock says of its examples, by column."""
+        ...
+
     def check(self, total_examples: int) -> None:
         """Raises UserError for a run of a length that the data don't serve."""
         ...
@@ -153,7 +163,21 @@ class Shuffled:
     def epochs(self, examples_seen: int) -> Mapping[str, float]:
         return {}
 
+    def columns(self, examples_seen: int, batch_size: int) -> Mapping[str, float]:
+        return {}
+
     def check(self, total_examples: int) -> None: ...
+
+
+def seed_of(name: str, seed: int) -> int:
+    """A seed of its own for one part of the rows, in [0, 2**32).
+
+    Raises:
+      UserError: if the run's is out of its range.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"the data seed = {seed} must lie in 0..{2**32 - 1}")
+    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=4).digest())
 
 
 def row_order(source: Source, seed: int) -> Order:

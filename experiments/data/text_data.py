@@ -11,6 +11,7 @@ from typing import Annotated
 from annotated_types import Gt, Lt
 
 from crescendo.experiments.data.corpus import VALIDATION
+from crescendo.experiments.data.decomposed import Decomposition
 from crescendo.experiments.data.documents import Documents
 from crescendo.experiments.data.mixed_rows import MixedRows
 from crescendo.experiments.data.mixed_text import MixedCorpus
@@ -21,6 +22,7 @@ from crescendo.experiments.data.stdlib_text import stdlib_text
 from crescendo.experiments.data.text_mixture import Mixture
 from crescendo.experiments.data.tokenizer import Tokenizer, parse_tokenizer
 from crescendo.experiments.runtime.arguments import checked
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.ranges import Count
 
 
@@ -119,7 +121,7 @@ class TextData:
         )
         return (
             f"{self.documents:,} documents, {self.tokens:,} tokens of {self.vocab_size:,} kinds, in rows of "
-            f"{self.sequence_length:,}: {len(self.train):,} to train on ({self.padding_share:.2%} padding), {sets}"
+            f"{self.sequence_length:,}: {len(self.train):,} to train on ({self.train.filling}), {sets}"
         )
 
 
@@ -130,6 +132,7 @@ def text_data(
     tokenizer: str = "bytes",
     sequence_length: Count = 128,
     validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05,
+    packing: Decomposition | None = None,
     cache_directory: str | os.PathLike | None = None,
 ) -> TextData:
     """Documents, tokenized and packed when they are first asked for; what was prepared earlier is opened.
@@ -148,6 +151,8 @@ def text_data(
         all sources, each once, whatever the weights are); or the path of a tokenizer.json file.
       sequence_length: tokens in a row, at least 1.
       validation_fraction: the part of the documents to hold out, between 0 and 1.
+      packing: of the training rows: `@decomposed()` fills each with pieces of one length and draws short ones first;
+        None packs whole documents as well as they fit, as held-out ones always are.
       cache_directory: where prepared data are kept; None for `crescendo` in $XDG_CACHE_HOME, else in ~/.cache.
 
     Returns:
@@ -170,10 +175,15 @@ def text_data(
     """
     documents = documents or stdlib_text(cache_directory=cache_directory)
     root, spec = cache_root(cache_directory), parse_tokenizer(tokenizer)
+    if packing is not None and isinstance(documents, Mixture):
+        raise UserError(
+            "text_data.packing = @decomposed() orders the rows of one source, and text_data.documents is a "
+            "text_mixture, which has an order of its own: leave one of them out"
+        )
     corpus = (
         MixedCorpus(documents, spec, sequence_length, validation_fraction, root)
         if isinstance(documents, Mixture)
-        else Corpus(documents, spec, sequence_length, validation_fraction, root)
+        else Corpus(documents, spec, sequence_length, validation_fraction, root, packing)
     )
     return TextData(sequence_length, corpus.open, corpus.expected)
 

@@ -242,6 +242,13 @@ CHARTS = (
         log=10,
     ),
     Chart(
+        *("piece_length", "Length of pieces", "tokens", "tokens of a piece, mean of the batch"),
+        _against_tokens(("piece_length", "length", "solid"), mean=False),
+        columns=("piece_length",),
+        log=2,
+        format=compact,
+    ),
+    Chart(
         *(
             "expert_load",
             "Load of experts (at the last evaluation)",

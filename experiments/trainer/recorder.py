@@ -34,7 +34,7 @@ class Recorder:
       flops_per_example: of the model.
       peak_flops_per_second: of all devices together, or None.
       wall: all of the run's time, by part.
-      epochs: how often each source of the examples has been read at a clock, by name.
+      columns: what there is to say of the examples of a batch, by the clock at its end and its size.
       seconds: training time so far, without compilation, evaluation and checkpoints.
     """
 
@@ -44,7 +44,7 @@ class Recorder:
     flops_per_example: float
     peak_flops_per_second: float | None
     wall: WallClock
-    epochs: Callable[[int], Mapping[str, float]] = lambda examples_seen: {}
+    columns: Callable[[int, int], Mapping[str, float]] = lambda examples_seen, batch_size: {}
     seconds: float = 0.0
     _mark: float = dataclasses.field(default_factory=time.perf_counter)
     _recent: collections.deque[tuple[int, float]] = dataclasses.field(
@@ -78,7 +78,7 @@ class Recorder:
                 **self._place(clock),
                 **{name: values.get(name) for name in REPORTED},
                 **further,
-                **{f"epochs_{name}": count for name, count in self.epochs(clock.examples_seen).items()},
+                **self.columns(clock.examples_seen, examples),
                 "batch_size": examples,
                 "microbatches": microbatches,
                 "seconds": self.seconds,

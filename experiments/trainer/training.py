@@ -342,7 +342,7 @@ def make_recorder(
         task.flops_per_example,
         peak,
         wall or WallClock(),
-        session.order.epochs,
+        session.order.columns,
         seconds,
     )
 
