@@ -23,19 +23,23 @@ PAPER = Paper(
     arxiv="2405.13226",
     claim="A 1B model with a context of 8,192 trains at the cost of one with 2,048 on documents that were joined and "
     "cut, and reaches its accuracy several times sooner.",
-    command="crescendo dataset_decomposition --learning-rates 1e-3 2e-3 4e-3 --seeds 2",
+    command="crescendo dataset_decomposition --shortest 64 --group 4 --learning-rates 1e-3 2e-3 4e-3 --seeds 2 "
+    "--set 'SEQUENCE_LENGTH = 512' --set 'train.batch_size = 4' --set 'text_data.documents = @text_files()' "
+    "--set 'text_files.paths = [\"functions.jsonl\"]'",
     device="two CPU cores",
-    expected="Not measured yet.",
+    expected="Short first ends within the spread of two seeds of packed rows on as many tokens, 0.013 nats a byte "
+    "above.",
 )
 
 EXAMPLES = """examples:
-  crescendo dataset_decomposition
-  crescendo dataset_decomposition --shortest 32 --group 4 --set 'SEQUENCE_LENGTH = 512' --set 'train.batch_size = 4' \\
-    --learning-rates 1e-3 2e-3 4e-3 --seeds 2
+  crescendo dataset_decomposition --set 'text_data.documents = @text_files()' \\
+    --set 'text_files.paths = ["functions.jsonl"]' --set 'SEQUENCE_LENGTH = 512' --set 'train.batch_size = 4' \\
+    --shortest 64 --group 4 --learning-rates 1e-3 2e-3 4e-3 --seeds 2
   crescendo dataset_decomposition --config lm_30m.gin --set 'text_files.paths = ["web/*.parquet"]' \\
     --set 'SEQUENCE_LENGTH = 4096' --set 'train.batch_size = 16' --set 'schedules.linear.warmup = 1600' \\
     --shortest 128 --group 16 --total-examples 146432 --learning-rates 1e-3 2e-3 4e-3
 
+Documents need many lengths up to a row's; where they are longer, lengths that are rare have no place in a cycle.
 The same command goes on where it was interrupted; a finished run is never run again."""
 
 # The command's options for what the arms bind.

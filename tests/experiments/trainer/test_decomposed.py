@@ -22,6 +22,7 @@ def bindings(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_each_step_has_one_length_and_a_resumed_run_the_same(bindings, train_small, records, tmp_path):
     train_small(tmp_path / "whole", *bindings)
     train_small(tmp_path / "cut", *bindings, "train.stop_after_tokens = 3072")  # 96 rows of 32
