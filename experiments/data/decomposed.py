@@ -14,10 +14,7 @@ FORMAT = 1  # of the rows and of their order: part of the data's identity, to be
 
 @dataclasses.dataclass(frozen=True)
 class Decomposition:
-    """How documents are cut by length and in which order the lengths come: what `text_data.packing` takes.
-
-    Attributes: see `decomposed`.
-    """
+    """How documents are cut by length and in which order the lengths come: what `text_data` takes; see `decomposed`."""
 
     shortest: int
     odds: float
