@@ -10,6 +10,7 @@ from rich.text import Text
 
 from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.configs.settings import settings
+from crescendo.experiments.data.subset import on_subset
 from crescendo.experiments.planning import run
 from crescendo.experiments.planning.preview import preview
 from crescendo.experiments.runtime.cli import hosts_lost, run_command
@@ -105,8 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.preview is not None:
         if arguments.dry_run:
             raise UserError("--preview and --dry-run each print something and train nothing: leave one out")
-        given = configurables.arguments(train, ["data", "seed"])
-        preview(output_console(), given["data"], seed=given["seed"], examples=arguments.preview)
+        given = configurables.arguments(train, ["data", "rows", "seed"])
+        data = on_subset(given["data"], given["rows"])
+        preview(output_console(), data, seed=given["seed"], examples=arguments.preview)
         return
     if arguments.dry_run:
         run.plan_run(

@@ -177,10 +177,14 @@ class ResNet(nnx.Module):
         self.head = Linear((last,), (config.classes,), (axes.CHANNELS, axes.CLASSES), dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x_BHWC, *, layout: Layout = ONE_DEVICE):
+        return self.head(self.features(x_BHWC, layout), layout)
+
+    def features(self, x_BHWC, layout: Layout = ONE_DEVICE):
+        """The mean over pixels behind all blocks, float32 `[B, C]`: what makes the logits."""
         x_BHWC = jax.nn.relu(self.stem_norm(self.stem(layout.constrain(x_BHWC.astype(self.dtype), PICTURES))))
         for block in self.blocks:
             x_BHWC = layout.constrain(block(x_BHWC), PICTURES)
-        return self.head(jnp.mean(x_BHWC.astype(jnp.float32), axis=(1, 2)), layout)
+        return jnp.mean(x_BHWC.astype(jnp.float32), axis=(1, 2))
 
 
 def initialize(config: ResNetConfig, key) -> dict:

@@ -165,8 +165,12 @@ class ViT(nnx.Module):
 
     def leave(self, stream: Stream, layout: Layout = ONE_DEVICE, *, implementation: str | None = None):
         """Logits of what is behind all layers."""
+        return self.head(self.features(stream, layout, implementation=implementation), layout)
+
+    def features(self, stream: Stream, layout: Layout = ONE_DEVICE, *, implementation: str | None = None):
+        """The mean of the normalised hidden states behind all layers, float32 `[B, D]`: what makes the logits."""
         x_BTD, _ = self.final_norm(*stream, layout, implementation=of_rows(implementation))
-        return self.head(layout.constrain(jnp.mean(x_BTD.astype(jnp.float32), axis=1), (axes.BATCH, None)), layout)
+        return layout.constrain(jnp.mean(x_BTD.astype(jnp.float32), axis=1), (axes.BATCH, None))
 
 
 def cut_into_patches(x_BHWC, image_size: int, patch_size: int):

@@ -33,9 +33,10 @@ ROOMS = {
     "trainer": {"runtime", "data", "runs", "tasks.base", "tasks.language_model"},
     "configs": {"runtime", "data", "tasks", "trainer.probes"},
     "reports": {"runtime", "runs"},
-    "sweeps": {"runtime", "runs", "reports", "configs", "tasks.base", "trainer"},
-    "papers": {"runtime", "data", "runs", "tasks", "trainer", "configs", "reports", "sweeps"},
+    "sweeps": {"runtime", "data", "runs", "reports", "configs", "tasks.base", "trainer"},
+    "papers": {"runtime", "data", "runs", "tasks", "trainer", "configs", "reports", "scoring", "sweeps"},
     "benchmarks": {"runtime", "data", "runs", "trainer"},
+    "scoring": {"runtime", "data", "runs", "configs", "tasks.base", "trainer"},
     "planning": {"runtime", "data", "tasks.base", "trainer"},
 }
 ROOMS["commands"] = set(ROOMS) - {"papers"}

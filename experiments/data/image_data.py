@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from crescendo.experiments.data.documents import digest
 from crescendo.experiments.data.fashion_mnist import CLASSES, read_fashion_mnist
+from crescendo.experiments.data.subset import Subset
 from crescendo.experiments.data.tfds import Opened, open_source, refuse_other_pixels
 from crescendo.experiments.runtime.arguments import checked
 from crescendo.experiments.runtime.errors import UserError
@@ -76,25 +77,6 @@ class DecodedRows:
             "images": np.stack(images) if images else np.empty((0, *self._shape), np.uint8),
             "labels": np.array([example["label"] for example in examples], np.int32),
         }
-
-
-class Subset:
-    """Some rows of a source, in an order of their own.
-
-    Args:
-      source: see `crescendo.experiments.tasks.base.Source`.
-      numbers: of the rows, int64 [rows].
-    """
-
-    def __init__(self, source: ImageRows | DecodedRows, numbers: np.ndarray):
-        self._source, self._numbers = source, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def take(self, row_numbers: ArrayLike) -> dict[str, np.ndarray]:
-        """As `ImageRows.take`."""
-        return self._source.take(self._numbers[np.asarray(row_numbers, np.int64)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,19 @@ class MixedRows:
 
     def order(self, seed: int) -> "MixedOrder":
         """The order of the mixture."""
-        return MixedOrder({name: len(rows) for name, rows in self.parts.items()}, self._shares, seed, self._most_epochs)
+        return self.order_within(np.arange(len(self)), seed)
+
+    def order_within(self, row_numbers: np.ndarray, seed: int) -> "MixedOrder":
+        """The order of the mixture where there are only these rows, increasing; it gives their places among them.
+
+        Raises:
+          UserError: where a source has none.
+        """
+        counts = np.diff(np.searchsorted(row_numbers, self._begins)).tolist()
+        rows = dict(zip(self.parts, counts, strict=True))
+        if none := [name for name, count in rows.items() if not count]:
+            raise UserError(f"train.rows: no row of the source {none[0]} is chosen: choose at least one of each")
+        return MixedOrder(rows, self._shares, seed, self._most_epochs)
 
 
 class MixedOrder:

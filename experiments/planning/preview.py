@@ -7,6 +7,7 @@ from rich.console import Console
 
 from crescendo.experiments.data.mixed_rows import MixedRows
 from crescendo.experiments.data.rows import row_order
+from crescendo.experiments.data.subset import Subset
 from crescendo.experiments.data.tokenizer import Tokenizer
 from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.text import visible
@@ -51,6 +52,8 @@ def preview(console: Console, data: Any, *, seed: int, examples: int) -> None:
 
 def _place(rows: Any, number: int) -> str:
     """Which row it is, in words."""
+    if isinstance(rows, Subset):
+        rows, number = rows.source, int(rows.numbers[number])
     if isinstance(rows, MixedRows):
         source, row, of_rows = rows.place(number)
         return f"{source}, row {row:,} of {of_rows:,}"

@@ -23,7 +23,7 @@ from crescendo.parallel.hosts import is_leader
 # What run.json holds as a hash, with what the hash is of.
 HASHED = {
     "data": "what is read: documents, the names of their files, the tokenizer, the length of rows, the held-out part, "
-    "the weights of sources",
+    "the weights of sources, the chosen rows",
     "fingerprint": "the model and its data",
 }
 PACKAGES = ("crescendo", "jax", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from crescendo.experiments.configs import binding as configurables
+from crescendo.experiments.data.subset import on_subset
 from crescendo.experiments.runs import folder as run_folder
 from crescendo.experiments.runs.run import is_complete, read_run
 from crescendo.experiments.runtime import from_python
@@ -32,8 +33,8 @@ def is_finished(run: Path, *, but_for: Collection[str] = ()) -> bool:
     if not is_complete(run):
         return False
     if of_run := earlier.info.get("fixed", {}).get("data"):  # a run that goes on compares this itself
-        data = configurables.arguments(train, ["data"])["data"]
-        run_folder.check_same(run, {"data": of_run}, {"data": data.fingerprint})
+        given = configurables.arguments(train, ["data", "rows"])
+        run_folder.check_same(run, {"data": of_run}, {"data": on_subset(given["data"], given["rows"]).fingerprint})
     return True
 
 

@@ -154,6 +154,10 @@ class Task(Protocol):
         """Named sums and their weights over a batch of held-out rows; "loss" is among them. Padding rows weigh 0."""
         ...
 
+    def features(self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context) -> jax.Array:
+        """What the model makes of each row before its last layer: the mean of its hidden states, float32 `[B, D]`."""
+        ...
+
     def parts(self, context: Context, *, scores: bool = False) -> Parts | None:
         """The training loss, or what is evaluated if `scores`, as stages of a pipeline share it; None: they can't."""
         ...

@@ -144,6 +144,15 @@ class Images:
         """The plain cross-entropy, and the accuracy."""
         return self._of_batch(parameters, rows, dataclasses.replace(context, training=False), scores=True)
 
+    def features(self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context) -> jax.Array:
+        """What the last layer is given: the mean over places behind the last norm, or over pixels, float32 `[B, D]`."""
+        config, layout, implementation = self.config, context.layout, context.implementation
+        if not isinstance(config, ViTConfig):
+            return resnet.apply(config, parameters).features(_pixels(rows), layout)
+        model = vit.apply(config, parameters)
+        stream = model.through(model.enter(_pixels(rows), layout), implementation=implementation, layout=layout)
+        return model.features(stream, layout, implementation=implementation)
+
     def parts(self, context: Context, *, scores: bool = False) -> Parts | None:
         """Those of the transformer; a residual network has none."""
         config, layout, implementation = self.config, context.layout, context.implementation

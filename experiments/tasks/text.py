@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -122,7 +123,7 @@ class TextTask:
                 "use @model(), or another train.task"
             )
         vocab_size = -(-(data.vocab_size + reserved_tokens) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        length = data.sequence_length
+        length, self._causal = data.sequence_length, causal
         self.data = data
         self.config = dataclasses.replace(model, vocab_size=vocab_size)
         self.unit = "token"
@@ -182,6 +183,20 @@ class TextTask:
     ) -> dict[str, tuple[jax.Array, jax.Array]]:
         """What is evaluated of held-out rows."""
         return self.parts(dataclasses.replace(context, training=False), scores=True)(parameters, rows)
+
+    def features(self, parameters: Tree, rows: Mapping[str, jax.Array], context: Context) -> jax.Array:
+        """The mean of each row's hidden states behind the last norm, padding left out, float32 `[B, D]`."""
+        hidden_BTD = models.apply(self.config, parameters)(
+            rows["tokens"],
+            rows["segment_ids"],
+            rows["positions"],
+            causal=self._causal,
+            implementation=context.implementation,
+            layout=context.layout,
+        )
+        weights_BT = (rows["segment_ids"] > 0).astype(jnp.float32)
+        sums_BD = jnp.einsum("btd,bt->bd", hidden_BTD.astype(jnp.float32), weights_BT)
+        return sums_BD / jnp.maximum(jnp.sum(weights_BT, axis=1, keepdims=True), 1)
 
     def dropout_keys(self, rows: Mapping[str, jax.Array], context: Context) -> jax.Array | None:
         """The keys of the batch's dropout; None where there is none."""

@@ -41,7 +41,7 @@ def prepared_session(options: Mapping[str, Any], evaluation_examples: int, start
         return session
 
     def begin() -> Session:
-        early = Session(**{**options, "data": expected})
+        early = Session(**{**options, "data": expected, "rows": None})
         begin_compiling(early, evaluation_examples)
         return early
 

@@ -173,16 +173,39 @@ def make_row_losses(
         # Every row is a batch of its own, as on one device; the partitioner spreads them.
         return jax.vmap(one)(jax.tree.map(lambda x: x[0], batch))
 
+    return over_rows(losses, task, source, layout, microbatch_examples=microbatch_examples, natural_order=True)
+
+
+def over_rows(
+    program: Callable[[TrainState, dict[str, jax.Array]], jax.Array],
+    task: Task,
+    source: Source,
+    layout: parallel.Layout,
+    *,
+    microbatch_examples: int,
+    natural_order: bool = False,
+) -> Callable[[TrainState, np.ndarray], np.ndarray]:
+    """`(state, row numbers) -> [rows, ...]`: what a program makes of any rows, of which it takes one shape.
+
+    Args:
+      program: `(state, rows [1, microbatch_examples, ...]) -> [microbatch_examples, ...]`, float32 on every device.
+      task: says what a row is.
+      source: where the rows are.
+      layout: of the devices.
+      microbatch_examples: how many at a time; the last ones are filled up with zeros.
+      natural_order: leave the tokens of a row in their own order.
+    """
+
     def call(state: TrainState, numbers: np.ndarray) -> np.ndarray:
-        parts = [np.zeros(0, np.float32)]
+        parts = []
         for begin in range(0, len(numbers), microbatch_examples):
             some = np.asarray(numbers)[begin : begin + microbatch_examples]
 
             def read(places: np.ndarray, some=some) -> dict[str, np.ndarray]:
                 return padded_rows(source, some[places[places < len(some)]], len(places))
 
-            batch = put_rows(task, layout, 1, microbatch_examples, read, natural_order=True)
-            parts.append(np.asarray(losses(state, batch))[: len(some)])
-        return np.concatenate(parts)
+            batch = put_rows(task, layout, 1, microbatch_examples, read, natural_order=natural_order)
+            parts.append(np.asarray(program(state, batch))[: len(some)])
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
     return call

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from crescendo import parallel
-from crescendo.experiments.tasks.base import EXAMPLE
+from crescendo.experiments.runtime.errors import UserError
+from crescendo.experiments.tasks.base import EXAMPLE, Task
 from crescendo.models.norm_probes import example_squared_norms, norm_probes, norm_scales, with_probes
 from crescendo.models.parts import Parts
 from crescendo.optim.batch_size import BatchStats
@@ -108,6 +109,27 @@ def chosen_statistics(names: Collection[str]) -> dict[str, GradientStatistic]:
         if name not in STATISTICS:
             raise ValueError(f"unknown statistic {name!r}: use {', '.join(STATISTICS)}")
     return {name: statistic for name, statistic in STATISTICS.items() if name in names}
+
+
+def check_statistics(names: Collection[str], task: Task, trained: Tree) -> None:
+    """That a model has what the statistics of these names are measured of.
+
+    Args:
+      names: of statistics.
+      task: whose model it is.
+      trained: the parameters that are trained, or their shapes.
+
+    Raises:
+      UserError: for gradients of normalisation layers per example, which it doesn't give or doesn't train.
+    """
+    probed = [name for name, statistic in chosen_statistics(names).items() if statistic.probes]
+    if probed and not task.per_example_norms:
+        raise UserError(
+            f"{probed[0]} needs normalisation layers that give their gradients per example, and this {task.name} model "
+            "has none: leave norm_layers out, or use the source 'gradient'"
+        )
+    if probed and not norm_scales(trained):
+        raise UserError(f"{probed[0]} needs normalisation layers that are trained, and train.groups freeze them all")
 
 
 def measured_gradients(

@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from crescendo import optim, parallel
 from crescendo.experiments.data.rows import Order, row_order
+from crescendo.experiments.data.subset import on_subset
 from crescendo.experiments.runs.state import TrainState
 from crescendo.experiments.runtime import hardware
 from crescendo.experiments.runtime.arguments import checked
@@ -35,7 +36,7 @@ from crescendo.experiments.trainer.evaluate import (
 )
 from crescendo.experiments.trainer.feed import Feed, check_rows
 from crescendo.experiments.trainer.frozen import Trainable
-from crescendo.experiments.trainer.gradient_statistics import chosen_statistics
+from crescendo.experiments.trainer.gradient_statistics import check_statistics
 from crescendo.experiments.trainer.microbatches import MEMORY_SHARE, max_microbatch_examples, plan_notes, plans
 from crescendo.experiments.trainer.optimizer_checks import check_derivatives, check_optimizer
 from crescendo.experiments.trainer.programs import CompiledStep, Programs, trace_step
@@ -48,7 +49,6 @@ from crescendo.experiments.trainer.shapes import (
 )
 from crescendo.experiments.trainer.step import make_step
 from crescendo.experiments.trainer.wrapping import Wraps, by_groups, wrapped
-from crescendo.models.norm_probes import norm_scales
 from crescendo.optim.batch_size import BatchSizePolicy, Coupling, constant
 from crescendo.optim.checks import check_real
 from crescendo.optim.groups import ParameterGroup
@@ -68,6 +68,7 @@ class Session:
         say otherwise.
       batch_size: global, in examples: a number, or a policy that moves it.
       total_examples: the length of the run; rounded down to whole microbatches.
+      rows: a file that `select_rows` wrote: of the data these rows alone are trained on; None: all.
       task: makes the task of data and model.
       coupling: how the learning rate follows the batch size: "linear", "sqrt", "none".
       base_batch_size: the batch size that the learning rate is meant for; the initial one when None.
@@ -119,6 +120,7 @@ class Session:
         optimizer: optax.GradientTransformation,
         batch_size: Count | BatchSizePolicy,
         total_examples: Count,
+        rows: str | None = None,
         task: Callable[..., Task] = language_model,
         coupling: Coupling = "sqrt",
         base_batch_size: Count | None = None,
@@ -155,7 +157,7 @@ class Session:
             parallel.plan_batches(self.sizes, layout.batch_shards, stages=layout.sizes["stage"])
         with user_values():
             check_numbers(model, mesh)
-            self.task = task(data=data, model=model.for_platform(self.platform))
+            self.task = task(data=on_subset(data, rows), model=model.for_platform(self.platform))
             self.layout = self.task.place(layout)
             if self.policy.for_rows is not None:
                 self.policy = self.policy.for_rows(self.task.units_per_example)
@@ -190,23 +192,11 @@ class Session:
             check_derivatives(opt_state, self.layout)
         self.base_batch_size = base_batch_size or self.policy.sizes[0]
         self.statistics = tuple(sorted({*self.policy.statistics, *required_statistics(opt_state)}))
-        self._check_statistics()
+        check_statistics(self.statistics, self.task, self.trainable.take(self.parameters))
         if self.policy.measured_on not in (None, self.task.fingerprint):
             raise UserError(
                 f"the batch-size policy follows what was measured on another model or data (fingerprint "
                 f"{self.policy.measured_on}, not {self.task.fingerprint}): measure it on this with critical_batch"
-            )
-
-    def _check_statistics(self) -> None:
-        probed = [name for name, s in chosen_statistics(self.statistics).items() if s.probes]
-        if probed and not self.task.per_example_norms:
-            raise UserError(
-                f"{probed[0]} needs normalisation layers that give their gradients per example, and this "
-                f"{self.task.name} model has none: leave norm_layers out, or use the source 'gradient'"
-            )
-        if probed and not norm_scales(self.trainable.take(self.parameters)):
-            raise UserError(
-                f"{probed[0]} needs normalisation layers that are trained, and train.groups freeze them all"
             )
 
     @functools.cached_property
