@@ -5,26 +5,22 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from crescendo import parallel
-from crescendo.experiments.configs import binding as configurables
 from crescendo.experiments.configs import own_modules
 from crescendo.experiments.data.text_data import TextData, held_out_text
 from crescendo.experiments.data.text_files import text_files
 from crescendo.experiments.reports.held_out import means_table
 from crescendo.experiments.reports.loads import with_extremes
-from crescendo.experiments.runs import trained
-from crescendo.experiments.runs.run import Run, read_run
-from crescendo.experiments.runs.state import TrainState
+from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime.cache import use_compilation_cache
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.command import plain_parser
-from crescendo.experiments.runtime.errors import UserError, user_values
+from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.runtime.files import local_path
+from crescendo.experiments.scoring.opened import open_run
 from crescendo.experiments.tasks.base import Task
 from crescendo.experiments.trainer.evaluate import (
     evaluation_program,
@@ -32,8 +28,6 @@ from crescendo.experiments.trainer.evaluate import (
     validation_mean,
     validation_weights,
 )
-from crescendo.experiments.trainer.microbatches import max_microbatch_examples
-from crescendo.experiments.trainer.training import train
 from crescendo.pallas_kernels.console import plain_console
 
 EXAMPLES = """examples:
@@ -72,18 +66,10 @@ def evaluate(
       UserError: for what isn't a run of `train` with a configuration and a checkpoint, and for data that aren't what
         they were.
     """
-    run = read_run(folder)
-    task, given_examples = _task(run, data)
-    with user_values():
-        layout = task.place(parallel.Layout(parallel.make_mesh()))
-    shapes = jax.eval_shape(task.initialize, jax.random.key(0))
-    parameters, examples_seen = trained.saved_parameters(folder, shapes, at)
-    state = TrainState(
-        jax.device_put(parameters, layout.parameters(task.logical_axes())), (), jnp.int32(0), jnp.int32(0)
-    )
-    count = given_examples if examples is None else examples
+    opened = open_run(folder, data=data, at=at)
+    task, layout, state, microbatch = opened.task, opened.layout, opened.state, opened.microbatch_examples
+    count = opened.evaluation_examples if examples is None else examples
     evaluations = {}
-    microbatch = max_microbatch_examples(task, layout, jax.default_backend())
 
     @functools.cache
     def program(groups: int) -> jax.stages.Compiled:
@@ -96,22 +82,7 @@ def evaluate(
         parts = [evaluations[name] for name in validation_weights(task)]
         of_parts = sum(each.rows for each in parts), sum(each.of_rows for each in parts)
         evaluations = {"validation": Evaluation(*of_parts, mean), **evaluations}
-    return task, examples_seen, evaluations
-
-
-def _task(run: Run, data: TextData | None) -> tuple[Task, int]:
-    """The run's task with its own data, or with others, and on how many rows it was evaluated."""
-    if not re.search(r"^\s*[^#\s]", run.config, re.MULTILINE):
-        raise UserError(f"{run.folder} has no config.gin that says what it is: only runs of the command train have one")
-    configurables.bind(train, [str(run.folder / "config.gin")])
-    own = () if data is not None else ("data",)
-    given: dict[str, Any] = configurables.arguments(train, ["task", "model", "evaluation_examples", *own])
-    with user_values():
-        model = given["model"].for_platform(jax.default_backend())
-        task = given["task"](data=given.get("data", data), model=model)
-    if data is None and task.data.fingerprint != run.info.get("fixed", {}).get("data"):
-        raise UserError(f"the data of {run.folder} are not what they were when it trained: name files with --data")
-    return task, given["evaluation_examples"]
+    return task, opened.examples_seen, evaluations
 
 
 def _sets(folder: Path, words: Sequence[str], field: str) -> TextData:

@@ -135,8 +135,8 @@ class SubsetData:
         chosen, there = read_subset(self._path), len(self._data.train)
         if (chosen.data, chosen.of_rows) != (self._data.fingerprint, there):
             raise UserError(
-                f"train.rows: {self._path} chooses of {chosen.of_rows:,} rows of other data (fingerprint {chosen.data}; "
-                f"these have {there:,} and {self._data.fingerprint}): select rows of these data"
+                f"train.rows: {self._path} chooses of {chosen.of_rows:,} rows of other data (fingerprint "
+                f"{chosen.data}; these have {there:,} and {self._data.fingerprint}): select rows of these data"
             )
         return chosen
 

@@ -96,8 +96,8 @@ def plan_run(
         f"{passes(session, f'the {len(task.train):,} rows')}, in {' to '.join(f'{count:,}' for count in steps)} steps"
     )
     parameters = sum(x.size for x in jax.tree.leaves(session.parameters))
-    flops = total * task.flops_per_example
-    per_unit = task.flops_per_example / task.units_per_example
+    flops = total * session.flops_per_example
+    per_unit = session.flops_per_example / task.units_per_example
     say(f"{parameters:,} parameters, {per_unit / 1e6:,.1f} MFLOPs for each {task.unit}, {flops:.3g} FLOPs in all")
     plan = session.plan if device is None else _largest(session, kind)
     parts = session_memory(session, plan, None if device is None else kind)

@@ -34,7 +34,7 @@ def announce_compiled(session: Session, say: Callable[[str], None]) -> None:
     """Says what the compiled step needs and takes, and what the session noted."""
     task, devices = session.task, session.layout.mesh.devices
     parameters = sum(x.size for x in jax.tree.leaves(session.parameters))
-    mflops = task.flops_per_example / task.units_per_example / 1e6
+    mflops = session.flops_per_example / task.units_per_example / 1e6
     say(
         f"model: {parameters:,} parameters, {mflops:,.1f} MFLOPs {'an' if task.unit[0] in 'aeiou' else 'a'} "
         f"{task.unit}; one step of at most {max(session.sizes)} examples in microbatches of "

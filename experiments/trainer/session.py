@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from annotated_types import Gt, Le
 from jax.sharding import AbstractMesh, Mesh
 
 from crescendo import optim, parallel
@@ -37,6 +38,7 @@ from crescendo.experiments.trainer.evaluate import (
 from crescendo.experiments.trainer.feed import Feed, check_rows
 from crescendo.experiments.trainer.frozen import Trainable
 from crescendo.experiments.trainer.gradient_statistics import check_statistics
+from crescendo.experiments.trainer.hard import check_hard, flops_factor
 from crescendo.experiments.trainer.microbatches import MEMORY_SHARE, max_microbatch_examples, plan_notes, plans
 from crescendo.experiments.trainer.optimizer_checks import check_derivatives, check_optimizer
 from crescendo.experiments.trainer.programs import CompiledStep, Programs, trace_step
@@ -76,6 +78,7 @@ class Session:
         from batches of at least two microbatches, or with `gradient_noise_scale.norm_layers = True` from any.
       guard: `@guard()`, to leave out batches whose loss or gradient is an outlier, and to go back to a checkpoint where
         that doesn't help; None: only what isn't finite is left out.
+      hard_share: of each batch this share is trained on, the examples with the highest losses; None: all.
       mesh: the devices; all of them along `data` when None.
       strategy: what is split along the mesh's axes: a key of `crescendo.parallel.STRATEGIES`, or `@strategy()`.
       seed: of the parameters, of the order of the data, and of the task's random draws.
@@ -95,6 +98,8 @@ class Session:
       seed: as given.
       groups: as given.
       guard: as given.
+      hard_share: as given.
+      flops_per_example: that is read, forward and backward, by the matrix products.
       wraps: what lies around the optimizer.
       base_batch_size: the batch size that the learning rate is meant for.
       strategy: as given.
@@ -126,6 +131,7 @@ class Session:
         base_batch_size: Count | None = None,
         noise_scale: optax.GradientTransformation | None = None,
         guard: optim.Guard | None = None,
+        hard_share: Annotated[float, Gt(0), Le(1)] | None = None,
         mesh: Mesh | AbstractMesh | None = None,
         strategy: Annotated[str, OneOf(parallel.STRATEGIES)] | parallel.Strategy = "fsdp",
         seed: Seed = 0,
@@ -136,7 +142,7 @@ class Session:
         further_sizes: Sequence[Count] = (),
         platform: str | None = None,
     ):
-        self.strategy, self.guard = strategy, guard
+        self.strategy, self.guard, self.hard_share = strategy, guard, hard_share
         self.wraps = Wraps(guard is not None, average_examples is not None, noise_scale is not None)
         self.seed, self.groups, self.notes = seed, tuple(groups), list[str]()
         self.compile_seconds = 0.0
@@ -193,6 +199,10 @@ class Session:
         self.base_batch_size = base_batch_size or self.policy.sizes[0]
         self.statistics = tuple(sorted({*self.policy.statistics, *required_statistics(opt_state)}))
         check_statistics(self.statistics, self.task, self.trainable.take(self.parameters))
+        if hard_share is not None:
+            noisy = noise_scale is not None or bool(self.statistics)
+            check_hard(hard_share, self.layout, self.policy, measured=noisy)
+        self.flops_per_example = self.task.flops_per_example * flops_factor(hard_share)
         if self.policy.measured_on not in (None, self.task.fingerprint):
             raise UserError(
                 f"the batch-size policy follows what was measured on another model or data (fingerprint "
@@ -232,6 +242,7 @@ class Session:
             total_examples=self.asked_examples if total_examples is None else total_examples,
             trainable=self.trainable,
             implementation=implementation,
+            hard_share=self.hard_share,
         )
         told = options(self.task, self.platform, self.layout)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None), compiler_options=told)

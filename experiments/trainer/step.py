@@ -10,9 +10,10 @@ import optax
 
 from crescendo import optim, parallel
 from crescendo.experiments.runs.state import TrainState
-from crescendo.experiments.tasks.base import Context, Task
+from crescendo.experiments.tasks.base import EXAMPLE, Context, Task
 from crescendo.experiments.trainer.frozen import Trainable
 from crescendo.experiments.trainer.gradient_statistics import chosen_statistics, measured_gradients
+from crescendo.experiments.trainer.hard import hardest
 from crescendo.models.layout import ONE_DEVICE
 from crescendo.parallel.accumulate import NOT_SPREAD, over_weight, squared_norm
 
@@ -29,6 +30,7 @@ def make_step(
     total_examples: int | None = None,
     trainable: Trainable | None = None,
     implementation: str | None = None,
+    hard_share: float | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """`(state, batch) -> (state, metrics)`.
 
@@ -48,6 +50,7 @@ def make_step(
       total_examples: the run's length, which schedules take; None where there is no run.
       trainable: which parameters are trained; None: all.
       implementation: of the task's kernels (`Context.implementation`).
+      hard_share: train on this share of a batch's examples, those with the highest losses; None: on all.
 
     Raises:
       ValueError: an unknown statistic.
@@ -65,6 +68,10 @@ def make_step(
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         context = Context(activations, batch["seed"], batch["examples_seen"], implementation=implementation)
+
+        read, of_all = batch["microbatches"] * batch["rows"][EXAMPLE].shape[1], {}
+        if hard_share is not None:
+            batch, of_all = hardest(task, state.parameters, batch, context, hard_share, layout)
 
         def put(trained: Tree) -> Tree:
             return trainable.put(trained, state.parameters)
@@ -85,6 +92,7 @@ def make_step(
 
         trained = trainable.take(state.parameters)
         gradients, stats, extra = measured_gradients(loss_fn, trained, batch, statistics, spread)
+        stats = stats._replace(batch_size=read)
         gradients, before = split_for_update(gradients), split_for_update(trained)
         loss, norm = stats.loss, jnp.sqrt(stats.squared_norm)
         l1_norm = sum(jnp.sum(jnp.abs(g)) for g in jax.tree.leaves(gradients))
@@ -123,7 +131,7 @@ def make_step(
             "skipped_steps": state.skipped_steps,
             "skipped_in_a_row": state.skipped_in_a_row,
         }
-        further = extra | optim.reported(opt_state)
+        further = extra | of_all | optim.reported(opt_state)
         if both := own.keys() & further.keys():
             raise ValueError(
                 f"a task or a state of the optimizer reports {sorted(both)[0]!r}, which the step itself does"

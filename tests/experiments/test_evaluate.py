@@ -104,7 +104,7 @@ def test_runs_that_do_not_say_what_they_are_and_data_that_changed_are_refused(ru
     config = (run / "config.gin").read_text()
     assert "validation_fraction = 0.05" in config
     (copy / "config.gin").write_text(config.replace("/00*.txt", "/02*.txt"))
-    with pytest.raises(UserError, match=r"are not what they were when it trained: name files with --data"):
+    with pytest.raises(UserError, match=r"are not what they were when it trained: put them back, or name other files"):
         command.main([str(copy)])
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
         command.main([str(copy), "--data", str(Path(__file__))])
