@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from crescendo.experiments.data.image_data import ImageData, ImageRows
+from crescendo.experiments.data.mixed_rows import MixedRows
 from crescendo.experiments.data.rows import Shuffled, Stream
+from crescendo.experiments.data.shares import Shares
 from crescendo.experiments.data.subset import Chosen, Subset, on_subset, read_subset, write_arrays, write_subset
 from crescendo.experiments.runtime.errors import UserError
 
@@ -50,9 +52,7 @@ def test_a_source_that_orders_all_its_rows_itself_is_refused():
 @pytest.mark.parametrize("changes", [{"data": "bb"}, {"of_rows": 11}])
 def test_rows_of_other_data_are_refused_with_both(changes, tmp_path):
     some = on_subset(data(), file(tmp_path, **changes))
-    with pytest.raises(
-        UserError, match=r"1\d rows of other data \(fingerprint \w\w; these have 10 and aa\)"
-    ):
+    with pytest.raises(UserError, match=r"1\d rows of other data \(fingerprint \w\w; these have 10 and aa\)"):
         _ = some.fingerprint
 
 
@@ -66,3 +66,27 @@ def test_numbers_that_can_t_be_are_refused(rows, tmp_path):
     write_arrays(path, {**arrays, "rows": np.zeros(3)})
     with pytest.raises(UserError, match="rows is float64 of 1 axes"):
         read_subset(path)
+
+
+def mixed() -> MixedRows:
+    parts = {"many": data().train, "few": ImageRows(np.zeros((4, 2, 2, 1), np.uint8), np.arange(10, 14))}
+    return MixedRows(parts, Shares([0], [[3072, 1024]], "hold"), {"few": 2})
+
+
+def test_of_a_mixture_shares_stay_and_passes_are_over_what_is_chosen():
+    rows = Subset(mixed(), np.array([0, 2, 4, 6, 8, 11, 13]))
+    order = rows.order(seed=1)
+    labels = rows.take(order(range(16)))["labels"]
+    assert ((labels >= 10) == (Shares([0], [[3072, 1024]], "hold").drawn(range(16))[0] == 1)).all()
+    assert set(labels.tolist()) == {0, 2, 4, 6, 8, 11, 13}
+    assert order.epochs(16) == {"many": 12 / 5, "few": 4 / 2}
+    order.check(16)
+    with pytest.raises(UserError, match="draw 5 examples of few in 20, and its 2 rows give 4"):
+        order.check(20)
+    every, whole = np.arange(32), mixed().order(3)
+    np.testing.assert_array_equal(Subset(mixed(), np.arange(14)).order(3)(every), whole(every))
+
+
+def test_a_source_without_a_chosen_row_is_refused_by_name():
+    with pytest.raises(UserError, match=r"train\.rows: no row of the source few is chosen: choose at least one of each"):
+        Subset(mixed(), np.array([0, 9])).order(0)
