@@ -61,7 +61,16 @@ def gradient_norms(opened: Opened) -> Measure:
 
 
 def features(opened: Opened) -> Measure:
-    """Row numbers to what the model makes of the rows (`Task.features`), float32 `[rows, D]`."""
+    """Row numbers to what the model makes of the rows (`Task.features`), float32 `[rows, D]`.
+
+    Raises:
+      UserError: for a task that doesn't give them.
+    """
+    if not hasattr(opened.task, "features"):
+        raise UserError(
+            f"the task {opened.task.name} has no method features(parameters, rows, context), by which rows compare: "
+            "give it one, or use --score loss"
+        )
     context = Context(layout=opened.layout, training=False)
 
     @functools.partial(jax.jit, out_shardings=opened.layout.replicated)

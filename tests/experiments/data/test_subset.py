@@ -88,5 +88,5 @@ def test_of_a_mixture_shares_stay_and_passes_are_over_what_is_chosen():
 
 
 def test_a_source_without_a_chosen_row_is_refused_by_name():
-    with pytest.raises(UserError, match=r"train\.rows: no row of the source few is chosen: choose at least one of each"):
+    with pytest.raises(UserError, match=r"train\.rows: no row of the source few is chosen: choose at least one"):
         Subset(mixed(), np.array([0, 9])).order(0)
