@@ -32,7 +32,7 @@ EXAMPLES = """examples:
   crescendo completion zsh > ~/.zfunc/_crescendo    # a folder of zsh's fpath"""
 
 # Options that take a path, by how they are spelled in every command.
-_FILES = ("config", "data", "prepare", "output", "tokenizer")
+_FILES = ("config", "data", "prepare", "output", "subset", "tokenizer")
 _FOLDERS = ("run", "runs", "out")
 
 

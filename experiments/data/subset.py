@@ -83,7 +83,7 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
       UserError: if its folder can't be written.
     """
     content = io.BytesIO()
-    np.savez_compressed(content, **{name: np.asarray(array) for name, array in arrays.items()})
+    np.savez_compressed(content, **{name: np.asarray(array) for name, array in arrays.items()})  # type: ignore[arg-type]
     with file_access("write", path):
         replace_file(path, content.getvalue())
 

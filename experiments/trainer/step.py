@@ -69,7 +69,8 @@ def make_step(
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         context = Context(activations, batch["seed"], batch["examples_seen"], implementation=implementation)
 
-        read, of_all = batch["microbatches"] * batch["rows"][EXAMPLE].shape[1], {}
+        read = batch["microbatches"] * batch["rows"][EXAMPLE].shape[1]
+        of_all: dict[str, jax.Array] = {}
         if hard_share is not None:
             batch, of_all = hardest(task, state.parameters, batch, context, hard_share, layout)
 

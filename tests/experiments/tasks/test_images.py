@@ -68,6 +68,17 @@ def test_networks_have_fingerprints_of_their_own(data):
     assert len({images(data, model.for_platform("cpu")).fingerprint for model in MODELS.values()}) == 2
 
 
+def test_features_are_what_the_classes_are_told_by(make):
+    """The last layer makes of them the cross-entropy that is evaluated."""
+    task = make()
+    parameters, rows = fresh(task), read(task.train, [0, 3, 5])
+    features = task.features(parameters, rows, Context())
+    logits = features @ parameters["head"]["kernel"]
+    losses = -jax.nn.log_softmax(logits)[np.arange(3), rows["labels"]]
+    total, weight = task.evaluate(parameters, rows, Context())["loss"]
+    np.testing.assert_allclose([losses.sum(), 3], [total, weight], rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("make", ["resnet", "vit"], indirect=True)

@@ -72,6 +72,7 @@ def steps(of: Session, count: int = 3) -> tuple[list[dict], dict]:
     return told, jax.device_get(state.parameters)
 
 
+@pytest.mark.slow
 def test_a_step_is_that_of_these_rows_alone(one):
     """Beside the gradient of the mean over the tokens of the chosen rows."""
     (told,), after = steps(one, 1)
@@ -92,13 +93,14 @@ def test_a_step_is_that_of_these_rows_alone(one):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), after, clipped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "options"),
     [
         ({"data": 1}, {"max_microbatch_examples": 16}),
-        pytest.param({"data": 2, "fsdp": 2}, {"max_microbatch_examples": 8}, marks=pytest.mark.slow),
-        pytest.param({"data": 4}, {"strategy": "zero1"}, marks=pytest.mark.slow),
-        pytest.param({"data": 2, "tensor": 2}, {}, marks=pytest.mark.slow),
+        ({"data": 2, "fsdp": 2}, {"max_microbatch_examples": 8}),
+        ({"data": 4}, {"strategy": "zero1"}),
+        ({"data": 2, "tensor": 2}, {}),
     ],
 )
 def test_it_is_the_same_in_other_microbatches_and_on_other_meshes(one, mesh, options):
@@ -110,6 +112,7 @@ def test_it_is_the_same_in_other_microbatches_and_on_other_meshes(one, mesh, opt
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), after, parameters)
 
 
+@pytest.mark.slow
 def test_the_clock_counts_what_is_read_and_flops_what_is_computed():
     of = session(batch_size=staged([8, BATCH], starts_examples=[0, 16]), hard_share=0.5)
     state, feed = of.fresh_state(), of.feed()
