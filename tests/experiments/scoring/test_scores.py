@@ -51,7 +51,8 @@ def one_row(opened: Opened, number: int) -> dict[str, jax.Array]:
     return {**row, "example": jnp.array([number])}
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
 def test_losses_gradients_and_features_are_those_of_each_row_alone(devices):
     """Beside derivatives of one row's mean loss by the scales themselves, in a batch of one."""
     opened, numbers = opened_on(devices), np.array([5, 0, 3, 7, 1])
@@ -88,7 +89,12 @@ def test_features_are_means_over_what_is_no_padding(opened):
 OPTIONS = scores.Options(clusters=3, bins=2, block_rows=8)
 
 
-@pytest.mark.parametrize("name", scores.SCORES)
+# Those of features share what takes long to compile.
+SLOW = ("loss", "gradient_norm")
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in scores.SCORES]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_score_is_written_and_read_again(name, opened, tmp_path):
     said: list[str] = []
     found = scores.scored(opened, name, OPTIONS, tmp_path / "scores.npz", said.append)

@@ -9,7 +9,7 @@ import pytest
 from crescendo import parallel
 from crescendo.experiments.data.random_text import RandomText
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.tasks.base import Context
+from crescendo.experiments.tasks.base import Context, Loss
 from crescendo.experiments.trainer.hard import hardest
 from crescendo.experiments.trainer.session import Session
 from crescendo.models import ModelConfig
@@ -48,6 +48,46 @@ def losses_of(of: Session, parameters, examples_seen: int) -> np.ndarray:
     return np.array([loss({name: x[i] for name, x in flat.items()}) for i in range(BATCH)])
 
 
+class Toy:
+    """Its loss is the row's number x, over a weight of its own."""
+
+    @staticmethod
+    def loss(parameters, rows, context) -> Loss:
+        del context
+        return Loss(jnp.sum(parameters * rows["x"] * rows["w"]), jnp.sum(rows["w"]))
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "expected"),
+    [
+        (0.5, 3, [1, 3, 5]),  # the first of the two that are 5
+        (0.5, 2, [1, 3]),
+        (0.51, 2, [0, 1, 3]),
+        (1.0, 1, [0, 1]),
+        (1 / 4096, 3, [1]),
+    ],
+)
+def test_so_many_of_the_examples_that_are_read_are_kept(share, count, expected):
+    """Of three microbatches of two, of which the first ones are read."""
+    x = jnp.array([[2.0, 9.0], [1.0, 5.0], [0.0, 5.0]])
+    rows = {"x": x, "w": 1 + x, "example": jnp.arange(6).reshape(3, 2) + 40}
+    batch = {"rows": rows, "microbatches": jnp.int32(count), "seed": 0, "examples_seen": 0}
+    chosen, told = hardest(Toy, jnp.float32(2), batch, Context(), share)
+    kept = len(expected)
+    assert chosen["rows"]["example"].ravel()[:kept].tolist() == [40 + i for i in expected]
+    assert not any(np.asarray(array).ravel()[kept:].any() for array in chosen["rows"].values())
+    assert int(chosen["microbatches"]) == -(-kept // 2)
+    np.testing.assert_allclose(told["loss_of_all"], 2 * np.mean(x.ravel()[: 2 * count]))
+
+
+def test_a_loss_that_isn_t_finite_is_the_highest():
+    """So that its step is skipped, as without a choice."""
+    rows = {"x": jnp.array([[1.0, jnp.nan, 3.0, 2.0]]), "w": jnp.ones((1, 4)), "example": jnp.arange(4)[None]}
+    batch = {"rows": rows, "microbatches": jnp.int32(1), "seed": 0, "examples_seen": 0}
+    assert hardest(Toy, jnp.float32(1), batch, Context(), 0.25)[0]["rows"]["example"][0, 0] == 1
+
+
+@pytest.mark.slow
 def test_those_with_the_highest_losses_are_kept_in_order(one):
     parameters = one.fresh_state().parameters
     batch = one.feed().read(BATCH, BATCH)
