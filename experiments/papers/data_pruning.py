@@ -1,4 +1,4 @@
-"""Training on a part of the data: rows that a score keeps beside as many random ones, at several shares.
+"""Compare rows that scores keep with as many random ones, at several shares.
 
 Sorscher et al. 2022, "Beyond neural scaling laws": with a good score the error falls faster than by a power of the
 number of examples, where hard ones are kept of plenty of data and easy ones of few. Here every arm trains on as many
@@ -28,9 +28,12 @@ PAPER = Paper(
     arxiv="2206.14486",
     claim="With a good score error falls exponentially with the number of examples kept, and not by a power; by the "
     "distance to self-supervised prototypes 80% of ImageNet do for all.",
-    command="crescendo data_pruning --config lm_30m.gin --learning-rates 1e-3 2e-3 4e-3 --seeds 3",
+    command="crescendo data_pruning --kept 0.2 --by random loss-high loss-low centroid_distance-high "
+    "centroid_distance-low --set 'TOTAL_EXAMPLES = 2048' --set 'text_data.documents = @text_files()' "
+    "--set 'text_files.paths = [\"pages/*.txt\"]'",
     device="two CPU cores",
-    expected="Not measured yet over 3 seeds.",
+    expected="By one seed, with a fifth of 3,566 rows: those near prototypes end 0.08 nats below random ones, those "
+    "far from them 0.24 above, those of the highest loss 0.27 above.",
 )
 
 EXAMPLES = """examples:
