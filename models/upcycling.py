@@ -13,6 +13,7 @@ shared expert begins with a `down` of zeros, so that it adds nothing at first an
 part as they get different tokens. Where a capacity drops tokens, these miss what f adds, from the first step on.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -27,7 +28,9 @@ _COPIED = ("gate", "up", "down")
 
 def dense_shapes(config: ModelConfig) -> dict:
     """The parameters of the model without experts that one with them can begin as, by names and shapes."""
-    return jax.eval_shape(lambda: initialize(config.without_experts(), jax.random.key(0)))
+    # A recipe, which asks something of widths, may be the later one's alone.
+    dense = dataclasses.replace(config, matmul="dtype").without_experts()
+    return jax.eval_shape(lambda: initialize(dense, jax.random.key(0)))
 
 
 def upcycled(config: ModelConfig, parameters: dict, key) -> dict:

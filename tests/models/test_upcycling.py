@@ -99,3 +99,8 @@ def test_what_would_be_another_function_is_refused(changes, message):
     shapes = jax.tree.map(lambda x: np.zeros(x.shape), dense_shapes(decided(experts=4)))
     with pytest.raises(ValueError, match=message):
         upcycled(decided(experts=4, **changes), shapes, jax.random.key(0))
+
+
+def test_a_recipe_asks_nothing_of_the_dense_models_widths():
+    ours = decided(experts=4, mlp_width=40, width=32, heads=2, kv_heads=2, head_width=16, matmul="fp8")
+    assert dense_shapes(ours)["blocks"]["mlp"]["down"]["kernel"].shape[1] == 40
