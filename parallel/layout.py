@@ -246,7 +246,7 @@ class Layout:
             if self.sizes[axis] > 1:
                 raise SecondDerivativeError(
                     f"mesh {axis} = {self.sizes[axis]}: {what} no second derivatives, which this optimizer asks for: "
-                    f"use {axis} = 1"
+                    f"use {axis} = 1{'' if axis in NO_SECOND_DERIVATIVES else ', or strategy.experts without it'}"
                 )
         plain = copy.copy(self)
         plain._plain_gradients = True

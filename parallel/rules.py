@@ -302,17 +302,21 @@ def check_experts(experts: int | None, plan: Strategy, sizes: dict[str, int]) ->
     ValueError: experts = 6 does not divide over sequence = 2 x tensor = 4: use a sequence x tensor of 1, 2, 3 or 6, \
 or experts = 8 or 16
     """
-    over = {axis: sizes[axis] for axis in plan.experts if sizes[axis] > 1}
-    ways, shown = math.prod(over.values()), " x ".join(f"{axis} = {size}" for axis, size in over.items())
+    named = ", ".join(plan.experts) or "[]"
     if experts is None:
         if plan.experts not in ((), TENSOR["experts"]):
-            raise ValueError(f"strategy.experts = {', '.join(plan.experts)}: this model has no experts: leave it out")
-    elif sizes["expert"] > 1 and "expert" not in over:
+            raise ValueError(f"strategy.experts = {named}: this model has no experts: leave it out")
+        if plan.expert_chunks > 1:
+            raise ValueError(f"strategy.expert_chunks = {plan.expert_chunks}: this model has no experts: leave it out")
+        return
+    over = {axis: sizes[axis] for axis in plan.experts if sizes[axis] > 1}
+    ways, shown = math.prod(over.values()), " x ".join(f"{axis} = {size}" for axis, size in over.items())
+    if sizes["expert"] > 1 and "expert" not in over:
         raise ValueError(
-            f"mesh expert = {sizes['expert']}, and strategy.experts = {', '.join(plan.experts)} doesn't name it: "
-            "name it too, or use fsdp in its place"
+            f"mesh expert = {sizes['expert']}, and strategy.experts = {named} doesn't name it: name it too, or use "
+            "fsdp in its place"
         )
-    elif experts % ways:
+    if experts % ways:
         axes = " x ".join(over)
         raise ValueError(
             f"experts = {experts} does not divide over {shown}: use {'an' if axes == 'expert' else 'a'} {axes} of "
@@ -321,7 +325,7 @@ or experts = 8 or 16
     if plan.expert_chunks > 1 and ways == 1:
         raise ValueError(
             f"strategy.expert_chunks = {plan.expert_chunks} cuts what is sent to experts, and this mesh sends nothing: "
-            "use 1, or devices along mesh expert"
+            "use 1, or devices along mesh expert, or name axes of several in strategy.experts"
         )
 
 

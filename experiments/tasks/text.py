@@ -161,7 +161,8 @@ class TextTask:
         if order is not None and self.config.expert_capacity is not None:
             raise ValueError(
                 f"expert_capacity = {self.config.expert_capacity:g} fills experts in the order of a row's tokens, "
-                "which a ring of devices doesn't keep: use mesh sequence = 1, or None to drop no token"
+                f"which a ring of devices doesn't keep: use strategy.ulysses = {layout.sizes['sequence']}, mesh "
+                "sequence = 1, or None to drop no token"
             )
         if self.config.shared_layers:
             layout = layout.without_stages("its layers share one block's weights, which no stage would have alone")

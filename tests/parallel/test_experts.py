@@ -178,7 +178,8 @@ def test_experts_that_the_axis_cannot_divide_are_refused_with_those_that_can():
             8,
             "^strategy.expert_chunks = 2 cuts what is sent .* sends nothing: use 1",
         ),
-        ({"tensor": 8}, {"expert_chunks": 2}, None, "^strategy.expert_chunks = 2 cuts .* sends nothing: use 1"),
+        ({"tensor": 8}, {"expert_chunks": 2}, None, "^strategy.expert_chunks = 2: this model has no experts: leave"),
+        ({"expert": 2, "tensor": 4}, {"experts": ()}, 8, r"^mesh expert = 2, and strategy.experts = \[\] doesn't name"),
     ],
 )
 def test_a_table_of_experts_that_a_mesh_or_a_model_has_no_use_for_is_refused(axes, settings, experts, message):
@@ -207,7 +208,8 @@ def test_axes_along_which_experts_cannot_be_split_are_refused(axes, message):
 def test_optimizers_that_ask_for_second_derivatives_have_none_along_axes_that_split_experts():
     layout = Layout(make_mesh(data=4, tensor=2), strategy(experts=("tensor",)))
     with pytest.raises(
-        ValueError, match=r"^mesh tensor = 2: rows that are sent to their experts have no second derivat"
+        ValueError,
+        match=r"^mesh tensor = 2: rows .* no second derivatives, .*: use tensor = 1, or strategy.experts wit",
     ):
         layout.for_second_derivatives()
 

@@ -139,6 +139,14 @@ def test_the_layout_is_asked_for_the_heads(text, small_model):
     assert asked == [None, (4, 2), 16]
 
 
+def test_a_ring_does_not_keep_the_order_in_which_a_capacity_fills_experts(text, small_model):
+    task, mesh = language_model(text, small_model(experts=4, expert_capacity=1.0)), parallel.make_mesh(sequence=2)
+    message = r"^expert_capacity = 1 fills .* use strategy.ulysses = 2, mesh sequence = 1, or None to drop no token$"
+    with pytest.raises(ValueError, match=message):
+        task.place(parallel.Layout(mesh))
+    task.place(parallel.Layout(mesh, parallel.strategy(ulysses=2)))
+
+
 def test_speed_is_not_identity(text, small_model):
     config = small_model()
     faster = dataclasses.replace(config, remat="full", dtype="bfloat16", scan_layers=not config.scan_layers)
