@@ -53,21 +53,25 @@ def measured(
       steps: timed steps, after three to warm up.
 
     Raises:
-      UserError: a model without experts, or a mesh that can't divide it.
+      UserError: a model without experts, a mesh that can't divide it, or rows that the chunks can't divide.
     """
     if model.experts is None:
         raise UserError("this preset has no experts: name one that has, such as moe-300m")
     with user_values():
         mesh = spec.make()
-    for axes in ways_to_split(dict(mesh.shape), model.experts):
-        for each in chunks if axes else [1]:
-            with user_values():
-                strategy = parallel.strategy(plan, experts=axes or ("expert",), expert_chunks=each)
-                layout = parallel.Layout(mesh, strategy)
-                rows = batch_size * layout.batch_shards
-                loop = prepare(model, sequence_length=sequence_length, batch_size=rows, layout=layout)
-            loop, seconds = loop.median_seconds(steps)
-            yield Way(strategy.experts, each, seconds, loop.session.peak_bytes)
+        layouts = [
+            parallel.Layout(mesh, parallel.strategy(plan, experts=axes or ("expert",), expert_chunks=each))
+            for axes in ways_to_split(dict(mesh.shape), model.experts)
+            for each in (chunks if axes else [1])
+        ]
+        for layout in layouts:
+            layout.order(sequence_length)  # refuses rows that the chunks can't divide, before anything is timed
+    for layout in layouts:
+        with user_values():
+            rows = batch_size * layout.batch_shards
+            loop = prepare(model, sequence_length=sequence_length, batch_size=rows, layout=layout)
+        loop, seconds = loop.median_seconds(steps)
+        yield Way(layout.strategy.experts, layout.strategy.expert_chunks, seconds, loop.session.peak_bytes)
 
 
 def ways_table(title: str, ways: Sequence[Way]) -> Table:

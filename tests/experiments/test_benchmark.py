@@ -46,6 +46,29 @@ def test_every_way_to_split_experts_is_measured_and_kept(tmp_path, capsys):
     assert shown == [", ".join(way["experts"]) for way in kept["ways"]]
 
 
+@pytest.mark.parametrize(
+    ("chunks", "message"),
+    [(0, "expert_chunks"), (3, r"^sequence_length = 64 .* and strategy.expert_chunks = 3: use a")],
+)
+def test_chunks_that_cannot_be_are_refused_before_anything_is_timed(chunks, message, capsys):
+    with pytest.raises(UserError, match=message):
+        main(
+            [
+                "benchmark",
+                "experts",
+                "moe-debug",
+                "--fsdp",
+                "8",
+                "--sequence-length",
+                "64",
+                "--chunks",
+                "1",
+                str(chunks),
+            ]
+        )
+    assert not capsys.readouterr().out
+
+
 def test_ways_to_split_experts_are_of_a_model_that_has_some():
     with pytest.raises(UserError, match="this preset has no experts: name one that has, such as moe-300m"):
         main(["benchmark", "experts", "debug"])
