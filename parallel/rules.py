@@ -300,7 +300,7 @@ def check_experts(experts: int | None, plan: Strategy, sizes: dict[str, int]) ->
     Traceback (most recent call last):
     ...
     ValueError: experts = 6 does not divide over sequence = 2 x tensor = 4: use a sequence x tensor of 1, 2, 3 or 6, \
-or experts = 8 or 16
+or experts = 8
     """
     named = ", ".join(plan.experts) or "[]"
     if experts is None:
