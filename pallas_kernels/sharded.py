@@ -159,6 +159,11 @@ def varying(array) -> frozenset[str]:
     return jax.typeof(array).manual_axis_type.varying
 
 
+def plain(number):
+    """A number that a kernel reads, of the type that its arithmetic has: what varies over a mesh is outside of it."""
+    return number + jnp.int32(0) if varying(number) else number
+
+
 def mesh_axes(entries) -> tuple[str, ...]:
     """The names in the entries of a partition specification."""
     entries = [(entry,) if isinstance(entry, str) else entry for entry in entries if entry is not None]

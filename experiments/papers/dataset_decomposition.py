@@ -1,4 +1,4 @@
-"""Documents are cut into pieces of one length a step, short ones first, and compared with packed rows.
+"""Pieces of one length a step, short ones first, beside packed rows.
 
 Pouransari et al. 2024, "Dataset Decomposition": documents are cut by the binary digits of their lengths, every step
 takes pieces of one length at as many tokens, and a curriculum goes from short to long ones in cycles. All arms train on

@@ -1,4 +1,4 @@
-"""A scarce domain is upsampled at the end of a run: over which part of it, and beside the whole of it.
+"""Upsampling a scarce domain at the end of a run: over which part of it.
 
 Blakeney et al. 2024, "Does your data spark joy?": while the learning rate falls, sets of a domain are weighed up, and
 the model gains in that domain about what it would have gained from more of it all along. Here two texts stand for a

@@ -17,6 +17,7 @@ Arms = Sequence[tuple[str, Sequence[Run]]]
 
 NOISE_COLUMNS = ("noise_scale", "norm_layers_noise_scale")
 ROUTER_COLUMNS = ("router_entropy",)
+PIECE_COLUMNS = ("piece_length",)
 _MAX_POINTS = 800
 _NAME = re.compile(r"[A-Za-z][\w-]{0,99}", re.ASCII)  # of a set or a source, after which files are called
 
@@ -244,7 +245,7 @@ CHARTS = (
     Chart(
         *("piece_length", "Length of pieces", "tokens", "tokens of a piece, mean of the batch"),
         _against_tokens(("piece_length", "length", "solid"), mean=False),
-        columns=("piece_length",),
+        columns=PIECE_COLUMNS,
         log=2,
         format=compact,
     ),

@@ -29,7 +29,7 @@ from crescendo.pallas_kernels.hopper.memory import ROWS, tiled
 from crescendo.pallas_kernels.hopper.products import ROW_LAYOUT, along_rows, finish, opaque, product
 from crescendo.pallas_kernels.hopper.ring import Part, Ring
 from crescendo.pallas_kernels.op import Unsupported, require_gpu, target_device
-from crescendo.pallas_kernels.sharded import results_of
+from crescendo.pallas_kernels.sharded import plain, results_of
 
 CONSUMERS, DEPTH = 2, 64  # of a block of threads; of what is summed over, a step
 TILE_ROWS = CONSUMERS * ROWS
@@ -307,7 +307,7 @@ def of_groups(x, dy, sizes, tile: Tile | None = None):
             """A tile's group, where that begins and ends, the tile's first row and column, and the blocks it takes."""
             turn = lax.div(n, tiles_of_group)
             i, j = plgpu.planar_snake(n - turn * tiles_of_group, grid, minor_dim=0, tile_width=tile.together)
-            group = order_ref[turn]
+            group = plain(order_ref[turn])
             begin, end = jnp.minimum(begin_ref[group], count), jnp.minimum(end_ref[group], count)
             steps = lax.div(end - _aligned(begin) + DEPTH - 1, DEPTH)
             return group, begin, end, i * TILE_ROWS, j * tile.columns, jnp.where(end > begin, steps, 0)

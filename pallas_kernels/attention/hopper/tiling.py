@@ -21,7 +21,7 @@ from crescendo.pallas_kernels.hopper.block import launch, warpgroups
 from crescendo.pallas_kernels.hopper.memory import ROWS
 from crescendo.pallas_kernels.hopper.ring import Part, Ring, Slots, Turns
 from crescendo.pallas_kernels.op import target_device
-from crescendo.pallas_kernels.sharded import results_of, varying
+from crescendo.pallas_kernels.sharded import plain, results_of
 
 COPIED = 8  # rows: what the copy engine brings begins, and the array ends, at a multiple
 
@@ -276,10 +276,10 @@ class Call:
     def needed(self, arrays: Arrays, row, tile) -> Ranges:
         """The blocks that a tile needs."""
         if arrays.ranges is None:
-            begin = None if arrays.begin is None else _plain(arrays.begin[0])
+            begin = None if arrays.begin is None else plain(arrays.begin[0])
             return ranges_of_tile(self.config, tile, self.side, self.lengths, *self._blocks, begin)
         of_row = row if arrays.ranges.shape[0] > 1 else 0
-        return Ranges(*(_plain(arrays.ranges[of_row, tile, i]) for i in range(4)))
+        return Ranges(*(plain(arrays.ranges[of_row, tile, i]) for i in range(4)))
 
     @property
     def rings(self) -> tuple[Ring | None, Ring, Ring]:
@@ -361,11 +361,6 @@ class Call:
             out_type=out_type,
         )
         return results_of(arrays, kernel(arrays, tuple(written)))
-
-
-def _plain(number):
-    """A number that a kernel reads, of the type that its arithmetic has: what varies over a mesh is outside of it."""
-    return number + jnp.int32(0) if varying(number) else number
 
 
 class OverKeys(Call):

@@ -354,8 +354,8 @@ def test_the_noise_scale_and_trust_ratios_are_drawn_where_a_run_has_them(make_ru
     assert np.isnan(noise[2])
     assert noise[3] == 13.0
     found = figures(write_report([run, make_run("plain")], tmp_path / "out").read_text(encoding="utf-8"))
-    dense = [chart.title for chart in charts.CHARTS if chart.columns != charts.ROUTER_COLUMNS]
-    assert [figure["title"] for figure in found] == dense
+    others = (charts.ROUTER_COLUMNS, charts.PIECE_COLUMNS)
+    assert [figure["title"] for figure in found] == [c.title for c in charts.CHARTS if c.columns not in others]
     assert found[-2]["data"][0]["y"][2:4] == [None, 13.0]
     assert [(trace["meta"], trace["y"][-1], trace["line"]["dash"]) for trace in found[-1]["data"]] == [
         (0, 0.5, "solid"),
