@@ -158,7 +158,10 @@ def test_the_second_ctrl_c_ends_at_once_whatever_is_going_on(first: int):
 # An import that is cut short says a page, and one of an extension module may go on.
 IMPORTING = """
 import builtins
+import signal
 import sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, also where these tests are behind nohup
 
 ours = builtins.__import__
 
