@@ -90,7 +90,7 @@ HOW = [{"scan_layers": True}, {"scan_layers": False}, {"scan_layers": True, "rem
 
 
 @pytest.mark.parametrize("how", [HOW[0], *(pytest.param(how, marks=SLOW) for how in HOW[1:])], ids=str)
-@pytest.mark.parametrize("config", [pytest.param(DENSE, marks=SLOW), EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("config", [DENSE, pytest.param(EXPERTS, marks=SLOW)], ids=["dense", "experts"])
 def test_gradients_of_what_is_shared_are_sums_over_layers(config, how):
     config = dataclasses.replace(config, **how).for_platform("cpu")
     parameters = drawn(config)
