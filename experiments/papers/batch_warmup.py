@@ -16,7 +16,7 @@ from crescendo.experiments.papers import Paper
 from crescendo.experiments.runtime import command
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.sweeps.arms import compare_arms
+from crescendo.experiments.sweeps.arms import check_known, check_shares, compare_arms
 
 PAPER = Paper(
     title="Critical batch size revisited",
@@ -77,13 +77,8 @@ def make_arms(
     >>> list(make_arms(2, [0.35, 0.65], 1000))
     ['constant-2', 'warmup-2-8', 'constant-8']
     """
-    if any(not 0 < at < 1 for at in double_at) or sorted(set(double_at)) != list(double_at) or not double_at:
-        raise UserError(
-            f"--double-at {' '.join(map(str, double_at))}: give shares of the run between 0 and 1, increasing"
-        )
-    for name in arms:
-        if name not in ARMS:
-            raise UserError(f"--arms {name}: no such arm; there are {', '.join(ARMS)}")
+    check_shares("--double-at", double_at, "shares of the run", least=1)
+    check_known("--arms", arms, ARMS)
     if "curve" in arms and curve is None:
         raise UserError("the arm curve needs --curve FILE: measure one with `crescendo critical_batch`")
     sizes = [batch_size * 2**i for i in range(len(double_at) + 1)]

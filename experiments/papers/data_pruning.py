@@ -15,10 +15,9 @@ from crescendo.experiments.data.subset import write_subset
 from crescendo.experiments.papers import Paper
 from crescendo.experiments.runtime import command
 from crescendo.experiments.runtime.cli import run_command
-from crescendo.experiments.runtime.errors import UserError
 from crescendo.experiments.scoring.opened import open_run
 from crescendo.experiments.scoring.scores import SCORES, Options, kept, scored
-from crescendo.experiments.sweeps.arms import Arm, Trial, compare_arms
+from crescendo.experiments.sweeps.arms import Arm, Trial, check_known, check_shares, compare_arms
 from crescendo.pallas_kernels.console import plain_console
 from crescendo.ranges import Count
 
@@ -60,12 +59,9 @@ def make_arms(kept_shares: Sequence[float], by: Sequence[str], clusters: int = O
     >>> list(make_arms([0.2, 0.5], ["random", "loss-low"]))
     ['all', 'random-20', 'loss-low-20', 'random-50', 'loss-low-50']
     """
-    if any(not 0 < share < 1 for share in kept_shares) or sorted(set(kept_shares)) != list(kept_shares):
-        raise UserError(f"--kept {' '.join(map(str, kept_shares))}: give shares between 0 and 1, increasing")
+    check_shares("--kept", kept_shares, "shares")
     every = ["random", *(f"{name}-{side}" for name in SCORES if name != "random" for side in ("high", "low"))]
-    for name in by:
-        if name not in every:
-            raise UserError(f"--by {name}: no such choice; there are {', '.join(every)}")
+    check_known("--by", by, every, "choice")
     return {
         ALL: {},
         **{

@@ -15,7 +15,7 @@ from crescendo.experiments.papers import Paper
 from crescendo.experiments.runtime import command
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.sweeps.arms import compare_arms
+from crescendo.experiments.sweeps.arms import check_known, compare_arms
 
 PAPER = Paper(
     title="Dataset decomposition: faster LLM training with variable sequence length curriculum",
@@ -78,9 +78,7 @@ def make_arms(
     ...
     crescendo.experiments.runtime.errors.UserError: --total-examples 1000 must be whole cycles of whole groups, a ...
     """
-    for name in arms:
-        if name not in ODDS:
-            raise UserError(f"--arms {name}: no such arm; there are {', '.join(ODDS)}")
+    check_known("--arms", arms, [*ODDS])
     if cycles < 1 or group < 1:
         raise UserError(f"--cycles {cycles} and --group {group} must be at least 1")
     if total_examples % (cycles * group):

@@ -18,7 +18,7 @@ from crescendo.experiments.runs.run import read_run
 from crescendo.experiments.runtime import command
 from crescendo.experiments.runtime.cli import run_command
 from crescendo.experiments.runtime.errors import UserError
-from crescendo.experiments.sweeps.arms import compare_arms
+from crescendo.experiments.sweeps.arms import check_shares, compare_arms
 from crescendo.pallas_kernels.console import plain_console
 
 PAPER = Paper(
@@ -67,8 +67,7 @@ def make_arms(total_examples: int, *, share: float, upsampled: float, over: Sequ
     """
     if not 0 <= share < upsampled <= 1:
         raise UserError(f"--share {share:g} must be at least 0 and below --upsampled {upsampled:g}, and that at most 1")
-    if any(not 0 < part < 1 for part in over) or sorted(set(over)) != list(over):
-        raise UserError(f"--over {' '.join(map(str, over))}: give parts of the run between 0 and 1, increasing")
+    check_shares("--over", over, "parts of the run")
     begins = [round((1 - part) * total_examples) for part in over]
     if len({0, *begins, total_examples}) < len(over) + 2:
         raise UserError(

@@ -67,6 +67,26 @@ class Outcome(NamedTuple):
     records: list[dict[str, Any]]
 
 
+def check_known(option: str, names: Sequence[str], known: Sequence[str], what: str = "arm") -> None:
+    """Raises UserError for a name that an option doesn't take.
+
+    >>> check_known("--arms", ["large"], ["constant", "large"])
+    """
+    for name in names:
+        if name not in known:
+            raise UserError(f"{option} {name}: no such {what}; there are {', '.join(known)}")
+
+
+def check_shares(option: str, shares: Sequence[float], what: str, *, least: int = 0) -> None:
+    """Raises UserError unless an option's numbers are increasing and between 0 and 1, at least so many of them.
+
+    >>> check_shares("--kept", [0.2, 0.5], "shares")
+    """
+    increasing = sorted(set(shares)) == list(shares) and all(0 < share < 1 for share in shares)
+    if not increasing or len(shares) < least:
+        raise UserError(f"{option} {' '.join(map(str, shares))}: give {what} between 0 and 1, increasing")
+
+
 def compare_arms(
     folder: Path,
     arms: Mapping[str, Arm],
