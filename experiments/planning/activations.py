@@ -68,7 +68,7 @@ def slot_bytes(session: Session, plan: parallel.BatchPlan) -> float:
     rows = plan.microbatch_examples // layout.batch_shards
     tokens = length // sizes["sequence"] // (sizes["tensor"] if whole else 1)
     of_chunk = config.experts_per_token * rows * tokens // chunks
-    pieces = rows * chunks // math.gcd(rows, chunks) // chunks  # of rows, in a chunk
+    pieces = rows // math.gcd(rows, chunks)  # of rows, in a chunk
     most = config.expert_rows(length)
     room = of_chunk if most is None else min(of_chunk, most * pieces * config.experts // devices)
     kept = config.width + 3 * config.expert_size / (1 if whole else sizes["tensor"])
